@@ -1,0 +1,1 @@
+"""Pure tensor mathematics: grids, rounding, ranges, packing, losses."""

@@ -1,0 +1,68 @@
+"""Grid: the frozen description of a set of integers and of how finely scales are shared."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from stepquant.errors import GridError
+
+Granularity = Literal["tensor", "channel", "group", "token"]
+GRAMMAR = "[u]int<2..8>/<tensor|channel|group<N>|token>[/sym|/asym], for example int8/channel, uint8/tensor, int4/group32"
+PATTERN = re.compile(r"(u?)int(\d+)/(tensor|channel|token|group(\d+))(?:/(sym|asym))?")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Integers of `bits` bits; `int8/channel` is signed and symmetric, `uint8/tensor` unsigned with a zero point.
+
+    A symmetric grid has zero point 0 and drops the lowest signed value, so that -q exists for every q.
+    """
+
+    bits: int
+    signed: bool = True
+    symmetric: bool = True
+    granularity: Granularity = "tensor"
+    group: int = 0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise GridError("a grid has 2 to 8 bits", got=self.bits, expected=GRAMMAR)
+        if (self.granularity == "group") != (self.group > 0):
+            raise GridError("a group grid names its group size", got=self.group, expected=GRAMMAR)
+
+    @property
+    def qmin(self) -> int:
+        if not self.signed:
+            return 0
+        return -(2 ** (self.bits - 1)) + (1 if self.symmetric else 0)
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    @property
+    def steps(self) -> int:
+        """Intervals between the lowest and the highest integer."""
+        return self.qmax - self.qmin
+
+    @classmethod
+    def parse(cls, text: str) -> Grid:
+        found = PATTERN.fullmatch(text.strip())
+        if not found:
+            raise GridError(f"cannot read the grid '{text}'", expected=GRAMMAR)
+        unsigned, bits, shared, group, shape = found.groups()
+        granularity = cast(Granularity, "group" if group else shared)
+        return cls(
+            bits=int(bits),
+            signed=not unsigned,
+            symmetric=(shape == "sym") if shape else not unsigned,
+            granularity=granularity,
+            group=int(group or 0),
+        )
+
+    def __str__(self) -> str:
+        shape = "" if self.symmetric == self.signed else "/sym" if self.symmetric else "/asym"
+        share = f"group{self.group}" if self.granularity == "group" else self.granularity
+        return f"{'' if self.signed else 'u'}int{self.bits}/{share}{shape}"

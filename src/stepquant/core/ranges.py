@@ -1,0 +1,98 @@
+"""Ranges: the interval that a grid is stretched over, one per row of values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from stepquant.core.affine import fake_quantize, scale_and_zero
+from stepquant.core.grid import Grid
+from stepquant.errors import GridError
+
+Search = Callable[[Tensor, Grid], tuple[Tensor, Tensor]]  # rows (n, elements), grid -> low (n,), high (n,)
+
+
+def minmax(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The whole range of every row."""
+    low, high = rows.float().aminmax(dim=1)
+    return low, high
+
+
+def percentile(rows: Tensor, grid: Grid, *, percent: float = 99.99) -> tuple[Tensor, Tensor]:
+    """The range without the outermost (100 - percent) percent of the values on each side (linear interpolation)."""
+    if not 50 < percent <= 100:
+        raise GridError("a percentile range lies between 50 and 100", got=percent)
+    ordered = rows.float().sort(dim=1).values
+    place = percent / 100 * (ordered.shape[1] - 1)
+    return at(ordered, ordered.shape[1] - 1 - place), at(ordered, place)
+
+
+def at(ordered: Tensor, place: float) -> Tensor:
+    """The value at a fractional place of sorted rows."""
+    below = int(place)
+    above = min(below + 1, ordered.shape[1] - 1)
+    return torch.lerp(ordered[:, below], ordered[:, above], place - below)
+
+
+def lp_search(rows: Tensor, grid: Grid, *, p: float = 2.4, candidates: int = 100) -> tuple[Tensor, Tensor]:
+    """Of the ranges i/candidates * [min, max], the one whose quantization error has the least p-norm."""
+    low, high = minmax(rows, grid)
+    best = torch.full_like(low, torch.inf)
+    chosen = torch.ones_like(low)
+    for index in range(candidates, 0, -1):
+        fraction = index / candidates
+        error = lp_error(rows, low * fraction, high * fraction, grid, p)
+        better = error < best
+        best, chosen = torch.where(better, error, best), torch.where(better, fraction, chosen)
+    return low * chosen, high * chosen
+
+
+def lp_error(
+    rows: Tensor, low: Tensor, high: Tensor, grid: Grid, p: float, mass: Tensor | None = None
+) -> Tensor:
+    """Sum of |x - Q(x)|^p per row, each value counted `mass` times."""
+    scale, zero_point = scale_and_zero(low, high, grid)
+    error = (rows - fake_quantize(rows, scale[:, None], zero_point[:, None], grid)).abs().pow(p)
+    return (error if mass is None else error * mass).sum(1)
+
+
+def lp_search_binned(
+    rows: Tensor, grid: Grid, *, p: float = 2.4, candidates: int = 100, bins: int = 8192
+) -> tuple[Tensor, Tensor]:
+    """`lp_search` over the histogram of a single row: for activations, where exact search would take minutes.
+
+    A bin is at least 32 times finer than a step of the widest grid, so that the centres stand in for the values.
+    """
+    if rows.shape[0] != 1:
+        raise GridError(
+            "a binned search takes one row", got=rows.shape[0], fix="use lp_search for several scales"
+        )
+    values = rows.float().reshape(-1)
+    low, high = (bound.reshape(1) for bound in values.aminmax())
+    if not torch.isfinite(high - low).all() or high == low:
+        return low, high
+    mass = torch.histc(values, bins, low.item(), high.item())[None]
+    centres = low + (torch.arange(bins, device=rows.device) + 0.5) * ((high - low) / bins)
+    fractions = torch.arange(candidates, 0, -1, device=rows.device) / candidates
+    errors = lp_error(centres.expand(candidates, bins), low * fractions, high * fractions, grid, p, mass)
+    chosen = fractions[errors.argmin()]
+    return low * chosen, high * chosen
+
+
+def ema(running: Tensor | None, latest: Tensor, momentum: float) -> Tensor:
+    """Exponential moving average; the first value counts whole."""
+    return latest if running is None else momentum * running + (1 - momentum) * latest
+
+
+def search_by_name(name: str, *, p: float = 2.4, percent: float = 99.99, binned: bool = False) -> Search:
+    """minmax, percentile or lp."""
+    if name == "minmax":
+        return minmax
+    if name == "percentile":
+        return partial(percentile, percent=percent)
+    if name == "lp":
+        return partial(lp_search_binned if binned else lp_search, p=p)
+    raise GridError(f"unknown range search '{name}'", expected="minmax, percentile or lp")

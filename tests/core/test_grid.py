@@ -1,0 +1,39 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepquant.core.grid import Grid
+from stepquant.errors import GridError
+
+
+@given(
+    st.integers(2, 8), st.booleans(), st.booleans(), st.sampled_from(["tensor", "channel", "token", "group"])
+)
+def test_text_round_trip(bits: int, signed: bool, symmetric: bool, granularity: str) -> None:
+    grid = Grid(bits, signed, symmetric, granularity, 32 if granularity == "group" else 0)
+    assert Grid.parse(str(grid)) == grid
+
+
+@pytest.mark.parametrize(
+    "text, low, high",
+    [
+        ("int8/channel", -127, 127),
+        ("int8/channel/asym", -128, 127),
+        ("uint8/tensor", 0, 255),
+        ("int4/group32", -7, 7),
+        ("uint4/tensor/sym", 0, 15),
+        ("int2/tensor", -1, 1),
+    ],
+)
+def test_limits(text: str, low: int, high: int) -> None:
+    grid = Grid.parse(text)
+    assert (grid.qmin, grid.qmax, grid.steps) == (low, high, high - low)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["int9/tensor", "int1/tensor", "int8", "float8/tensor", "int8/row", "int8/group", "", "int8/group0"],
+)
+def test_unreadable_grids_name_the_grammar(text: str) -> None:
+    with pytest.raises(GridError, match="2..8|2 to 8|group size"):
+        Grid.parse(text)
