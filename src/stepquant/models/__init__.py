@@ -1,0 +1,1 @@
+"""The floating-point world: diffusers models as stepquant sees them."""

@@ -1,0 +1,123 @@
+"""Denoiser: one adapter around any declared diffusers model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.core.digest import tensors_digest, value_digest
+from stepquant.errors import ModelError, UnknownNameError
+from stepquant.models import unet
+from stepquant.models.family import Family, matches
+from stepquant.models.parts import LEAVES, PRODUCTS, part_roles
+from stepquant.models.split import SplitLayer
+
+FAMILIES: tuple[Family, ...] = unet.FAMILIES
+
+
+def family_of(model: nn.Module) -> Family:
+    name = type(model).__name__
+    for family in FAMILIES:
+        if name in family.models:
+            return family
+    raise UnknownNameError("model class", name, [m for f in FAMILIES for m in f.models])
+
+
+class Denoiser:
+    """What a model is called with, what it is built of, and what may be quantized; the model stays untouched."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.family = family_of(model)
+
+    @classmethod
+    def of(cls, pipeline: Any) -> Denoiser:
+        """The denoiser of a diffusers pipeline."""
+        for name in ("unet", "transformer"):
+            model = getattr(pipeline, name, None)
+            if model is not None:
+                return cls(model)
+        raise ModelError(
+            "the pipeline has no denoiser",
+            got=type(pipeline).__name__,
+            expected="a diffusers pipeline with a `unet` or `transformer`",
+        )
+
+    @cached_property
+    def component(self) -> str:
+        return "unet" if self.family.walk == "unet" else "transformer"
+
+    def sites(self) -> dict[str, str]:
+        """Path -> role of every convolution and linear, in module order; exactly one declaration may claim each."""
+        leaves = [name for name, module in self.model.named_modules() if isinstance(module, LEAVES)]
+        claims: dict[str, list[str]] = {leaf: [] for leaf in leaves}
+        modules = dict(self.model.named_modules())
+        for name, module in modules.items():
+            for child, role in part_roles(module).items():
+                path = f"{name}.{child}" if name else child
+                halves = (f"{path}.0", f"{path}.1") if isinstance(modules.get(path), SplitLayer) else (path,)
+                for half in halves:
+                    if half in claims:
+                        claims[half].append(role)
+        for pattern, role in self.family.top.items():
+            for leaf in leaves:
+                if matches(pattern, leaf):
+                    claims[leaf].append(role)
+        for leaf, roles in claims.items():
+            if len(roles) != 1:
+                raise ModelError(
+                    f"layer '{leaf}' has {'no role' if not roles else 'several roles: ' + ', '.join(roles)}",
+                    where=type(self.model).__name__,
+                    fix="declare its building block in stepquant/models/parts.py",
+                )
+        return {leaf: roles[0] for leaf, roles in claims.items()}
+
+    def units(self) -> list[str]:
+        """Reconstruction units in execution order."""
+        if self.family.walk == "unet":
+            return list(unet.walk(self.model))
+        stems = [pattern.partition(".*")[0] for pattern in self.family.walk]
+        return [f"{stem}.{i}" for stem in stems for i in range(len(self.model.get_submodule(stem)))]
+
+    def concats(self) -> dict[str, tuple[int, int]]:
+        """Path -> (hidden, skip) widths of layers that read a concatenation."""
+        return unet.concats(self.model) if self.family.concat == "unet" else {}
+
+    def products(self) -> list[str]:
+        """Paths of modules that multiply query, key, value and probabilities."""
+        return [name for name, module in self.model.named_modules() if isinstance(module, PRODUCTS)]
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of one call by name, as the model received them."""
+        bound = inspect.signature(type(self.model).forward).bind(self.model, *args, **kwargs).arguments
+        named = {
+            name: value for name, value in bound.items() if name not in ("self", "return_dict", "kwargs")
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+    def predict(self, arguments: Mapping[str, Any]) -> Tensor:
+        """The model's prediction for recorded arguments."""
+        out: Tensor = self.model(**arguments, return_dict=False)[0]
+        return out
+
+    def digest(self) -> str:
+        """SHA-256 of class, configuration and weights: the name of this model in every cache."""
+        config = {k: v for k, v in dict(self.model.config).items() if not k.startswith("_")}
+        kind = [type(self.model).__name__, sorted(config.items())]
+        return value_digest([kind, tensors_digest(self.model.state_dict())])
+
+
+def check_finite(model: nn.Module) -> None:
+    """A model with NaN or infinite weights cannot be quantized: name the first one."""
+    for name, value in model.named_parameters():
+        if not torch.isfinite(value).all():
+            raise ModelError(
+                f"weight '{name}' holds NaN or infinite values",
+                where=type(model).__name__,
+                fix="load an intact checkpoint; fp16 weights may have overflowed when they were converted",
+            )

@@ -1,0 +1,131 @@
+"""Sampling with diffusers' own schedulers: seeds in, images out, one seed per trajectory."""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from stepquant.errors import ModelError, UnknownNameError
+from stepquant.models.denoiser import Denoiser
+from stepquant.progress import Progress, Silent
+
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+
+
+def scheduler_of(pipeline: Any, sampler: str | None) -> Any:
+    """A fresh scheduler of that name with the noise schedule of the pipeline's own; None keeps the pipeline's class."""
+    if sampler is None:
+        return type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    if sampler not in SAMPLERS:
+        raise UnknownNameError("sampler", sampler, SAMPLERS)
+    kind, options = SAMPLERS[sampler]
+    return getattr(diffusers, kind).from_config(pipeline.scheduler.config, **options)
+
+
+def generators(seeds: Sequence[int], device: Any = "cpu") -> list[torch.Generator]:
+    return [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
+
+
+def denoise(
+    pipeline: Any, seeds: Sequence[int], steps: int, sampler: str | None = None, stop: int | None = None
+) -> Iterator[Tensor]:
+    """The states x of one batch of trajectories after each step of an unconditional pipeline.
+
+    The loop is that of diffusers' unconditional pipelines, for any of its schedulers; `stop` ends it early.
+    """
+    model, scheduler = Denoiser.of(pipeline).model, scheduler_of(pipeline, sampler)
+    scheduler.set_timesteps(steps)
+    size = model.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    noise = generators(seeds)
+    shape = (len(seeds), model.config.in_channels, height, width)
+    x = (
+        randn_tensor(shape, generator=noise, device=model.device, dtype=model.dtype)
+        * scheduler.init_noise_sigma
+    )
+    takes = set(inspect.signature(scheduler.step).parameters)
+    extra = {"generator": noise} if "generator" in takes else {}
+    with torch.no_grad():
+        for index, t in enumerate(scheduler.timesteps):
+            if stop is not None and index >= stop:
+                return
+            predicted = model(scheduler.scale_model_input(x, t), t, return_dict=False)[0]
+            x = scheduler.step(predicted, t, x, return_dict=False, **extra)[0]
+            yield x
+
+
+def is_unconditional(pipeline: Any) -> bool:
+    return Denoiser.of(pipeline).family.guidance == "none"
+
+
+def run(
+    pipeline: Any,
+    seeds: Sequence[int],
+    steps: int,
+    sampler: str | None = None,
+    prompts: Sequence[str] | None = None,
+    stop: int | None = None,
+) -> Tensor:
+    """Images (n, 3, h, w) in [0, 1] of one batch of seeds."""
+    if is_unconditional(pipeline):
+        x = last(denoise(pipeline, seeds, steps, sampler, stop))
+        if x is None:
+            raise ModelError(
+                "sampling needs at least one step", got=steps, fix="give --steps a positive number"
+            )
+        return (x.float() / 2 + 0.5).clamp(0, 1)
+    return run_prompts(pipeline, seeds, steps, sampler, prompts)
+
+
+def last(states: Iterator[Tensor]) -> Tensor | None:
+    newest = deque(states, maxlen=1)
+    return newest.pop() if newest else None
+
+
+def run_prompts(
+    pipeline: Any, seeds: Sequence[int], steps: int, sampler: str | None, prompts: Sequence[str] | None
+) -> Tensor:
+    if not prompts:
+        raise ModelError(
+            "this pipeline needs prompts",
+            got="none",
+            fix="give a file with one prompt per line: --prompts FILE",
+        )
+    own = pipeline.scheduler
+    pipeline.scheduler = scheduler_of(pipeline, sampler)
+    pipeline.set_progress_bar_config(disable=True)
+    chosen = [prompts[int(seed) % len(prompts)] for seed in seeds]
+    try:
+        out = pipeline(chosen, num_inference_steps=steps, generator=generators(seeds), output_type="pt")
+    finally:
+        pipeline.scheduler = own
+    return torch.as_tensor(out.images).float()
+
+
+def sample(
+    pipeline: Any,
+    seeds: Sequence[int],
+    *,
+    steps: int = 50,
+    sampler: str | None = None,
+    batch: int = 32,
+    prompts: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Tensor]:
+    """Images of all seeds in batches; a seed gives the same image in any batch up to float rounding."""
+    starts = range(0, len(seeds), batch)
+    for start in (progress or Silent()).track(starts, "generating", len(starts)):
+        yield run(pipeline, seeds[start : start + batch], steps, sampler, prompts)

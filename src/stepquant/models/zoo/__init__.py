@@ -1,0 +1,23 @@
+"""The embedded models: small, trained in this repository, ordinary diffusers folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stepquant.errors import UnknownNameError
+
+PREFIX = "stepquant:"
+HERE = Path(__file__).parent
+
+
+def names() -> list[str]:
+    """Embedded models by the name they are asked for with."""
+    folders = (child for child in sorted(HERE.iterdir()) if (child / "README.md").is_file())
+    return [PREFIX + folder.name.replace("_", "-") for folder in folders]
+
+
+def path(name: str) -> Path:
+    """The folder of an embedded model."""
+    if name not in names():
+        raise UnknownNameError("embedded model", name, names())
+    return HERE / name.removeprefix(PREFIX).replace("-", "_")
