@@ -1,0 +1,1 @@
+"""Calibration data along the denoising trajectory: which steps, recorded how, kept where."""

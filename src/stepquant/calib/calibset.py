@@ -1,0 +1,113 @@
+"""CalibSet: frozen records of what the denoiser really received."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from stepquant.errors import CalibrationError
+
+META = ("step", "trajectory", "branch")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some records at once: the denoiser's arguments by name, and where each row comes from."""
+
+    arguments: Mapping[str, Any]
+    step: Tensor  # index in the sampler's loop, 0 = noisiest
+    trajectory: Tensor
+    branch: Tensor  # guidance branch: 0 = the only one or the unconditional one, 1 = conditional
+    weight: Tensor
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+
+@dataclass(frozen=True)
+class CalibSet:
+    """Records on disk, read in batches; memory holds one batch."""
+
+    shards: tuple[Path, ...]
+    index: tuple[tuple[int, int], ...]  # record -> (shard, row)
+    x: str  # argument with the noisy input
+    t: str  # argument with the time
+    origin: Mapping[str, Any]
+    weights: tuple[float, ...] | None = None  # one per record, mean 1
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All records in order, the remainder included."""
+        for start in range(0, len(self), size):
+            yield self.take(range(start, min(start + size, len(self))))
+
+    def take(self, records: Sequence[int]) -> Batch:
+        """The records with these numbers, in this order."""
+        wanted: dict[int, list[int]] = {}
+        for place, record in enumerate(records):
+            wanted.setdefault(self.index[record][0], []).append(place)
+        rows: list[dict[str, Tensor]] = [{} for _ in records]
+        for shard, places in wanted.items():
+            with safe_open(self.shards[shard], "pt") as file:
+                columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for place in places:
+                row = self.index[records[place]][1]
+                rows[place] = {name: column[row] for name, column in columns.items()}
+        stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        check_finite(stacked[self.x], stacked["step"])
+        weight = torch.ones(len(records))
+        if self.weights is not None:
+            weight = torch.tensor([self.weights[record] for record in records])
+        meta = {name: stacked.pop(name) for name in META}
+        return Batch(unflatten(stacked), weight=weight, **meta)
+
+    def subset(self, records: Sequence[int]) -> CalibSet:
+        """Only these records."""
+        weights = None if self.weights is None else tuple(self.weights[r] for r in records)
+        return CalibSet(
+            self.shards, tuple(self.index[r] for r in records), self.x, self.t, self.origin, weights
+        )
+
+    def steps(self) -> Tensor:
+        """The step of every record."""
+        return torch.cat([batch.step for batch in self.batches(256)])
+
+
+def flatten(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Tensors of nested arguments under dotted names."""
+    flat: dict[str, Tensor] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
+            flat[prefix + name] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Tensor]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        head, _, rest = name.partition(".")
+        if rest:
+            nested.setdefault(head, {})[rest] = value
+        else:
+            nested[head] = value
+    return nested
+
+
+def check_finite(x: Tensor, steps: Tensor) -> None:
+    bad = ~torch.isfinite(x.flatten(1)).all(1)
+    if bad.any():
+        raise CalibrationError(
+            "calibration data is not finite",
+            got=f"NaN or infinite values at step {int(steps[bad][0])}",
+            fix="sample the float model first: its own trajectory diverges",
+        )

@@ -1,0 +1,85 @@
+"""Calibration records that do not come from the denoising process: for ablations only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stepquant.calib.cache import atomically
+from stepquant.calib.calibset import CalibSet
+from stepquant.calib.record import Source, trajectory_seed
+from stepquant.core.digest import tensors_digest
+from stepquant.errors import CalibrationError
+from stepquant.models.denoiser import Denoiser
+from stepquant.models.sampling import scheduler_of
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def from_noise(source: Source, steps: Tensor) -> CalibSet:
+    """Pure Gaussian noise, whatever the step says."""
+    return stored(source, gaussian(source, len(steps)), steps, "noise")
+
+
+def from_images(source: Source, steps: Tensor, folder: str | None, *, diffused: bool) -> CalibSet:
+    """Images of a folder, clean or with the noise of their step as in training, q(x_t | x_0)."""
+    model = Denoiser.of(source.pipeline).model
+    images = read_images(folder, model.config.sample_size, len(steps))
+    if not diffused:
+        return stored(source, images, steps, "images")
+    scheduler = scheduler_of(source.pipeline, source.sampler)
+    scheduler.set_timesteps(source.steps)
+    noisy = scheduler.add_noise(images, gaussian(source, len(steps)), scheduler.timesteps[steps])
+    return stored(source, noisy, steps, "diffused")
+
+
+def gaussian(source: Source, count: int) -> Tensor:
+    model = Denoiser.of(source.pipeline).model
+    size = model.config.sample_size
+    seeds = (trajectory_seed(source.seed, i) for i in range(count))
+    shape = (model.config.in_channels, size, size)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def stored(source: Source, x: Tensor, steps: Tensor, kind: str) -> CalibSet:
+    denoiser = Denoiser.of(source.pipeline)
+    scheduler = scheduler_of(source.pipeline, source.sampler)
+    scheduler.set_timesteps(source.steps)
+    family = denoiser.family
+    columns = {
+        family.x: x.contiguous(),
+        family.t: scheduler.timesteps[steps].contiguous(),
+        "step": steps.contiguous(),
+        "trajectory": torch.arange(len(steps)),
+        "branch": torch.zeros(len(steps), dtype=torch.long),
+    }
+    shard = source.cache / f"{kind}-{tensors_digest(columns)[:32]}" / "00000.safetensors"
+    if not shard.exists():
+        atomically(shard, lambda temporary: save_file(columns, temporary))
+    rows = tuple((0, row) for row in range(len(steps)))
+    return CalibSet((shard,), rows, family.x, family.t, {"kind": kind, "steps": source.steps})
+
+
+def read_images(folder: str | None, size: int, count: int) -> Tensor:
+    """`count` images of a folder in [-1, 1], in order of their names, again from the start when they run out."""
+    files: Sequence[Path] = ()
+    if folder is not None and Path(folder).is_dir():
+        files = sorted(file for file in Path(folder).iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise CalibrationError(
+            "no calibration images",
+            where=folder,
+            expected=f"a folder with {', '.join(SUFFIXES)} files",
+            fix="--set images=FOLDER",
+        )
+    chosen = [files[i % len(files)] for i in range(count)]
+    arrays = [
+        np.asarray(Image.open(file).convert("RGB").resize((size, size)), dtype=np.float32) for file in chosen
+    ]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1

@@ -1,0 +1,1 @@
+"""Shared loops that fit quantizers to calibration data."""

@@ -1,0 +1,78 @@
+"""Set the ranges of inserted quantizers from weights and from calibration data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stepquant.calib.calibset import CalibSet
+from stepquant.core.affine import scale_and_zero, to_groups
+from stepquant.core.ranges import Search, ema
+from stepquant.errors import CalibrationError, MethodError
+from stepquant.progress import Progress, Silent
+from stepquant.quant.insert import Inserted
+from stepquant.quant.quantizer import Quantizer
+
+
+def set_weight_ranges(network: Inserted, search: Search, progress: Progress | None = None) -> None:
+    """The range of every weight, from the weight alone."""
+    layers = [layer for layer in network.layers.values() if layer.weight_quantizer is not None]
+    for layer in (progress or Silent()).track(layers, "weight ranges", len(layers)):
+        quantizer = layer.weight_quantizer
+        assert quantizer is not None
+        rows = to_groups(layer.weight.detach().float(), quantizer.grid)
+        quantizer.set_range(*scale_and_zero(*search(rows, quantizer.grid), quantizer.grid))
+
+
+def set_input_ranges(
+    network: Inserted,
+    data: CalibSet,
+    search: Search,
+    *,
+    batch: int = 64,
+    momentum: float = 0.9,
+    progress: Progress | None = None,
+) -> None:
+    """The range of every activation, as moving average over batches.
+
+    While a batch runs, weights and all earlier activations are already quantized: each range fits what it will see.
+    """
+    quantizers = [q for q in network.quantizers() if q.site.port != "weight"]
+    if not quantizers:
+        return
+    lows: dict[Quantizer, Tensor] = {}
+    highs: dict[Quantizer, Tensor] = {}
+
+    def observe(quantizer: Quantizer, x: Tensor) -> None:
+        if not torch.isfinite(x).all():
+            raise CalibrationError(
+                f"activations are not finite at '{quantizer.site}'",
+                fix="keep this layer, or the one before it, in float with a plan rule",
+            )
+        low, high = search(x.detach().float().reshape(1, -1), quantizer.grid)
+        lows[quantizer] = ema(lows.get(quantizer), low, momentum)
+        highs[quantizer] = ema(highs.get(quantizer), high, momentum)
+        quantizer.set_range(*scale_and_zero(lows[quantizer], highs[quantizer], quantizer.grid))
+
+    network.switch(weights=True, inputs=True)
+    observe_all(network, data, quantizers, observe, batch, progress or Silent())
+    unseen = [q for q in quantizers if not q.is_set]
+    if unseen:
+        raise MethodError(
+            f"'{unseen[0].site}' never ran during calibration",
+            got=f"{len(unseen)} quantizers without a range",
+            fix="keep these layers in float with a plan rule",
+        )
+
+
+def observe_all(network, data, quantizers, observe, batch: int, progress: Progress) -> None:  # type: ignore[no-untyped-def]
+    for quantizer in quantizers:
+        quantizer.observer = observe
+    try:
+        with torch.no_grad():
+            total = -(-len(data) // batch)
+            for records in progress.track(data.batches(batch), "activation ranges", total):
+                network.denoiser.predict(records.arguments)
+    finally:
+        for quantizer in quantizers:
+            quantizer.observer = None

@@ -1,0 +1,83 @@
+"""QuantLayer: a float convolution or linear with a quantizer on its input and one on its weight."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stepquant.core.affine import dequantize, quantize, to_groups
+from stepquant.quant.quantizer import Quantizer
+
+
+class Rounding(Protocol):
+    """How weights become integers when it is not to the nearest: learned per weight."""
+
+    def values(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
+        """Weights on (or, while learning, near) the grid, in the shape of `weight`."""
+        ...
+
+    def integers(self, weight: Tensor, quantizer: Quantizer) -> Tensor: ...
+
+
+class QuantLayer(nn.Module):
+    """Stands in for `layer`, whose float weight it keeps; both quantizers may be absent."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        role: str,
+        weight_quantizer: Quantizer | None,
+        input_quantizer: Quantizer | None,
+    ) -> None:
+        super().__init__()
+        self.layer, self.role = layer, role
+        self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
+        self.rounding: Rounding | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight; some models read `layer.weight.dtype`."""
+        return self.layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer.bias  # type: ignore[return-value]
+
+    def weight_values(self) -> Tensor:
+        """The weight that this layer multiplies with, in float."""
+        quantizer = self.weight_quantizer
+        if quantizer is None or not quantizer.enabled:
+            return self.weight
+        if self.rounding is not None:
+            return self.rounding.values(self.weight, quantizer)
+        return from_integers(self.weight_integers(), quantizer).to(self.weight.dtype)
+
+    def weight_integers(self) -> Tensor:
+        """The integers that are packed, in the shape of the weight."""
+        quantizer = self.weight_quantizer
+        assert quantizer is not None, "a layer without a weight quantizer has no integers"
+        if self.rounding is not None:
+            return self.rounding.integers(self.weight, quantizer)
+        scale, zero_point = quantizer.range()
+        rows = to_groups(self.weight, quantizer.grid)
+        return quantize(rows, scale[:, None], zero_point[:, None], quantizer.grid).reshape(self.weight.shape)
+
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        return apply_layer(self.layer, x, self.weight_values())
+
+
+def from_integers(integers: Tensor, quantizer: Quantizer) -> Tensor:
+    scale, zero_point = quantizer.range()
+    rows = to_groups(integers, quantizer.grid)
+    return dequantize(rows, scale[:, None], zero_point[:, None]).reshape(integers.shape)
+
+
+def apply_layer(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """What `layer` computes, with another weight."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, layer.bias)
+    return layer._conv_forward(x, weight, layer.bias)  # type: ignore[operator, no-any-return, union-attr]

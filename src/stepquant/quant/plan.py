@@ -1,0 +1,145 @@
+"""Plan: ordered rules that decide, for every site, a grid or to keep it float, and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from stepquant.core.grid import Grid
+from stepquant.errors import PlanError, UnknownNameError
+from stepquant.models.denoiser import Denoiser
+from stepquant.quant.quantizer import Port
+
+PORTS: dict[str, tuple[Port, ...]] = {
+    "layer": ("weight", "input"),
+    "product": ("query", "key", "value", "probabilities"),
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Sites whose path, role and port match get `grid`; None keeps them float."""
+
+    grid: Grid | None
+    reason: str
+    roles: tuple[str, ...] = ("*",)
+    ports: tuple[str, ...] = ("*",)
+    path: str = "*"
+    optional: bool = False  # may match nothing, because not every model has such a role
+
+    def matches(self, path: str, role: str, port: str) -> bool:
+        return (
+            fnmatchcase(path, self.path)
+            and any(fnmatchcase(role, pattern) for pattern in self.roles)
+            and any(fnmatchcase(port, pattern) for pattern in self.ports)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        shown = {
+            "path": self.path,
+            "roles": list(self.roles),
+            "ports": list(self.ports),
+            "reason": self.reason,
+        }
+        return shown | {"grid": str(self.grid) if self.grid else "float", "optional": self.optional}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Rule:
+        unknown = sorted(set(data) - {"path", "roles", "ports", "reason", "grid", "optional"})
+        if unknown:
+            raise UnknownNameError("key in a plan rule", unknown[0], cls.__dataclass_fields__)
+        if "grid" not in data:
+            raise PlanError(
+                "a plan rule needs a 'grid'", got=dict(data), expected='"float" or a grid as int8/channel'
+            )
+        return cls(
+            grid=None if data["grid"] == "float" else Grid.parse(data["grid"]),
+            reason=data.get("reason", "the plan file says so"),
+            roles=tuple(data.get("roles", ("*",))),
+            ports=tuple(data.get("ports", ("*",))),
+            path=data.get("path", "*"),
+            optional=bool(data.get("optional", False)),
+        )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one site gets, and the rule that said so."""
+
+    path: str
+    role: str
+    port: Port
+    grid: Grid | None
+    rule: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    name: str
+    rules: tuple[Rule, ...] = field(default_factory=tuple)
+
+    def resolve(self, denoiser: Denoiser) -> dict[tuple[str, Port], Decision]:
+        """The decision for every site of the model: first match wins."""
+        found: dict[tuple[str, Port], Decision] = {}
+        used: set[int] = set()
+        for path, role, port in all_sites(denoiser):
+            index = next((i for i, rule in enumerate(self.rules) if rule.matches(path, role, port)), None)
+            if index is None:
+                raise PlanError(
+                    f"no rule of plan '{self.name}' decides '{path}:{port}'",
+                    got=f"role {role}",
+                    fix="end the plan with a rule for everything else",
+                )
+            rule = self.rules[index]
+            check_carries(path, port, rule.grid)
+            used.add(index)
+            found[path, port] = Decision(path, role, port, rule.grid, index, rule.reason)
+        for index, rule in enumerate(self.rules):
+            if index not in used and not rule.optional:
+                raise PlanError(
+                    f"rule {index} of plan '{self.name}' has no effect",
+                    got=json.dumps(rule.to_json()),
+                    fix="its pattern matches no site, or earlier rules take them all; see --explain",
+                )
+        return found
+
+    def with_rules(self, rules: Sequence[Rule], name: str | None = None) -> Plan:
+        """This plan with rules that come before its own."""
+        return Plan(name or self.name, (*rules, *self.rules))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "rules": [rule.to_json() for rule in self.rules]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        if not isinstance(data, Mapping) or not isinstance(data.get("rules"), list):
+            raise PlanError("a plan file holds {'name': ..., 'rules': [...]}", got=type(data).__name__)
+        return cls(str(data.get("name", "custom")), tuple(Rule.from_json(rule) for rule in data["rules"]))
+
+    @classmethod
+    def read(cls, file: Path) -> Plan:
+        try:
+            return cls.from_json(json.loads(file.read_text()))
+        except (OSError, json.JSONDecodeError) as error:
+            raise PlanError(
+                f"cannot read the plan: {error}", where=str(file), expected="a JSON file"
+            ) from error
+
+
+def all_sites(denoiser: Denoiser) -> list[tuple[str, str, Port]]:
+    layers = [(path, role, port) for path, role in denoiser.sites().items() for port in PORTS["layer"]]
+    return layers + [(path, "product", port) for path in denoiser.products() for port in PORTS["product"]]
+
+
+def check_carries(path: str, port: str, grid: Grid | None) -> None:
+    """Weights may have scales per channel or group; activations one per tensor."""
+    if grid is None:
+        return
+    allowed = ("tensor", "channel", "group") if port == "weight" else ("tensor",)
+    if grid.granularity not in allowed:
+        raise PlanError(f"'{path}:{port}' cannot carry {grid}", expected=f"a grid per {' or '.join(allowed)}")

@@ -1,0 +1,117 @@
+"""Named plans: what each scheme protects, and why."""
+
+from __future__ import annotations
+
+from stepquant.core.grid import Grid
+from stepquant.errors import UnknownNameError
+from stepquant.quant.plan import Plan, Rule
+
+TIMES = ("time", "cond", "const", "modulate")
+TEXTS = ("context", "k_text", "v_text")
+ENDS = ("stem", "head")
+NARROW = ("shortcut", "proj_in", "proj_out", "skip")
+
+W8 = Grid.parse("int8/channel")
+A8 = Grid.parse("uint8/tensor")
+OPERAND = Grid.parse("int8/tensor")
+PROBABILITIES = Grid.parse("uint8/tensor/sym")
+
+SCHEMES = {
+    "w8a8": "8-bit weights and activations, integer products",
+    "w6a6": "6-bit weights and activations",
+    "w4a8": "4-bit weights, 8-bit activations",
+    "w4a4": "4-bit weights and activations",
+    "w8a16": "8-bit weights only: smaller, not faster",
+    "w4a16": "4-bit weights only: smaller, not faster",
+}
+
+
+def scheme(name: str) -> Plan:
+    """The plan of a named scheme."""
+    if name not in SCHEMES:
+        raise UnknownNameError("scheme", name, SCHEMES)
+    weight_bits, activation_bits = (int(part) for part in name[1:].split("a"))
+    weight = Grid(weight_bits, granularity="channel")
+    if activation_bits == 16:
+        return Plan(name, weight_only_rules(weight))
+    return Plan(name, protections(weight_bits, activation_bits) + bulk(weight, activation_bits))
+
+
+def protections(weight_bits: int, activation_bits: int) -> tuple[Rule, ...]:
+    rules = [
+        Rule(
+            W8,
+            "depends on t alone: a sliver of the work, and every block reads it",
+            TIMES,
+            ("weight",),
+            optional=True,
+        ),
+        Rule(
+            None,
+            "depends on t alone: float costs nothing and errors would reach every block",
+            TIMES,
+            ("input",),
+            optional=True,
+        ),
+        Rule(W8, "depends on the prompt alone: computed once", TEXTS, ("weight",), optional=True),
+        Rule(
+            None,
+            "raw text features have outliers; computed once per prompt",
+            TEXTS,
+            ("input",),
+            optional=True,
+        ),
+    ]
+    if weight_bits < 8:
+        rules += [
+            Rule(W8, "first and last layer touch pixels directly", ENDS, ("weight",), optional=True),
+            Rule(W8, "reads the raw residual stream, and is small", NARROW, ("weight",), optional=True),
+        ]
+    if activation_bits < 8:
+        rules += [
+            Rule(A8, "first and last layer touch pixels directly", ENDS, ("input",), optional=True),
+            Rule(
+                A8,
+                "reads the raw residual stream, whose range is the widest",
+                (*NARROW, "down", "up"),
+                ("input",),
+                optional=True,
+            ),
+        ]
+    return tuple(rules)
+
+
+def bulk(weight: Grid, activation_bits: int) -> tuple[Rule, ...]:
+    operand_bits = max(activation_bits, 6)
+    return (
+        Rule(
+            PROBABILITIES, "probabilities are never negative", ("product",), ("probabilities",), optional=True
+        ),
+        Rule(
+            Grid(operand_bits),
+            "operands of the attention products",
+            ("product",),
+            ("query", "key", "value"),
+            optional=True,
+        ),
+        Rule(weight, "weights of the scheme", ports=("weight",)),
+        Rule(
+            Grid(activation_bits, signed=False, symmetric=False),
+            "activations of the scheme",
+            ports=("input",),
+        ),
+    )
+
+
+def weight_only_rules(weight: Grid) -> tuple[Rule, ...]:
+    small = (*ENDS, *TIMES, *TEXTS, *NARROW)
+    protect = (
+        (Rule(W8, "first, last and small layers", small, ("weight",), optional=True),)
+        if weight.bits < 8
+        else ()
+    )
+    return (
+        *protect,
+        Rule(weight, "weights of the scheme", ports=("weight",)),
+        Rule(None, "a weight-only scheme keeps activations float"),
+    )

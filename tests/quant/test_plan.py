@@ -1,0 +1,82 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from stepquant.core.grid import Grid
+from stepquant.errors import PlanError, UnknownNameError
+from stepquant.models.denoiser import Denoiser
+from stepquant.quant.plan import Plan, Rule, all_sites
+from stepquant.quant.schemes import SCHEMES, scheme
+from tests.models.tiny import CASES
+
+REST = Rule(None, "everything else")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_scheme_decides_every_site_of_every_model(name: str, case: str) -> None:
+    denoiser = Denoiser(CASES[case]()[0])
+    decisions = scheme(name).resolve(denoiser)
+    assert set(decisions) == {(path, port) for path, _, port in all_sites(denoiser)}
+    assert all(decision.reason for decision in decisions.values())
+    weights = [d.grid for d in decisions.values() if d.port == "weight"]
+    assert all(grid is not None for grid in weights), "weights of all schemes are integers"
+
+
+def test_first_match_wins() -> None:
+    denoiser = Denoiser(CASES["plain"]()[0])
+    eight, four = Grid.parse("int8/channel"), Grid.parse("int4/channel")
+    plan = Plan(
+        "mine",
+        (
+            Rule(eight, "first", path="conv_in", ports=("weight",)),
+            Rule(four, "rest", ports=("weight",)),
+            REST,
+        ),
+    )
+    decisions = plan.resolve(denoiser)
+    assert decisions["conv_in", "weight"].grid == eight
+    assert decisions["conv_out", "weight"].grid == four
+    assert decisions["conv_in", "input"].grid is None
+
+
+def test_a_rule_without_effect_is_an_error() -> None:
+    denoiser = Denoiser(CASES["plain"]()[0])
+    with pytest.raises(PlanError, match="rule 0 .* no effect"):
+        Plan("mine", (Rule(None, "typo", path="conv_inn"), REST)).resolve(denoiser)
+    with pytest.raises(PlanError, match="rule 1 .* no effect"):
+        Plan("mine", (REST, Rule(None, "shadowed", path="conv_in"))).resolve(denoiser)
+    Plan("mine", (Rule(None, "may be absent", roles=("context",), optional=True), REST)).resolve(denoiser)
+
+
+def test_an_undecided_site_is_an_error() -> None:
+    with pytest.raises(PlanError, match="no rule of plan 'mine'"):
+        Plan("mine", (Rule(None, "weights", ports=("weight",)),)).resolve(Denoiser(CASES["plain"]()[0]))
+
+
+def test_activations_carry_one_scale_per_tensor() -> None:
+    plan = Plan("mine", (Rule(Grid.parse("int8/channel"), "wrong", ports=("input",)), REST))
+    with pytest.raises(PlanError, match="cannot carry int8/channel"):
+        plan.resolve(Denoiser(CASES["plain"]()[0]))
+
+
+def test_plan_files(tmp_path: Path) -> None:
+    plan = scheme("w4a8")
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan.to_json()))
+    assert Plan.read(file) == plan
+    file.write_text('{"rules": [{"grid": "int8/channel", "role": "conv"}]}')
+    with pytest.raises(UnknownNameError, match="roles"):
+        Plan.read(file)
+    file.write_text("{")
+    with pytest.raises(PlanError, match="cannot read"):
+        Plan.read(file)
+    file.write_text("[]")
+    with pytest.raises(PlanError, match="rules"):
+        Plan.read(file)
+
+
+def test_unknown_scheme_offers_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="w4a8"):
+        scheme("w4a9")
