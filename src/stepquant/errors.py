@@ -41,10 +41,6 @@ class UnknownNameError(StepquantError):
         )
 
 
-class GridError(StepquantError):
-    """A grid that cannot exist, or a tensor that does not fit it."""
-
-
 class ModelError(StepquantError):
     """A model or pipeline that stepquant cannot take."""
 

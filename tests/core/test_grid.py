@@ -2,8 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepquant.core.grid import Grid
-from stepquant.errors import GridError
+from stepquant.core.grid import Grid, GridError
 
 
 @given(

@@ -3,9 +3,8 @@ import pytest
 import torch
 
 from stepquant.core.affine import fake_quantize, scale_and_zero
-from stepquant.core.grid import Grid
-from stepquant.core.ranges import ema, lp_search, lp_search_binned, minmax, percentile, search_by_name
-from stepquant.errors import GridError
+from stepquant.core.grid import Grid, GridError
+from stepquant.core.ranges import ema, lp_search, lp_search_binned, minmax, percentile
 
 SYMMETRIC, ASYMMETRIC = Grid.parse("int4/channel"), Grid.parse("uint8/tensor")
 
@@ -69,9 +68,3 @@ def test_ema_is_the_closed_form() -> None:
     for value in values:
         running = ema(running, value, 0.9)
     assert running.item() == pytest.approx(0.9**3 * 3 + 0.1 * (0.9**2 * -1 + 0.9 * 4 + 1))
-
-
-def test_search_names() -> None:
-    assert search_by_name("minmax") is minmax
-    with pytest.raises(GridError, match="unknown range search"):
-        search_by_name("median")

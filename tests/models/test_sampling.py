@@ -1,6 +1,6 @@
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, LDMPipeline, VQModel
 
 from stepquant.errors import UnknownNameError
 from stepquant.models.sampling import SAMPLERS, generators, run, sample
@@ -41,3 +41,17 @@ def test_batches_cover_all_seeds(pipeline: DDIMPipeline) -> None:
 def test_unknown_sampler(pipeline: DDIMPipeline) -> None:
     with pytest.raises(UnknownNameError, match="euler"):
         run(pipeline, [0], 2, "eular")
+
+
+def test_latents_are_decoded(pipeline: DDIMPipeline) -> None:
+    torch.manual_seed(0)
+    decoder = VQModel(block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+                      up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=3, num_vq_embeddings=32, norm_num_groups=4)  # fmt: skip
+    latent = LDMPipeline(decoder.eval(), pipeline.unet, pipeline.scheduler)
+    latent.set_progress_bar_config(disable=True)
+    expected = latent(
+        batch_size=2, generator=generators([1, 2]), num_inference_steps=3, output_type="np"
+    ).images
+    got = run(latent, [1, 2], 3, "ddim")
+    assert got.shape == (2, 3, 16, 16)
+    assert torch.allclose(got.permute(0, 2, 3, 1), torch.from_numpy(expected), atol=1e-5)

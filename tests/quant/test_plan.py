@@ -80,3 +80,15 @@ def test_plan_files(tmp_path: Path) -> None:
 def test_unknown_scheme_offers_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match="w4a8"):
         scheme("w4a9")
+
+
+def test_groups_must_divide_the_inputs() -> None:
+    plan = Plan("mine", (Rule(Grid.parse("int4/group5"), "wrong", ("conv",), ("weight",)), REST))
+    with pytest.raises(PlanError, match="groups of 5 do not divide"):
+        plan.resolve(Denoiser(CASES["plain"]()[0]))
+
+
+def test_an_unreadable_grid_in_a_plan_file(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"rules": [{"grid": "int9/channel"}]}')
+    with pytest.raises(PlanError, match="2 to 8 bits"):
+        Plan.read(tmp_path / "plan.json")

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stepquant.core.grid import Grid
-from stepquant.errors import GridError
+from stepquant.core.grid import Grid, GridError
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
@@ -58,10 +57,6 @@ def to_groups(weight: Tensor, grid: Grid) -> Tensor:
     if grid.granularity == "group":
         width = weight[0].numel()
         if width % grid.group:
-            raise GridError(
-                "the group size does not divide the inputs of the layer",
-                got=f"{width} inputs, groups of {grid.group}",
-                fix="choose a group size that divides the inputs, or int4/channel",
-            )
+            raise GridError(f"groups of {grid.group} do not divide the {width} inputs of the layer")
         return weight.reshape(-1, grid.group)
-    raise GridError("weights have no tokens", got=str(grid), expected="tensor, channel or group")
+    raise GridError(f"weights have no tokens, and cannot be on {grid}")

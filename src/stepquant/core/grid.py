@@ -6,11 +6,13 @@ import re
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from stepquant.errors import GridError
-
 Granularity = Literal["tensor", "channel", "group", "token"]
 GRAMMAR = "[u]int<2..8>/<tensor|channel|group<N>|token>[/sym|/asym], for example int8/channel, uint8/tensor, int4/group32"
 PATTERN = re.compile(r"(u?)int(\d+)/(tensor|channel|token|group(\d+))(?:/(sym|asym))?")
+
+
+class GridError(ValueError):
+    """A grid that cannot exist, or a tensor that does not fit it."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,9 @@ class Grid:
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
-            raise GridError("a grid has 2 to 8 bits", got=self.bits, expected=GRAMMAR)
+            raise GridError(f"a grid has 2 to 8 bits, not {self.bits}: {GRAMMAR}")
         if (self.granularity == "group") != (self.group > 0):
-            raise GridError("a group grid names its group size", got=self.group, expected=GRAMMAR)
+            raise GridError(f"a group grid names its group size, not {self.group}: {GRAMMAR}")
 
     @property
     def qmin(self) -> int:
@@ -51,7 +53,7 @@ class Grid:
     def parse(cls, text: str) -> Grid:
         found = PATTERN.fullmatch(text.strip())
         if not found:
-            raise GridError(f"cannot read the grid '{text}'", expected=GRAMMAR)
+            raise GridError(f"cannot read the grid '{text}': write {GRAMMAR}")
         unsigned, bits, shared, group, shape = found.groups()
         granularity = cast(Granularity, "group" if group else shared)
         return cls(

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from stepquant.core.grid import Grid
-from stepquant.errors import ArtifactError
+from stepquant.core.grid import Grid, GridError
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -29,10 +28,8 @@ def pack(q: Tensor, grid: Grid) -> Tensor:
 def unpack(data: Tensor, grid: Grid, count: int) -> Tensor:
     """The first `count` integers of a packed stream, as int16 (uint8 grids do not fit int8)."""
     if data.numel() != packed_bytes(count, grid.bits):
-        raise ArtifactError(
-            "packed weights have the wrong length",
-            got=f"{data.numel()} bytes",
-            expected=f"{packed_bytes(count, grid.bits)} bytes for {count} integers of {grid.bits} bits",
+        raise GridError(
+            f"{count} integers of {grid.bits} bits fill {packed_bytes(count, grid.bits)} bytes, not {data.numel()}"
         )
     if grid.bits == 8:
         return data.reshape(-1).to(torch.int16) + grid.qmin

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from stepquant.core.affine import fake_quantize, scale_and_zero
-from stepquant.core.grid import Grid
-from stepquant.errors import GridError
+from stepquant.core.grid import Grid, GridError
 
 Search = Callable[[Tensor, Grid], tuple[Tensor, Tensor]]  # rows (n, elements), grid -> low (n,), high (n,)
 
@@ -24,7 +22,7 @@ def minmax(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 def percentile(rows: Tensor, grid: Grid, *, percent: float = 99.99) -> tuple[Tensor, Tensor]:
     """The range without the outermost (100 - percent) percent of the values on each side (linear interpolation)."""
     if not 50 < percent <= 100:
-        raise GridError("a percentile range lies between 50 and 100", got=percent)
+        raise GridError(f"a percentile range lies between 50 and 100, not at {percent}")
     ordered = rows.float().sort(dim=1).values
     place = percent / 100 * (ordered.shape[1] - 1)
     return at(ordered, ordered.shape[1] - 1 - place), at(ordered, place)
@@ -68,7 +66,7 @@ def lp_search_binned(
     """
     if rows.shape[0] != 1:
         raise GridError(
-            "a binned search takes one row", got=rows.shape[0], fix="use lp_search for several scales"
+            f"a binned search takes one row, not {rows.shape[0]}: use lp_search for several scales"
         )
     values = rows.float().reshape(-1)
     low, high = (bound.reshape(1) for bound in values.aminmax())
@@ -85,14 +83,3 @@ def lp_search_binned(
 def ema(running: Tensor | None, latest: Tensor, momentum: float) -> Tensor:
     """Exponential moving average; the first value counts whole."""
     return latest if running is None else momentum * running + (1 - momentum) * latest
-
-
-def search_by_name(name: str, *, p: float = 2.4, percent: float = 99.99, binned: bool = False) -> Search:
-    """minmax, percentile or lp."""
-    if name == "minmax":
-        return minmax
-    if name == "percentile":
-        return partial(percentile, percent=percent)
-    if name == "lp":
-        return partial(lp_search_binned if binned else lp_search, p=p)
-    raise GridError(f"unknown range search '{name}'", expected="minmax, percentile or lp")

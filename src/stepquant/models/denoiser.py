@@ -84,6 +84,11 @@ class Denoiser:
         stems = [pattern.partition(".*")[0] for pattern in self.family.walk]
         return [f"{stem}.{i}" for stem in stems for i in range(len(self.model.get_submodule(stem)))]
 
+    def deepest(self) -> str:
+        """The unit whose input features say most about a sample as a whole."""
+        units = self.units()
+        return unet.deepest(units) if self.family.walk == "unet" else units[len(units) // 2]
+
     def concats(self) -> dict[str, tuple[int, int]]:
         """Path -> (hidden, skip) widths of layers that read a concatenation."""
         return unet.concats(self.model) if self.family.concat == "unet" else {}

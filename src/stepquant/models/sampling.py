@@ -86,8 +86,20 @@ def run(
             raise ModelError(
                 "sampling needs at least one step", got=steps, fix="give --steps a positive number"
             )
-        return (x.float() / 2 + 0.5).clamp(0, 1)
+        return (decode(pipeline, x).float() / 2 + 0.5).clamp(0, 1)
     return run_prompts(pipeline, seeds, steps, sampler, prompts)
+
+
+def decode(pipeline: Any, x: Tensor) -> Tensor:
+    """Latents to pixels where the pipeline works in a latent space."""
+    autoencoder = getattr(pipeline, "vqvae", None)
+    if autoencoder is None:
+        return x
+    with torch.no_grad():
+        pixels: Tensor = autoencoder.decode(
+            x.to(autoencoder.dtype) / autoencoder.config.scaling_factor
+        ).sample
+    return pixels
 
 
 def last(states: Iterator[Tensor]) -> Tensor | None:

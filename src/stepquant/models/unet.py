@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -65,6 +65,12 @@ def walk_block(name: str, block: nn.Module) -> Iterator[str]:
         yield from paths + unit if leading else unit + paths
     for kind in ("downsamplers", "upsamplers"):
         yield from (f"{name}.{kind}.{i}" for i in range(len(getattr(block, kind, None) or ())))
+
+
+def deepest(units: Sequence[str]) -> str:
+    """The attention of the middle block, or what stands in its place."""
+    middle = [unit for unit in units if unit.startswith("mid_block")]
+    return next((unit for unit in middle if ".attentions." in unit), (middle or list(units)[len(units) // 2 :])[0])
 
 
 def concats(model: nn.Module) -> dict[str, tuple[int, int]]:

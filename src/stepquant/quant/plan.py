@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from stepquant.core.grid import Grid
+from stepquant.core.grid import Grid, GridError
 from stepquant.errors import PlanError, UnknownNameError
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.quantizer import Port
@@ -57,7 +57,7 @@ class Rule:
                 "a plan rule needs a 'grid'", got=dict(data), expected='"float" or a grid as int8/channel'
             )
         return cls(
-            grid=None if data["grid"] == "float" else Grid.parse(data["grid"]),
+            grid=read_grid(data["grid"]),
             reason=data.get("reason", "the plan file says so"),
             roles=tuple(data.get("roles", ("*",))),
             ports=tuple(data.get("ports", ("*",))),
@@ -96,7 +96,7 @@ class Plan:
                     fix="end the plan with a rule for everything else",
                 )
             rule = self.rules[index]
-            check_carries(path, port, rule.grid)
+            check_carries(denoiser, path, port, rule.grid)
             used.add(index)
             found[path, port] = Decision(path, role, port, rule.grid, index, rule.reason)
         for index, rule in enumerate(self.rules):
@@ -136,10 +136,27 @@ def all_sites(denoiser: Denoiser) -> list[tuple[str, str, Port]]:
     return layers + [(path, "product", port) for path in denoiser.products() for port in PORTS["product"]]
 
 
-def check_carries(path: str, port: str, grid: Grid | None) -> None:
+def read_grid(text: str) -> Grid | None:
+    try:
+        return None if text == "float" else Grid.parse(str(text))
+    except GridError as error:
+        raise PlanError(
+            f"a plan rule has no usable grid: {error}", got=text, expected='"float" or a grid'
+        ) from error
+
+
+def check_carries(denoiser: Denoiser, path: str, port: str, grid: Grid | None) -> None:
     """Weights may have scales per channel or group; activations one per tensor."""
     if grid is None:
         return
     allowed = ("tensor", "channel", "group") if port == "weight" else ("tensor",)
     if grid.granularity not in allowed:
         raise PlanError(f"'{path}:{port}' cannot carry {grid}", expected=f"a grid per {' or '.join(allowed)}")
+    if grid.group:
+        inputs = denoiser.model.get_submodule(path).weight[0].numel()  # type: ignore[index]
+        if inputs % grid.group:
+            raise PlanError(
+                f"'{path}:{port}' cannot carry {grid}",
+                got=f"{inputs} inputs, which groups of {grid.group} do not divide",
+                fix="choose another group size, or one scale per channel",
+            )

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stepquant.core.affine import quantize
+from stepquant.core.grid import Grid
+from stepquant.core.rounding import (
+    alpha_of,
+    anneal,
+    floor_and_fraction,
+    hard_integers,
+    indecision,
+    share_up,
+    soft_values,
+)
+
+GRIDS = [Grid.parse("int4/channel"), Grid.parse("int8/channel"), Grid.parse("int4/channel/asym")]
+
+
+def rows_and_range(grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, scales and zero points so that every weight lies inside the grid."""
+    rows = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
+    zero_point = torch.zeros(5, 1) if grid.symmetric else torch.full((5, 1), -1.0)
+    return rows, rows.abs().amax(1, keepdim=True) / (grid.qmax - 1), zero_point
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_start_reproduces_the_weights(grid: Grid) -> None:
+    rows, scale, zero_point = rows_and_range(grid)
+    floor, fraction = floor_and_fraction(rows, scale)
+    soft = soft_values(floor, share_up(alpha_of(fraction)), scale, zero_point, grid)
+    torch.testing.assert_close(soft, rows, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_rounding_by_the_fraction_is_rounding_to_nearest(grid: Grid) -> None:
+    rows, scale, zero_point = rows_and_range(grid)
+    floor, fraction = floor_and_fraction(rows * 1.5, scale)
+    hard = hard_integers(floor, alpha_of(fraction) >= 0, zero_point, grid)
+    assert torch.equal(hard, quantize(rows * 1.5, scale, zero_point, grid))
+
+
+def test_soft_values_stay_inside_the_grid() -> None:
+    grid, scale = Grid.parse("int4/channel"), torch.tensor([[0.5]])
+    floor = torch.tensor([[-100.0, 100.0]])
+    soft = soft_values(floor, torch.ones(1, 2), scale, torch.zeros(1, 1), grid)
+    assert soft.tolist() == [[grid.qmin * 0.5, grid.qmax * 0.5]]
+
+
+def test_share_reaches_its_ends_at_finite_alpha() -> None:
+    assert share_up(torch.tensor([-3.0, 3.0])).tolist() == [0, 1]
+    shares = torch.linspace(0, 1, 21)
+    torch.testing.assert_close(share_up(alpha_of(shares)), shares, rtol=0, atol=1e-6)
+
+
+def test_indecision_vanishes_on_integers_only() -> None:
+    assert indecision(torch.tensor([0.0, 1.0, 1.0]), 2.0) == 0
+    assert indecision(torch.tensor([0.5]), 20.0) == 1
+    assert indecision(torch.tensor([0.9]), 20.0) > indecision(torch.tensor([0.9]), 2.0) > 0
+
+
+def test_anneal_goes_from_start_to_end() -> None:
+    assert [anneal(p, 20, 2) for p in (-1, 0, 0.5, 1, 2)] == [20, 20, 11, 2, 2]
