@@ -1,0 +1,12 @@
+// Attention with AVX-512 VNNI instructions: four products of bytes in each 32-bit lane.
+#include "attention.h"
+
+namespace stepquant {
+
+extern const AttentionKernels avx512vnni_attention = {
+    packed_bytes<VectorDot<Bytes>>,
+    pack<VectorDot<Bytes>>,
+    attend<VectorDot<Bytes>>,
+};
+
+}  // namespace stepquant

@@ -1,0 +1,161 @@
+// The integer products of attention: rows of words by columns of words, summed in 32 bits.
+//
+// `scores` multiplies rows of the query by tiles of 64 packed keys and remembers each row's largest; `products`
+// multiplies rows of probabilities by packed values. Rows come in multiples of `rows`.
+#pragma once
+
+#include "emit.h"
+
+namespace stepquant {
+namespace {
+
+STEPQUANT_INLINE Ints load_words(const void* from) {
+  Ints x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+
+STEPQUANT_INLINE Ints repeat_word(const void* from) {
+  int32_t word;
+  std::memcpy(&word, from, sizeof(word));
+  return word - Ints{};
+}
+
+STEPQUANT_INLINE int32_t largest_of(Ints x) {
+  int32_t largest = x[0];
+  for (int64_t i = 1; i < lanes; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
+#if defined(__AVX512VNNI__)
+// Words of four bytes.
+struct Bytes {
+  using Element = uint8_t;
+  static constexpr int64_t per_word = 4;
+  static constexpr int32_t ones = 0x01010101;
+
+  static STEPQUANT_INLINE Ints place(Ints code, int64_t k) {
+    return (Ints)(((Words)code & 0xff) << (uint32_t)(8 * k));
+  }
+  static STEPQUANT_INLINE Ints store_probabilities(uint8_t* to, const Floats (&p)[4], const Code& code) {
+    emit_block(to, p, code);
+    const __m512i ones = _mm512_set1_epi8(1);
+    return (Ints)_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(to), ones);
+  }
+  static STEPQUANT_INLINE Ints key_dot(Ints sum, Ints query, Ints keys) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)keys, (__m512i)query);
+  }
+  static STEPQUANT_INLINE Ints value_dot(Ints sum, Ints probabilities, Ints values) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)probabilities, (__m512i)values);
+  }
+};
+
+#else
+
+// Words of two shorts: every x86, and plain vectors elsewhere.
+struct Shorts {
+  using Element = int16_t;
+  static constexpr int64_t per_word = 2;
+  static constexpr int32_t ones = 0x00010001;
+
+  static STEPQUANT_INLINE Ints place(Ints code, int64_t k) {
+    return (Ints)(((Words)code & 0xffff) << (uint32_t)(16 * k));
+  }
+  // Writes the codes of four vectors of probabilities; returns lanes that add up to their sum.
+  static STEPQUANT_INLINE Ints store_probabilities(int16_t* to, const Floats (&p)[4], const Code& code) {
+    Ints sum{};
+    for (int64_t v = 0; v < 4; ++v) {
+      const Ints q = nearest(smaller(p[v], splat(code.highest)));
+      store(to + v * lanes, q);
+      sum += q;
+    }
+    return sum;
+  }
+  static STEPQUANT_INLINE Ints key_dot(Ints sum, Ints query, Ints keys) { return value_dot(sum, query, keys); }
+  static STEPQUANT_INLINE Ints value_dot(Ints sum, Ints a, Ints b) {
+#if defined(__AVX2__)
+    return sum + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return sum + (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    return sum + (Ints)((Words)a << 16) / 65536 * ((Ints)((Words)b << 16) / 65536) + (a >> 16) * (b >> 16);
+#endif
+  }
+};
+
+#endif
+
+template <class Word>
+struct VectorDot : Word {
+  static constexpr int64_t rows = 4;
+  static constexpr int64_t columns = 4;  // vectors whose sums stay in registers
+
+  // What must be switched on around the products; nothing here.
+  struct Unit {
+    explicit Unit(int64_t) {}
+  };
+
+  static void scores(
+      const int32_t* query, int64_t words, const int32_t* keys, const int32_t* correction, int64_t key_count,
+      int64_t row_count, int32_t* scores, int32_t* largest) {
+    for (int64_t row = 0; row < row_count; row += rows) {
+      Ints high[rows];
+      for (int64_t r = 0; r < rows; ++r) high[r] = Ints{} - (1 << 30);
+      for (int64_t key = 0; key < key_count; key += columns * lanes) {
+        const int32_t* tile = keys + key / 64 * 64 * words + key % 64;
+        Ints sum[rows][columns];
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t c = 0; c < columns; ++c) sum[r][c] = load_words(correction + key + c * lanes);
+        }
+        for (int64_t w = 0; w < words; ++w) {
+          for (int64_t r = 0; r < rows; ++r) {
+            const Ints q = repeat_word(query + (row + r) * words + w);
+            for (int64_t c = 0; c < columns; ++c) {
+              sum[r][c] = Word::key_dot(sum[r][c], q, load_words(tile + w * 64 + c * lanes));
+            }
+          }
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t c = 0; c < columns; ++c) {
+            store(scores + (row + r) * key_count + key + c * lanes, sum[r][c]);
+            high[r] = larger(high[r], sum[r][c]);
+          }
+        }
+      }
+      for (int64_t r = 0; r < rows; ++r) largest[row + r] = largest_of(high[r]);
+    }
+  }
+
+  static void products(
+      const typename Word::Element* probabilities, int64_t key_count, const int32_t* values, int64_t width,
+      int64_t row_count, int32_t* products) {
+    for (int64_t row = 0; row < row_count; row += rows) {
+      int64_t c = 0;
+      for (; c + 4 * lanes <= width; c += 4 * lanes) multiply<4>(probabilities, key_count, values, width, row, c, products);
+      if (width - c == 3 * lanes) multiply<3>(probabilities, key_count, values, width, row, c, products);
+      if (width - c == 2 * lanes) multiply<2>(probabilities, key_count, values, width, row, c, products);
+      if (width - c == 1 * lanes) multiply<1>(probabilities, key_count, values, width, row, c, products);
+    }
+  }
+
+  template <int64_t vectors>
+  static void multiply(
+      const typename Word::Element* probabilities, int64_t key_count, const int32_t* values, int64_t width,
+      int64_t row, int64_t column, int32_t* products) {
+    constexpr int64_t step = Word::per_word;
+    Ints sum[rows][vectors] = {};
+    for (int64_t key = 0; key < key_count; key += step) {
+      const int32_t* line = values + key / step * width + column;
+      for (int64_t r = 0; r < rows; ++r) {
+        const Ints p = repeat_word(probabilities + (row + r) * key_count + key);
+        for (int64_t v = 0; v < vectors; ++v) sum[r][v] = Word::value_dot(sum[r][v], p, load_words(line + v * lanes));
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t v = 0; v < vectors; ++v) store(products + (row + r) * width + column + v * lanes, sum[r][v]);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace stepquant

@@ -1,0 +1,130 @@
+// What the kernels take: raw pointers and sizes, no torch. Each is compiled once per instruction set and reached
+// through a table; a kernel works on a range of items whose results do not depend on how the range was cut.
+#pragma once
+
+#include <cstdint>
+
+namespace stepquant {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+enum class Type { bf16, f32, code };
+enum class Activation { none, silu, gelu, gelu_tanh, geglu, swiglu };
+
+// byte = round(clamp(x * inverse, lowest, highest)) + zero_point; the clamp's ends are integers.
+struct Code {
+  float inverse;
+  float lowest;
+  float highest;
+  int32_t zero_point;
+};
+
+// Rows of `width` dense numbers, `stride` numbers apart.
+struct Rows {
+  const void* data;
+  int64_t width;
+  int64_t stride;
+};
+
+struct QuantizeTask {
+  Rows x;
+  Type type;
+  Activation activation;  // the gated ones read rows of 2 * width of x, values first
+  Code code;
+  uint8_t* out;
+  int64_t out_stride;
+};
+
+struct GroupNormTask {
+  Rows x;
+  Rows skip;  // width 0 if there is none
+  Type type;
+  Type out_type;
+  int64_t pixels;
+  int64_t groups;
+  int64_t groups_per_item;
+  int64_t items_per_sample;
+  float eps;
+  Activation activation;
+  const float* weight;  // per channel, or null
+  const float* bias;
+  const float* add;  // per sample and channel, or null
+  const float* scale;
+  const float* shift;
+  Code code;
+  void* out;
+};
+
+struct LayerNormTask {
+  Rows x;
+  Type type;
+  int64_t rows_per_sample;
+  float eps;
+  const float* weight;  // per channel, or null
+  const float* bias;
+  const float* scale;  // per sample and channel, or null
+  const float* shift;
+  Code code;
+  uint8_t* out;
+};
+
+struct UpsampleTask {
+  const uint8_t* x;
+  uint8_t* out;
+  int64_t width;
+  int64_t channels;
+};
+
+// Token rows of one operand of attention: (batch, heads, tokens, width) with dense width.
+struct Operand {
+  const void* data;
+  int64_t batch_stride;
+  int64_t head_stride;
+  int64_t token_stride;
+  Code code;
+};
+
+struct AttentionTask {
+  Operand query;
+  Operand key;
+  Operand value;
+  Type type;
+  int64_t heads;
+  int64_t queries;
+  int64_t keys;
+  int64_t width;
+  int64_t block;  // queries per item
+  float factor;  // from integer scores to the exponent of 2
+  float result_scale;
+  Code probabilities;
+  uint8_t* packed;  // the packed key and value of every (batch, head), packed_bytes each
+  int64_t packed_bytes;
+  void* out;  // (batch, queries, heads, width)
+};
+
+struct AttentionKernels {
+  int64_t (*packed_bytes)(int64_t keys, int64_t width);
+  void (*pack)(const AttentionTask& task, int64_t begin, int64_t end);  // items are (batch, head)
+  void (*attend)(const AttentionTask& task, int64_t begin, int64_t end);  // items are (batch, head, query block)
+};
+
+struct Kernels {
+  const char* name;
+  void (*quantize)(const QuantizeTask& task, int64_t begin, int64_t end);  // items are rows
+  void (*group_norm)(const GroupNormTask& task, int64_t begin, int64_t end);  // items are (sample, groups)
+  void (*layer_norm)(const LayerNormTask& task, int64_t begin, int64_t end);  // items are rows
+  void (*upsample)(const UpsampleTask& task, int64_t begin, int64_t end);  // items are input rows of all images
+  AttentionKernels attention;  // those of AVX-512 come from a file of their own
+};
+
+extern const Kernels plain_kernels;
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+extern const AttentionKernels avx512vnni_attention;
+extern const AttentionKernels amx_attention;
+
+const Kernels& kernels();
+
+}  // namespace stepquant

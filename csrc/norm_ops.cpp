@@ -1,0 +1,121 @@
+// group_norm, group_norm_quantize, layer_norm_quantize as torch operations.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/library.h>
+
+#include "tensors.h"
+
+namespace stepquant {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+constexpr int64_t slice_bytes = 256 * 1024;  // of input, so that the second visit finds it in the second-level cache
+
+// How many groups one item takes: whole vectors of channels, slices that stay in the cache, work for every thread.
+int64_t groups_per_item(int64_t samples, int64_t groups, int64_t group_width, int64_t pixel_bytes) {
+  const int64_t threads = at::get_num_threads();
+  int64_t taken = 1;
+  while (taken < groups && (taken * group_width < 32 || taken * group_width % 16)) ++taken;
+  // Where whole vectors would leave threads without work, partial vectors cost less.
+  if (samples * ((groups + taken - 1) / taken) < threads) taken = std::max<int64_t>(1, samples * groups / threads);
+  for (int64_t next = 2 * taken; next <= groups; next *= 2) {
+    const int64_t items = samples * ((groups + next - 1) / next);
+    const bool balanced = items >= 4 * threads || (items >= threads && items % threads == 0);
+    if (!balanced || next * group_width * pixel_bytes > slice_bytes) break;
+    taken = next;
+  }
+  return taken;
+}
+
+Tensor run_group_norm(
+    const Tensor& x, const Optional& skip, const Optional& weight, const Optional& bias, int64_t groups, double eps,
+    c10::string_view activation, const Optional& add, const Optional& scale, const Optional& shift, const Code* code) {
+  const at::AutoDispatchBelowAutograd guard;
+  TORCH_CHECK(x.dim() >= 2, "expected (batch, channels, ...), got ", x.sizes());
+  const RowView first = rows_of(x, 1);
+  RowView second{};
+  if (skip.has_value()) {
+    second = rows_of(skip->to(first.held.scalar_type()), 1);
+    TORCH_CHECK(first.count == second.count, "x and skip differ in more than their channels");
+  }
+  const int64_t channels = first.rows.width + second.rows.width, samples = x.size(0);
+  TORCH_CHECK(channels % groups == 0, groups, " groups do not divide ", channels, " channels");
+  const Numbers weights(weight, 1, channels), biases(bias, 1, channels);
+  const Numbers adds(add, samples, channels), scales(scale, samples, channels), shifts(shift, samples, channels);
+  const at::ScalarType out_type = code ? at::kByte : first.held.scalar_type();
+  Tensor out = empty_channels_last(x, channels, out_type);
+  if (out.numel() == 0) return out;
+  GroupNormTask task{};
+  task.x = first.rows;
+  task.skip = second.rows;
+  task.type = type_of(first.held);
+  task.out_type = code ? Type::code : task.type;
+  task.pixels = first.count / samples;
+  task.groups = groups;
+  task.groups_per_item =
+      groups_per_item(samples, groups, channels / groups, task.pixels * (task.type == Type::bf16 ? 2 : 4));
+  task.items_per_sample = (groups + task.groups_per_item - 1) / task.groups_per_item;
+  task.eps = static_cast<float>(eps);
+  task.activation = to_activation(activation);
+  TORCH_CHECK(task.activation <= Activation::silu, "a group norm is followed by 'none' or 'silu'");
+  task.weight = weights.data();
+  task.bias = biases.data();
+  task.add = adds.data();
+  task.scale = scales.data();
+  task.shift = shifts.data();
+  if (code) task.code = *code;
+  task.out = out.mutable_data_ptr();
+  for_items(samples * task.items_per_sample, out.numel() / (samples * task.items_per_sample),
+            [&](int64_t begin, int64_t end) { kernels().group_norm(task, begin, end); });
+  return out.scalar_type() == x.scalar_type() || code ? out : out.to(x.scalar_type());
+}
+
+Tensor group_norm(
+    const Tensor& x, const Optional& weight, const Optional& bias, int64_t groups, double eps,
+    c10::string_view activation, const Optional& add, const Optional& scale, const Optional& shift,
+    const Optional& skip) {
+  return run_group_norm(x, skip, weight, bias, groups, eps, activation, add, scale, shift, nullptr);
+}
+
+Tensor group_norm_quantize(
+    const Tensor& x, const Optional& weight, const Optional& bias, int64_t groups, double eps, double code_scale,
+    int64_t zero_point, int64_t low, int64_t high, c10::string_view activation, const Optional& add,
+    const Optional& scale, const Optional& shift, const Optional& skip) {
+  const Code code = to_code(code_scale, zero_point, low, high);
+  return run_group_norm(x, skip, weight, bias, groups, eps, activation, add, scale, shift, &code);
+}
+
+Tensor layer_norm_quantize(
+    const Tensor& x, const Optional& weight, const Optional& bias, double eps, double code_scale, int64_t zero_point,
+    int64_t low, int64_t high, const Optional& scale, const Optional& shift) {
+  const at::AutoDispatchBelowAutograd guard;
+  TORCH_CHECK(x.dim() >= 2, "expected (batch, ..., width), got ", x.sizes());
+  const RowView rows = rows_of(x, -1);
+  const int64_t width = rows.rows.width, samples = x.size(0);
+  const Numbers weights(weight, 1, width), biases(bias, 1, width);
+  const Numbers scales(scale, samples, width), shifts(shift, samples, width);
+  Tensor out = at::detail::empty_cpu(x.sizes(), at::kByte);
+  if (out.numel() == 0) return out;
+  LayerNormTask task{};
+  task.x = rows.rows;
+  task.type = type_of(rows.held);
+  task.rows_per_sample = rows.count / samples;
+  task.eps = static_cast<float>(eps);
+  task.weight = weights.data();
+  task.bias = biases.data();
+  task.scale = scales.data();
+  task.shift = shifts.data();
+  task.code = to_code(code_scale, zero_point, low, high);
+  task.out = out.mutable_data_ptr<uint8_t>();
+  for_items(rows.count, width, [&](int64_t begin, int64_t end) { kernels().layer_norm(task, begin, end); });
+  return out;
+}
+
+TORCH_LIBRARY_IMPL(stepquant, CPU, library) {
+  library.impl("group_norm", group_norm);
+  library.impl("group_norm_quantize", group_norm_quantize);
+  library.impl("layer_norm_quantize", layer_norm_quantize);
+}
+
+}  // namespace
+}  // namespace stepquant

@@ -1,0 +1,19 @@
+// The kernels with the instructions that every machine has.
+#include "attention.h"
+#include "group_norm.h"
+#include "layer_norm.h"
+#include "quantize.h"
+#include "upsample.h"
+
+namespace stepquant {
+
+extern const Kernels plain_kernels = {
+    "plain",
+    quantize,
+    group_norm,
+    layer_norm,
+    upsample,
+    {packed_bytes<VectorDot<Shorts>>, pack<VectorDot<Shorts>>, attend<VectorDot<Shorts>>},
+};
+
+}  // namespace stepquant

@@ -1,0 +1,113 @@
+// quantize, quantize_concat, activation_quantize, upsample_nearest2x as torch operations.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "tensors.h"
+
+namespace stepquant {
+namespace {
+
+QuantizeTask task_of(const RowView& x, const Code& code, Activation activation, uint8_t* out, int64_t out_stride) {
+  return {x.rows, type_of(x.held), activation, code, out, out_stride};
+}
+
+// Dense memory in any order is one long row, cut wherever threads part.
+Tensor quantize_dense(const Tensor& x, const Code& code, Activation activation) {
+  Tensor out = at::detail::empty_strided_cpu(x.sizes(), x.strides(), at::kByte);
+  const Type type = type_of(x);
+  const int64_t size = type == Type::bf16 ? 2 : 4;
+  const char* data = static_cast<const char*>(x.const_data_ptr());
+  uint8_t* to = out.mutable_data_ptr<uint8_t>();
+  for_items(x.numel(), 1, [&](int64_t begin, int64_t end) {
+    const int64_t width = end - begin;
+    kernels().quantize({{data + begin * size, width, width}, type, activation, code, to + begin, width}, 0, 1);
+  });
+  return out;
+}
+
+// Rows as long as the dense run of the input; the result has the memory order that torch gives a tensor like it.
+Tensor quantize_any(const Tensor& x, const Code& code, Activation activation) {
+  const Tensor held = readable(x);
+  if (held.is_non_overlapping_and_dense()) return quantize_dense(held, code, activation);
+  Tensor out = at::empty_like(held, at::kByte);
+  int64_t along = -1;
+  for (int64_t d = 0; d < held.dim(); ++d) {
+    if (held.stride(d) == 1 && out.stride(d) == 1) along = d;
+  }
+  int64_t stride = 0, out_stride = 0;
+  const bool rows_in_order = along == 1 ? out.movedim(1, -1).is_contiguous() : along == held.dim() - 1;
+  if (!rows_in_order || !collapses(held, along, &stride) || !collapses(out, along, &out_stride)) {
+    return quantize_dense(at::empty_like(held).copy_(held), code, activation);
+  }
+  const RowView rows = rows_of(held, along);
+  const QuantizeTask task = task_of(rows, code, activation, out.mutable_data_ptr<uint8_t>(), out_stride);
+  for_items(rows.count, rows.rows.width, [&](int64_t begin, int64_t end) { kernels().quantize(task, begin, end); });
+  return out;
+}
+
+Tensor quantize(const Tensor& x, double scale, int64_t zero_point, int64_t low, int64_t high) {
+  const at::AutoDispatchBelowAutograd guard;
+  return quantize_any(x, to_code(scale, zero_point, low, high), Activation::none);
+}
+
+Tensor quantize_concat(
+    const Tensor& x, const Tensor& skip, double scale, int64_t zero_point, int64_t low, int64_t high) {
+  const at::AutoDispatchBelowAutograd guard;
+  const Code code = to_code(scale, zero_point, low, high);
+  const RowView first = rows_of(x, 1), second = rows_of(skip, 1);
+  TORCH_CHECK(first.count == second.count, "x and skip differ in more than their channels");
+  const int64_t width = first.rows.width + second.rows.width;
+  Tensor out = empty_channels_last(x, width, at::kByte);
+  uint8_t* to = out.mutable_data_ptr<uint8_t>();
+  const QuantizeTask left = task_of(first, code, Activation::none, to, width);
+  const QuantizeTask right = task_of(second, code, Activation::none, to + first.rows.width, width);
+  for_items(first.count, width, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row += 32) {  // both halves of a pixel meet in one cache line
+      kernels().quantize(left, row, std::min(row + 32, end));
+      kernels().quantize(right, row, std::min(row + 32, end));
+    }
+  });
+  return out;
+}
+
+Tensor activation_quantize(
+    const Tensor& x, c10::string_view activation_name, double scale, int64_t zero_point, int64_t low, int64_t high) {
+  const at::AutoDispatchBelowAutograd guard;
+  const Code code = to_code(scale, zero_point, low, high);
+  const Activation activation = to_activation(activation_name);
+  if (activation != Activation::geglu && activation != Activation::swiglu) return quantize_any(x, code, activation);
+  RowView rows = rows_of(x, -1);
+  at::DimVector sizes(x.sizes());
+  TORCH_CHECK(sizes.back() % 2 == 0, "a gated activation halves the last dimension, got ", x.sizes());
+  sizes.back() /= 2;
+  rows.rows.width /= 2;
+  Tensor out = at::detail::empty_cpu(sizes, at::kByte);
+  const QuantizeTask task = task_of(rows, code, activation, out.mutable_data_ptr<uint8_t>(), rows.rows.width);
+  for_items(rows.count, rows.rows.width, [&](int64_t begin, int64_t end) { kernels().quantize(task, begin, end); });
+  return out;
+}
+
+Tensor upsample_nearest2x(const Tensor& x) {
+  const at::AutoDispatchBelowAutograd guard;
+  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kByte, "expected bytes (batch, channels, height, width)");
+  const Tensor held = x.contiguous(at::MemoryFormat::ChannelsLast);
+  Tensor out = at::detail::empty_cpu(
+      {x.size(0), x.size(1), 2 * x.size(2), 2 * x.size(3)}, at::kByte, false, at::MemoryFormat::ChannelsLast);
+  const UpsampleTask task{
+      held.const_data_ptr<uint8_t>(), out.mutable_data_ptr<uint8_t>(), x.size(3), x.size(1)};
+  for_items(x.size(0) * x.size(2), x.size(3) * x.size(1), [&](int64_t begin, int64_t end) {
+    kernels().upsample(task, begin, end);
+  });
+  return out;
+}
+
+TORCH_LIBRARY_IMPL(stepquant, CPU, library) {
+  library.impl("quantize", quantize);
+  library.impl("quantize_concat", quantize_concat);
+  library.impl("activation_quantize", activation_quantize);
+  library.impl("upsample_nearest2x", upsample_nearest2x);
+}
+
+}  // namespace
+}  // namespace stepquant

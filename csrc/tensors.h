@@ -1,0 +1,119 @@
+// Tensors as the kernels see them: types, dense rows, and memory for results.
+#pragma once
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+#include <utility>
+
+#include "kernels.h"
+
+namespace stepquant {
+
+using at::Tensor;
+
+constexpr int64_t least_per_thread = 16384;  // numbers; fewer do not repay waking a thread
+
+// Runs f on ranges of items that cost about `cost` numbers each.
+template <class F>
+void for_items(int64_t items, int64_t cost, const F& f) {
+  at::parallel_for(0, items, (least_per_thread + cost - 1) / std::max<int64_t>(cost, 1), f);
+}
+
+inline Code to_code(double scale, int64_t zero_point, int64_t low, int64_t high) {
+  TORCH_CHECK(0 <= low && low <= high && high <= 255, "codes are bytes: 0 <= low <= high <= 255, got ", low, ", ", high);
+  TORCH_CHECK(scale > 0, "the scale of a code is positive, got ", scale);
+  const auto lowest = static_cast<float>(low - zero_point), highest = static_cast<float>(high - zero_point);
+  return {1.0f / static_cast<float>(scale), lowest, highest, static_cast<int32_t>(zero_point)};
+}
+
+inline Activation to_activation(std::string_view name) {
+  if (name == "none") return Activation::none;
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "geglu") return Activation::geglu;
+  if (name == "swiglu") return Activation::swiglu;
+  TORCH_CHECK(false, "unknown activation '", name, "'; expected none, silu, gelu, gelu_tanh, geglu or swiglu");
+}
+
+// The tensor in a type that kernels read: bfloat16 stays, all else becomes float32.
+inline Tensor readable(const Tensor& x) {
+  return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat ? x : x.to(at::kFloat);
+}
+
+inline Type type_of(const Tensor& x) {
+  return x.scalar_type() == at::kBFloat16 ? Type::bf16 : Type::f32;
+}
+
+// Small per-channel numbers as dense float32; null if there are none.
+class Numbers {
+ public:
+  Numbers(const std::optional<Tensor>& x, int64_t rows, int64_t width) {
+    if (!x.has_value() || !x->defined()) return;
+    TORCH_CHECK(
+        x->numel() == rows * width || x->numel() == width, "expected ", rows, " rows of ", width, " numbers, got ",
+        x->sizes());
+    held_ = *x;
+    if (x->numel() != rows * width) held_ = held_.reshape({1, width}).expand({rows, width});
+    if (held_.scalar_type() != at::kFloat) held_ = held_.to(at::kFloat);
+    if (!held_.is_contiguous()) held_ = held_.contiguous();
+  }
+  const float* data() const { return held_.defined() ? held_.const_data_ptr<float>() : nullptr; }
+
+ private:
+  Tensor held_;
+};
+
+// A tensor as rows along one dimension, copied only if its strides do not allow that.
+struct RowView {
+  Tensor held;
+  Rows rows;
+  int64_t count;
+};
+
+inline bool collapses(const Tensor& x, int64_t along, int64_t* stride) {
+  if (x.size(along) > 1 && x.stride(along) != 1) return false;
+  int64_t expected = -1;
+  for (int64_t d = x.dim() - 1; d >= 0; --d) {
+    if (d == along || x.size(d) == 1) continue;
+    if (expected < 0) expected = *stride = x.stride(d);
+    if (x.stride(d) != expected) return false;
+    expected *= x.size(d);
+  }
+  if (expected < 0) *stride = x.size(along);
+  return true;
+}
+
+// Rows along `along` (1: channels of (batch, channels, ...); -1: the last dimension), batch-major.
+inline RowView rows_of(const Tensor& x, int64_t along) {
+  along = along < 0 ? x.dim() - 1 : along;
+  RowView view{readable(x), {}, 0};
+  int64_t stride = 0;
+  if (!collapses(view.held, along, &stride)) {
+    view.held = view.held.movedim(along, -1).contiguous();
+    stride = x.size(along);
+  }
+  view.rows = {view.held.const_data_ptr(), x.size(along), stride};
+  view.count = x.numel() / std::max<int64_t>(x.size(along), 1);
+  return view;
+}
+
+// Memory for (batch, channels, ...) with the channels densest.
+inline Tensor empty_channels_last(const Tensor& like, int64_t channels, at::ScalarType type) {
+  at::DimVector sizes(like.sizes()), strides(like.dim());
+  sizes[1] = channels;
+  int64_t step = channels;
+  for (int64_t d = like.dim() - 1; d > 1; --d) {
+    strides[d] = step;
+    step *= sizes[d];
+  }
+  strides[1] = 1;
+  strides[0] = step;
+  return at::detail::empty_strided_cpu(sizes, strides, type);
+}
+
+}  // namespace stepquant

@@ -1,0 +1,223 @@
+// Vectors of floats in the compiler's own vector types, so that one source serves every instruction set; intrinsics
+// stand only where the compiler's lowering is poor. Everything has internal linkage: no symbol compiled with wide
+// instructions may be picked by the linker for code that runs everywhere.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+namespace stepquant {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t lanes = 16;
+#elif defined(__AVX2__)
+constexpr int64_t lanes = 8;
+#else
+constexpr int64_t lanes = 4;
+#endif
+
+#define STEPQUANT_VECTOR(type, width) __attribute__((vector_size(sizeof(type) * (width)))) type
+typedef STEPQUANT_VECTOR(float, lanes) Floats;
+typedef STEPQUANT_VECTOR(int32_t, lanes) Ints;
+typedef STEPQUANT_VECTOR(uint32_t, lanes) Words;
+typedef STEPQUANT_VECTOR(uint16_t, lanes) Halves;
+
+#define STEPQUANT_INLINE inline __attribute__((always_inline))
+
+STEPQUANT_INLINE Floats splat(float x) {
+  return x - Floats{};
+}
+
+STEPQUANT_INLINE Ints bits_of(Floats x) {
+  return (Ints)x;
+}
+
+STEPQUANT_INLINE Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (Floats)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// The larger; b where a is not a number.
+STEPQUANT_INLINE Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (Floats)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+STEPQUANT_INLINE Ints larger(Ints a, Ints b) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (Ints)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Nearest integers, halves to even; on x86 what no integer can hold becomes the lowest, elsewhere it must not occur.
+STEPQUANT_INLINE Ints nearest(Floats x) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_cvtps_epi32((__m512)x);
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtps_epi32((__m256)x);
+#elif defined(__SSE2__)
+  return (Ints)_mm_cvtps_epi32((__m128)x);
+#else
+  const Floats shift = splat(12582912.0f);
+  return bits_of(x + shift) - bits_of(shift);
+#endif
+}
+
+// The sum of the lanes, pairwise.
+STEPQUANT_INLINE float total(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  for (int64_t half = lanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) x[i] += x[i + half];
+  }
+  return x[0];
+#endif
+}
+
+STEPQUANT_INLINE Floats load(const float* from) {
+  Floats x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+
+STEPQUANT_INLINE Floats load(const bf16* from) {
+  Halves h;
+  std::memcpy(&h, from, sizeof(h));
+  return (Floats)(__builtin_convertvector(h, Words) << 16);
+}
+
+STEPQUANT_INLINE void store(float* to, Floats x) {
+  std::memcpy(to, &x, sizeof(x));
+}
+
+STEPQUANT_INLINE void store(int32_t* to, Ints x) {
+  std::memcpy(to, &x, sizeof(x));
+}
+
+STEPQUANT_INLINE void store(bf16* to, Floats x) {
+  const Words w = (Words)x;
+  const Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+  const Words quiet = (w >> 16) | 0x40;  // what is not a number stays so
+  const Halves h = __builtin_convertvector((Words)(x == x ? (Ints)rounded : (Ints)quiet), Halves);
+  std::memcpy(to, &h, sizeof(h));
+}
+
+STEPQUANT_INLINE void store(int16_t* to, Ints x) {
+  for (int64_t i = 0; i < lanes; ++i) to[i] = static_cast<int16_t>(x[i]);
+}
+
+// Bytes of numbers that lie within 0 to 255; AVX-512 keeps the low byte of others too.
+STEPQUANT_INLINE void store(uint8_t* to, Ints x) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)x));
+#elif defined(__AVX2__)
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  _mm_storel_epi64((__m128i*)to, _mm_packus_epi16(halves, halves));
+#elif defined(__SSE2__)
+  const __m128i halves = _mm_packs_epi32((__m128i)x, (__m128i)x);
+  const int32_t word = _mm_cvtsi128_si32(_mm_packus_epi16(halves, halves));
+  std::memcpy(to, &word, sizeof(word));
+#else
+  for (int64_t i = 0; i < lanes; ++i) to[i] = static_cast<uint8_t>(x[i]);
+#endif
+}
+
+template <class T>
+STEPQUANT_INLINE Floats load_first(const T* from, int64_t count) {
+#if defined(__AVX512BW__)
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) {
+    return (Floats)_mm512_maskz_loadu_ps(mask, from);
+  } else {
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16);
+  }
+#else
+  T part[lanes] = {};
+  std::memcpy(part, from, static_cast<size_t>(count) * sizeof(T));
+  return load(part);
+#endif
+}
+
+template <class T, class Vector>
+STEPQUANT_INLINE void store_first(T* to, Vector x, int64_t count) {
+#if defined(__AVX512BW__)
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == 1) {
+    _mm_mask_storeu_epi8(to, mask, _mm512_cvtepi32_epi8((__m512i)x));
+    return;
+  }
+#endif
+  T part[lanes];
+  store(part, x);
+  std::memcpy(to, part, static_cast<size_t>(count) * sizeof(T));
+}
+
+// 2^x to 8e-8 relative; x below -126 counts as -126, x above 127 as 127.
+STEPQUANT_INLINE Floats exp2(Floats x) {
+#if defined(__AVX512F__)
+  const Floats whole = (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  x = smaller(larger(x, splat(-126.0f)), splat(127.0f));
+  const Floats shift = splat(12582912.0f);
+  const Floats shifted = x + shift;
+  const Floats whole = shifted - shift;
+#endif
+  const Floats f = x - whole;
+  Floats p = f * 1.3276472454890609e-3f + 9.675541892647743e-3f;
+  p = p * f + 5.550713092088699e-2f;
+  p = p * f + 2.4022120237350464e-1f;
+  p = p * f + 6.931469440460205e-1f;
+  p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
+  return (Floats)(bits_of(p) + ((bits_of(shifted) - bits_of(shift)) << 23));
+#endif
+}
+
+// 2^x for x of at most 0, to 3e-6 relative.
+STEPQUANT_INLINE Floats exp2_coarse(Floats x) {
+#if defined(__AVX512DQ__)
+  // The scaling takes the floor of x by itself.
+  const Floats f = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  Floats p = f * 0.013534167781472206f + 0.05201146379113197f;
+  p = p * f + 0.2414427548646927f;
+  p = p * f + 0.6930038332939148f;
+  p = p * f + 1.0000026226043701f;
+  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+  return exp2(x);
+#endif
+}
+
+}  // namespace
+}  // namespace stepquant

@@ -1,0 +1,91 @@
+"""Shapes and memory formats of what the compiled operations return, for torch.compile and torch.export."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def register() -> None:
+    """Tell torch about every operation; they must be loaded."""
+    for function in (quantize, quantize_concat, group_norm, group_norm_quantize, layer_norm_quantize):
+        torch.library.register_fake(f"stepquant::{function.__name__}", function)
+    for function in (activation_quantize, upsample_nearest2x, attention):
+        torch.library.register_fake(f"stepquant::{function.__name__}", function)
+
+
+def quantize(x: Tensor, *code: float) -> Tensor:
+    return torch.empty_like(x, dtype=torch.uint8)
+
+
+def quantize_concat(x: Tensor, skip: Tensor, *code: float) -> Tensor:
+    return _channels_last(x, x.shape[1] + skip.shape[1], torch.uint8)
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    activation: str = "none",
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> Tensor:
+    return _channels_last(x, x.shape[1] + (skip.shape[1] if skip is not None else 0), x.dtype)
+
+
+def group_norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    code_scale: float,
+    zero_point: int,
+    low: int,
+    high: int,
+    activation: str = "none",
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> Tensor:
+    return _channels_last(x, x.shape[1] + (skip.shape[1] if skip is not None else 0), torch.uint8)
+
+
+def layer_norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    code_scale: float,
+    zero_point: int,
+    low: int,
+    high: int,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.uint8)
+
+
+def activation_quantize(x: Tensor, activation: str, *code: float) -> Tensor:
+    if activation in ("geglu", "swiglu"):
+        return x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8)
+    return torch.empty_like(x, dtype=torch.uint8)
+
+
+def upsample_nearest2x(x: Tensor) -> Tensor:
+    batch, channels, height, width = x.shape
+    return x.new_empty((batch, 2 * height, 2 * width, channels)).permute(0, 3, 1, 2)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *codes: float) -> Tensor:
+    batch, heads, tokens, width = query.shape
+    return query.new_empty((batch, tokens, heads, width)).transpose(1, 2)
+
+
+def _channels_last(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((x.shape[0], *x.shape[2:], channels), dtype=dtype).movedim(-1, 1)

@@ -1,0 +1,295 @@
+"""Layers that hold packed integers and multiply with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stepquant.artifact import LayerSpec
+from stepquant.core.affine import dequantize, to_groups
+from stepquant.core.pack import packed_bytes, unpack
+from stepquant.errors import RuntimeSupportError
+from stepquant.runtime import ops
+from stepquant.runtime.cpu import ConvKernel, Geometry, LinearKernel, PackedKernel, why_no_integers
+from stepquant.runtime.reference import Code
+
+WEIGHT_ONLY = "weight-only: dequantized at every call, which saves memory and not time"
+HELD = "weight-only: dequantized once, because it is small and often read"
+
+
+class IntegerLayer(nn.Module):
+    """The buffers of one quantized layer and the choice of how to compute with them.
+
+    `emit` is the dtype of the output; None means that of the input. `reason` says why the layer does not multiply
+    integers, or is None. An input of unsigned bytes is taken for codes that some earlier operation has made.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    input_scale: Tensor
+    input_zero_point: Tensor
+    kernel_type: type[PackedKernel]
+    outputs_dim: int  # where the output channels are
+
+    def __init__(self, layer: nn.Module, spec: LayerSpec) -> None:
+        super().__init__()
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        self.spec, self.weight_shape = spec, torch.Size(weight.shape)
+        self.emit: torch.dtype | None = None
+        self.reason: str | None = "not prepared"
+        self.kernel: PackedKernel | None = None
+        self.ready = False
+        self.holds = False  # keep the dequantized weight of a weight-only layer
+        self.held: dict[torch.dtype, Tensor] = {}
+        rows = to_groups(torch.empty(weight.shape, device="meta"), spec.weight).shape[0]
+        size = packed_bytes(weight.numel(), spec.weight.bits)
+        device = weight.device
+        self.register_buffer("weight", torch.zeros(size, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_scale", torch.ones(rows, device=device))
+        if not spec.weight.symmetric:
+            self.register_buffer("weight_zero_point", torch.zeros(rows, dtype=torch.int16, device=device))
+        self.register_buffer(
+            "bias", None if layer.bias is None else torch.zeros(weight.shape[0], device=device)
+        )
+        if spec.input is not None:
+            self.register_buffer("input_scale", torch.ones(1, device=device))
+            self.register_buffer("input_zero_point", torch.zeros(1, dtype=torch.int32, device=device))
+        self.register_load_state_dict_post_hook(forget_loaded)
+
+    @property
+    def code(self) -> Code:
+        """Where an input number lands in a byte. The only reader of the input's range."""
+        assert self.spec.input is not None, "a weight-only layer has no input code"
+        return Code.of_grid(self.spec.input, self.input_scale[0].item(), int(self.input_zero_point[0].item()))
+
+    @property
+    def integer(self) -> bool:
+        """Whether this layer multiplies integers."""
+        return self.prepared().reason is None
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """The weight's integers and their zero points, one row per scale."""
+        count, rows = self.weight_shape.numel(), self.weight_scale.numel()
+        integers = unpack(self.weight, self.spec.weight, count).reshape(rows, -1)
+        zero_point = getattr(self, "weight_zero_point", None)
+        return integers, torch.zeros_like(integers[:, :1]) if zero_point is None else zero_point[:, None]
+
+    def signed_bytes(self) -> Tensor:
+        """q - zero_point in the shape of the weight."""
+        integers, zero_point = self.rows()
+        return (integers - zero_point).to(torch.int8).reshape(self.weight_shape)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        integers, zero_point = self.rows()
+        values = dequantize(integers.float(), self.weight_scale[:, None], zero_point)
+        return values.reshape(self.weight_shape).to(dtype)
+
+    def forget(self) -> None:
+        """Drop what was derived from the buffers; the next call derives it again."""
+        self.kernel, self.ready = None, False
+        self.held.clear()
+
+    def prepared(self) -> IntegerLayer:
+        if not self.ready:
+            self.reason = self.why_float()
+            self.kernel = self.make_kernel() if self.reason is None else None
+            self.ready = True
+        return self
+
+    def why_float(self) -> str | None:
+        if self.spec.input is None:
+            return HELD if self.holds else WEIGHT_ONLY
+        if self.spec.input.granularity != "tensor":
+            return f"no integer kernel for inputs on {self.spec.input}"
+        if self.spec.weight.granularity == "group":
+            return "no integer kernel sums groups of inputs with a scale each"
+        if self.weight.device.type != "cpu":
+            return f"no integer kernel on device '{self.weight.device.type}'"
+        integers, zero_point = self.rows()
+        centred = integers - zero_point
+        if centred.min() < -128 or centred.max() > 127:
+            return "weights minus their zero point need more than a signed byte"
+        return self.geometry_reason() or why_no_integers()
+
+    def geometry_reason(self) -> str | None:
+        return None
+
+    def make_kernel(self) -> PackedKernel:
+        scales = self.weight_scale.expand(self.weight_shape[0]).contiguous()
+        return self.kernel_type(self.kernel_weight, scales, self.bias, self.code, self.geometry())
+
+    def kernel_weight(self) -> Tensor:
+        """The signed bytes in the shape that the kernel takes."""
+        return self.signed_bytes()
+
+    def geometry(self) -> Geometry:
+        return Geometry()
+
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        if not self.ready:
+            self.prepared()
+        if x.dtype == torch.uint8:
+            return self.from_codes(x, self.emit or torch.float32)
+        dtype = self.emit or x.dtype
+        if self.kernel is None:
+            return self.float_forward(x, dtype)
+        return self.from_codes(ops.quantize(x, self.kernel.code), dtype)
+
+    def float_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same numbers without an integer kernel; the codes of the input are whole numbers, exact in bfloat16."""
+        weight, bias = self.float_weight(x.dtype), self.bias
+        if self.spec.input is None:
+            return self.multiply(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
+        code = self.code
+        centred = (ops.quantize(x, code).to(torch.int16) - code.zero_point).to(x.dtype)
+        out = self.multiply(centred, weight, None).float() * code.scale
+        return (out if bias is None else out + bias.reshape(self.bias_shape(out))).to(dtype)
+
+    def float_weight(self, dtype: torch.dtype) -> Tensor:
+        if not self.holds:
+            return self.dequantized(dtype)
+        if dtype not in self.held:
+            self.held[dtype] = self.dequantized(dtype)
+        return self.held[dtype]
+
+    def bias_shape(self, out: Tensor) -> list[int]:
+        shape = [1] * out.dim()
+        shape[self.outputs_dim] = -1
+        return shape
+
+    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        """The output for codes of the input; with `into`, added to that tensor, which is consumed."""
+        raise NotImplementedError
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> IntegerLayer:
+        """Moves go through; scales stay in float32 when a model is cast."""
+        former = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, value in former.items():
+            now = self._buffers[name]
+            if value is not None and now is not None and now.dtype != value.dtype:
+                self._buffers[name] = value.to(now.device)
+        self.forget()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Packed weights are opaque to copy and pickle, and are derived again when needed.
+        return self.__dict__ | {"kernel": None, "ready": False, "held": {}}
+
+    def extra_repr(self) -> str:
+        inputs = f", input {self.spec.input}" if self.spec.input else ""
+        return f"{tuple(self.weight_shape)}, weight {self.spec.weight}{inputs}"
+
+
+class IntegerLinear(IntegerLayer):
+    kernel_type, outputs_dim = LinearKernel, -1
+
+    def __init__(self, layer: nn.Linear, spec: LayerSpec) -> None:
+        super().__init__(layer, spec)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        kernel = self.prepared().kernel
+        assert kernel is not None
+        if codes.dim() == 2:
+            return kernel(codes, dtype, into)
+        flat = None if into is None else into.reshape(-1, self.out_features)
+        return kernel(codes.reshape(-1, self.in_features), dtype, flat).reshape(
+            *codes.shape[:-1], self.out_features
+        )
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class IntegerConv2d(IntegerLayer):
+    """A convolution whose border is padded with the input's zero point, which is what a float zero becomes."""
+
+    kernel_type, outputs_dim = ConvKernel, 1
+
+    def __init__(self, layer: nn.Conv1d | nn.Conv2d, spec: LayerSpec) -> None:
+        super().__init__(layer, spec)
+        self.in_channels, self.out_channels, self.groups = layer.in_channels, layer.out_channels, layer.groups
+        self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
+        self.padding, self.padding_mode = layer.padding, layer.padding_mode
+        # (left, right, top, bottom): the order of F.pad, last dimension first
+        self.sides: tuple[int, ...] = tuple(layer._reversed_padding_repeated_twice)
+        self.even = self.sides[::2] == self.sides[1::2]
+
+    def geometry_reason(self) -> str | None:
+        return None if self.padding_mode == "zeros" else f"no integer kernel for {self.padding_mode} padding"
+
+    def geometry(self) -> Geometry:
+        padding = self.sides[::-2] if self.even else (0,) * len(self.stride)
+        return Geometry(plane(self.stride, 1), plane(padding, 0), plane(self.dilation, 1), self.groups)
+
+    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        kernel = self.kernel or self.prepared().kernel
+        assert kernel is not None
+        if not self.even:
+            codes = F.pad(codes, self.sides, value=kernel.code.zero_point)
+        if into is not None:
+            into = into.contiguous(memory_format=torch.channels_last)
+        return kernel(codes.contiguous(memory_format=torch.channels_last), dtype, into)
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.even and self.padding_mode == "zeros":
+            return self.convolve(x, weight, bias, self.stride, self.sides[::-2], self.dilation, self.groups)
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return self.convolve(
+            F.pad(x, self.sides, mode), weight, bias, self.stride, 0, self.dilation, self.groups
+        )
+
+    def convolve(self, *args: Any) -> Tensor:
+        return F.conv2d(*args)
+
+
+class IntegerConv1d(IntegerConv2d):
+    """A convolution over one dimension, run as one over an image of height one."""
+
+    def kernel_weight(self) -> Tensor:
+        return self.signed_bytes().unsqueeze(2)
+
+    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        rows = None if into is None else into.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+        return super().from_codes(codes.unsqueeze(2), dtype, rows).squeeze(2)
+
+    def convolve(self, *args: Any) -> Tensor:
+        return F.conv1d(*args)
+
+
+def forget_loaded(module: nn.Module, _keys: object) -> None:
+    """What loading a state dict does to what was derived from the former one."""
+    module.forget()  # type: ignore[operator]
+
+
+def plane(values: tuple[int, ...], first: int) -> tuple[int, int]:
+    """The two numbers of a two-dimensional convolution; a one-dimensional one gets `first` for the unit dimension."""
+    return (values[0], values[1]) if len(values) == 2 else (first, values[0])
+
+
+LAYERS: dict[type[nn.Module], type[IntegerLayer]] = {
+    nn.Linear: IntegerLinear,
+    nn.Conv1d: IntegerConv1d,
+    nn.Conv2d: IntegerConv2d,
+}
+
+
+def integer_layer(layer: nn.Module, spec: LayerSpec, path: str) -> IntegerLayer:
+    """The runtime layer that takes the place of `layer`, with empty buffers on the same device."""
+    for kind, runtime_kind in LAYERS.items():
+        if isinstance(layer, kind):
+            return runtime_kind(layer, spec)
+    raise RuntimeSupportError(
+        f"layer '{path}' has no integer form",
+        got=type(layer).__name__,
+        expected=", ".join(kind.__name__ for kind in LAYERS),
+        fix="keep it in float with a plan rule",
+    )

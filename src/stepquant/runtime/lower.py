@@ -1,0 +1,180 @@
+"""Lower a float model to integers: swap its layers, fill in the artifact's tensors, choose kernels, fuse chains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stepquant.artifact import Artifact, LayerSpec, ProductSpec, check_tensors
+from stepquant.models.attention import rebind
+from stepquant.models.split import split_concats
+from stepquant.models.structure import Structure, roles, structure
+from stepquant.runtime.fused import Attention, Chain, Done, NormOut, Resample, Residual, Up
+from stepquant.runtime.layers import IntegerLayer, integer_layer
+from stepquant.runtime.product import IntegerProduct
+from stepquant.runtime.times import TimeRows
+
+# Layers whose output meets the stream inside the model; all others emit the dtype that they receive.
+INTO_STREAM = ("stem", "modulate", "context", "k_text", "v_text", "k_added", "v_added", "q_added")
+
+# In models built of residual units these are a sliver of the weights; elsewhere they may be a third of them.
+SMALL = ("time", "modulate", "cond")
+
+
+def skeleton(
+    model: nn.Module,
+    layers: Mapping[str, LayerSpec],
+    products: Mapping[str, ProductSpec],
+    splits: Mapping[str, tuple[int, ...]],
+) -> nn.Module:
+    """Put runtime modules with empty buffers of the right shape into `model`, in place; the meta device will do."""
+    split_concats(model, splits)
+    for path, spec in layers.items():
+        former = model.get_submodule(path)
+        model.set_submodule(path, integer_layer(former, spec, path))
+    for path, product in products.items():
+        attention = model.get_submodule(path)
+        attention.product = IntegerProduct(product, device_of(attention))
+        rebind(attention, attention.product, path)
+    return model
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(t.device for t in (*module.buffers(), *module.parameters()))
+
+
+def lower(model: nn.Module, artifact: Artifact, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """`model` in integers, in place."""
+    skeleton(model, artifact.layers, artifact.products, artifact.splits)
+    own = own_tensors(model)
+    check_tensors(artifact.tensors, own, "artifact")
+    for name, value in artifact.tensors.items():
+        own[name].copy_(value)
+    return prepare(model, dtype)
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of all runtime modules by their names in the state dict."""
+    return {
+        f"{path}.{name}": value
+        for path, module in runtime_modules(model).items()
+        for name, value in module.named_buffers(recurse=False)
+    }
+
+
+def runtime_modules(model: nn.Module) -> dict[str, IntegerLayer | IntegerProduct]:
+    return {p: m for p, m in model.named_modules() if isinstance(m, IntegerLayer | IntegerProduct)}
+
+
+def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = True) -> nn.Module:
+    """Choose kernels and dtypes for the tensors that `model` now holds, and fuse what its structure declares."""
+    model.eval().requires_grad_(False)
+    unbind(model)
+    role_of, chains = roles(model), structure(model)
+    hold = bool(chains.residuals)
+    for path, module in model.named_modules():
+        role = role_of.get(path, "")
+        emit = torch.float32 if role == "head" else dtype if role in INTO_STREAM else None
+        if isinstance(module, IntegerLayer):
+            module.emit, module.holds = emit, hold and role in SMALL
+        if isinstance(module, IntegerLayer | IntegerProduct):
+            module.forget()
+            module.prepared()
+        elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and (
+            emit or dtype != torch.float32
+        ):
+            bind(module, FloatLayer(module, emit))
+    if fuse:
+        install(model, chains)
+    model.register_load_state_dict_post_hook(Reload(dtype, fuse))
+    return model
+
+
+def unbind(model: nn.Module) -> None:
+    """Give every module its own forward back."""
+    for key, hook in list(model._load_state_dict_post_hooks.items()):
+        if isinstance(hook, Reload):
+            del model._load_state_dict_post_hooks[key]
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, Chain | FloatLayer) or isinstance(
+            getattr(forward, "__self__", None), TimeRows
+        ):
+            del module.forward
+
+
+def forget_times(model: nn.Module) -> None:
+    """Let the next call compute the rows of its t anew."""
+    for module in model.modules():
+        times = getattr(module.__dict__.get("forward"), "__self__", None)
+        if isinstance(times, TimeRows):
+            times.rows.clear()
+
+
+class Reload:
+    """Prepares a model again after other tensors were loaded into it."""
+
+    def __init__(self, dtype: torch.dtype, fuse: bool) -> None:
+        self.dtype, self.fuse = dtype, fuse
+
+    def __call__(self, model: nn.Module, _keys: object) -> None:
+        prepare(model, self.dtype, self.fuse)
+
+
+class FloatLayer:
+    """Stands in for the forward of a layer kept in float: casts its weight once to the dtype that reaches it."""
+
+    def __init__(self, module: Any, emit: torch.dtype | None) -> None:
+        self.module, self.emit = module, emit
+        self.cast: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+
+    def __call__(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        layer = self.module
+        if x.dtype not in self.cast:
+            bias = None if layer.bias is None else layer.bias.to(x.dtype)
+            self.cast[x.dtype] = (layer.weight.to(x.dtype), bias)
+        weights = self.cast[x.dtype]
+        y = F.linear(x, *weights) if isinstance(layer, nn.Linear) else layer._conv_forward(x, *weights)
+        return y if self.emit is None else y.to(self.emit)
+
+
+def install(model: nn.Module, chains: Structure) -> None:
+    """Rebind the forwards of the blocks that the structure declares."""
+    times = install_times(model, chains)
+    timed = [unit.path for unit in chains.residuals if unit.timed]
+    found: dict[str, Chain] = {}
+    for residual in chains.residuals:
+        index = timed.index(residual.path) if residual.timed else -1
+        found[residual.path] = Residual(model.get_submodule(residual.path), residual, times, index)
+    for attention in chains.attentions:
+        found[attention.path] = Attention(model.get_submodule(attention.path), attention)
+    for resampler in chains.resamplers:
+        found[resampler.path] = Resample(model.get_submodule(resampler.path), resampler)
+    for up in chains.up_blocks:
+        found[up.path] = Up(model.get_submodule(up.path), up)
+    if chains.tail is not None:
+        norm, activation, head = chains.tail
+        found[norm] = NormOut(model.get_submodule(norm), model.get_submodule(head))
+        found[activation] = Done(model.get_submodule(activation))
+    for path, chain in found.items():
+        bind(model.get_submodule(path), chain)
+
+
+def bind(module: Any, forward: Callable[..., Any]) -> None:
+    """Let `module` run `forward`, on this instance alone."""
+    module.forward = forward
+
+
+def install_times(model: nn.Module, chains: Structure) -> TimeRows | None:
+    if chains.time is None:
+        return None
+    projection, embedding = (model.get_submodule(path) for path in chains.time)
+    blocks = [model.get_submodule(f"{unit.path}.time_emb_proj") for unit in chains.residuals if unit.timed]
+    times = TimeRows(projection, embedding, blocks)
+    bind(projection, times.project)
+    bind(embedding, times.embed)
+    return times

@@ -1,0 +1,83 @@
+"""The attention product in integers, with the ranges of its four operands as buffers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.artifact import ProductSpec
+from stepquant.runtime import ops
+from stepquant.runtime.layers import forget_loaded
+from stepquant.runtime.reference import Code
+
+PORTS = ("query", "key", "value", "probabilities")
+
+
+class IntegerProduct(nn.Module):
+    """softmax(Q K^T) V over (batch, heads, tokens, width); `reason` says why it does not multiply integers."""
+
+    def __init__(self, spec: ProductSpec, device: torch.device) -> None:
+        super().__init__()
+        self.spec = spec
+        self.reason: str | None = "not prepared"
+        self.codes: tuple[Code, ...] = ()
+        for port in PORTS:
+            self.register_buffer(f"{port}_scale", torch.ones(1, device=device))
+            self.register_buffer(f"{port}_zero_point", torch.zeros(1, dtype=torch.int32, device=device))
+        self.register_load_state_dict_post_hook(forget_loaded)
+
+    def forget(self) -> None:
+        self.codes = ()
+
+    def prepared(self) -> IntegerProduct:
+        if not self.codes:
+            self.codes = tuple(self.code(port) for port in PORTS)
+            self.reason = self.why_float()
+        return self
+
+    def code(self, port: str) -> Code:
+        """Where an operand lands in a byte. The only reader of the ranges."""
+        scale, zero_point = (getattr(self, f"{port}_{name}")[0].item() for name in ("scale", "zero_point"))
+        return Code.of_grid(getattr(self.spec, port), scale, zero_point)
+
+    def why_float(self) -> str | None:
+        if not ops.compiled():
+            return "the compiled attention kernel is missing: whole numbers multiplied in float32"
+        if self.codes[3].zero_point != 0:
+            return "probabilities with a zero point have no integer kernel"
+        return None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        if not self.codes:
+            self.prepared()
+        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        if self.reason is None and mask is None and q.is_cpu:
+            return ops.attention(q, k, v, scale, *self.codes)
+        return self.whole_numbers(q, k, v, mask, scale)
+
+    def whole_numbers(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """The same product on whole numbers in float32, which holds the sums of up to 1,000 widths exactly."""
+        query, key, value, probabilities = self.codes
+        left, right, values = (centred(x, code) for x, code in zip((q, k, v), self.codes))
+        scores = left @ right.transpose(-1, -2)
+        scores = (scores - scores.amax(-1, keepdim=True)) * (query.scale * key.scale * scale)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        out = centred(scores.softmax(-1), probabilities) @ values * (probabilities.scale * value.scale)
+        return out.to(q.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> IntegerProduct:
+        """Moves go through; scales stay in float32 when a model is cast."""
+        former = dict(self._buffers)
+        super()._apply(fn, recurse)
+        self._buffers.update({name: value.to(self._buffers[name].device) for name, value in former.items()})  # type: ignore[union-attr]
+        return self
+
+
+def centred(x: Tensor, code: Code) -> Tensor:
+    return ops.quantize(x, code).float() - code.zero_point

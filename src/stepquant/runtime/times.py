@@ -1,0 +1,90 @@
+"""Rows that depend on t alone, computed once for each t: the time embedding and what every block makes of it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KEPT_TIMES = 1024
+
+
+class Row(NamedTuple):
+    """What one t becomes, each with a batch of one."""
+
+    projection: Tensor
+    embedding: Tensor
+    blocks: tuple[Tensor, ...]
+
+
+class Current(NamedTuple):
+    """The tensors that were handed to the model for its present batch, recognised by identity."""
+
+    projection: Tensor
+    embedding: Tensor
+    blocks: tuple[Tensor, ...]
+
+
+class TimeRows:
+    """Takes the place of the forwards of a time projection and of the embedding behind it.
+
+    A row is found by the exact bits of t. A tensor that is not the very one handed out here (another t for each
+    sample, a class embedding added, a condition) is computed as ever, so that nothing else can be mistaken for it.
+    """
+
+    def __init__(self, projection: nn.Module, embedding: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        self.projection, self.embedding, self.blocks = projection, embedding, list(blocks)
+        self.rows: OrderedDict[tuple[Any, ...], Row] = OrderedDict()
+        self.current: Current | None = None
+
+    def project(self, timesteps: Tensor) -> Tensor:
+        row = self.row_of(timesteps)
+        if row is None:
+            self.current = None
+            return self.float_forward(self.projection)(timesteps)
+        batch = len(timesteps)
+        self.current = Current(row.projection.expand(batch, -1), row.embedding.expand(batch, -1), row.blocks)
+        return self.current.projection
+
+    def embed(self, projected: Tensor, condition: Tensor | None = None) -> Tensor:
+        current = self.current
+        if current is not None and projected is current.projection and condition is None:
+            return current.embedding
+        return self.float_forward(self.embedding)(projected, condition)
+
+    def block(self, index: int, embedding: Tensor) -> Tensor | None:
+        """What block `index` adds for this embedding, if it is the one handed out for the present batch."""
+        current = self.current
+        return current.blocks[index] if current is not None and embedding is current.embedding else None
+
+    def row_of(self, timesteps: Tensor) -> Row | None:
+        if timesteps.dim() != 1 or not timesteps.is_cpu or torch.compiler.is_compiling():
+            return None
+        values = timesteps.tolist()
+        if values.count(values[0]) != len(values):
+            return None
+        key = (timesteps.dtype, values[0])
+        row = self.rows.get(key)
+        if row is None:
+            row = self.rows[key] = self.make_row(timesteps[:1])
+            if len(self.rows) > KEPT_TIMES:
+                self.rows.popitem(last=False)
+        return row
+
+    def make_row(self, t: Tensor) -> Row:
+        with torch.inference_mode(False), torch.no_grad():
+            projection = self.float_forward(self.projection)(t.clone())
+            embedding = self.float_forward(self.embedding)(projection)
+            activated = F.silu(embedding)
+            return Row(projection, embedding, tuple(block(activated) for block in self.blocks))
+
+    @staticmethod
+    def float_forward(module: nn.Module) -> Callable[..., Tensor]:
+        return type(module).forward.__get__(module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"rows": OrderedDict(), "current": None}

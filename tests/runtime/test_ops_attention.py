@@ -1,0 +1,112 @@
+"""Integer attention against its specification: identical integers wherever no probability stands at a rounding boundary."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from stepquant.runtime import ops, reference
+from stepquant.runtime.ops import Code
+
+pytestmark = pytest.mark.skipif(not ops.compiled(), reason="the extension stepquant._C was not built")
+
+PROBABILITIES = Code(1 / 255, 0, 0, 255)
+
+
+def heads(batch: int, count: int, tokens: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """(batch, heads, tokens, width) as diffusers makes it: a view of (batch, tokens, heads * width)."""
+    x = torch.randn(batch, tokens, count * width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return x.view(batch, tokens, count, width).transpose(1, 2)
+
+
+def doubtful_rows(q: Tensor, k: Tensor, scale: float, query: Code, key: Code, probabilities: Code) -> Tensor:
+    """Rows in which some probability lies within 1e-5 (relative) of a rounding boundary."""
+    left = reference.quantize(q, query).double() - query.zero_point
+    right = reference.quantize(k, key).double() - key.zero_point
+    scores = left @ right.transpose(-1, -2) * (query.scale * key.scale * scale)
+    scaled = torch.softmax(scores, -1) / probabilities.scale
+    return (((scaled - scaled.floor()) - 0.5).abs() <= 1e-5 * (1 + scaled)).any(-1)
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, codes: tuple[Code, Code, Code, Code], most_doubtful: float = 0.05
+) -> None:
+    scale = q.shape[-1] ** -0.5
+    got, want = ops.attention(q, k, v, scale, *codes), reference.attention(q, k, v, scale, *codes)
+    doubtful = doubtful_rows(q, k, scale, codes[0], codes[1], codes[3])
+    assert got.dtype == q.dtype
+    assert got.transpose(1, 2).is_contiguous()
+    assert doubtful.float().mean() <= most_doubtful
+    assert torch.equal(got[~doubtful], want[~doubtful])
+    # One code of one probability moves the result by at most this.
+    step = codes[3].scale * codes[2].scale * 255
+    torch.testing.assert_close(got.float(), want.float(), rtol=1e-2, atol=step)
+
+
+SIGNED, SHIFTED = Code(0.03, 128, 1, 255), Code(0.025, 97, 0, 255)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [1, 5, 8, 40, 64, 80, 130, 160, 256])
+def test_widths(width: int, dtype: torch.dtype) -> None:
+    q, k, v = (heads(2, 3, tokens, width, dtype, seed) for seed, tokens in ((1, 37), (2, 50), (3, 50)))
+    check(q, k, v, (SHIFTED, SIGNED, SHIFTED, PROBABILITIES))
+
+
+@pytest.mark.parametrize(
+    "queries, keys", [(1, 1), (1, 77), (16, 64), (17, 65), (64, 4), (130, 257), (5, 1030)]
+)
+def test_token_counts(queries: int, keys: int) -> None:
+    q, k, v = (
+        heads(1, 2, tokens, 40, torch.float32, seed) for seed, tokens in ((1, queries), (2, keys), (3, keys))
+    )
+    check(q, k, v, (SIGNED, SHIFTED, SIGNED, PROBABILITIES), most_doubtful=0.2)
+
+
+@pytest.mark.parametrize("zero_points", [(0, 0, 0), (255, 255, 255), (0, 255, 128), (255, 0, 3)])
+def test_zero_points_at_both_ends(zero_points: tuple[int, int, int]) -> None:
+    q, k, v = (heads(2, 2, 70, 48, torch.float32, seed) for seed in (1, 2, 3))
+    check(q, k, v, (*[Code(0.02, zero, 0, 255) for zero in zero_points], PROBABILITIES))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "probabilities", [Code(0.3 / 255, 0, 0, 255), Code(1 / 15, 0, 0, 15), Code(1e-4, 0, 0, 255)]
+)
+def test_grids_of_the_probabilities(probabilities: Code) -> None:
+    q, k, v = (heads(1, 2, 90, 32, torch.float32, seed) * 2 for seed in (1, 2, 3))
+    check(q, k, v, (SHIFTED, SHIFTED, SHIFTED, probabilities), most_doubtful=0.3)
+
+
+def test_saturated_operands_do_not_overflow() -> None:
+    q, k, v = (heads(1, 2, 80, 256, torch.float32, seed).sign() * 1e6 for seed in (1, 2, 3))
+    codes = (Code(1e-3, 0, 0, 255), Code(1e-3, 255, 0, 255), Code(1.0, 128, 0, 255), PROBABILITIES)
+    check(q, k, v, codes, most_doubtful=1.0)
+
+
+def test_all_zero_operands_average_the_values() -> None:
+    zero = torch.zeros(1, 2, 51, 40)
+    value = heads(1, 2, 51, 40, torch.float32, 0)
+    codes = (SIGNED, SHIFTED, SIGNED, Code(1 / 51, 0, 0, 255))
+    got = ops.attention(zero, zero, value, 1.0, *codes)
+    mean = (reference.quantize(value, SIGNED).double() - 128).mean(2, keepdim=True) * SIGNED.scale
+    torch.testing.assert_close(got.double(), mean.expand_as(got), rtol=1e-5, atol=1e-6)
+
+
+def test_other_layouts_give_the_same_bytes() -> None:
+    q, k, v = (heads(2, 3, 41, 24, torch.float32, seed) for seed in (1, 2, 3))
+    codes = (SIGNED, SHIFTED, SIGNED, PROBABILITIES)
+    want = ops.attention(q, k, v, 0.2, *codes)
+    fused = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], -1)
+    parts = [x.unflatten(-1, (3, 24)).transpose(1, 2) for x in fused.chunk(3, -1)]
+    backwards = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
+    for layout in (parts, backwards, [x.contiguous() for x in (q, k, v)]):
+        assert torch.equal(ops.attention(*layout, 0.2, *codes), want)
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    q, k = heads(1, 2, 8, 16, torch.float32, 1), heads(1, 2, 8, 24, torch.float32, 1)
+    with pytest.raises(RuntimeError, match="do not fit"):
+        ops.attention(q, k, k, 1.0, SIGNED, SIGNED, SIGNED, PROBABILITIES)
+    with pytest.raises(RuntimeError, match="zero point 0"):
+        ops.attention(q, q, q, 1.0, SIGNED, SIGNED, SIGNED, SIGNED)

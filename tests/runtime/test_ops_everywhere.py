@@ -1,0 +1,118 @@
+"""The operations under torch.compile, on lesser processors, and without the extension."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stepquant.core import affine
+from stepquant.core.grid import Grid
+from stepquant.runtime import ops, reference
+from stepquant.runtime.ops import Code
+
+CODE = Code(0.02, 128, 0, 255)
+needs_extension = pytest.mark.skipif(not ops.compiled(), reason="the extension stepquant._C was not built")
+
+
+def arguments() -> dict[str, tuple]:
+    x = torch.randn(2, 32, 4, 6).contiguous(memory_format=torch.channels_last)
+    skip, rows, tokens = torch.randn(2, 16, 4, 6), torch.randn(2, 48), torch.randn(2, 9, 32)
+    heads = tokens.view(2, 9, 4, 8).transpose(1, 2)
+    return {
+        "quantize": (x, *CODE),
+        "quantize_concat": (x, skip, *CODE),
+        "group_norm": (x, None, None, 4, 1e-5, "silu", rows, None, None, skip),
+        "group_norm_quantize": (x, None, None, 4, 1e-5, *CODE, "silu", rows, rows, rows, skip),
+        "layer_norm_quantize": (tokens, None, None, 1e-5, *CODE),
+        "activation_quantize": (tokens, "geglu", *CODE),
+        "upsample_nearest2x": (reference.quantize(x, CODE),),
+        "attention": (heads, heads, heads, 0.3, *CODE, *CODE, *CODE, 1 / 255, 0, 0, 255),
+    }
+
+
+@needs_extension
+@pytest.mark.parametrize("name", arguments())
+def test_fake_tensors_have_the_true_shapes_and_strides(name: str) -> None:
+    operation = getattr(torch.ops.stepquant, name).default
+    torch.library.opcheck(operation, arguments()[name], test_utils=("test_schema", "test_faketensor"))
+
+
+def block(x: Tensor, skip: Tensor) -> Tensor:
+    y = ops.group_norm_quantize(x, None, None, 4, 1e-5, CODE, "silu", skip=skip)
+    z = ops.upsample_nearest2x(ops.quantize_concat(x, skip, CODE)).float() + 1
+    tokens = ops.layer_norm_quantize(x.flatten(2).transpose(1, 2), None, None, 1e-5, CODE).float()
+    gated = ops.activation_quantize(tokens, "geglu", CODE)
+    heads = tokens.unflatten(-1, (4, 8)).transpose(1, 2)
+    mixed = ops.attention(heads, heads, heads, 0.1, CODE, CODE, CODE, Code(1 / 255, 0, 0, 255))
+    return y.float().sum() + z.sum() + gated.float().sum() + mixed.sum() + ops.quantize(x, CODE).float().sum()
+
+
+def test_compiles_into_one_graph() -> None:
+    x, skip = torch.randn(2, 32, 4, 6), torch.randn(2, 16, 4, 6)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, skip), block(x, skip))
+    torch._dynamo.reset()
+
+
+@needs_extension
+@pytest.mark.parametrize("capability, kernels", [("avx2", "avx2"), ("default", "plain")])
+def test_lesser_processors_keep_the_contract(capability: str, kernels: str) -> None:
+    """The contract once more in a process that is told to have fewer instructions."""
+    chosen = "widths or zero_points or grids or straddles or layer_norm_quantize or activation or length or saturates"
+    script = (
+        "import sys, pytest; from stepquant.runtime import ops\n"
+        f"assert ops.capability() == {kernels!r}, ops.capability()\n"
+        "files = ['test_ops.py', 'test_ops_attention.py']\n"
+        f"sys.exit(pytest.main(['-q', '-x', '--noconftest', '-p', 'no:cacheprovider', '-k', {chosen!r}, *files]))\n"
+    )
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+
+
+def test_without_the_extension_everything_still_runs() -> None:
+    script = (
+        "import sys; sys.modules['stepquant._C'] = None\n"
+        "import torch; from stepquant.runtime import ops\n"
+        "assert not ops.compiled() and ops.capability() == 'none'\n"
+        "x = torch.randn(1, 8, 4, 4)\n"
+        "print(ops.group_norm_quantize(x, None, None, 2, 1e-5, ops.Code(0.02), 'silu').dtype)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert run.stdout.strip() == "torch.uint8", run.stderr
+
+
+@pytest.mark.parametrize("text", ["int8/tensor", "uint8/tensor", "int4/tensor/asym", "uint4/tensor"])
+def test_the_specification_is_the_affine_map_of_the_package(text: str) -> None:
+    grid, x = Grid.parse(text), torch.randn(1000) * 2
+    zero_point = 0 if grid.symmetric else (grid.qmin + grid.qmax) // 2 + 1
+    scale = 4 / grid.steps
+    want = affine.quantize(x, torch.tensor(scale), torch.tensor(zero_point), grid)
+    got = reference.quantize(x, Code.of_grid(grid, scale, zero_point))
+    assert torch.equal(got.float() - (128 if grid.signed else 0), want)
+
+
+def test_the_specification_agrees_with_torch() -> None:
+    x, weight, bias = torch.randn(2, 32, 5, 5), torch.randn(32), torch.randn(32)
+    torch.testing.assert_close(
+        reference.group_norm(x, weight, bias, 4, 1e-5, "silu"), F.silu(F.group_norm(x, 4, weight, bias, 1e-5))
+    )
+    q, k, v = (torch.randn(1, 2, 20, 16) for _ in range(3))
+    fine = Code(0.02, 128, 0, 255)
+    mixed = reference.attention(q, k, v, 0.25, fine, fine, fine, Code(1 / 255, 0, 0, 255))
+    want = F.scaled_dot_product_attention(q.clamp(-2.56, 2.54), k.clamp(-2.56, 2.54), v.clamp(-2.56, 2.54))
+    torch.testing.assert_close(mixed, want, rtol=0, atol=0.06)
