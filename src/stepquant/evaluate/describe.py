@@ -1,0 +1,109 @@
+"""Who was compared, where, and how it was quantized."""
+
+from __future__ import annotations
+
+import base64
+import io
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import stepquant
+from stepquant import hub
+from stepquant.evaluate.metrics import as_saved
+from stepquant.models import zoo
+from stepquant.models.denoiser import Denoiser
+from stepquant.quant.plan import Plan
+
+
+def describe_float(pipeline: Any) -> dict[str, Any]:
+    denoiser = Denoiser.of(pipeline)
+    return {
+        "name": model_name(pipeline),
+        "class": type(denoiser.model).__name__,
+        "parameters": sum(value.numel() for value in denoiser.model.parameters()),
+        "digest": denoiser.digest()[:12],
+    }
+
+
+def model_name(pipeline: Any) -> str:
+    """How people call a pipeline: an embedded model by its name, a folder by its last part."""
+    origin = str(pipeline.config.get("_name_or_path") or "")
+    embedded = {str(zoo.path(name)): name for name in zoo.names()}
+    if not origin:
+        return type(pipeline).__name__
+    if not Path(origin).is_dir():
+        return origin
+    return embedded.get(str(Path(origin).resolve()), Path(origin).resolve().name)
+
+
+def describe_quantized(pipeline: Any) -> dict[str, Any]:
+    """Method, scheme and recipe as the artifact tells them."""
+    model = Denoiser.of(pipeline).model
+    found = {"name": model_name(pipeline), "method": "", "scheme": "", "digest": "", "recipe": {}}
+    config = hub.config_of(model)
+    if config is None:
+        return found
+    recipe = {key: value for key, value in config.recipe.items() if key not in ("plan", "prompts")}
+    named = {key: str(recipe.get(key) or "") for key in ("method", "scheme")}
+    return found | named | {"digest": config.digest[:12], "recipe": recipe}
+
+
+def describe_plan(source: Denoiser, quantized: Denoiser) -> list[dict[str, Any]]:
+    """What the artifact's plan decides for every site of the float model, and why."""
+    config = hub.config_of(quantized.model)
+    if config is None or not config.recipe.get("plan"):
+        return []
+    plan = Plan.from_json({"name": config.recipe.get("scheme", ""), "rules": config.recipe["plan"]})
+    return [
+        {
+            "path": decision.path,
+            "role": decision.role,
+            "port": decision.port,
+            "grid": None if decision.grid is None else str(decision.grid),
+            "reason": decision.reason,
+        }
+        for decision in plan.resolve(source).values()
+    ]
+
+
+def environment() -> dict[str, Any]:
+    return {
+        "stepquant": stepquant.__version__,
+        "torch": torch.__version__,
+        "diffusers": installed("diffusers"),
+        "python": platform.python_version(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
+
+
+def encode(image: Tensor) -> str:
+    """An image (3, h, w) in [0, 1] as PNG in base64."""
+    pixels = (as_saved(image) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()

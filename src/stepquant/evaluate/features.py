@@ -1,0 +1,185 @@
+"""Streaming statistics of image features, and the Frechet distance between two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from stepquant.core.digest import tensors_digest
+from stepquant.errors import EvaluationError
+from stepquant.evaluate.feature_net import load_feature_net
+from stepquant.models import zoo
+
+EMBEDDED = "stepquant:cifar10-features"
+REFERENCE_NAME = "reference.safetensors"
+# More blocks do not make an interval better, and each holds a square of the feature width.
+MOST_BLOCKS = 64
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A network from images (n, 3, size, size) in [0, 1] to features (n, width), and the name of its distance."""
+
+    name: str
+    net: nn.Module
+    digest: str
+    size: int
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2:] != (self.size, self.size):
+            shown = "x".join(str(side) for side in images.shape[1:])
+            raise EvaluationError(
+                f"{self.name} reads images of 3x{self.size}x{self.size}, these are {shown}",
+                fix="measure such images against the float model by PSNR and SSIM",
+            )
+        with torch.no_grad():
+            features: Tensor = self.net(images.float())
+        return features
+
+
+def embedded_extractor(folder: Path | None = None) -> Extractor:
+    """The CIFAR-10 classifier of the package; its distance is called FD-C10, never FID."""
+    try:
+        net = load_feature_net(folder or zoo.path(EMBEDDED))
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        raise EvaluationError(f"the feature network cannot be loaded: {error}", where=str(folder)) from error
+    return Extractor("FD-C10", net, tensors_digest(net.state_dict())[:12], 32)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over features in float64, so that shards of any size merge to the statistics of the whole."""
+
+    count: int
+    total: Tensor
+    outer: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Statistics:
+        rows = features.double().flatten(1)
+        return cls(len(rows), rows.sum(0), rows.T @ rows)
+
+    @classmethod
+    def from_moments(cls, count: int, mean: Tensor, covariance: Tensor) -> Statistics:
+        mean = mean.double()
+        return cls(count, mean * count, covariance.double() * (count - 1) + torch.outer(mean, mean) * count)
+
+    def __add__(self, other: Statistics) -> Statistics:
+        return Statistics(self.count + other.count, self.total + other.total, self.outer + other.outer)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        if self.count < 2:
+            raise EvaluationError(
+                "a covariance needs two images", got=self.count, fix="give --images a larger number"
+            )
+        return (self.outer - torch.outer(self.total, self.mean)) / (self.count - 1)
+
+
+def merge(blocks: Sequence[Statistics]) -> Statistics:
+    return reduce(Statistics.__add__, blocks)
+
+
+def add_block(blocks: tuple[Statistics, ...], new: Statistics) -> tuple[Statistics, ...]:
+    """The blocks with one more; neighbours merge when there are too many, so memory does not grow with images."""
+    blocks = (*blocks, new)
+    if len(blocks) <= MOST_BLOCKS:
+        return blocks
+    return tuple(merge(blocks[start : start + 2]) for start in range(0, len(blocks), 2))
+
+
+def frechet(a: Statistics, b: Statistics) -> float:
+    """|mean_a - mean_b|^2 + trace(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))."""
+    cov_a, cov_b = a.covariance, b.covariance
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    # cov_a cov_b is similar to root cov_b root, which is symmetric: its eigenvalues are real and not negative.
+    shared = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    distance = (a.mean - b.mean).square().sum() + cov_a.trace() + cov_b.trace() - 2 * shared
+    return max(float(distance), 0.0)
+
+
+def frechet_interval(
+    a: Sequence[Statistics], b: Sequence[Statistics], *, paired: bool, resamples: int = 100, seed: int = 0
+) -> tuple[float, float]:
+    """A 95 % interval around the distance: blocks of images are drawn again with replacement.
+
+    A resample holds fewer distinct images and so lies higher: the spread is kept and centred on the distance.
+    `paired` draws the same blocks of both, whose images come from the same seeds.
+    """
+    if paired and len(a) != len(b):
+        raise EvaluationError("paired statistics need the same blocks", got=len(b), expected=len(a))
+    value = frechet(merge(a), merge(b))
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(resamples):
+        chosen = torch.randint(len(a), (len(a),), generator=generator).tolist()
+        others = chosen if paired else torch.randint(len(b), (len(b),), generator=generator).tolist()
+        found.append(frechet(merge([a[i] for i in chosen]), merge([b[i] for i in others])))
+    spread = torch.tensor(found, dtype=torch.float64)
+    low, high = torch.quantile(
+        spread - spread.mean(), torch.tensor([0.025, 0.975], dtype=torch.float64)
+    ).tolist()
+    return max(value + low, 0.0), value + high
+
+
+@dataclass(frozen=True)
+class Split:
+    """Sums over all images of a split of real data, and the features of a few of them."""
+
+    statistics: Statistics
+    features: Tensor | None = None
+
+
+def to_tensors(splits: Mapping[str, Split]) -> dict[str, Tensor]:
+    """Mean, covariance and count of each split in fp32, features in fp16, as they are stored."""
+    out: dict[str, Tensor] = {}
+    for name, split in splits.items():
+        found = split.statistics
+        out |= {
+            f"{name}.mean": found.mean.float(),
+            f"{name}.covariance": found.covariance.float().contiguous(),
+        }
+        out[f"{name}.count"] = torch.tensor([found.count])
+        if split.features is not None:
+            out[f"{name}.features"] = split.features.half().contiguous()
+    return out
+
+
+def read_reference(extractor: Extractor, file: Path | None = None) -> dict[str, Split]:
+    """Stored splits by name; they must have been made by this very extractor."""
+    file = file or zoo.path(EMBEDDED) / REFERENCE_NAME
+    try:
+        with safe_open(file, "pt") as stored:
+            digest = (stored.metadata() or {}).get("extractor", "none")
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError) as error:
+        raise EvaluationError(f"the reference statistics cannot be read: {error}", where=str(file)) from error
+    if digest != extractor.digest:
+        raise EvaluationError(
+            "the reference statistics were made by another extractor",
+            where=str(file),
+            got=digest,
+            expected=extractor.digest,
+            fix="make them again: examples/make_reference_statistics.py",
+        )
+    return {name: to_split(name, tensors) for name in sorted({key.partition(".")[0] for key in tensors})}
+
+
+def to_split(name: str, tensors: Mapping[str, Tensor]) -> Split:
+    count = int(tensors[f"{name}.count"])
+    features = tensors.get(f"{name}.features")
+    return Split(
+        Statistics.from_moments(count, tensors[f"{name}.mean"], tensors[f"{name}.covariance"]),
+        None if features is None else features.float(),
+    )

@@ -1,0 +1,72 @@
+"""Peers to be measured against: OpenVINO in bf16, and in INT8 through NNCF. Needs `pip install stepquant[bench]`."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.calib.calibset import flatten, unflatten
+
+HINTS = ("LATENCY", "THROUGHPUT")
+Arguments = Mapping[str, Any]
+Call = Callable[[], Any]
+
+
+class ByPosition(nn.Module):
+    """The denoiser over a flat list of tensors, as converters want it."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, tuple(names)
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        out: Tensor = self.model(**unflatten(dict(zip(self.names, tensors))), return_dict=False)[0]
+        return out
+
+
+def convert(model: nn.Module, arguments: Arguments) -> Any:
+    """The model in OpenVINO's representation, for the shapes of these arguments."""
+    openvino = importlib.import_module("openvino")
+    flat = flatten(arguments)
+    with torch.no_grad():
+        return openvino.convert_model(
+            ByPosition(model, list(flat)).eval(),
+            example_input=tuple(flat.values()),
+            input=[list(value.shape) for value in flat.values()],
+        )
+
+
+def quantized(converted: Any, data: Sequence[Arguments]) -> Any:
+    """NNCF's static INT8 of a converted model, calibrated on recorded calls of the same shapes."""
+    nncf = importlib.import_module("nncf")
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    calls = [[value.numpy() for value in flatten(arguments).values()] for arguments in data]
+    return nncf.quantize(converted, nncf.Dataset(calls), subset_size=len(calls))
+
+
+def caller(converted: Any, arguments: Arguments, threads: int, hint: str) -> Call:
+    """One synchronous inference in bf16 where the graph is not integer."""
+    openvino = importlib.import_module("openvino")
+    settings = {
+        "INFERENCE_PRECISION_HINT": "bf16",
+        "PERFORMANCE_HINT": hint,
+        "INFERENCE_NUM_THREADS": threads,
+    }
+    request = openvino.Core().compile_model(converted, "CPU", settings).create_infer_request()
+    inputs = [value.numpy() for value in flatten(arguments).values()]
+    return lambda: request.infer(inputs, share_inputs=True, share_outputs=True)
+
+
+def openvino_calls(
+    model: nn.Module, arguments: Arguments, data: Sequence[Arguments] | None, threads: int
+) -> dict[str, Call]:
+    """Ways to run the float model (no data) or its INT8 form, by performance hint."""
+    converted = convert(model, arguments)
+    if data is not None:
+        converted = quantized(converted, data)
+    return {hint.lower(): caller(converted, arguments, threads, hint) for hint in HINTS}

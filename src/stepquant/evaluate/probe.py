@@ -1,0 +1,188 @@
+"""Where the error arises: the noise prediction by denoising step, and the output of every block at a few of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.models.denoiser import Denoiser
+from stepquant.models.sampling import run
+
+Listener = Callable[[int, dict[str, Any], Tensor], None]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the probe saw: JSON rows by denoising step, and by block at the probed steps."""
+
+    steps: list[dict[str, Any]]
+    blocks: dict[str, Any]
+
+
+def relative_error(out: Tensor, target: Tensor) -> float:
+    """|out - target| / |target| over the whole batch."""
+    out, target = out.double(), target.double()
+    return float((out - target).norm() / target.norm().clamp(min=1e-30))
+
+
+def cosine(out: Tensor, target: Tensor) -> float:
+    """Mean over samples of the cosine between two tensors."""
+    pair = out.double().flatten(1), target.double().flatten(1)
+    return float(nn.functional.cosine_similarity(*pair, dim=1).mean())
+
+
+def sqnr(out: Tensor, target: Tensor) -> float:
+    """Signal to quantization noise in decibels, 200 at most."""
+    out, target = out.double(), target.double()
+    noise = (out - target).square().sum().clamp(min=1e-300)
+    return float((10 * (target.square().sum().clamp(min=1e-300) / noise).log10()).clamp(max=200))
+
+
+@contextmanager
+def after_calls(denoiser: Denoiser, listener: Listener) -> Iterator[None]:
+    """Call `listener(call index, arguments by name, prediction)` after every forward of the denoiser."""
+    calls = 0
+
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        nonlocal calls
+        predicted = out[0] if isinstance(out, tuple) else out.sample
+        calls += 1
+        listener(calls - 1, denoiser.bind(args, kwargs), predicted)
+
+    handle = denoiser.model.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def unit_outputs(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """The latest output of each unit that the model calls, as float; units that the model lacks stay absent."""
+    found: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(_: Any, __: Any, out: Any) -> None:
+            value = out[0] if isinstance(out, tuple) else out
+            if isinstance(value, Tensor) and value.is_floating_point():
+                # A copy: integer blocks add later results into tensors that nobody else reads.
+                found[path] = value.detach().clone()
+
+        return hook
+
+    with ExitStack() as stack:
+        for path in paths:
+            if path in modules:
+                stack.enter_context(removing(modules[path].register_forward_hook(keep(path))))
+        yield found
+
+
+@contextmanager
+def removing(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def spread_out(count: int, wanted: int) -> list[int]:
+    """At most `wanted` indices from first to last of `count`, evenly spaced."""
+    wanted = min(wanted, count)
+    if wanted <= 1:
+        return list(range(wanted))
+    return sorted({round(i * (count - 1) / (wanted - 1)) for i in range(wanted)})
+
+
+def trace(
+    float_pipeline: Any,
+    quantized_pipeline: Any,
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    sampler: str | None = None,
+    prompts: Sequence[str] | None = None,
+    block_steps: int = 5,
+) -> Trace:
+    """Follow one batch of trajectories with both models.
+
+    On the float trajectory both networks read the same x_t; on their own, each reads what it made itself.
+    """
+    source, other = Denoiser.of(float_pipeline), Denoiser.of(quantized_pipeline)
+    probed = set(spread_out(steps, block_steps))
+    units = source.units()
+    rows: list[dict[str, Any]] = []
+    table: dict[str, list[float | None]] = {path: [] for path in units}
+    states: list[tuple[Tensor, Tensor]] = []
+
+    with torch.no_grad(), ExitStack() as stack:
+        ours = stack.enter_context(unit_outputs(other.model, units))
+        theirs = stack.enter_context(unit_outputs(source.model, units))
+
+        def follow(call: int, arguments: dict[str, Any], target: Tensor) -> None:
+            ours.clear()
+            out = other.predict(arguments).to(target.device)
+            rows.append(
+                {
+                    "step": call,
+                    "t": first_number(arguments[source.family.t]),
+                    "relative": relative_error(out, target),
+                    "cosine": cosine(out, target),
+                }
+            )
+            states.append((arguments[source.family.x].detach().clone(), target.detach().clone()))
+            if call in probed:
+                for path in units:
+                    table[path].append(compare(ours.get(path), theirs.get(path)))
+
+        stack.enter_context(after_calls(source, follow))
+        run(float_pipeline, seeds, steps, sampler, prompts)
+
+    follow_own(quantized_pipeline, other, states, rows, (seeds, steps, sampler, prompts))
+    kept = sorted(probed & set(range(len(rows))))
+    blocks = {
+        "steps": kept,
+        "t": [rows[step]["t"] for step in kept],
+        "rows": [{"path": path, "sqnr": values} for path, values in table.items()],
+    }
+    return Trace(rows, blocks)
+
+
+def follow_own(
+    pipeline: Any,
+    denoiser: Denoiser,
+    states: Sequence[tuple[Tensor, Tensor]],
+    rows: list[dict[str, Any]],
+    sampling: tuple[Any, ...],
+) -> None:
+    """Add to each row how far the quantized model has strayed on its own trajectory."""
+
+    def stray(call: int, arguments: dict[str, Any], out: Tensor) -> None:
+        if call >= len(states):
+            return
+        x, target = states[call]
+        rows[call] |= {
+            "own_relative": relative_error(out.to(target.device), target),
+            "own_cosine": cosine(out.to(target.device), target),
+            "state_relative": relative_error(arguments[denoiser.family.x].to(x.device), x),
+        }
+
+    with torch.no_grad(), after_calls(denoiser, stray):
+        run(pipeline, *sampling)
+
+
+def compare(out: Tensor | None, target: Tensor | None) -> float | None:
+    """None where a fused model has no such tensor, or hands on codes instead of numbers."""
+    if out is None or target is None or out.shape != target.shape:
+        return None
+    return sqnr(out, target)
+
+
+def first_number(value: Any) -> float:
+    """The time that the network was given; all samples of a batch share it."""
+    return float(torch.as_tensor(value).reshape(-1)[0])

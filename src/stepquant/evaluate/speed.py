@@ -1,0 +1,242 @@
+"""Time per call of the denoiser, interleaved so that a busy machine slows all contenders alike; size on disk."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from stepquant.calib.record import Enough, listening
+from stepquant.errors import EvaluationError
+from stepquant.models.denoiser import Denoiser
+from stepquant.models.sampling import run
+from stepquant.progress import Progress, Silent
+
+REFERENCE = "fp32 eager"
+QUANTIZED = "stepquant"
+BASELINES = ("fp32 eager", "bf16 eager", "bf16 compiled")
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time, or the reason why it cannot run here."""
+
+    name: str
+    call: Call | None
+    layout: str = ""
+    unavailable: str = ""
+
+
+def interleave(
+    calls: Mapping[str, Call], seconds: float, fewest: int = 5, most: int = 200
+) -> list[dict[str, float]]:
+    """Rounds of one call each, in an order that rotates; milliseconds by name. Ends after about `seconds`."""
+    names = list(calls)
+    rounds: list[dict[str, float]] = []
+    end = time.perf_counter() + seconds
+    while len(rounds) < fewest or (time.perf_counter() < end and len(rounds) < most):
+        turn = len(rounds) % len(names)
+        taken = {}
+        for name in names[turn:] + names[:turn]:
+            start = time.perf_counter()
+            calls[name]()
+            taken[name] = (time.perf_counter() - start) * 1000
+        rounds.append(taken)
+    return rounds
+
+
+def summarize(rounds: Sequence[Mapping[str, float]], name: str, reference: str) -> dict[str, Any]:
+    """Quartiles of the time, and of how many times faster than the reference it was in the same round."""
+    low, middle, high = quartiles([taken[name] for taken in rounds])
+    out: dict[str, Any] = {"milliseconds": middle, "low": low, "high": high}
+    if reference in rounds[0]:
+        low, middle, high = quartiles([taken[reference] / taken[name] for taken in rounds])
+        out |= {"ratio": middle, "ratio_low": low, "ratio_high": high}
+    return out
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[int]:
+    """All contenders get the same number of threads."""
+    former = torch.get_num_threads()
+    torch.set_num_threads(count or former)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(former)
+
+
+def first_arguments(pipeline: Any, batch: int, prompts: Sequence[str] | None = None) -> dict[str, Any]:
+    """What the pipeline's denoiser receives on the first step of a batch of images."""
+    caught: dict[str, Any] = {}
+
+    def listener(_: int, arguments: dict[str, Any]) -> None:
+        caught.update(arguments)
+        raise Enough
+
+    try:
+        with torch.no_grad(), listening(Denoiser.of(pipeline), listener):
+            run(pipeline, list(range(batch)), 2, None, prompts)
+    except Enough:
+        pass
+    return caught
+
+
+def cast(arguments: Mapping[str, Any], dtype: torch.dtype, layout: torch.memory_format) -> dict[str, Any]:
+    """Floating tensors in `dtype`, those with a height and width in `layout`."""
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value.to(dtype, memory_format=layout) if value.ndim == 4 else value.to(dtype)
+
+    return {name: tree_map(one, value) for name, value in arguments.items()}
+
+
+def calling(model: Callable[..., Any], arguments: Mapping[str, Any]) -> Call:
+    def call() -> Any:
+        with torch.no_grad():
+            return model(**arguments, return_dict=False)[0]
+
+    return call
+
+
+def twin_of(model: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> nn.Module:
+    # Not `model.to`: that of diffusers warns at every change of type.
+    twin = nn.Module.to(copy.deepcopy(model), dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
+    return twin.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def in_layouts(model: nn.Module, arguments: Mapping[str, Any], dtype: torch.dtype) -> list[Contender]:
+    """A copy of the model in `dtype`, with its weights as they are and channels-last."""
+    out = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        twin = twin_of(model, dtype, layout)
+        name = "channels-last" if layout == torch.channels_last else "channels-first"
+        out.append(Contender(name, calling(twin, cast(arguments, dtype, layout)), name))
+    return out
+
+
+def compiled_in_layouts(model: nn.Module, arguments: Mapping[str, Any]) -> list[Contender]:
+    """The bf16 model through torch.compile with frozen weights, in both layouts."""
+    out = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        twin = twin_of(model, torch.bfloat16, layout)
+        compiled = torch.compile(twin, dynamic=False, options={"freezing": True})
+        name = "channels-last" if layout == torch.channels_last else "channels-first"
+        out.append(Contender(name, calling(compiled, cast(arguments, torch.bfloat16, layout)), name))
+    return out
+
+
+def best(name: str, make: Callable[[], list[Contender]]) -> Contender:
+    """The fastest of several ways to run one baseline, or why none runs."""
+    try:
+        ways = {way.name: way for way in make()}
+        calls = {key: way.call for key, way in ways.items() if way.call is not None}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a compiler's remarks on diffusers' code are nothing to our reader
+            for call in calls.values():
+                call()
+                call()
+        rounds = interleave(calls, seconds=0.5, fewest=3, most=20)
+    except Exception as error:  # a compiler or a type that this machine lacks is a result, not a failure
+        return Contender(
+            name, None, unavailable=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+        )
+    fastest = min(calls, key=lambda key: statistics.median(taken[key] for taken in rounds))
+    return replace(ways[fastest], name=name)
+
+
+def contenders(model: nn.Module, arguments: Mapping[str, Any], baselines: Sequence[str]) -> list[Contender]:
+    makers: dict[str, Callable[[], list[Contender]]] = {
+        "fp32 eager": lambda: in_layouts(model, arguments, torch.float32),
+        "bf16 eager": lambda: in_layouts(model, arguments, torch.bfloat16),
+        "bf16 compiled": lambda: compiled_in_layouts(model, arguments),
+    }
+    unknown = sorted(set(baselines) - set(makers))
+    if unknown:
+        raise EvaluationError(f"unknown baseline '{unknown[0]}'", expected=", ".join(makers))
+    return [best(name, makers[name]) for name in baselines]
+
+
+def benchmark(
+    float_pipeline: Any,
+    quantized_pipeline: Any | None = None,
+    *,
+    batches: Sequence[int] = (1, 8, 32),
+    baselines: Sequence[str] = BASELINES,
+    seconds: float = 10.0,
+    count: int | None = None,
+    prompts: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """`speed` of the results: each baseline at its best, and the quantized model, in turns for `seconds` a batch size.
+
+    count: threads for everyone; None keeps the present number.
+    """
+    if not batches or min(batches) < 1:
+        raise EvaluationError("batch sizes are positive numbers", got=list(batches))
+    model = Denoiser.of(float_pipeline).model
+    rows: list[dict[str, Any]] = []
+    played = 0
+    with threads(count) as used:
+        for batch in (progress or Silent()).track(batches, "timing", len(batches)):
+            arguments = first_arguments(float_pipeline, batch, prompts)
+            entered = contenders(model, arguments, baselines)
+            if quantized_pipeline is not None:
+                other = Denoiser.of(quantized_pipeline).model
+                entered.append(Contender(QUANTIZED, calling(other, arguments)))
+            rounds = play(entered, seconds)
+            played = max(played, len(rounds))
+            rows += [row(batch, one, rounds) for one in entered]
+    return {"threads": used, "rounds": played, "reference": REFERENCE, "rows": rows}
+
+
+def play(entered: Sequence[Contender], seconds: float) -> list[dict[str, float]]:
+    calls = {one.name: one.call for one in entered if one.call is not None}
+    if not calls:
+        return []
+    for call in calls.values():
+        call()
+        call()
+    return interleave(calls, seconds)
+
+
+def row(batch: int, one: Contender, rounds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    empty = dict.fromkeys(("milliseconds", "low", "high", "ratio", "ratio_low", "ratio_high"))
+    measured = summarize(rounds, one.name, REFERENCE) if one.call is not None else {}
+    return (
+        {"batch": batch, "name": one.name, "layout": one.layout, "unavailable": one.unavailable}
+        | empty
+        | measured
+    )
+
+
+def size(float_pipeline: Any, folder: Path) -> dict[str, Any]:
+    """Bytes of the quantized denoiser's weight files, against four bytes for each number of the float one."""
+    denoiser = Denoiser.of(float_pipeline)
+    inside = Path(folder) / denoiser.component
+    files = sorted((inside if inside.is_dir() else Path(folder)).glob("*.safetensors"))
+    if not files:
+        raise EvaluationError(
+            "no weight files to measure", where=str(folder), expected="a saved pipeline or model"
+        )
+    float_bytes = sum(4 * value.numel() for value in denoiser.model.state_dict().values())
+    stored = sum(file.stat().st_size for file in files)
+    return {"float_bytes": float_bytes, "bytes": stored, "ratio": stored / float_bytes}

@@ -1,0 +1,176 @@
+"""The numbers of many runs in columns: means over seeds, spreads, the best, and the noise floor."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stepquant.errors import EvaluationError
+from stepquant.report import tables
+from stepquant.report.page import best_speed
+from stepquant.report.schema import Number, Report
+
+# In this order; metrics that nobody measured have no column.
+METRICS = (
+    "PSNR",
+    "SSIM",
+    "LPIPS",
+    "FID",
+    "FD-C10",
+    "KD-C10",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "colour shift",
+    "over-exposure",
+    "structure change",
+    "detail",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Runs of one method and scheme that differ in their seed, and what went wrong in those that failed."""
+
+    method: str
+    scheme: str
+    runs: tuple[Report, ...]
+    errors: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.scheme}".strip()
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of every run: how to find it, and where it should go."""
+
+    title: str
+    against: str
+    better: str
+    find: Callable[[Report], float | None]
+    show: Callable[[float], str]
+    number: Callable[[Report], Number | None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the table shows, and what it sorts by."""
+
+    text: str
+    spread: str = ""
+    key: float | None = None
+    best: bool = False
+
+
+def group(results: Sequence[Mapping[str, Any]]) -> list[Entry]:
+    """Entries in the order in which they first occur."""
+    if not results:
+        raise EvaluationError("nothing to compare", fix="evaluate at least one artifact first")
+    runs: dict[tuple[str, str], list[Report]] = {}
+    errors: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        quantized = result.get("quantized") or {}
+        key = (str(quantized.get("method", "")), str(quantized.get("scheme", "")))
+        runs.setdefault(key, [])
+        errors.setdefault(key, [])
+        if result.get("error"):
+            errors[key].append(str(result["error"]))
+        else:
+            runs[key].append(Report.from_json(result))
+    return [Entry(*key, tuple(runs[key]), tuple(dict.fromkeys(errors[key]))) for key in runs]
+
+
+def find_columns(entries: Sequence[Entry]) -> list[Column]:
+    """Cost first, then every metric that some run has, in the order of METRICS."""
+    reports = [run for entry in entries for run in entry.runs]
+    out = [
+        Column("size", "of fp32", "lower", lambda r: r.size.ratio if r.size else None, "{:.3f}".format),
+        Column("BOPs", "one image", "lower", lambda r: r.cost.bops if r.cost else None, tables.with_prefix),
+        Column("speed", "fp32 = 1", "higher", speed_ratio, "{:.1f}×".format),
+    ]
+    out = [column for column in out if any(column.find(report) is not None for report in reports)]
+    kinds = {(x.name, x.against): x for report in reports for x in report.quality if x.value is not None}
+    known = [key for name in METRICS for key in kinds if key[0] == name]
+    return out + [metric_column(kinds[key]) for key in known]
+
+
+def speed_ratio(report: Report) -> float | None:
+    fastest = best_speed(report)
+    return fastest.ratio if fastest else None
+
+
+def metric_column(example: Number) -> Column:
+    def number(report: Report) -> Number | None:
+        same = (x for x in report.quality if (x.name, x.against) == (example.name, example.against))
+        return next((x for x in same if x.value is not None), None)
+
+    def find(report: Report) -> float | None:
+        found = number(report)
+        return found.value if found else None
+
+    places = tables.decimals(example)
+    return Column(example.name, example.against, example.better, find, f"{{:.{places}f}}".format, number)
+
+
+def table_cells(entry: Entry, entries: Sequence[Entry], columns: Sequence[Column]) -> list[Cell]:
+    """A cell for each column; the best mean of a column is marked."""
+    out = []
+    for column in columns:
+        value = mean_of(entry, column)
+        if value is None:
+            out.append(Cell(tables.NONE))
+            continue
+        others = [other for other in (mean_of(x, column) for x in entries) if other is not None]
+        best = merit(value, column.better) >= max(merit(other, column.better) for other in others)
+        out.append(Cell(column.show(value), spread_of(entry, column), value, best and len(others) > 1))
+    return out
+
+
+def merit(value: float, better: str) -> float:
+    """Larger is better, whatever the direction."""
+    return {"higher": value, "lower": -value, "zero": -abs(value), "one": -abs(value - 1)}[better]
+
+
+def mean_of(entry: Entry, column: Column) -> float | None:
+    values = [value for value in map(column.find, entry.runs) if value is not None]
+    return statistics.fmean(values) if values else None
+
+
+def spread_of(entry: Entry, column: Column) -> str:
+    """Standard deviation over seeds; half the interval of a single run."""
+    values = [value for value in map(column.find, entry.runs) if value is not None]
+    if len(values) > 1:
+        spread = statistics.stdev(values)
+        return f"± {column.show(spread)}" if spread > 0 else ""
+    number = column.number(entry.runs[0])
+    if number is None or number.low is None or number.high is None:
+        return ""
+    return f"± {column.show((number.high - number.low) / 2)}"
+
+
+def baseline_rows(entries: Sequence[Entry], columns: Sequence[Column]) -> list[tuple[str, list[Cell]]]:
+    """The float model on the same seeds, and on others: what no method can be told from."""
+    rows = []
+    for title, field in (
+        ("float, same seeds", "reference"),
+        ("float, other seeds: the noise floor", "floor"),
+    ):
+        cells = [baseline_cell(entries, column, field) for column in columns]
+        if any(cell.key is not None for cell in cells):
+            rows.append((title, cells))
+    return rows
+
+
+def baseline_cell(entries: Sequence[Entry], column: Column, field: str) -> Cell:
+    numbers = [column.number(run) for entry in entries for run in entry.runs]
+    values = [getattr(x, field) for x in numbers if x is not None and getattr(x, field) is not None]
+    return (
+        Cell(column.show(statistics.fmean(values)), key=statistics.fmean(values))
+        if values
+        else Cell(tables.NONE)
+    )

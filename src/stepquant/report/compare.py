@@ -1,0 +1,144 @@
+"""Many runs side by side: one table with noise floors, quality against cost, error by step, the same seeds by method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from stepquant.report.chart import Line, Mark, line_chart, scatter
+from stepquant.report.columns import (
+    Column,
+    Entry,
+    baseline_rows,
+    find_columns,
+    group,
+    mean_of,
+    table_cells,
+)
+from stepquant.report.images import decode, encode, grid
+from stepquant.report.page import ARROWS, read, template
+from stepquant.report.schema import Report
+from stepquant.report.tables import QUANTIZED, by_batch, markdown_row
+
+FAILED = "failed"
+STYLES = ("one", "two", "three", "four", "five", "six")
+
+
+def compare(results: Sequence[Mapping[str, Any]], folder: Path) -> Path:
+    """Write compare.html and compare.md; a result with the key `error` stands for a run that failed."""
+    entries, folder = group(results), Path(folder)
+    page, words = render(entries), compare_markdown(entries)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "compare.md").write_text(words, encoding="utf-8")
+    (folder / "compare.html").write_text(page, encoding="utf-8")
+    return folder / "compare.html"
+
+
+def render(entries: Sequence[Entry]) -> str:
+    """The page of a comparison."""
+    done = [entry for entry in entries if entry.runs]
+    first = done[0].runs[0] if done else None
+    columns = find_columns(done)
+    return template("compare.html").render(
+        style=Markup(read("style.css")),
+        first=first,
+        columns=columns,
+        arrows=ARROWS,
+        rows=[(entry, table_cells(entry, done, columns)) for entry in entries],
+        baselines=baseline_rows(done, columns),
+        runs=sum(len(entry.runs) for entry in entries),
+        failed=sum(bool(entry.errors) for entry in entries),
+        plots=[(title, Markup(drawn)) for title, drawn in pareto_plots(done)],
+        colours=styles([entry.method for entry in done]),
+        curves=[(scheme, names, Markup(drawn)) for scheme, names, drawn in step_curves(done)],
+        strips=strips(done),
+    )
+
+
+def styles(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each name, the same wherever it is drawn."""
+    return {name: STYLES[index % len(STYLES)] for index, name in enumerate(dict.fromkeys(names))}
+
+
+def pareto_plots(entries: Sequence[Entry]) -> list[tuple[str, str]]:
+    """The main quality number against size and against time."""
+    columns = [column for column in find_columns(entries) if column.title in ("FID", "FD-C10", "PSNR")]
+    if not columns:
+        return []
+    quality = next((x for x in columns if x.title != "PSNR"), columns[0])
+    label = f"{quality.title} to {quality.against}, {'lower' if quality.better == 'lower' else 'higher'} is better"
+    colours, out = styles([entry.method for entry in entries]), []
+    costs: tuple[tuple[str, str, Callable[[Report], float | None]], ...] = (
+        ("Quality against size", "weights on disk, MB", lambda r: r.size.bytes / 1e6 if r.size else None),
+        ("Quality against time", "milliseconds an image in the largest batch", time_an_image),
+    )
+    for title, x_label, find in costs:
+        cost = Column("", "", "lower", find, str)
+        points = [(entry, mean_of(entry, cost), mean_of(entry, quality)) for entry in entries]
+        marks = [
+            Mark(e.name, colours[e.method], x, y) for e, x, y in points if x is not None and y is not None
+        ]
+        if len(marks) > 1:
+            out.append((title, scatter(marks, x_label, label, title, lower=quality.better == "lower")))
+    return out
+
+
+def time_an_image(report: Report) -> float | None:
+    rows = {batch: found[QUANTIZED] for batch, found in by_batch(report).items() if QUANTIZED in found}
+    if not rows or rows[max(rows)].milliseconds is None:
+        return None
+    return (rows[max(rows)].milliseconds or 0) / max(rows)
+
+
+def step_curves(entries: Sequence[Entry]) -> list[tuple[str, list[tuple[str, str]], str]]:
+    """A chart for each scheme with a curve for each method: the error of the noise prediction on the same input."""
+    colours, out = styles([entry.method for entry in entries]), []
+    for scheme in dict.fromkeys(entry.scheme for entry in entries):
+        chosen = [entry for entry in entries if entry.scheme == scheme and len(entry.runs[0].steps) > 1]
+        lines = [
+            Line(entry.method, colours[entry.method], [(s.step, s.relative) for s in entry.runs[0].steps])
+            for entry in chosen
+        ]
+        if lines:
+            about = f"error by denoising step, {scheme}"
+            drawn = line_chart(lines, "denoising step, from noise to image", "relative error", about)
+            out.append((scheme, [(line.name, line.style) for line in lines], drawn))
+    return out
+
+
+def strips(entries: Sequence[Entry], most: int = 10) -> list[tuple[str, str]]:
+    """The same seeds as a row of images: the float model first, then every entry that has these seeds."""
+    with_images = [entry for entry in entries if entry.runs[0].images and entry.runs[0].images.seeds]
+    if not with_images:
+        return []
+    first = with_images[0].runs[0].images
+    assert first is not None
+    count, out = min(most, len(first.seeds)), [("float", strip(first.source[:most]))]
+    for entry in with_images:
+        images = entry.runs[0].images
+        if images is not None and images.seeds[:count] == first.seeds[:count]:
+            out.append((entry.name, strip(images.quantized[:count])))
+    return out
+
+
+def strip(images: Sequence[str]) -> str:
+    return encode(grid(decode(images), columns=len(images), scale=1))
+
+
+def compare_markdown(entries: Sequence[Entry]) -> str:
+    """The table as markdown."""
+    done = [entry for entry in entries if entry.runs]
+    columns = find_columns(done)
+    head = ["", *(f"{column.title} ({column.against}) {ARROWS[column.better]}" for column in columns)]
+    lines = [markdown_row(head), "|" + "---|" * len(head)]
+    for title, cells in baseline_rows(done, columns):
+        lines.append(markdown_row([title, *(cell.text for cell in cells)]))
+    for entry in entries:
+        cells = table_cells(entry, done, columns)
+        shown = [f"{'**' * cell.best}{cell.text}{'**' * cell.best} {cell.spread}".strip() for cell in cells]
+        failed = f" ({FAILED}: {'; '.join(entry.errors)})" if entry.errors else ""
+        lines.append(markdown_row([entry.name + failed.replace("\n", " "), *shown]))
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,166 @@
+"""The headline numbers as plain rows and as markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stepquant.report.schema import Number, Report, Timing
+
+QUANTIZED = "stepquant"
+HEADER = ("", "float", "integer", "floor", "how")
+NONE = "–"
+HEADLINES = ("PSNR", "SSIM", "LPIPS", "FID", "FD-C10")
+
+
+def table(results: Mapping[str, Any] | Report) -> list[tuple[str, ...]]:
+    """What matters, first row the header: size, speed, quality, share in integers; unmeasured rows are left out."""
+    report = results if isinstance(results, Report) else Report.from_json(results)
+    return [
+        HEADER,
+        *size_rows(report),
+        *speed_rows(report),
+        *quality_rows(report),
+        *error_rows(report),
+        *share_rows(report),
+    ]
+
+
+def size_rows(report: Report) -> list[tuple[str, ...]]:
+    if report.size is None:
+        return []
+    size = report.size
+    how = f"weights on disk, {size.ratio:.3f} of fp32"
+    return [("size", megabytes(size.float_bytes), megabytes(size.bytes), NONE, how)]
+
+
+def speed_rows(report: Report) -> list[tuple[str, ...]]:
+    """One row a batch size: the reference's time, ours, and how many times faster than each baseline."""
+    out: list[tuple[str, ...]] = []
+    for batch, rows in by_batch(report).items():
+        ours = rows.get(QUANTIZED)
+        reference = report.speed and rows.get(report.speed.reference)
+        if ours is None or ours.milliseconds is None:
+            continue
+        theirs = milliseconds(reference.milliseconds if reference else None)
+        others = [
+            f"{times(row, ours)} {row.name}" for row in rows.values() if row is not ours and row.milliseconds
+        ]
+        how = ", ".join(others) or "one call of the denoiser"
+        out.append((f"time, batch {batch}", theirs, milliseconds(ours.milliseconds), NONE, how))
+    return out
+
+
+def by_batch(report: Report) -> dict[int, dict[str, Timing]]:
+    out: dict[int, dict[str, Timing]] = {}
+    for row in report.speed.rows if report.speed else ():
+        out.setdefault(row.batch, {})[row.name] = row
+    return out
+
+
+def times(other: Timing, ours: Timing) -> str:
+    """How many times faster ours is, from ratios within rounds where there are any."""
+    if ours.ratio and other.ratio:
+        return f"{ours.ratio / other.ratio:.1f}×"
+    return f"{(other.milliseconds or 0) / (ours.milliseconds or 1):.1f}×"
+
+
+def quality_rows(report: Report) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"{x.name} to {x.against}",
+            amount(x.reference, x),
+            with_interval(x),
+            amount(x.floor, x),
+            f"{x.n} images",
+        )
+        for x in report.quality
+        if x.value is not None and x.name in HEADLINES
+    ]
+
+
+def error_rows(report: Report) -> list[tuple[str, ...]]:
+    if not report.steps:
+        return []
+    values = [step.relative for step in report.steps]
+    label = "error of the noise prediction"
+    return [
+        (
+            label,
+            NONE,
+            f"{100 * sum(values) / len(values):.2f} %",
+            NONE,
+            f"mean of {len(values)} steps, worst {100 * max(values):.2f} %",
+        )
+    ]
+
+
+def share_rows(report: Report) -> list[tuple[str, ...]]:
+    total = sum(row.macs for row in report.coverage)
+    if not total:
+        return []
+    return [
+        (
+            "MACs in integers",
+            NONE,
+            f"{100 * integer_share(report):.2f} %",
+            NONE,
+            "of all layers and attention products",
+        )
+    ]
+
+
+def integer_share(report: Report) -> float:
+    total = sum(row.macs for row in report.coverage)
+    return sum(row.macs for row in report.coverage if row.integer) / total if total else 0.0
+
+
+def markdown(results: Mapping[str, Any] | Report) -> str:
+    """The table for a README."""
+    rows = table(results)
+    lines = [markdown_row(rows[0]), "|" + "---|" * len(rows[0]), *map(markdown_row, rows[1:])]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def with_prefix(count: float) -> str:
+    """A large number in thousands, millions and so on."""
+    for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if count >= 10**power:
+            return f"{count / 10**power:.2f} {letter}"
+    return f"{count:g}"
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+def milliseconds(value: float | None) -> str:
+    return NONE if value is None else f"{value:.1f} ms" if value < 1000 else f"{value / 1000:.2f} s"
+
+
+def decimals(number: Number) -> int:
+    fixed = {"PSNR": 1, "SSIM": 3, "structure change": 3, "detail": 3, "density": 3}
+    fixed |= dict.fromkeys(("precision", "recall", "coverage"), 3)
+    return fixed.get(number.name, 2 if abs(number.value or 0) < 100 else 1)
+
+
+def amount(value: float | None, number: Number) -> str:
+    if value is None:
+        return NONE
+    return f"{value:.{decimals(number)}f}" + (f" {number.unit}" if number.unit else "")
+
+
+def with_interval(number: Number) -> str:
+    """The value and half the width of its interval, when the interval is about symmetric."""
+    if number.value is None:
+        return "unavailable"
+    text = amount(number.value, number)
+    if number.low is None or number.high is None:
+        return text
+    half = max(number.high - number.value, number.value - number.low)
+    value = f"{number.value:.{decimals(number)}f} ± {half:.{decimals(number)}f}"
+    return value + (f" {number.unit}" if number.unit else "")

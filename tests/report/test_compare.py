@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from stepquant import report
+from stepquant.errors import EvaluationError
+from stepquant.report.chart import Mark, frontier, scatter
+from stepquant.report.columns import find_columns, group, mean_of, merit, spread_of, table_cells
+from stepquant.report.compare import strips
+from tests.report.conftest import png
+from tests.report.pages import outside, page_words
+
+
+@pytest.fixture
+def many(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Two methods, one of them with two seeds; one run that failed."""
+    found = []
+    for method, distance, ratio in (("minmax", 20.0, 30.0), ("ptq4dm", 12.0, 31.0), ("ptq4dm", 14.0, 33.0)):
+        run = copy.deepcopy(results)
+        run["quantized"]["method"] = method
+        run["quality"][1]["value"] = distance
+        run["quality"][0]["value"] = ratio
+        run["size"]["bytes"] += int(distance)
+        found.append(run)
+    failed = {"quantized": {"method": "gac", "scheme": "w4a4"}, "error": "NaN at <step> 3"}
+    return [*found, failed]
+
+
+def test_runs_of_one_recipe_are_averaged_over_seeds(many: list[dict[str, Any]]) -> None:
+    entries = group(many)
+    assert [(entry.name, len(entry.runs)) for entry in entries] == [
+        ("minmax w8a8", 1),
+        ("ptq4dm w8a8", 2),
+        ("gac w4a4", 0),
+    ]
+    done = entries[:2]
+    columns = {column.title: column for column in find_columns(done)}
+    assert set(columns) == {"size", "BOPs", "speed", "PSNR", "FD-C10"}
+    assert mean_of(entries[1], columns["FD-C10"]) == 13
+    assert spread_of(entries[1], columns["FD-C10"]) == "± 1.41"  # 12 and 14
+    assert spread_of(entries[0], columns["FD-C10"]) == "± 0.55"  # half the interval from 12.0 to 13.1
+    assert spread_of(entries[1], columns["size"]) == ""
+    best = {c.title: [table_cells(e, done, [c])[0].best for e in done] for c in columns.values()}
+    assert best["FD-C10"] == [False, True]
+    assert best["PSNR"] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("better", "good", "bad"), [("higher", 2, 1), ("lower", 1, 2), ("zero", -0.5, 1), ("one", 1.2, 0.5)]
+)
+def test_merit_knows_the_direction(better: str, good: float, bad: float) -> None:
+    assert merit(good, better) > merit(bad, better)
+
+
+def test_page_has_all_runs_floors_and_failures(many: list[dict[str, Any]], tmp_path: Path) -> None:
+    page = report.compare(many, tmp_path).read_text()
+    words = page_words(page)
+    for text in (
+        "ptq4dm",
+        "2 seeds",
+        "13.00",
+        "± 1.41",
+        "failed: NaN at <step> 3",
+        "noise floor",
+        "11.90",
+        "11.75",
+    ):
+        assert text in words, text
+    assert outside(page) == []
+    drawn = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(drawn) == 2 * (2 + 1)  # size, time and one scheme, wide and narrow
+    for svg in drawn:
+        ElementTree.fromstring(svg)
+    lines = (tmp_path / "compare.md").read_text().splitlines()
+    assert len(lines) == 2 + 2 + 3
+    assert "failed: NaN" in lines[-1]
+    assert {line.count("|") for line in lines} == {7}
+
+
+def test_rows_carry_what_they_sort_by(many: list[dict[str, Any]], tmp_path: Path) -> None:
+    page = report.compare(many, tmp_path).read_text()
+    rows = [re.findall(r'data-key="([^"]*)"', row) for row in re.findall(r"<tr>.*?</tr>", page, re.DOTALL)]
+    keys = {row[0]: row[1:] for row in rows if row}
+    assert float(keys["ptq4dm"][-1]) == 13
+    assert keys["gac"] == ["w4a4", "", "", "", "", ""]
+
+
+def test_a_comparison_of_failures_alone_is_still_a_page(many: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert "No run succeeded" in page_words(report.compare(many[-1:], tmp_path).read_text())
+    with pytest.raises(EvaluationError, match="nothing to compare"):
+        report.compare([], tmp_path)
+
+
+def test_strips_show_the_same_seeds_only(many: list[dict[str, Any]]) -> None:
+    many[1]["images"]["seeds"] = [7, 8]
+    assert [name for name, _ in strips(group(many[:2]))] == ["float", "minmax w8a8"]
+    many[1]["images"] = {"seeds": [1, 2], "float": [png(1), png(2)], "quantized": [png(3), png(4)]}
+    assert [name for name, _ in strips(group(many[:2]))] == ["float", "minmax w8a8", "ptq4dm w8a8"]
+
+
+def test_frontier_is_what_nobody_beats() -> None:
+    marks = [
+        Mark(n, "one", x, y) for n, x, y in (("a", 1, 9), ("b", 2, 5), ("c", 3, 7), ("d", 4, 1), ("e", 1, 10))
+    ]
+    beaten = {m.name for m in marks if any(o.x <= m.x and o.y <= m.y and o is not m for o in marks)}
+    assert [mark.name for mark in frontier(marks)] == ["a", "b", "d"]
+    assert beaten == {"c", "e"}
+    assert [mark.name for mark in frontier(marks, lower=False)] == ["e"]
+    drawn = scatter(marks, "x", "y", "about")
+    assert drawn.count("<circle") == 2 * len(marks)
