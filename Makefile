@@ -1,0 +1,39 @@
+# make demo | make test | make setup | make format.  Other Python: make PYTHON=python3.12 test
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := torch==2.13.0
+READY := $(VENV)/.ready
+
+.PHONY: demo test setup format clean
+
+demo: setup
+	$(BIN)/stepquant demo
+
+test: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+setup: $(READY)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml setup.py $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "stepquant needs Python 3.11 to 3.13, this is $$($(PYTHON) --version 2>&1): make PYTHON=python3.12"; exit 1; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || \
+	  echo "note: no C++ compiler, so stepquant runs in plain torch, slower; install g++ and run make again for its kernels"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(TORCH)
+	$(PIP) install --quiet "setuptools>=77" wheel ninja numpy
+	$(PIP) install --quiet --no-build-isolation --editable ".[dev]"
+	@$(BIN)/python -c 'from stepquant.runtime.ops import compiled; print("C++ kernels:", "built" if compiled() else "not built, plain torch instead")'
+	touch $@
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,63 @@
+"""The demo: the main job on the embedded model, from float to a page of results, in a few minutes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stepquant.cli.interrupt import keeping
+from stepquant.cli.make import outcome_text
+from stepquant.cli.measure import show_table
+from stepquant.cli.options import DEFAULT_MODEL, Device, Json, Quiet, Seed
+from stepquant.cli.screen import Screen
+from stepquant.job import Recipe, quantize_to
+
+# Sized for five minutes on two cores; the defaults of the other commands are four times as thorough.
+SAMPLES, CALIBRATION_STEPS, IMAGES, STEPS, BATCHES, SECONDS = 256, 50, 256, 50, (1, 8), 8.0
+
+
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the artifact and the report.")] = Path(
+        "runs/demo"
+    ),
+    seed: Seed = 0,
+    device: Device = "cpu",
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize the embedded model with PTQ4DM at w8a8, and measure quality, size and speed: at most five minutes."""
+    screen = Screen(quiet)
+    screen.warn_if_plain()
+    screen.say(
+        f"demo: {DEFAULT_MODEL}, ptq4dm, w8a8; {SAMPLES} calibration records of {CALIBRATION_STEPS} steps, "
+        f"{IMAGES} image pairs of {STEPS} steps, timing at batch {' and '.join(map(str, BATCHES))}"
+    )
+    start = time.monotonic()
+    with keeping(f"what is finished is kept in {out}; run it again to go on"), screen.reporter:
+        results, page = run_demo(screen, out, seed, device)
+    show_table(screen, results)
+    screen.show(f"\nreport: {page}   artifact: {out / 'cifar10-w8a8'}   in {time.monotonic() - start:.0f} s")
+    screen.finish(json, results)
+
+
+def run_demo(screen: Screen, out: Path, seed: int, device: str) -> tuple[dict[str, Any], Path]:
+    from stepquant.job.results import benchmark_artifact, evaluate_artifact, report_artifact
+
+    folder, progress = out / "cifar10-w8a8", screen.reporter
+    recipe = Recipe.of(
+        model=DEFAULT_MODEL, settings={"samples": SAMPLES}, steps=CALIBRATION_STEPS, seed=seed, device=device
+    )
+    start = time.monotonic()
+    outcome = quantize_to(recipe, folder, resume=True, progress=progress)
+    screen.say(outcome_text(outcome, time.monotonic() - start))
+    evaluate_artifact(folder, device=device, progress=progress, images=IMAGES, steps=STEPS, seed=seed)
+    results = benchmark_artifact(folder, device=device, progress=progress, batches=BATCHES, seconds=SECONDS)
+    page, _ = report_artifact(folder, out)
+    return results, page
+
+
+COMMANDS: Mapping[str, Callable[..., None]] = {"demo": demo}

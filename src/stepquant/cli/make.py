@@ -1,0 +1,189 @@
+"""Commands that make things: quantize, generate."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stepquant import hub
+from stepquant.calib.cache import cache_folder
+from stepquant.cli.explain import explain_plan
+from stepquant.cli.interrupt import keeping
+from stepquant.cli.options import (
+    DEFAULT_MODEL,
+    AnyModel,
+    CalibrationSteps,
+    Device,
+    Explain,
+    Json,
+    Method,
+    Model,
+    OutFolder,
+    PlanFile,
+    Prompts,
+    Quiet,
+    Resume,
+    Sampler,
+    Samples,
+    Scheme,
+    Seed,
+    Settings,
+    read_prompts,
+    read_settings,
+)
+from stepquant.cli.screen import Screen, command_text, size_text
+from stepquant.errors import StepquantError
+from stepquant.job import Outcome, Recipe, load, plan_json, quantize_to
+from stepquant.job.files import writing
+from stepquant.models.denoiser import Denoiser
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def quantize(
+    model: Model = DEFAULT_MODEL,
+    method: Method = "ptq4dm",
+    scheme: Scheme = None,
+    out: OutFolder = None,
+    steps: CalibrationSteps = 100,
+    sampler: Sampler = None,
+    samples: Samples = None,
+    settings: Settings = None,
+    plan: PlanFile = None,
+    prompts: Prompts = None,
+    explain: Explain = False,
+    resume: Resume = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a model, calibrated on its own denoising trajectories, and write an ordinary diffusers folder."""
+    screen = Screen(quiet)
+    chosen = read_settings(settings or [])
+    if samples is not None:
+        if "samples" in chosen:
+            raise StepquantError("--samples and --set samples= say the same thing", fix="give one of them")
+        chosen["samples"] = samples
+    recipe = Recipe.of(
+        model=model,
+        method=method,
+        scheme=scheme,
+        plan=plan_json(plan),
+        settings=chosen,
+        steps=steps,
+        sampler=sampler,
+        seed=seed,
+        prompts=read_prompts(prompts),
+        device=device,
+    )
+    recipe.check()
+    if out is None and not explain:
+        raise StepquantError(
+            "where to write the artifact?", fix="add --out DIR, or --explain to see the plan only"
+        )
+    result: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
+    if explain:
+        result |= explain_plan(screen, Denoiser.of(load(recipe.model)), recipe.build_plan())
+    if out is not None:
+        result |= make_artifact(screen, recipe, out, resume)
+    screen.finish(json, result)
+
+
+def make_artifact(screen: Screen, recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
+    """Quantize with progress, and say what came out."""
+    screen.warn_if_plain()
+    start = time.monotonic()
+    with keeping(how_to_resume(out)), screen.reporter:
+        outcome = quantize_to(recipe, out, resume=resume, progress=screen.reporter)
+    seconds = time.monotonic() - start
+    screen.show(outcome_text(outcome, seconds))
+    if not outcome.found:
+        screen.say(f"next: {command_text(['generate', str(out), '--out', 'grid.png'])}")
+    return {
+        "out": str(out),
+        "found": outcome.found,
+        "seconds": None if outcome.found else seconds,
+        "weights_bytes": outcome.weights_bytes,
+        "float_bytes": outcome.float_bytes,
+        "share": outcome.share,
+        "artifact_recipe": dict(outcome.recipe),
+    }
+
+
+def outcome_text(outcome: Outcome, seconds: float) -> str:
+    recipe = outcome.recipe
+    size = (
+        f"{size_text(outcome.weights_bytes)}, {outcome.share:.3f} of fp32 ({size_text(outcome.float_bytes)})"
+    )
+    if outcome.found:
+        return f"{outcome.out} is there already, finished, from the same recipe: {size}"
+    return f"wrote {outcome.out}: {recipe['method']} {recipe['scheme']}, {size}, in {seconds:.0f} s"
+
+
+def how_to_resume(out: Path) -> str:
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    return (
+        f"{out} was not touched; recorded trajectories are kept in {cache_folder()}.\n"
+        f"Go on with: {command_text([*words, '--resume'])}"
+    )
+
+
+def generate(
+    model: AnyModel,
+    images: Annotated[
+        int, typer.Option(min=1, metavar="N", help="How many, with seeds SEED, SEED+1, ...")
+    ] = 64,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Denoising steps.")] = 50,
+    sampler: Sampler = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Image file of the grid.")] = Path("grid.png"),
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 32,
+    prompts: Prompts = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Generate images with a float model or an artifact, one seed each, as one grid."""
+    from stepquant.models.sampling import sample
+    from stepquant.report.images import write_grid
+
+    screen = Screen(quiet)
+    if out.suffix.lower() not in IMAGE_SUFFIXES:
+        raise StepquantError(
+            f"cannot write images as '{out.name}'",
+            expected=f"a name that ends in {', '.join(IMAGE_SUFFIXES)}",
+        )
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    pipeline = load(model, device)
+    if hub.config_of(Denoiser.of(pipeline).model) is not None:
+        screen.warn_if_plain()
+    seeds = range(seed, seed + images)
+    start = time.monotonic()
+    with screen.reporter as progress:
+        batches = list(
+            sample(
+                pipeline,
+                seeds,
+                steps=steps,
+                sampler=sampler,
+                batch=batch,
+                prompts=read_prompts(prompts),
+                progress=progress,
+            )
+        )
+    seconds = time.monotonic() - start
+    with writing(out):
+        write_grid(batches, out)
+    screen.show(f"wrote {out}: {images} images, seeds {seed} to {seed + images - 1}, {seconds:.1f} s")
+    result = {"out": str(out), "images": images, "seed": seed, "steps": steps, "seconds": seconds}
+    screen.finish(json, result)
+
+
+COMMANDS: Mapping[str, Callable[..., None]] = {"quantize": quantize, "generate": generate}

@@ -1,0 +1,159 @@
+"""Commands that measure: evaluate, benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stepquant import hub
+from stepquant.cli.options import (
+    AnyModel,
+    ArtifactFolder,
+    Device,
+    Json,
+    Prompts,
+    Quiet,
+    Sampler,
+    Seed,
+    read_counts,
+    read_prompts,
+)
+from stepquant.cli.screen import Screen, command_text
+from stepquant.job import load
+from stepquant.models.denoiser import Denoiser
+
+Against = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="The float model it was made of.", show_default="as the artifact says"
+    ),
+]
+
+
+def evaluate(
+    folder: ArtifactFolder,
+    against: Against = None,
+    images: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Pairs of images from the same seeds.")
+    ] = 1024,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Denoising steps.")] = 50,
+    sampler: Sampler = None,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 32,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Real images to compare with, or cifar10.",
+            show_default="what the model saw",
+        ),
+    ] = None,
+    floor: Annotated[
+        bool,
+        typer.Option(help="Also measure what two seeds of the float model differ by: half as long again."),
+    ] = True,
+    prompts: Prompts = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure quality against the float model, seed by seed and step by step; keeps it in DIR/results.json."""
+    from stepquant.job.results import evaluate_artifact
+
+    screen = Screen(quiet)
+    screen.warn_if_plain()
+    sampling: dict[str, Any] = {
+        "images": images,
+        "steps": steps,
+        "sampler": sampler,
+        "batch": batch,
+        "floor": floor,
+        "seed": seed,
+        "prompts": read_prompts(prompts),
+    }
+    chosen = {} if data is None else {"data": data}
+    with screen.reporter as progress:
+        results = evaluate_artifact(folder, against, device=device, progress=progress, **sampling, **chosen)
+    show_table(screen, results)
+    screen.say(f"next: {command_text(['report', str(folder)])}")
+    screen.finish(json, results)
+
+
+def benchmark(
+    model: AnyModel,
+    against: Against = None,
+    batch: Annotated[str, typer.Option(metavar="N,N,...", help="Batch sizes.")] = "1,8,32",
+    seconds: Annotated[
+        float, typer.Option(min=0.1, metavar="S", help="Timing per batch size, after warming up.")
+    ] = 10.0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="For everyone.", show_default="all")
+    ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile/--no-compile", help="Also time torch.compile, which takes minutes to build."),
+    ] = True,
+    prompts: Prompts = None,
+    device: Device = "cpu",
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time one call of the denoiser, in turns with fp32, bf16 and compiled bf16; keeps it in DIR/results.json."""
+    from stepquant.evaluate import benchmark as time_float
+    from stepquant.evaluate.speed import BASELINES
+    from stepquant.job.results import benchmark_artifact
+
+    screen = Screen(quiet)
+    options: dict[str, Any] = {
+        "batches": read_counts(batch, "--batch"),
+        "seconds": seconds,
+        "count": threads,
+        "baselines": [name for name in BASELINES if compiled or "compiled" not in name],
+        "prompts": read_prompts(prompts),
+    }
+    pipeline = load(model, device)
+    with screen.reporter as progress:
+        if hub.config_of(Denoiser.of(pipeline).model) is None:
+            result = {"speed": time_float(pipeline, progress=progress, **options)}
+        else:
+            screen.warn_if_plain()
+            result = benchmark_artifact(Path(model), against, device=device, progress=progress, **options)
+    show_speed(screen, result["speed"])
+    screen.finish(json, result)
+
+
+def show_table(screen: Screen, results: Mapping[str, Any]) -> None:
+    """The headline rows of the report."""
+    from stepquant.report import table
+
+    header, *rows = table(results)
+    screen.table("", header, rows)
+
+
+def show_speed(screen: Screen, speed: Mapping[str, Any]) -> None:
+    rows = [
+        (
+            row["batch"],
+            row["name"],
+            spread(row, "milliseconds"),
+            spread(row, "ratio"),
+            row["layout"] or row["unavailable"],
+        )
+        for row in speed["rows"]
+    ]
+    title = f"one call of the denoiser, {speed['threads']} threads, {speed['rounds']} rounds; median and quartiles"
+    screen.table(title, ("batch", "contender", "ms", f"times {speed['reference']}", ""), rows)
+
+
+def spread(row: Mapping[str, Any], name: str) -> str:
+    """`median (quartile to quartile)`."""
+    if row[name] is None:
+        return "not measured"
+    low, high = ("ratio_low", "ratio_high") if name == "ratio" else ("low", "high")
+    return f"{row[name]:.3g} ({row[low]:.3g} to {row[high]:.3g})"
+
+
+COMMANDS: Mapping[str, Callable[..., None]] = {"evaluate": evaluate, "benchmark": benchmark}

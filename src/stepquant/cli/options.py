@@ -1,0 +1,125 @@
+"""Options that several commands share, and how their text becomes values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stepquant.errors import StepquantError
+
+DEFAULT_MODEL = "stepquant:cifar10"
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Embedded model, or a diffusers pipeline folder.")
+]
+AnyModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL_OR_DIR", help="Embedded model, a pipeline folder, or an artifact.", show_default=False
+    ),
+]
+ArtifactFolder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Artifact that `stepquant quantize` wrote.", show_default=False)
+]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, results only.")]
+Seed = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Seed of all randomness: one per trajectory follows from it.")
+]
+Device = Annotated[str, typer.Option(metavar="NAME", help="Where torch computes.")]
+Sampler = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="ddim, ddpm, dpm++, euler or unipc.", show_default="the pipeline's own"
+    ),
+]
+Prompts = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="One prompt per line, for models that take text.")
+]
+Method = Annotated[str, typer.Option(metavar="NAME", help="See `stepquant methods`.")]
+Scheme = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="See `stepquant schemes`.", show_default="w8a8, or none with --plan"),
+]
+OutFolder = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Folder to write.", show_default=False)
+]
+CalibrationSteps = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Denoising steps of the calibration trajectories.")
+]
+Samples = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Calibration records.", show_default="the method's own")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="A field of the method, repeatable. See `stepquant methods NAME`."
+    ),
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Rules (JSON) that come before those of --scheme, or stand alone."),
+]
+Explain = Annotated[
+    bool, typer.Option("--explain", help="Print what every site gets and why; without --out, that is all.")
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Go on after an interruption; keep a finished artifact of the same recipe."
+    ),
+]
+
+
+def read_prompts(file: Path | None) -> tuple[str, ...] | None:
+    if file is None:
+        return None
+    try:
+        lines = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise StepquantError(
+            f"cannot read the prompts: {error}", expected="a text file with one prompt per line"
+        ) from error
+    if not lines:
+        raise StepquantError("the file of prompts is empty", where=str(file), expected="one prompt per line")
+    return lines
+
+
+def read_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """`key=value` words; the method's fields give the values their types."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise StepquantError(f"cannot read --set {pair}", expected="key=value, as --set samples=512")
+        if key.strip() in settings:
+            raise StepquantError(f"--set {key.strip()} is given twice")
+        settings[key.strip()] = read_value(value.strip())
+    return settings
+
+
+def read_value(text: str) -> Any:
+    """Lists and tables as JSON; everything else stays text, which the field reads."""
+    if text[:1] in ("[", "{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return text
+    return None if text == "null" else text
+
+
+def read_counts(text: str, option: str) -> tuple[int, ...]:
+    """`1,8,32` as numbers."""
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise StepquantError(
+            f"cannot read {option} {text}", expected="positive numbers with commas, as 1,8,32"
+        )
+    return counts

@@ -1,0 +1,95 @@
+"""Commands that show an artifact: inspect, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stepquant.cli.options import ArtifactFolder, Json
+from stepquant.cli.screen import Screen, size_text
+from stepquant.job.store import weights_bytes
+from stepquant.runtime import ops
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def inspect(
+    folder: ArtifactFolder,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Every layer, not only those that run in float.")
+    ] = False,
+    json: Json = None,
+) -> None:
+    """Show how an artifact was made, and which share of its work runs in integers on this machine."""
+    from stepquant.job.results import inspect_artifact
+
+    screen = Screen()
+    found = inspect_artifact(folder)
+    quantized, rows = found["quantized"], found["coverage"]
+    recipe = quantized["recipe"]
+    screen.show(
+        f"{folder}: {recipe['model']}, {quantized['method']} {quantized['scheme']}, digest {quantized['digest']}"
+    )
+    screen.show(
+        f"calibrated with seed {recipe['seed']} over {recipe['steps']} steps of {recipe['sampler']}; "
+        f"weights {size_text(weights_bytes(folder))}; C++ kernels: {ops.capability()}"
+    )
+    shares = integer_shares(rows)
+    screen.show(
+        f"{shares['of_all']:.2%} of the multiply-accumulates run in integers, "
+        f"{shares['of_planned']:.2%} of those that the plan quantizes"
+    )
+    screen.show()
+    total = sum(row["macs"] for row in rows) or 1
+    listed = [row for row in rows if layers or not row["integer"]]
+    screen.table(
+        "all layers" if layers else "not in integers" if listed else "",
+        ("layer", "role", "share", "weight", "input", "runs as", "reason"),
+        [
+            (
+                row["path"],
+                row["role"],
+                f"{row['macs'] / total:.3%}",
+                row["weight"],
+                row["input"],
+                f"integer {row['kernel']}" if row["integer"] else "float",
+                row["reason"],
+            )
+            for row in listed
+        ],
+    )
+    screen.finish(json, found | {"shares": shares})
+
+
+def integer_shares(rows: Rows) -> dict[str, float]:
+    """Shares of multiply-accumulates in integers: of all, and of those whose weight and input the plan quantizes."""
+    planned = [row for row in rows if "float" not in (row["weight"], row["input"])]
+    return {"of_all": share(rows), "of_planned": share(planned)}
+
+
+def share(rows: Rows) -> float:
+    total = sum(row["macs"] for row in rows)
+    return sum(row["macs"] for row in rows if row["integer"]) / total if total else 0.0
+
+
+def report(
+    folder: ArtifactFolder,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for the page.", show_default="beside the weights"),
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Write report.html, one self-contained page, from what `evaluate` and `benchmark` measured."""
+    from stepquant.job.results import report_artifact
+
+    screen = Screen()
+    page, results = report_artifact(folder, out)
+    screen.show(f"wrote {page}")
+    screen.finish(json, {"page": str(page)} | results)
+
+
+COMMANDS: Mapping[str, Callable[..., None]] = {"inspect": inspect, "report": report}

@@ -1,0 +1,77 @@
+"""Quantize the denoiser of a pipeline, in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stepquant import hub
+from stepquant.artifact import Artifact
+from stepquant.calib.record import Source
+from stepquant.errors import ModelError
+from stepquant.job.recipe import Recipe
+from stepquant.models.denoiser import Denoiser, check_finite
+from stepquant.progress import Progress, Silent
+from stepquant.quant.plan import Plan
+
+
+def quantize(
+    pipeline: Any,
+    *,
+    method: str = "ptq4dm",
+    scheme: str | None = None,
+    plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    samples: int | None = None,
+    steps: int = 100,
+    sampler: str | None = None,
+    seed: int = 0,
+    prompts: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """Quantize the denoiser of `pipeline` in place: it runs in integers afterwards, and saves them.
+
+    `plan` puts rules before those of `scheme`, or stands alone when `scheme` is None.
+    """
+    recipe = Recipe.of(
+        model=str(pipeline.config.get("_name_or_path") or type(pipeline).__name__),
+        method=method,
+        scheme=scheme,
+        plan=plan_json(plan),
+        settings=dict(settings or {}) | ({} if samples is None else {"samples": samples}),
+        steps=steps,
+        sampler=sampler,
+        seed=seed,
+        prompts=prompts,
+    )
+    hub.attach(Denoiser.of(pipeline).model, run(pipeline, recipe, progress))
+    return pipeline
+
+
+def plan_json(plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None) -> dict[str, Any] | None:
+    if isinstance(plan, str | os.PathLike):
+        plan = Plan.read(Path(plan))
+    return plan.to_json() if isinstance(plan, Plan) else dict(plan) if plan is not None else None
+
+
+def run(pipeline: Any, recipe: Recipe, progress: Progress | None = None) -> Artifact:
+    """What the recipe makes of this pipeline; the pipeline itself stays float."""
+    recipe.check()
+    denoiser = Denoiser.of(pipeline)
+    if hub.config_of(denoiser.model) is not None:
+        raise ModelError("the model is quantized already", fix="start from the float model")
+    check_finite(denoiser.model)
+    denoiser.model.eval()
+    source = Source(
+        pipeline,
+        recipe.steps,
+        recipe.sampler,
+        recipe.seed,
+        prompts=recipe.prompts,
+        progress=progress or Silent(),
+    )
+    artifact = recipe.build_method()(denoiser, recipe.build_plan(), source)
+    return dataclasses.replace(artifact, recipe=recipe.provenance(pipeline))

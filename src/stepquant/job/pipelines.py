@@ -1,0 +1,98 @@
+"""Pipelines by name or folder, with errors that say what is wrong with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline
+from diffusers.utils import logging
+from safetensors import SafetensorError
+
+from stepquant import hub
+from stepquant.errors import ModelError, StepquantError, UnknownNameError
+from stepquant.models import zoo
+from stepquant.models.denoiser import Denoiser, check_finite
+
+
+def load(model: str | os.PathLike[str], device: str = "cpu") -> Any:
+    """A pipeline by the name of an embedded model or by its folder; a quantized one runs in integers."""
+    folder = find_folder(str(model))
+    pipeline = open_pipeline(folder)
+    network = Denoiser.of(pipeline).model
+    if hub.config_of(network) is None:
+        check_finite(network)
+    rename(pipeline, str(model) if str(model) in zoo.names() else folder.resolve().name)
+    pipeline.set_progress_bar_config(disable=True)
+    return move(pipeline, device)
+
+
+def rename(pipeline: Any, name: str) -> None:
+    """Call the pipeline and its parts by a name instead of the path on this machine, which would be saved with them."""
+    for part in (pipeline, *pipeline.components.values()):
+        if isinstance(part, ConfigMixin):
+            part.register_to_config(_name_or_path=name)
+        elif hasattr(part, "name_or_path"):
+            part.name_or_path = name
+
+
+def find_folder(name: str) -> Path:
+    folder = zoo.path(name) if name.startswith(zoo.PREFIX) else Path(name)
+    if not folder.exists():
+        near = UnknownNameError("model", name, zoo.names())
+        hub_id = f"fetch it first: hf download {name} --local-dir DIR" if name.count("/") == 1 else None
+        raise ModelError(
+            f"there is no model '{name}'",
+            expected=f"a diffusers pipeline folder, or one of {', '.join(zoo.names())}",
+            fix=near.fix or hub_id or "check the path",
+        )
+    if not (folder / "model_index.json").is_file():
+        above = (folder.parent / "model_index.json").is_file()
+        raise ModelError(
+            f"'{name}' is no diffusers pipeline",
+            expected="a folder with model_index.json, as pipeline.save_pretrained writes it",
+            fix=f"give the folder above it: {folder.parent}" if above else None,
+        )
+    return folder
+
+
+def open_pipeline(folder: Path) -> Any:
+    try:
+        with without_bars():
+            return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    except StepquantError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            "diffusers cannot load this pipeline",
+            where=str(folder),
+            got=words[0][:300],
+            fix="check that every file is complete",
+        ) from error
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """diffusers draws a bar while it loads, even for a fraction of a second."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def move(pipeline: Any, device: str) -> Any:
+    try:
+        return pipeline if torch.device(device).type == "cpu" else pipeline.to(device)
+    except (RuntimeError, AssertionError) as error:
+        words = str(error).splitlines()[0]
+        raise StepquantError(
+            f"cannot use device '{device}'", got=words, expected="a device of this torch, as cpu"
+        ) from error

@@ -1,0 +1,92 @@
+"""Recipe: everything that decides the bytes of an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stepquant import __version__, methods
+from stepquant.errors import StepquantError, UnknownNameError
+from stepquant.methods.method import Method
+from stepquant.models.denoiser import Denoiser
+from stepquant.models.sampling import SAMPLERS
+from stepquant.quant.plan import Plan
+from stepquant.quant.schemes import scheme
+
+DEFAULT_SCHEME = "w8a8"
+
+
+class Recipe(BaseModel):
+    """Everything that decides the bytes of an artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = "stepquant:cifar10"
+    method: str = "ptq4dm"
+    scheme: str | None = None  # None: the plan alone, or w8a8 without one
+    plan: dict[str, Any] | None = None  # rules that come before those of the scheme
+    settings: dict[str, Any] = Field(default_factory=dict)  # fields of the method
+    steps: int = Field(100, gt=0)
+    sampler: str | None = None  # None: the pipeline's own
+    seed: int = Field(0, ge=0)
+    prompts: tuple[str, ...] | None = None
+    device: str = "cpu"
+
+    @classmethod
+    def of(cls, **fields: Any) -> Recipe:
+        """The recipe with these fields; what does not fit is one error that names the field."""
+        for name in fields:
+            if name not in cls.model_fields:
+                raise UnknownNameError("key of the recipe", name, cls.model_fields)
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise StepquantError(f"'{field}' of the recipe: {first['msg']}", got=first["input"]) from error
+
+    def build_method(self) -> Method:
+        return methods.build(self.method, self.settings)
+
+    def build_plan(self) -> Plan:
+        """The plan's rules first, then those of the scheme."""
+        if self.plan is None:
+            return scheme(self.scheme or DEFAULT_SCHEME)
+        own = Plan.from_json(self.plan)
+        return (
+            own
+            if self.scheme is None
+            else scheme(self.scheme).with_rules(own.rules, f"{own.name}+{self.scheme}")
+        )
+
+    def check(self) -> None:
+        """Find what cannot work before anything slow begins."""
+        self.build_method()
+        self.build_plan()
+        if self.sampler is not None and self.sampler not in SAMPLERS:
+            raise UnknownNameError("sampler", self.sampler, SAMPLERS)
+
+    def provenance(self, pipeline: Any) -> dict[str, Any]:
+        """What the artifact says about how it came about; the same for everybody who repeats it."""
+        own = type(pipeline.scheduler).__name__
+        return {
+            "model": Path(self.model).resolve().name if Path(self.model).is_dir() else self.model,
+            "model_digest": Denoiser.of(pipeline).digest(),
+            "method": self.method,
+            "settings": self.build_method().model_dump(mode="json"),
+            "scheme": self.build_plan().name,
+            "plan": self.build_plan().to_json()["rules"],
+            "steps": self.steps,
+            "sampler": self.sampler or own,
+            "seed": self.seed,
+            "prompts": list(self.prompts) if self.prompts else None,
+            "versions": {
+                "stepquant": __version__,
+                "torch": torch.__version__,
+                "diffusers": diffusers.__version__,
+            },
+        }

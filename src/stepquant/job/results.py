@@ -1,0 +1,172 @@
+"""Results of an artifact: what is known from the folder itself, and what was measured so far, in `results.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from stepquant import hub
+from stepquant.calib.cache import atomically
+from stepquant.errors import ArtifactError, StepquantError
+from stepquant.evaluate import benchmark, evaluate, size
+from stepquant.evaluate.cost import coverage
+from stepquant.evaluate.describe import describe_float, describe_plan, describe_quantized, environment
+from stepquant.evaluate.results import FORMAT
+from stepquant.evaluate.speed import first_arguments
+from stepquant.job.files import writing
+from stepquant.job.pipelines import load
+from stepquant.models import zoo
+from stepquant.models.denoiser import Denoiser
+from stepquant.progress import Progress
+from stepquant.report import write as write_report
+
+RESULTS = "results.json"
+# What a model was trained on, where the distance to data can be measured offline.
+DATA = {"stepquant:cifar10": "cifar10"}
+
+
+def artifact_config(pipeline: Any, folder: Path) -> hub.StepquantConfig:
+    """How the model of that pipeline was quantized; a float one is an error."""
+    config = hub.config_of(Denoiser.of(pipeline).model)
+    if config is None:
+        raise ArtifactError(
+            f"'{folder}' holds a float model",
+            expected="an artifact, as `stepquant quantize --out DIR` writes it",
+            fix=f"quantize it first: stepquant quantize {folder} --out DIR",
+        )
+    return config
+
+
+def load_twin(config: hub.StepquantConfig, against: str | None, device: str = "cpu") -> Any:
+    """The float model that an artifact was made of; another one is an error."""
+    name = against or config.recipe.get("model", "")
+    if against is None and name not in zoo.names():
+        raise StepquantError(
+            "the float model is not an embedded one", got=name, fix="say where it is: --against FOLDER"
+        )
+    pipeline = load(name, device)
+    if hub.config_of(Denoiser.of(pipeline).model) is not None:
+        raise StepquantError(
+            f"'{name}' is quantized itself", fix="compare with the float model: --against FOLDER"
+        )
+    digest = Denoiser.of(pipeline).digest()
+    if digest != config.recipe.get("model_digest", digest):
+        raise StepquantError(
+            f"the artifact was not made of '{name}'",
+            got=f"a model with digest {digest[:12]}",
+            expected=str(config.recipe["model_digest"])[:12],
+            fix="compare with the model it was made of: --against FOLDER",
+        )
+    return pipeline
+
+
+def describe_artifact(source: Any, quantized: Any, folder: Path, name: str) -> dict[str, Any]:
+    """All that follows from an artifact without measuring: origin, recipe, size, plan and coverage."""
+    ours, theirs = Denoiser.of(quantized), Denoiser.of(source)
+    prompts = artifact_config(quantized, folder).recipe.get("prompts")
+    return {
+        "format": FORMAT,
+        "float": describe_float(source),
+        "quantized": describe_quantized(quantized) | {"name": name},
+        "size": size(source, folder),
+        "coverage": coverage(theirs, ours, first_arguments(source, 1, prompts)),
+        "plan": describe_plan(theirs, ours),
+    }
+
+
+def inspect_artifact(folder: Path) -> dict[str, Any]:
+    """Recipe and coverage, from the artifact alone: shapes need no float weights."""
+    pipeline = load(folder)
+    prompts = artifact_config(pipeline, folder).recipe.get("prompts")
+    quantized = Denoiser.of(pipeline)
+    model: Any = quantized.model
+    config = {name: value for name, value in model.config.items() if name != "quantization_config"}
+    with torch.device("meta"):
+        shapes = Denoiser(type(model).from_config(config))
+    arguments = tree_map(to_meta, first_arguments(pipeline, 1, prompts))
+    return {
+        "quantized": describe_quantized(pipeline) | {"name": folder.resolve().name},
+        "coverage": coverage(shapes, quantized, arguments),
+        "plan": describe_plan(shapes, quantized),
+    }
+
+
+def to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """What was measured so far; nothing yet is empty."""
+    file = folder / RESULTS
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise StepquantError(
+            f"cannot read the results: {error}", where=str(file), fix="remove it and evaluate again"
+        ) from error
+
+
+def keep_results(folder: Path, results: Mapping[str, Any]) -> None:
+    text = json.dumps(results, indent=1) + "\n"
+    atomically(folder / RESULTS, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def update_results(folder: Path, source: Any, quantized: Any, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Add what was measured to the results of the artifact; those of former weights are dropped."""
+    known = describe_artifact(source, quantized, folder, folder.resolve().name)
+    former = read_results(folder)
+    if former.get("quantized", {}).get("digest") != known["quantized"]["digest"]:
+        former = {}
+    results = former | dict(measured) | known
+    keep_results(folder, results)
+    return results
+
+
+def evaluate_artifact(
+    folder: Path,
+    against: str | None = None,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    **sampling: Any,
+) -> dict[str, Any]:
+    """Compare an artifact with the float model it was made of; `sampling` as in `stepquant.evaluate`."""
+    quantized = load(folder, device)
+    config = artifact_config(quantized, folder)
+    source = load_twin(config, against, device)
+    sampling.setdefault("data", DATA.get(config.recipe.get("model", "")))
+    measured = evaluate(source, quantized, progress=progress, **sampling)
+    return update_results(folder, source, quantized, measured)
+
+
+def benchmark_artifact(
+    folder: Path,
+    against: str | None = None,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Time an artifact beside the float model it was made of; `options` as in `stepquant.evaluate`."""
+    quantized = load(folder, device)
+    source = load_twin(artifact_config(quantized, folder), against, device)
+    speed = benchmark(source, quantized, progress=progress, **options)
+    return update_results(folder, source, quantized, {"speed": speed, "environment": environment()})
+
+
+def report_artifact(folder: Path, out: Path | None = None) -> tuple[Path, dict[str, Any]]:
+    """Write the page about an artifact from what was measured so far."""
+    results = read_results(folder)
+    if not results:
+        raise StepquantError(
+            "nothing was measured yet",
+            where=str(folder),
+            fix=f"first: stepquant evaluate {folder}, stepquant benchmark {folder}",
+        )
+    with writing(out or folder):
+        return write_report(results, out or folder), results

@@ -1,0 +1,121 @@
+"""Quantize into a folder that appears whole or not at all, and find again what is there already."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepquant import hub
+from stepquant.errors import ArtifactError, StepquantError
+from stepquant.job.files import new_folder, writing
+from stepquant.job.inplace import run
+from stepquant.job.pipelines import load
+from stepquant.job.recipe import Recipe
+from stepquant.models.denoiser import Denoiser
+from stepquant.models.sampling import sample
+from stepquant.progress import Progress
+
+GRID, SHOWN, MOST_STEPS = "samples.png", 16, 50  # the images beside the weights
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An artifact on disk."""
+
+    out: Path
+    recipe: Mapping[str, Any]
+    weights_bytes: int
+    float_bytes: int  # of the same weights in fp32
+    found: bool  # whether it had been there before
+
+    @property
+    def share(self) -> float:
+        return self.weights_bytes / self.float_bytes
+
+
+def quantize_to(
+    recipe: Recipe, out: str | os.PathLike[str], *, resume: bool = False, progress: Progress | None = None
+) -> Outcome:
+    """Write the artifact of `recipe` to the folder `out`.
+
+    With `resume`, a finished artifact of the same recipe is kept as it is, and an interrupted run goes on from the
+    trajectories that it has recorded; the bytes are those of an uninterrupted run.
+    """
+    recipe.check()
+    target = Path(out)
+    pipeline = load(recipe.model, recipe.device)
+    provenance = recipe.provenance(pipeline)
+    float_bytes = sum(4 * value.numel() for value in Denoiser.of(pipeline).model.state_dict().values())
+    if is_taken(target):
+        found = existing(target, provenance, resume)
+        return Outcome(target, found, weights_bytes(target), float_bytes, found=True)
+    with new_folder(target) as folder:
+        hub.attach(Denoiser.of(pipeline).model, run(pipeline, recipe, progress))
+        with writing(target):
+            pipeline.save_pretrained(folder)
+        illustrate(pipeline, recipe, folder, target, progress)
+    return Outcome(target, provenance, weights_bytes(target), float_bytes, found=False)
+
+
+def illustrate(pipeline: Any, recipe: Recipe, folder: Path, target: Path, progress: Progress | None) -> None:
+    """Beside the weights: a grid of samples and the model card that shows it."""
+    # What measures takes a second to import, which loading and quantizing in place do not need.
+    from stepquant.job.results import describe_artifact
+    from stepquant.report import card
+    from stepquant.report.images import write_grid
+
+    steps = min(recipe.steps, MOST_STEPS)
+    drawn = sample(
+        pipeline, range(SHOWN), steps=steps, sampler=recipe.sampler, prompts=recipe.prompts, progress=progress
+    )
+    batches = list(drawn)
+    known = describe_artifact(load(recipe.model, recipe.device), pipeline, folder, target.resolve().name)
+    with writing(target):
+        write_grid(batches, folder / GRID)
+        (folder / "README.md").write_text(card(known), encoding="utf-8")
+
+
+def is_taken(out: Path) -> bool:
+    """Whether `out` is a folder with something in it; a file is an error when the folder is made."""
+    return out.is_dir() and any(out.iterdir())
+
+
+def existing(out: Path, wanted: Mapping[str, Any], resume: bool) -> Mapping[str, Any]:
+    """The recipe of the artifact in `out`, which must be intact and the wanted one."""
+    if not resume:
+        raise StepquantError(
+            f"'{out}' exists already",
+            expected="a new or empty folder",
+            fix="choose another --out, or add --resume to keep a finished artifact of the same recipe",
+        )
+    config = hub.config_of(Denoiser.of(load(out)).model)
+    if config is None:
+        raise ArtifactError(
+            f"'{out}' holds a float model", expected="an artifact of stepquant", fix="choose another --out"
+        )
+    mine, theirs = (json.loads(json.dumps(recipe)) for recipe in (wanted, config.recipe))
+    different = [key for key in mine if key not in ("versions", "model") and mine[key] != theirs.get(key)]
+    if different:
+        key = different[0]
+        raise ArtifactError(
+            f"'{out}' was made by another recipe: {', '.join(different)}",
+            got=f"{key} {shorten(theirs.get(key))}",
+            expected=f"{key} {shorten(mine[key])}",
+            fix="choose another --out, or remove the folder",
+        )
+    return config.recipe
+
+
+def shorten(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def weights_bytes(folder: Path) -> int:
+    """Size of the denoiser's weights on disk."""
+    component = next(folder / name for name in ("unet", "transformer") if (folder / name).is_dir())
+    return sum(file.stat().st_size for file in component.glob("*.safetensors"))

@@ -1,0 +1,134 @@
+"""Ctrl-C and kill -9 in the middle of each stage: nothing half-written, and --resume gives the same bytes."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from stepquant.cli import main
+
+WORDS = ("--method", "minmax", "--steps", "25", "--samples", "256", "--set", "batch=8")
+PATIENCE = 120.0  # seconds for a loaded machine
+
+
+class Run:
+    """`stepquant quantize` in a process of its own."""
+
+    def __init__(self, tiny: Path, place: Path, limit: Callable[[], None] | None = None) -> None:
+        self.cache, self.out = place / "cache", place / "out"
+        self.said = place / "said.txt"
+        place.mkdir()
+        environment = os.environ | {"STEPQUANT_CACHE": str(self.cache), "OMP_NUM_THREADS": "1"}
+        words = [sys.executable, "-m", "stepquant", "quantize", str(tiny), *WORDS, "--out", str(self.out)]
+        with self.said.open("w") as file:
+            self.process = subprocess.Popen(
+                words, stderr=file, stdout=file, env=environment, preexec_fn=limit
+            )
+
+    def wait_until(self, reached: Callable[[], bool]) -> None:
+        end = time.monotonic() + PATIENCE
+        while not reached():
+            assert self.process.poll() is None, f"it ended before the signal: {self.said.read_text()}"
+            assert time.monotonic() < end, self.said.read_text()
+            time.sleep(0.002)
+
+    def send(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    def recording(self) -> bool:
+        return len(list(self.cache.glob("*/*.safetensors"))) >= 2
+
+    def fitting(self) -> bool:
+        return "recording trajectories: done" in self.said.read_text()
+
+    def writing(self) -> bool:
+        return bool(list(self.out.parent.glob(".out.*.part/unet/config.json")))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def start(tiny: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """Starts a run; none outlives its test."""
+    runs: list[Run] = []
+
+    def begin(limit: Callable[[], None] | None = None) -> Run:
+        runs.append(Run(tiny, tmp_path / "place", limit))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.process.kill()
+        run.process.wait()
+
+
+def quantize(tiny: Path, out: Path, *more: str) -> dict[str, bytes]:
+    assert main(["quantize", str(tiny), *WORDS, "--out", str(out), "--quiet", *more]) == 0
+    return contents(out)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a run makes that nobody disturbs."""
+    place = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEPQUANT_CACHE", str(place / "cache"))
+        return quantize(tiny, place / "out")
+
+
+@pytest.mark.parametrize("stage", ["recording", "fitting", "writing"])
+def test_kill_and_resume(
+    stage: str,
+    start: Callable[..., Run],
+    tiny: Path,
+    uninterrupted: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = start()
+    run.wait_until(getattr(run, stage))
+    assert run.send(signal.SIGKILL) == -signal.SIGKILL
+    assert not run.out.exists()
+    recorded = {file: file.stat().st_mtime_ns for file in run.cache.glob("*/*.safetensors")}
+    assert recorded
+
+    monkeypatch.setenv("STEPQUANT_CACHE", str(run.cache))
+    assert quantize(tiny, run.out, "--resume") == uninterrupted
+    assert {file: file.stat().st_mtime_ns for file in recorded} == recorded  # not recorded again
+    assert not list(run.out.parent.glob(".out*"))
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(start: Callable[..., Run]) -> None:
+    run = start()
+    run.wait_until(run.recording)
+    assert run.send(signal.SIGINT) == 130
+    said = run.said.read_text()
+    assert "Interrupted" in said
+    assert str(run.cache) in said
+    assert "--resume" in said
+    assert "Traceback" not in said
+    assert not run.out.exists()
+    assert not list(run.out.parent.glob(".out*"))
+
+
+def test_a_file_size_limit_is_one_clear_error(start: Callable[..., Run]) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    run = start(limit)
+    assert run.process.wait(PATIENCE) == 2
+    said = run.said.read_text()
+    assert "cannot write" in said
+    assert "Traceback" not in said
+    assert not run.out.exists()
+    assert not list(run.cache.rglob("*.part"))
