@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from pydantic import Field
 
 from stepquant.artifact import Artifact, freeze
 from stepquant.calib.pick import one_each, uniform
 from stepquant.calib.record import Source
-from stepquant.core.ranges import minmax
+from stepquant.core.ranges import minmax, percentile
 from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.methods.method import Method
 from stepquant.models.denoiser import Denoiser
@@ -21,6 +23,9 @@ class MinMax(Method):
 
     samples: int = Field(1024, gt=0, description="calibration records, one per trajectory")
     momentum: float = Field(0.9, ge=0, lt=1, description="of the moving average over batches")
+    percent: float = Field(
+        100.0, gt=50, le=100, description="share of the values that an activation range covers"
+    )
     batch: int = Field(64, gt=0, description="records per forward pass")
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
@@ -28,7 +33,8 @@ class MinMax(Method):
         data = source.record(one_each(uniform(self.samples, source.steps, generator)))
         with insert(denoiser, plan) as network:
             set_weight_ranges(network, minmax, source.progress)
+            search = minmax if self.percent == 100 else partial(percentile, percent=self.percent)
             set_input_ranges(
-                network, data, minmax, batch=self.batch, momentum=self.momentum, progress=source.progress
+                network, data, search, batch=self.batch, momentum=self.momentum, progress=source.progress
             )
             return freeze(network)

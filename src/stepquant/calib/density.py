@@ -1,0 +1,95 @@
+"""How many records each step deserves, from how its features lie among those of the other steps.
+
+Steps whose features have many close neighbours stand for many steps; steps whose features point elsewhere add variety.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.calib.record import Source, trajectory_seed
+from stepquant.errors import MethodError
+from stepquant.models.denoiser import Denoiser
+from stepquant.models.sampling import run
+
+
+def squared_distances(features: Tensor) -> Tensor:
+    """Mean squared difference between the features (steps, ...) of all pairs of steps, by their Gram matrix."""
+    flat = features.flatten(1).double()
+    gram = flat @ flat.T
+    norms = gram.diagonal()
+    return ((norms[:, None] + norms[None] - 2 * gram) / flat.shape[1]).clamp(min=0)
+
+
+def neighbours(features: Tensor, radius: float | None = None) -> Tensor:
+    """For every step, how many others lie within `radius`; None stands for the lower quartile of all distances."""
+    distances = squared_distances(features)
+    others = ~torch.eye(len(features), dtype=torch.bool)
+    if radius is None:
+        radius = float(distances[others].quantile(0.25)) if others.any() else 0.0
+    return ((distances <= radius) & others).sum(1).double()
+
+
+def dissimilarity(features: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """For every step, the sum of 1 - cosine over channels (the third axis) to all other steps, records and pixels.
+
+    Features are (steps, batch, channels, ...).
+    """
+    norms = features.double().norm(dim=2, keepdim=True).clamp(min=epsilon)
+    unit = (features.double() / norms).flatten(1)
+    places = features[0].numel() // features.shape[2]
+    gram = unit @ unit.T
+    return (places - gram).sum(1) - (places - gram.diagonal())
+
+
+def normalised(values: Tensor) -> Tensor:
+    """Stretched to [0, 1]; values that are all the same say nothing and become 0."""
+    low, high = values.aminmax()
+    if high - low <= 1e-12 * high.abs().clamp(min=1e-300):
+        return torch.zeros_like(values)
+    return (values - low) / (high - low)
+
+
+def counts(features: Tensor, samples: int, variety: float, radius: float | None = None) -> Tensor:
+    """Records per step, in proportion to density + `variety` * dissimilarity; they sum to `samples` exactly."""
+    score = normalised(neighbours(features, radius)) + variety * normalised(dissimilarity(features))
+    return share_out(score, samples)
+
+
+def share_out(score: Tensor, samples: int) -> Tensor:
+    """Whole numbers in proportion to `score` that sum to `samples`: largest remainders, the earlier step in a tie."""
+    score = torch.where(score.sum() > 0, score, torch.ones_like(score)).double()
+    exact = score / score.sum() * samples
+    whole = exact.floor().long()
+    order = (exact - whole).sort(descending=True, stable=True).indices
+    whole[order[: samples - int(whole.sum())]] += 1
+    return whole
+
+
+def features_by_step(source: Source, trajectories: int) -> Tensor:
+    """What the deepest block receives at every step of the float model, (steps, batch, channels, ...)."""
+    denoiser = Denoiser.of(source.pipeline)
+    block: nn.Module = denoiser.model.get_submodule(denoiser.deepest())
+    seen: list[Tensor] = []
+
+    def listen(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args[0] if args else next(iter(kwargs.values()))).detach().float().cpu())
+
+    handle = block.register_forward_pre_hook(listen, with_kwargs=True)
+    seeds = [trajectory_seed(source.seed, trajectory) for trajectory in range(trajectories)]
+    try:
+        with torch.no_grad():
+            run(source.pipeline, seeds, source.steps, source.sampler, source.prompts)
+    finally:
+        handle.remove()
+    if len(seen) != source.steps:
+        raise MethodError(
+            "features cannot be told apart by step",
+            got=f"{len(seen)} calls of the denoiser in {source.steps} steps",
+            fix="use a sampler that calls it once per step",
+        )
+    features = torch.stack(seen)
+    return features.movedim(-1, 2) if features.ndim == 4 else features  # tokens: channels come last

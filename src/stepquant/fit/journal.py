@@ -1,0 +1,79 @@
+"""Journal: what has been learnt so far, one file per block, so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from stepquant.calib.cache import atomically
+from stepquant.calib.calibset import CalibSet
+from stepquant.core.digest import value_digest
+from stepquant.errors import CalibrationError
+from stepquant.fit.learnable import FixedRounding
+from stepquant.fit.learner import activation_quantizers, inside
+from stepquant.fit.reconstruct import Report
+from stepquant.quant.insert import Inserted
+
+FORMAT = 1  # raised when the same settings come to mean another result
+
+
+class Journal:
+    """Files under a name made of everything that decides the result: other settings are another journal."""
+
+    def __init__(self, cache: Path, network: Inserted, data: CalibSet, settings: Mapping[str, Any]) -> None:
+        key = {
+            "format": FORMAT,
+            "model": network.denoiser.digest(),
+            "plan": network.plan.to_json(),
+            "splits": {path: list(widths) for path, widths in network.splits.items()},
+            "data": [[shard.parent.name, shard.name] for shard in data.shards],
+            "records": [data.index, data.weights],
+            "settings": dict(settings),
+        }
+        self.network = network
+        self.folder = cache / "journal" / value_digest(key)[:32]
+
+    def file(self, stage: str, path: str) -> Path:
+        return self.folder / stage / f"{path}.safetensors"
+
+    def write(self, stage: str, report: Report) -> None:
+        """Keep the roundings and ranges of a finished block."""
+        tensors = {}
+        for name, layer in inside(self.network.layers, report.path).items():
+            if isinstance(layer.rounding, FixedRounding):
+                tensors[f"up|{name}"] = layer.rounding.up.contiguous()
+        for quantizer in activation_quantizers(self.network, report.path):
+            if quantizer.is_set:
+                tensors[f"range|{quantizer.site}"] = torch.stack(quantizer.range())
+        note = {"report": json.dumps(vars(report))}
+        atomically(
+            self.file(stage, report.path), lambda temporary: save_file(tensors, temporary, metadata=note)
+        )
+
+    def read(self, stage: str, path: str) -> Report | None:
+        """Put the roundings and ranges of a block back, where it was finished before."""
+        file = self.file(stage, path)
+        if not file.exists():
+            return None
+        try:
+            with safe_open(file, "pt") as stored:
+                report = Report(**json.loads(stored.metadata()["report"]))
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(
+                f"the journal of an earlier run is damaged: {error}",
+                where=str(file),
+                fix="delete this file and run again",
+            ) from error
+        for name, layer in inside(self.network.layers, path).items():
+            layer.rounding = FixedRounding(tensors[f"up|{name}"]) if f"up|{name}" in tensors else None
+        for quantizer in activation_quantizers(self.network, path):
+            if f"range|{quantizer.site}" in tensors:
+                quantizer.set_range(*tensors[f"range|{quantizer.site}"])
+        return report

@@ -1,0 +1,208 @@
+"""Learner: everything that is learnt in one block, and the losses that it is learnt by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import torch
+from torch import Generator, Tensor, nn
+
+from stepquant.core.losses import BlockLoss, Outputs
+from stepquant.fit.learnable import LearnedStep, SoftRounding
+from stepquant.fit.streams import Piece, Table
+from stepquant.models.split import SplitLayer
+from stepquant.quant.insert import Inserted
+from stepquant.quant.layers import QuantLayer
+from stepquant.quant.quantizer import Quantizer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, how fast and on what a block is reconstructed; a rate of 0 leaves that part alone."""
+
+    iterations: int
+    batch: int = 32
+    rounding_rate: float = 1e-3
+    step_rate: float = 0.0
+    last: float = 0.0  # share of the rates that is left at the end of the cosine
+    penalty: float = 0.01  # weight of the rounding regulariser; 0 switches it off
+    beta: tuple[float, float] = (20.0, 2.0)
+    warmup: float = 0.2  # share of the iterations before the regulariser sets in
+    mix: float = 1.0  # probability that an input element is the quantized one
+    keep: float = 1.0  # probability that an activation element is quantized
+    loss: BlockLoss = field(default_factory=BlockLoss)
+    checks: int = 10  # looks at the held-out records
+    patience: int = 4  # checks without improvement before it ends
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one piece receives and should return: float inputs, quantized inputs and float targets by record."""
+
+    floats: Table
+    quants: Table
+    targets: Table
+    train: Tensor  # record numbers
+    held: Tensor
+    weights: Tensor | None = None  # one per record, mean 1
+
+    def weighted(self, weights: Tensor) -> Sample:
+        return replace(self, weights=weights)
+
+
+class Learner:
+    """The roundings and steps of one piece while they are learnt."""
+
+    def __init__(self, network: Inserted, piece: Piece, schedule: Schedule, generator: Generator) -> None:
+        self.network, self.piece, self.schedule, self.generator = network, piece, schedule, generator
+        self.layers = inside(network.layers, piece.path)
+        self.roundings: dict[str, SoftRounding] = {}
+        if schedule.rounding_rate:
+            for path, layer in self.layers.items():
+                if layer.weight_quantizer is not None:
+                    self.roundings[path] = SoftRounding(layer.weight, layer.weight_quantizer)
+        self.steps: dict[Quantizer, LearnedStep] = {}
+        for quantizer in activation_quantizers(network, piece.path):
+            if quantizer.enabled:
+                self.steps[quantizer] = LearnedStep(quantizer, schedule.keep, generator)
+        self.watched = watched_layers(piece) if schedule.loss.layers else []
+
+    def attach(self) -> None:
+        for path, rounding in self.roundings.items():
+            self.layers[path].rounding = rounding
+        for quantizer, step in self.steps.items():
+            quantizer.stand_in = step
+
+    def detach(self) -> None:
+        """Back to rounding as it was before, and to steps as they were set."""
+        for path in self.roundings:
+            self.layers[path].rounding = None
+        for quantizer in self.steps:
+            quantizer.stand_in = None
+
+    def settle(self) -> None:
+        """Make what was learnt permanent: weights round up or down, steps are set."""
+        self.detach()
+        for path, rounding in self.roundings.items():
+            self.layers[path].rounding = rounding.fixed()
+        if self.schedule.step_rate:
+            for quantizer, step in self.steps.items():
+                quantizer.set_range(step.scale, step.zero_point)
+
+    def parameters(self) -> list[dict[str, object]]:
+        groups: list[dict[str, object]] = []
+        if self.roundings:
+            groups.append(
+                {"params": [r.alpha for r in self.roundings.values()], "lr": self.schedule.rounding_rate}
+            )
+        if self.steps and self.schedule.step_rate:
+            groups.append({"params": [s.factor for s in self.steps.values()], "lr": self.schedule.step_rate})
+        return groups
+
+    def state(self) -> list[Tensor]:
+        tensors = [r.alpha for r in self.roundings.values()] + [s.factor for s in self.steps.values()]
+        return [tensor.detach().clone() for tensor in tensors]
+
+    def restore(self, state: Sequence[Tensor]) -> None:
+        tensors = [r.alpha for r in self.roundings.values()] + [s.factor for s in self.steps.values()]
+        with torch.no_grad():
+            for tensor, value in zip(tensors, state, strict=True):
+                tensor.copy_(value)
+
+    @contextmanager
+    def evaluating(self, *, hard: bool) -> Iterator[None]:
+        """Without random dropping, and with weights on integers if `hard`."""
+        for rounding in self.roundings.values():
+            rounding.hard = hard
+        for step in self.steps.values():
+            step.training = False
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for rounding in self.roundings.values():
+                rounding.hard = False
+            for step in self.steps.values():
+                step.training = True
+
+    def outputs(self, columns: Sequence[Tensor]) -> Outputs:
+        """What the piece returns as it is switched now, and its layers with it."""
+        layers: list[Tensor] = []
+        with ExitStack() as hooks:
+            for layer in self.watched:
+                handle = layer.register_forward_hook(lambda m, a, out: layers.append(out))
+                hooks.callback(handle.remove)
+            return Outputs(self.piece.outputs(columns), layers)
+
+    def target(self, sample: Sample, rows: Tensor) -> Outputs:
+        """What the float piece returns; its layers are run again rather than stored."""
+        block = sample.targets.take(rows)
+        if not self.watched:
+            return Outputs(block)
+        with floating(self.network, self.piece.path), torch.no_grad():
+            return Outputs(block, self.outputs(sample.floats.take(rows)).layers)
+
+    def mixed(self, sample: Sample, rows: Tensor) -> list[Tensor]:
+        """Quantized inputs, of which the first is mixed with the float one."""
+        columns = sample.quants.take(rows)
+        if self.schedule.mix < 1:
+            quantized = torch.rand(columns[0].shape, generator=self.generator) < self.schedule.mix
+            columns[0] = torch.where(quantized, columns[0], sample.floats.columns[0][rows])
+        return columns
+
+    def loss(self, sample: Sample, rows: Tensor) -> Tensor:
+        weights = None if sample.weights is None else sample.weights[rows]
+        target = self.target(sample, rows)
+        return self.schedule.loss(self.outputs(self.mixed(sample, rows)), target, weights)
+
+    def held_loss(self, sample: Sample) -> float:
+        """The block's own error, unweighted, on held-out records with quantized inputs."""
+        total, measure = 0.0, BlockLoss(self.schedule.loss.p)
+        for rows in sample.held.split(self.schedule.batch):
+            out = Outputs(self.piece.outputs(sample.quants.take(rows)))
+            total += float(measure(out, Outputs(sample.targets.take(rows)))) * len(rows)
+        return total / len(sample.held)
+
+
+def inside(modules: Mapping[str, T], path: str) -> dict[str, T]:
+    """Those at and below `path`."""
+    return {name: module for name, module in modules.items() if name == path or name.startswith(f"{path}.")}
+
+
+def activation_quantizers(network: Inserted, path: str) -> list[Quantizer]:
+    inputs = [layer.input_quantizer for layer in inside(network.layers, path).values()]
+    products = [q for product in inside(network.products, path).values() for q in product.ports().values()]
+    return [quantizer for quantizer in inputs if quantizer is not None] + products
+
+
+def watched_layers(piece: Piece) -> list[nn.Module]:
+    """Layers whose own outputs count in the loss: all but the last, a split layer as one."""
+    if isinstance(piece.module, QuantLayer):
+        return []
+    whole: dict[str, nn.Module] = {}
+    for name, module in piece.module.named_modules():
+        if isinstance(module, SplitLayer | QuantLayer) and not any(
+            name.startswith(f"{path}.") for path in whole
+        ):
+            whole[name] = module
+    return list(whole.values())[:-1]
+
+
+@contextmanager
+def floating(network: Inserted, path: str) -> Iterator[None]:
+    """The piece as it is in float, without quantizers."""
+    quantizers = activation_quantizers(network, path)
+    quantizers += [q.weight_quantizer for q in inside(network.layers, path).values() if q.weight_quantizer]
+    former = [quantizer.enabled for quantizer in quantizers]
+    for quantizer in quantizers:
+        quantizer.enabled = False
+    try:
+        yield
+    finally:
+        for quantizer, enabled in zip(quantizers, former):
+            quantizer.enabled = enabled

@@ -1,0 +1,127 @@
+"""Reconstruction: learn roundings and steps of one block so that, quantized, it returns what it returns in float.
+
+One loop for blocks and for single layers, for every loss, sample weight and choice of what is learnt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from stepquant.core.rounding import anneal, indecision
+from stepquant.errors import MethodError
+from stepquant.fit.learner import Learner, Sample, Schedule
+from stepquant.fit.streams import Piece
+from stepquant.quant.insert import Inserted
+
+
+@dataclass(frozen=True)
+class Report:
+    """Losses on held-out records, weights rounded for good in all but `soft`."""
+
+    path: str
+    nearest: float  # before: rounding to nearest, steps as they were set
+    hard: float
+    soft: float
+    iterations: int
+
+    @property
+    def gap(self) -> float:
+        """How much the loss rises when soft roundings become hard."""
+        return self.hard - self.soft
+
+
+def reconstruct(network: Inserted, piece: Piece, sample: Sample, schedule: Schedule, seed: int) -> Report:
+    """Learn the roundings and steps of `piece` and settle them; they stay as they are where that does not help."""
+    generator = Generator().manual_seed(seed)
+    learner = Learner(network, piece, schedule, generator)
+    with torch.no_grad():
+        nearest = learner.held_loss(sample)
+    groups = learner.parameters()
+    if not groups or not schedule.iterations:
+        return Report(piece.path, nearest, nearest, nearest, 0)
+    learner.attach()
+    try:
+        done, best, state = optimise(learner, sample, groups)
+        learner.restore(state)
+        with learner.evaluating(hard=False):
+            soft = learner.held_loss(sample)
+    except BaseException:
+        learner.detach()
+        raise
+    if best >= nearest:
+        learner.detach()
+        return Report(piece.path, nearest, nearest, soft, done)
+    learner.settle()
+    return Report(piece.path, nearest, best, soft, done)
+
+
+def optimise(
+    learner: Learner, sample: Sample, groups: list[dict[str, object]]
+) -> tuple[int, float, list[Tensor]]:
+    """Adam with cosine rates; the state with the least hard-rounded loss on held-out records wins."""
+    schedule = learner.schedule
+    optimizer = torch.optim.Adam(groups)
+    rates = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: cosine(step / schedule.iterations, schedule.last)
+    )
+    best, state, waited = float("inf"), learner.state(), 0
+    every = max(schedule.iterations // schedule.checks, 1)
+    annealed = bool(
+        schedule.penalty and learner.roundings
+    )  # hard losses fall last, so it has to run to its end
+    for step, rows in enumerate(batches(sample.train, schedule, learner.generator), start=1):
+        optimizer.zero_grad(set_to_none=True)
+        loss = learner.loss(sample, rows) + regulariser(learner, step / schedule.iterations)
+        check_finite(loss, learner.piece.path, step)
+        loss.backward()
+        optimizer.step()
+        rates.step()
+        if step % every and step != schedule.iterations:
+            continue
+        with learner.evaluating(hard=True):
+            held = learner.held_loss(sample)
+        waited = 0 if held < best else waited + 1
+        if held < best:
+            best, state = held, learner.state()
+        if waited >= schedule.patience and not annealed:
+            return step, best, state
+    return schedule.iterations, best, state
+
+
+def cosine(progress: float, last: float) -> float:
+    """From 1 to `last` along half a cosine."""
+    return last + (1 - last) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def batches(records: Tensor, schedule: Schedule, generator: Generator) -> Iterator[Tensor]:
+    """Batches across shuffled epochs: every record is used equally often, and none is dropped."""
+    left = records[:0]
+    for _ in range(schedule.iterations):
+        while len(left) < schedule.batch:
+            left = torch.cat([left, records[torch.randperm(len(records), generator=generator)]])
+        rows, left = left[: schedule.batch], left[schedule.batch :]
+        yield rows
+
+
+def regulariser(learner: Learner, progress: float) -> Tensor | float:
+    """Pushes roundings to integers once the warm-up is over."""
+    schedule = learner.schedule
+    if not schedule.penalty or progress < schedule.warmup:
+        return 0.0
+    beta = anneal((progress - schedule.warmup) / max(1 - schedule.warmup, 1e-9), *schedule.beta)
+    shares = [indecision(rounding.share, beta) for rounding in learner.roundings.values()]
+    return schedule.penalty * torch.stack(shares).sum() if shares else 0.0
+
+
+def check_finite(loss: Tensor, path: str, step: int) -> None:
+    if not torch.isfinite(loss):
+        raise MethodError(
+            f"the loss of '{path}' is not finite",
+            got=f"{loss.item()} in iteration {step}",
+            fix="lower the learning rates, or keep this block in float with a plan rule",
+        )

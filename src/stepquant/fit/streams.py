@@ -1,0 +1,268 @@
+"""What flows into and out of every block, for all calibration records: once in float, once through what is quantized so far.
+
+A block that is done is never run again: while the inputs of the next one are captured, it replays what it returned.
+Each stream therefore costs one pass through the model altogether, however many blocks there are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from stepquant.calib.calibset import CalibSet
+from stepquant.errors import CalibrationError, MethodError
+from stepquant.quant.insert import Inserted
+
+PROBES = (2, 3)  # batch sizes whose comparison shows which tensors have a batch axis
+
+
+class Reached(Exception):  # noqa: N818 - it ends a forward pass early, it is no error
+    """The block whose inputs are wanted has been called."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a tree of arguments or results is put together: its leaves, and which of them have one row per record."""
+
+    spec: TreeSpec
+    leaves: tuple[Any, ...]
+    rows: tuple[bool, ...]
+
+    def split(self, tree: Any) -> list[Tensor]:
+        """The leaves that have a row per record."""
+        leaves, _ = tree_flatten(tree)
+        return [leaf for leaf, is_row in zip(leaves, self.rows, strict=True) if is_row]
+
+    def join(self, columns: Sequence[Tensor]) -> Any:
+        """The tree with these leaves, and with the constants seen before."""
+        pending = iter(columns)
+        leaves = [next(pending) if is_row else leaf for leaf, is_row in zip(self.leaves, self.rows)]
+        return tree_unflatten(leaves, self.spec)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Arguments or results of one block for all records: one column per tensor."""
+
+    shape: Shape
+    columns: tuple[Tensor, ...]
+    memory: int = 0  # bytes of the budget that the columns take
+
+    def take(self, rows: Tensor | slice) -> list[Tensor]:
+        return [column[rows] for column in self.columns]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block, or a layer outside all blocks, that is reconstructed as one."""
+
+    path: str
+    module: nn.Module
+    arguments: Shape
+    results: Shape
+
+    def run(self, columns: Sequence[Tensor]) -> Any:
+        """Call the module with rows of its arguments."""
+        bound = inspect.signature(type(self.module).forward).bind_partial()
+        bound.arguments.update({"self": self.module} | self.arguments.join(columns))
+        return self.module(*bound.args[1:], **bound.kwargs)
+
+    def outputs(self, columns: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors it returns for rows of its arguments."""
+        return self.results.split(self.run(columns))
+
+
+class Streams:
+    """Inputs and outputs of the pieces of `network`, in memory up to `budget` bytes and beyond that in mapped files."""
+
+    def __init__(
+        self, network: Inserted, data: CalibSet, folder: Path, *, batch: int = 32, budget: int = 4 << 30
+    ) -> None:
+        if len(data) < PROBES[-1]:
+            raise CalibrationError(
+                "too few calibration records", got=len(data), expected=f"at least {PROBES[-1]}"
+            )
+        self.network, self.batch, self.left = network, batch, budget
+        self.records = len(data)
+        self.arguments = [records.arguments for records in data.batches(batch)]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.scratch = tempfile.TemporaryDirectory(dir=folder, prefix="streams-")
+        network.switch(weights=False, inputs=False)
+        self.pieces = find_pieces(network, [data.take(range(size)).arguments for size in PROBES])
+        self.done: dict[bool, dict[str, Table]] = {False: {}, True: {}}
+
+    def __enter__(self) -> Streams:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.done = {False: {}, True: {}}
+        self.scratch.cleanup()
+
+    def slices(self) -> Iterator[slice]:
+        for start in range(0, self.records, self.batch):
+            yield slice(start, min(start + self.batch, self.records))
+
+    def inputs(self, piece: Piece, *, quantized: bool) -> Table:
+        """The arguments that reach `piece` behind finished pieces."""
+        place: list[slice] = [slice(0)]
+        caught: list[Any] = []
+
+        def catch(*args: Any, **kwargs: Any) -> None:
+            caught.append(arguments_of(piece.module, args, kwargs))
+            raise Reached
+
+        table = Allocation(self, piece.arguments)
+        with ExitStack() as patches:
+            for path, outputs in self.done[quantized].items():
+                if path == piece.path:
+                    break
+                patches.enter_context(replaced(self.module(path), replay(outputs, place)))
+            patches.enter_context(replaced(piece.module, catch))
+            for rows, arguments in zip(self.slices(), self.arguments):
+                place[0] = rows
+                try:
+                    with torch.no_grad():
+                        self.network.denoiser.predict(arguments)
+                except Reached:
+                    table.put(rows, piece.arguments.split(caught.pop()))
+        return table.table()
+
+    def advance(self, piece: Piece, inputs: Table, *, quantized: bool) -> Table:
+        """Run `piece`, as it is switched now, over all records; from here on it replays the results."""
+        table = Allocation(self, piece.results)
+        with torch.no_grad():
+            for rows in self.slices():
+                table.put(rows, piece.outputs(inputs.take(rows)))
+        self.done[quantized][piece.path] = table.table()
+        return self.done[quantized][piece.path]
+
+    def restart(self) -> None:
+        """Begin the quantized stream anew, at the first piece."""
+        for table in self.done[True].values():
+            self.release(table)
+        self.done[True] = {}
+
+    def release(self, table: Table) -> None:
+        """Give back the memory that a table in memory had taken from the budget."""
+        self.left += table.memory
+
+    def module(self, path: str) -> nn.Module:
+        return self.network.denoiser.model.get_submodule(path)
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = torch.Size(shape).numel()
+        needed = size * dtype.itemsize
+        if needed <= self.left:
+            self.left -= needed
+            return torch.empty(shape, dtype=dtype)
+        file = Path(self.scratch.name) / "mapped"
+        tensor = torch.from_file(str(file), shared=True, size=size, dtype=dtype).reshape(shape)
+        file.unlink()  # the mapping keeps it alive, and lets it go with the last tensor
+        return tensor
+
+
+class Allocation:
+    """A table that is filled batch by batch."""
+
+    def __init__(self, streams: Streams, shape: Shape) -> None:
+        self.streams, self.shape, self.before = streams, shape, streams.left
+        self.columns: tuple[Tensor, ...] = ()
+
+    def put(self, rows: slice, tensors: Sequence[Tensor]) -> None:
+        if not self.columns:
+            sizes = [(self.streams.records, *tensor.shape[1:]) for tensor in tensors]
+            self.columns = tuple(self.streams.allocate(size, t.dtype) for size, t in zip(sizes, tensors))
+        for column, tensor in zip(self.columns, tensors, strict=True):
+            column[rows] = tensor.detach()
+
+    def table(self) -> Table:
+        return Table(self.shape, self.columns, self.before - self.streams.left)
+
+
+def replay(outputs: Table, place: Sequence[slice]) -> Callable[..., Any]:
+    """A forward that returns what was returned before; copies, because a caller may add to them in place."""
+
+    def forward(*_: Any, **__: Any) -> Any:
+        return outputs.shape.join([column.clone() for column in outputs.take(place[0])])
+
+    return forward
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Call `forward` instead of the module's own."""
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def arguments_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, whether they came by position or by keyword."""
+    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+    return {name: value for name, value in bound.arguments.items() if name != "self"}
+
+
+def find_pieces(network: Inserted, probes: Sequence[Mapping[str, Any]]) -> list[Piece]:
+    """Blocks, and quantized layers outside them, in the order in which they are called."""
+    units = network.denoiser.units()
+    outside = [path for path in network.layers if not any(path.startswith(f"{unit}.") for unit in units)]
+    modules = {path: network.denoiser.model.get_submodule(path) for path in (*units, *outside)}
+    seen = [watch(network, modules, probe) for probe in probes]
+    lost = [path for path in modules if path not in seen[0]]
+    if lost:
+        raise MethodError(f"'{lost[0]}' is not called by the model", fix="keep it in float with a plan rule")
+    return [
+        Piece(path, modules[path], *(shape_of(a, b) for a, b in zip(trees, seen[1][path])))
+        for path, trees in seen[0].items()
+    ]
+
+
+def watch(
+    network: Inserted, modules: Mapping[str, nn.Module], arguments: Mapping[str, Any]
+) -> dict[str, list[Any]]:
+    """Path -> [arguments, results] of one forward pass, in the order of the calls."""
+    seen: dict[str, list[Any]] = {}
+
+    def before(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if path in seen:
+            raise MethodError(
+                f"'{path}' is called twice in one forward pass", expected="blocks that run once"
+            )
+        seen[path] = [arguments_of(module, args, kwargs)]
+
+    with ExitStack() as hooks:
+        for path, module in modules.items():
+            first = module.register_forward_pre_hook(
+                lambda m, a, k, path=path: before(path, m, a, k), with_kwargs=True
+            )
+            last = module.register_forward_hook(lambda m, a, out, path=path: seen[path].append(out))
+            hooks.callback(first.remove)
+            hooks.callback(last.remove)
+        with torch.no_grad():
+            network.denoiser.predict(arguments)
+    return seen
+
+
+def shape_of(tree: Any, other: Any) -> Shape:
+    """The shape of a tree, given the same for another batch size."""
+    (leaves, spec), (others, _) = tree_flatten(tree), tree_flatten(other)
+    rows = tuple(
+        isinstance(a, Tensor) and a.ndim > 0 and (a.shape[0], b.shape[0]) == PROBES
+        for a, b in zip(leaves, others, strict=True)
+    )
+    constants = tuple(None if is_row else leaf for leaf, is_row in zip(leaves, rows))
+    return Shape(spec, constants, rows)

@@ -1,0 +1,184 @@
+"""Learn one weight per calibration sample, so that steps of the sampler that pull against each other can be fitted together.
+
+Two levels: a step of the block's roundings under the weights (inner), and what that step does to validation records of
+several groups of steps (outer). All gradients with respect to the weights follow from two kinds of vectors: g_i, the
+gradient of training sample i, and v_t, the gradient of group t after the inner step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from stepquant.core.losses import BlockLoss
+from stepquant.core.rounding import alpha_of
+from stepquant.errors import CalibrationError
+from stepquant.fit.learner import Learner, Sample, Schedule
+from stepquant.fit.streams import Piece
+from stepquant.quant.insert import Inserted
+
+Losses = Callable[[Sequence[Tensor], Tensor], Tensor]  # parameters, record numbers -> one loss per record
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How sample weights are learnt."""
+
+    rounds: int = 12
+    batch: int = 16
+    rate: float = 0.1  # change of a visited score per round, for a gradient of ordinary size
+    inner: float = 0.1  # root mean square change of the parameters in the inner step
+    temperature: float = 1.0
+    alignment: float = 1.0  # weight of the alignment between groups beside their losses
+    cosine: bool = True  # measure alignment by angle instead of by raw inner product
+    groups: int = 5
+    group_batch: int = 8
+
+
+def learn_weights(
+    losses: Losses,
+    parameters: Sequence[Tensor],
+    train: Tensor,
+    groups: Sequence[Tensor],
+    settings: Weighing,
+    generator: Generator,
+) -> Tensor:
+    """Weights of the records in `train`: never negative, with sum 1."""
+    scores = torch.full((len(train),), 1 / 32, dtype=parameters[0].dtype)
+    order = torch.randperm(len(train), generator=generator)
+    for number in range(settings.rounds):
+        places = order[(torch.arange(settings.batch) + number * settings.batch) % len(train)].unique()
+        chosen = [
+            group[torch.randperm(len(group), generator=generator)[: settings.group_batch]] for group in groups
+        ]
+        slope = score_gradient(losses, parameters, scores, train, places, chosen, settings)
+        size = slope[places].square().mean().sqrt()
+        if size > 0:
+            scores = scores - settings.rate * slope / size
+    return torch.softmax(scores / settings.temperature, 0)
+
+
+def score_gradient(
+    losses: Losses,
+    parameters: Sequence[Tensor],
+    scores: Tensor,
+    train: Tensor,
+    places: Tensor,
+    groups: Sequence[Tensor],
+    settings: Weighing,
+) -> Tensor:
+    """dL/ds: how the validation loss after the inner step changes with the score of every training record."""
+    weights = torch.softmax(scores / settings.temperature, 0)
+    share = len(train) / len(places)  # the batch stands for all records
+    samples = sample_gradients(losses, parameters, train[places])
+    rate = inner_rate(samples, settings.inner)
+    moved = [
+        p - rate * share * (weights[places] @ g.flatten(1)).view_as(p) for p, g in zip(parameters, samples)
+    ]
+
+    # Outer: the gradient with respect to a weight is -rate * share * <g_i, dL/dtheta*>.
+    moved = [p.detach().requires_grad_() for p in moved]
+    total = outer_loss(losses, moved, samples, groups, rate * share, settings)
+    outer = torch.autograd.grad(total, moved)
+    slope = torch.zeros_like(weights)
+    slope[places] = -rate * share * project(samples, outer)
+    return weights * (slope - (weights * slope).sum()) / settings.temperature
+
+
+def inner_rate(samples: Sequence[Tensor], size: float) -> float:
+    """The rate at which an evenly weighted inner step changes the parameters by `size` (root mean square)."""
+    means = torch.cat([gradient.mean(0).flatten() for gradient in samples])
+    return size / float(means.square().mean().sqrt().clamp(min=1e-30))
+
+
+def sample_gradients(losses: Losses, parameters: Sequence[Tensor], records: Tensor) -> list[Tensor]:
+    """g_i: for every parameter, the gradient of each record's loss, records first."""
+    leaves = [p.detach().requires_grad_() for p in parameters]
+    rows = [torch.autograd.grad(losses(leaves, record).sum(), leaves) for record in records.split(1)]
+    return [torch.stack(column) for column in zip(*rows)]
+
+
+def project(samples: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:
+    """<g_i, v> for every sample i."""
+    return sum((g.flatten(1) @ v.flatten() for g, v in zip(samples, vectors)), torch.zeros(()))  # type: ignore[return-value]
+
+
+def outer_loss(
+    losses: Losses,
+    moved: Sequence[Tensor],
+    samples: Sequence[Tensor],
+    groups: Sequence[Tensor],
+    rate: float,
+    settings: Weighing,
+) -> Tensor:
+    """Validation loss of all groups plus their misalignment, measured in the space of sample weights."""
+    each = [losses(moved, group).mean() for group in groups]
+    loss = torch.stack(each).mean()
+    if not settings.alignment or len(groups) < 2:
+        return loss
+    slopes = [torch.autograd.grad(value, moved, create_graph=True) for value in each]
+    pulls = torch.stack([-rate * project(samples, slope) for slope in slopes])
+    if not settings.cosine:
+        return loss + settings.alignment * misalignment(pulls)
+    # The scale of the losses must not decide between the two terms.
+    pulls = pulls / pulls.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    return loss / loss.detach().clamp(min=1e-30) + settings.alignment * misalignment(pulls)
+
+
+def misalignment(pulls: Tensor) -> Tensor:
+    """-2 / (T (T - 1)) times the sum of <pull_t, pull_k> over t != k, for rows t of `pulls`."""
+    count = len(pulls)
+    crossed = pulls.sum(0).square().sum() - pulls.square().sum()
+    return -2 / (count * (count - 1)) * crossed
+
+
+def step_groups(steps: Tensor, records: Tensor, count: int) -> list[Tensor]:
+    """The records in groups of neighbouring steps, each with the same share of the range of steps."""
+    chosen = steps[records].double()
+    low, high = chosen.aminmax()
+    group = ((chosen - low) / (high - low + 1) * count).long()
+    groups = [records[group == number] for number in range(count)]
+    groups = [members for members in groups if len(members)]
+    if len(groups) < 2:
+        raise CalibrationError(
+            "too few validation records to compare groups of steps",
+            got=f"{len(records)} records",
+            fix="raise samples or validation",
+        )
+    return groups
+
+
+def weigh_block(
+    network: Inserted, piece: Piece, sample: Sample, seed: int, *, steps: Tensor, settings: Weighing
+) -> Tensor:
+    """One weight per record, mean 1 over the training records, learnt on this block's roundings."""
+    weights = torch.ones(len(steps))
+    generator = Generator().manual_seed(seed)
+    learner = Learner(network, piece, Schedule(iterations=0, rounding_rate=1.0), generator)
+    if not settings.rounds or not learner.roundings:
+        return weights
+    groups = step_groups(steps, sample.held, settings.groups)
+    roundings = list(learner.roundings.values())
+    measure = BlockLoss()
+
+    def losses(alphas: Sequence[Tensor], records: Tensor) -> Tensor:
+        for rounding, alpha in zip(roundings, alphas, strict=True):
+            rounding.alpha = alpha
+        return measure.each(learner.outputs(sample.quants.take(records)), learner.target(sample, records))
+
+    learner.attach()
+    try:
+        start = [nearly_rounded(rounding.fraction) for rounding in roundings]
+        learnt = learn_weights(losses, start, sample.train, groups, settings, generator)
+    finally:
+        learner.detach()
+    weights[sample.train] = learnt * len(sample.train)
+    return weights
+
+
+def nearly_rounded(fraction: Tensor, margin: float = 0.05) -> Tensor:
+    """Roundings close to nearest, but where the sigmoid still has a slope: at their usual start errors and gradients vanish."""
+    return alpha_of(fraction.round().clamp(margin, 1 - margin))

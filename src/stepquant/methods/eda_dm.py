@@ -1,0 +1,121 @@
+"""EDA-DM: calibration steps by density and variety, fine-grained block reconstruction (arXiv:2401.04585).
+
+Differs from the released code:
+- roundings have a regulariser; the code passes its settings on but leaves it out, so that soft and hard losses part.
+- one pass gives the block's and its layers' outputs, with the same dropped elements; the code draws them anew.
+- errors of token layers are summed over channels, as those of convolutions are; the code sums them over tokens.
+- density counts neighbours nearer than a quartile of all distances; a fixed radius, as in the code, is an option.
+- records per step are shared out by largest remainders, and features that do not vary are left out of the score.
+- a trajectory gives several records, so that recording does not take longer than all the rest.
+- activation steps are learnt as factors of their start, so that one rate fits every site.
+- a block keeps rounding to nearest where that does better on held-out records.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from stepquant.artifact import Artifact, freeze
+from stepquant.calib.density import counts, features_by_step
+from stepquant.calib.pick import spread, uniform
+from stepquant.calib.record import Source
+from stepquant.core.losses import BlockLoss
+from stepquant.core.ranges import lp_search, lp_search_binned
+from stepquant.fit.blocks import reconstruct_blocks
+from stepquant.fit.journal import Journal
+from stepquant.fit.learner import Schedule
+from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
+from stepquant.fit.streams import Streams
+from stepquant.methods.method import PresetMethod
+from stepquant.models.denoiser import Denoiser
+from stepquant.quant.insert import insert
+from stepquant.quant.plan import Plan
+
+
+class EDADM(PresetMethod):
+    """Temporal distribution alignment calibration (TDAC) and fine-grained block reconstruction (FBR)."""
+
+    paper: ClassVar[dict[str, Any]] = {
+        "samples": 1024,
+        "trajectories": 1024,
+        "chunk": 1024,
+        "radius": 3.0,
+        "iterations": 5000,
+        "rounding_rate": 0.5,
+        "last_rate": 0.0,
+        "step_rate": 5e-4,
+        "penalty": 0.0,
+    }
+    samples: int = Field(512, ge=16, description="N: calibration records")
+    trajectories: int = Field(64, gt=0, description="trajectories that the records come from")
+    times: Literal["tdac", "uniform"] = Field("tdac", description="how steps are drawn (ablation)")
+    chunk: int = Field(16, gt=0, description="trajectories whose features decide the steps")
+    variety: float = Field(1.2, ge=0, description="lambda: weight of variety beside density")
+    radius: float | None = Field(
+        None, ge=0, description="r: neighbours are nearer than this mean squared distance"
+    )
+    layers: float = Field(
+        0.8, ge=0, description="gamma: weight of the layers in the loss; 0: block loss (ablation)"
+    )
+    iterations: int = Field(300, ge=0, description="per block")
+    batch: int = Field(32, gt=0, description="records per iteration")
+    rounding_rate: float = Field(0.1, ge=0, description="Adam's rate for roundings")
+    last_rate: float = Field(
+        0.1, ge=0, le=1, description="share of the rates left at the end of their cosine"
+    )
+    step_rate: float = Field(
+        1e-3, ge=0, description="Adam's rate for activation steps, relative to each step"
+    )
+    penalty: float = Field(0.1, ge=0, description="weight of the rounding regulariser; 0 as in the code")
+    mix: float = Field(0.5, gt=0, le=1, description="probability that an input element is the quantized one")
+    keep: float = Field(
+        0.5, gt=0, le=1, description="probability that an activation is quantized while learning"
+    )
+    p: float = Field(2.4, gt=0, le=8, description="norm that ranges minimise")
+    momentum: float = Field(
+        0.9, ge=0, lt=1, description="of the moving average of activation ranges over batches"
+    )
+
+    def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
+        # TDAC: steps in proportion to the density and the variety of their features.
+        data = source.record(spread(self.draw_steps(source), self.trajectories))
+
+        split = bool(denoiser.concats())
+        with insert(denoiser, plan, split=split) as network, Streams(network, data, source.cache) as streams:
+            journal = Journal(source.cache, network, data, {"method": "eda_dm"} | self.model_dump())
+            set_weight_ranges(network, partial(lp_search, p=self.p), source.progress)
+            search = partial(lp_search_binned, p=self.p)
+            set_input_ranges(network, data, search, momentum=self.momentum, progress=source.progress)
+
+            # FBR: block loss plus gamma times the losses of its layers; roundings and steps are learnt together.
+            schedule = Schedule(
+                self.iterations,
+                self.batch,
+                self.rounding_rate,
+                self.step_rate,
+                last=self.last_rate,
+                penalty=self.penalty,
+                mix=self.mix,
+                keep=self.keep,
+                loss=BlockLoss(layers=self.layers),
+            )
+            reconstruct_blocks(
+                streams,
+                schedule,
+                journal,
+                stage="joint",
+                activations=True,
+                seed=source.seed,
+                progress=source.progress,
+            )
+            return freeze(network)
+
+    def draw_steps(self, source: Source) -> torch.Tensor:
+        if self.times == "uniform":
+            return uniform(self.samples, source.steps, torch.Generator().manual_seed(source.seed))
+        shares = counts(features_by_step(source, self.chunk), self.samples, self.variety, self.radius)
+        return torch.arange(source.steps).repeat_interleave(shares)

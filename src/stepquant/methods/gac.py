@@ -1,0 +1,118 @@
+"""Gradient-aligned calibration: learnt sample weights for block reconstruction (arXiv:2602.01289).
+
+No code was released; where the paper leaves a choice open, it is a field here. Differs from the paper:
+- gradients are taken close to nearest rounding: at AdaRound's start the weights are exact and all gradients vanish.
+- the inner rate follows from the size of the gradients, so that it fits every block.
+- alignment is measured by angle (`cosine`), because raw inner products are unbounded below; raw is an option.
+- d/d omega is computed from the gradients of single samples, which equals differentiating through the inner step.
+- activations have one range for all steps; per-step ranges are a method of their own.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from stepquant.artifact import Artifact, freeze
+from stepquant.calib.pick import every, strided
+from stepquant.calib.record import Source
+from stepquant.core.ranges import lp_search, lp_search_binned
+from stepquant.fit.blocks import reconstruct_blocks
+from stepquant.fit.journal import Journal
+from stepquant.fit.learner import Schedule
+from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
+from stepquant.fit.streams import Streams
+from stepquant.fit.weights import Weighing, weigh_block
+from stepquant.methods.method import PresetMethod
+from stepquant.models.denoiser import Denoiser
+from stepquant.quant.insert import insert
+from stepquant.quant.plan import Plan
+
+
+class GAC(PresetMethod):
+    """Block reconstruction with sample weights that align the gradients of groups of steps."""
+
+    paper: ClassVar[dict[str, Any]] = {
+        "trajectories": 256,
+        "every_steps": 5,
+        "iterations": 20000,
+        "rounding_rate": 1e-3,
+        "last_rate": 1.0,
+        "penalty": 0.01,
+        "meta_steps": 50,
+    }
+    trajectories: int = Field(32, gt=0, description="trajectories that records are taken from")
+    every_steps: int = Field(5, gt=0, description="interval between the steps that are recorded")
+    iterations: int = Field(300, ge=0, description="per block")
+    batch: int = Field(32, gt=0, description="records per iteration")
+    rounding_rate: float = Field(0.1, ge=0, description="Adam's rate for roundings")
+    last_rate: float = Field(
+        0.1, ge=0, le=1, description="share of the rates left at the end of their cosine"
+    )
+    penalty: float = Field(0.1, ge=0, description="lambda: weight of the rounding regulariser")
+    p: float = Field(2.4, gt=0, le=8, description="norm that weight ranges minimise")
+    momentum: float = Field(
+        0.95, ge=0, lt=1, description="of the moving average of activation ranges over batches"
+    )
+    meta_steps: int = Field(
+        20, ge=0, description="updates of the sample weights per block; 0: uniform weights (ablation)"
+    )
+    meta_batch: int = Field(16, gt=0, description="training records per update")
+    meta_rate: float = Field(0.1, ge=0, description="change of a record's score per update")
+    inner: float = Field(
+        0.1, gt=0, description="eta: size of the inner step, root mean square change of roundings"
+    )
+    temperature: float = Field(1.0, gt=0, description="tau of the softmax over records")
+    groups: int = Field(5, ge=2, description="groups of neighbouring steps whose gradients are aligned")
+    validation: float = Field(
+        0.05, gt=0, lt=1, description="share of the records that judge weights and roundings"
+    )
+    alignment: float = Field(
+        1.0, ge=0, description="weight of the alignment term; 0: validation loss alone (ablation)"
+    )
+    cosine: bool = Field(True, description="align angles instead of raw gradients")
+
+    def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
+        # Training and validation records: every few steps of the float model's trajectories.
+        steps = strided(source.steps, max(source.steps // self.every_steps, 1))
+        data = source.record(every(self.trajectories, steps))
+
+        with insert(denoiser, plan) as network, Streams(network, data, source.cache) as streams:
+            journal = Journal(source.cache, network, data, {"method": "gac"} | self.model_dump())
+            set_weight_ranges(network, partial(lp_search, p=self.p), source.progress)
+
+            # Algorithm 1, for each block: (a) weights omega by the bi-level problem, (b) weighted reconstruction.
+            weigh = partial(weigh_block, steps=data.steps(), settings=self.weighing())
+            schedule = Schedule(
+                self.iterations, self.batch, self.rounding_rate, last=self.last_rate, penalty=self.penalty
+            )
+            reconstruct_blocks(
+                streams,
+                schedule,
+                journal,
+                stage="weights",
+                activations=False,
+                seed=source.seed,
+                held=self.validation,
+                weigh=weigh,
+                progress=source.progress,
+            )
+
+            # Activations: moving averages of their ranges, nothing is learnt.
+            search = partial(lp_search_binned, p=self.p)
+            set_input_ranges(network, data, search, momentum=self.momentum, progress=source.progress)
+            return freeze(network)
+
+    def weighing(self) -> Weighing:
+        return Weighing(
+            rounds=self.meta_steps,
+            batch=self.meta_batch,
+            rate=self.meta_rate,
+            inner=self.inner,
+            temperature=self.temperature,
+            alignment=self.alignment,
+            cosine=self.cosine,
+            groups=self.groups,
+        )

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stepquant.calib.density import (
+    counts,
+    dissimilarity,
+    features_by_step,
+    neighbours,
+    normalised,
+    share_out,
+    squared_distances,
+)
+from stepquant.calib.record import Source
+
+
+def features(steps: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(steps, 3, 4, 2, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def test_distances_and_cosines_equal_the_double_loop() -> None:
+    f = features(6)
+    for i in range(6):
+        expected = torch.stack([(f[i] - f[j]).square().mean() for j in range(6)]).double()
+        torch.testing.assert_close(squared_distances(f)[i], expected, rtol=1e-5, atol=1e-6)
+        cosines = [torch.cosine_similarity(f[i], f[j], dim=1, eps=1e-6) for j in range(6) if j != i]
+        torch.testing.assert_close(
+            dissimilarity(f)[i], sum((1 - c).sum() for c in cosines).double(), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_neighbours_lie_within_the_radius() -> None:
+    f = torch.tensor([0.0, 1.0, 1.1, 5.0]).reshape(4, 1, 1, 1, 1)
+    assert neighbours(f, radius=0.02).tolist() == [0, 1, 1, 0]
+    assert neighbours(f, radius=1.5).tolist() == [2, 2, 2, 0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 40), st.integers(0, 500), st.sampled_from(["random", "constant", "ties"]), st.floats(0, 5)
+)
+def test_counts_sum_to_the_samples(steps: int, samples: int, kind: str, variety: float) -> None:
+    f = features(steps)
+    if kind == "constant":
+        f = torch.ones_like(f)
+    elif kind == "ties":
+        f = f[torch.arange(steps) // 2]
+    shares = counts(f, samples, variety)
+    assert int(shares.sum()) == samples
+    assert (shares >= 0).all()
+
+
+def test_features_that_do_not_vary_give_even_counts() -> None:
+    assert counts(torch.ones(4, 2, 3, 2, 2), 10, 1.2).tolist() == [3, 3, 2, 2]
+    assert normalised(torch.full((3,), 7.0)).tolist() == [0, 0, 0]
+
+
+def test_shares_follow_the_score() -> None:
+    assert share_out(torch.tensor([3.0, 1.0, 0.0]), 8).tolist() == [6, 2, 0]
+
+
+def test_features_are_those_of_the_deepest_block(source: Source) -> None:
+    """mid_block.attentions.0 of the small model receives 32 channels of 4 x 4 pixels."""
+    found = features_by_step(source, 2)
+    assert found.shape == (source.steps, 2, 32, 4, 4)
+    assert squared_distances(found)[0, 1:].min() > 0

@@ -1,0 +1,104 @@
+"""The methods that reconstruct blocks: brecq, qdiffusion, eda_dm and gac, end to end on a small model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from stepquant import methods
+from stepquant.artifact import Artifact
+from stepquant.calib.record import Source
+from stepquant.core.affine import fake_quantize, scale_and_zero
+from stepquant.core.grid import Grid
+from stepquant.core.ranges import lp_search, minmax
+from stepquant.errors import CalibrationError, MethodError
+from stepquant.models.denoiser import Denoiser
+from stepquant.quant.schemes import scheme
+
+FEW: dict[str, dict[str, Any]] = {
+    "brecq": {"samples": 24, "trajectories": 6, "iterations": 12, "step_iterations": 4},
+    "qdiffusion": {"trajectories": 6, "at_steps": 4, "iterations": 12, "step_iterations": 4},
+    "eda_dm": {"samples": 24, "trajectories": 6, "chunk": 3, "iterations": 12},
+    "gac": {"trajectories": 12, "iterations": 12, "meta_steps": 2, "meta_batch": 4, "validation": 0.25},
+}
+
+
+def run(source: Source, name: str, plan: str = "w4a8", **settings: Any) -> Artifact:
+    return methods.build(name, FEW[name] | settings)(Denoiser.of(source.pipeline), scheme(plan), source)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_model_comes_back_float_and_its_weights_are_integers(source: Source, name: str) -> None:
+    model = source.pipeline.unet
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    artifact = run(source, name)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert {f"{path}.weight" for path in artifact.layers} <= set(artifact.tensors)
+    assert bool(artifact.splits) == (name in ("qdiffusion", "eda_dm"))
+    assert not list(source.cache.glob("streams-*")), "streams leave nothing behind"
+
+
+@pytest.mark.parametrize("name", ["brecq", "gac"])
+def test_roundings_differ_from_nearest_but_scales_do_not(source: Source, name: str) -> None:
+    learnt, nearest = run(source, name), run(source, name, iterations=0)
+    weights = [path for path in learnt.layers if learnt.layers[path].weight.bits == 4]
+    differ = [not torch.equal(learnt.tensors[f"{p}.weight"], nearest.tensors[f"{p}.weight"]) for p in weights]
+    assert sum(differ) > len(differ) / 2
+    for path in weights:
+        assert torch.equal(learnt.tensors[f"{path}.weight_scale"], nearest.tensors[f"{path}.weight_scale"])
+
+
+def test_presets_fill_what_is_not_given() -> None:
+    fast, paper = methods.build("brecq"), methods.build("brecq", {"preset": "paper", "samples": 99})
+    assert fast.iterations < paper.iterations == 20000
+    assert paper.samples == 99
+    with pytest.raises(MethodError, match="preset"):
+        methods.build("brecq", {"preset": "slow"})
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"), [("gac", "groups", 1), ("eda_dm", "keep", 0.0), ("brecq", "samples", 1)]
+)
+def test_fields_out_of_range_are_refused(name: str, field: str, value: float) -> None:
+    with pytest.raises(MethodError, match=f"field '{field}'"):
+        methods.build(name, {field: value})
+
+
+def test_splitting_a_bimodal_input_errs_less() -> None:
+    """Two halves of different scale: quantizers of their own leave a smaller error than one for both."""
+    generator, grid = torch.Generator().manual_seed(0), Grid.parse("uint8/tensor")
+    hidden, skip = torch.randn(400, generator=generator), 20 * torch.randn(400, generator=generator)
+
+    def error(values: torch.Tensor, search: Any) -> float:
+        scale, zero_point = scale_and_zero(*search(values[None], grid), grid)
+        return float((values - fake_quantize(values, scale, zero_point, grid)).square().sum())
+
+    for search in (minmax, lp_search):
+        joint = error(torch.cat([hidden, skip]), search)
+        assert error(hidden, search) + error(skip, search) < joint
+
+
+def test_splits_give_each_half_its_own_ranges(source: Source) -> None:
+    artifact = run(source, "qdiffusion", iterations=0, step_iterations=0)
+    path = next(iter(artifact.splits))
+    scales = [float(artifact.tensors[f"{path}.{half}.input_scale"]) for half in (0, 1)]
+    assert scales[0] != scales[1]
+    assert not run(source, "qdiffusion", iterations=0, step_iterations=0, split=False).splits
+
+
+def test_uniform_steps_are_another_result_than_tdac(source: Source) -> None:
+    picks = [
+        methods.build("eda_dm", FEW["eda_dm"] | {"times": times}).draw_steps(source)
+        for times in ("tdac", "uniform")
+    ]
+    assert len(picks[0]) == len(picks[1]) == 24
+    assert sorted(picks[0].tolist()) != sorted(picks[1].tolist())
+
+
+def test_too_few_validation_records_are_one_clear_error(source: Source) -> None:
+    with pytest.raises(CalibrationError, match="too few validation records"):
+        run(source, "gac", trajectories=2, validation=0.01)
