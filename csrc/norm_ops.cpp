@@ -99,7 +99,8 @@ Tensor layer_norm_quantize(
   LayerNormTask task{};
   task.x = rows.rows;
   task.type = type_of(rows.held);
-  task.rows_per_sample = rows.count / samples;
+  const bool modulated = scale.has_value() || shift.has_value();
+  task.rows_per_sample = modulated ? rows.count / samples : rows.count;  // one affine map for all rows
   task.eps = static_cast<float>(eps);
   task.weight = weights.data();
   task.bias = biases.data();

@@ -52,7 +52,7 @@ def test_kernel_and_neighbours_put_every_model_in_its_place(
     a, b, c = (extractor(as_saved(x)) for x in (A, B, C))
     real = extractor(REAL)
     number = found["KD-C10", "data"]
-    expected = [1000 * kernel_distance(x, real)[0] for x in (b, a, c)]
+    expected = [kernel_distance(x, real)[0] for x in (b, a, c)]
     assert [number.value, number.reference, number.floor] == pytest.approx(expected, rel=1e-6)
     number = found["coverage", "data"]
     expected = [float(compare_neighbours(real[:24], x).coverage.mean()) for x in (b, a, c)]

@@ -39,6 +39,10 @@ def results() -> dict[str, Any]:
             for i in range(3)
         ],
         "blocks": {"steps": [0, 2], "t": [900.0, 0.0], "rows": [{"path": "mid_block.resnets.0", "sqnr": [35.25, None]}]},
+        "inputs": [
+            {"path": "wide.conv", "limits": [-1.0, 2.5], "low": [-4.5, -1.0], "high": [2.0, 3.0], "clipped": [0.0125, 0.0]},
+            {"path": "fits.conv", "limits": [-9.0, 9.0], "low": [-1.0, -1.0], "high": [1.0, 1.0], "clipped": [0.0, 0.0]},
+        ],
         "images": {"seeds": [1, 2], "float": [png(10), png(20)], "quantized": [png(12), png(20)]},
         "speed": {"threads": 2, "rounds": 9, "reference": "fp32 eager", "rows": [
             timing | {"name": "fp32 eager", "ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0},

@@ -44,6 +44,12 @@ def test_page_shows_every_number_and_needs_nothing_else(results: dict[str, Any],
     assert (tmp_path / "out" / "report.md").read_text().startswith("# a/b<c> · w8a8 · ptq4dm\n")
 
 
+def test_inputs_that_fit_are_not_shown(results: dict[str, Any]) -> None:
+    words = page_words(report.render(Report.from_json(results)))
+    assert "wide.conv -1.00 to 2.50 -4.50 to 3.00 1.25 % 0.00 %" in words
+    assert "fits.conv" not in words
+
+
 def test_charts_are_sound_svg_in_the_colours_of_the_page(results: dict[str, Any]) -> None:
     drawn = re.findall(r"<svg.*?</svg>", report.render(Report.from_json(results)), re.DOTALL)
     assert len(drawn) == 2  # wide and narrow

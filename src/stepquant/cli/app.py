@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Annotated, Any
@@ -70,6 +71,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     given = list(sys.argv[1:] if words is None else words)
     debug = "--debug" in given
+    if not debug:  # what torch and diffusers say to their developers is not for users
+        warnings.filterwarnings("ignore", module=r"torch|diffusers|transformers")
     try:
         app(args=[word for word in given if word != "--debug"], prog_name="stepquant")
     except SystemExit as end:

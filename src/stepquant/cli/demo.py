@@ -16,8 +16,8 @@ from stepquant.cli.options import DEFAULT_MODEL, Device, Json, Quiet, Seed
 from stepquant.cli.screen import Screen
 from stepquant.job import Recipe, quantize_to
 
-# Sized for five minutes on two cores; the defaults of the other commands are four times as thorough.
-SAMPLES, CALIBRATION_STEPS, IMAGES, STEPS, BATCHES, SECONDS = 256, 50, 256, 50, (1, 8), 8.0
+# Sized for five minutes on two cores; the defaults of the other commands are more thorough.
+SAMPLES, CALIBRATION_STEPS, IMAGES, STEPS, BATCHES, SECONDS = 256, 50, 192, 50, (1, 8), 5.0
 
 
 def demo(

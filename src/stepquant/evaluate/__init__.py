@@ -21,6 +21,8 @@ but `speed` and `size`, which the caller adds; the report leaves out what is mis
     steps        [{step, t, relative, cosine, own_relative, own_cosine, state_relative}]: the noise prediction by
                  denoising step, on the float trajectory and (own_) on each model's own; x_t on their own
     blocks       {steps: [int], t: [float], rows: [{path, sqnr: [decibel or null by step]}]}
+    inputs       [{path, limits: [low, high] or null, low, high, clipped}]: what layers of the float model receive at the
+                 steps of `blocks`, and the share outside the limits of the quantized model's integers; lists by step
     images       {seeds: [int], float: [PNG as base64], quantized: [PNG as base64]}
     speed        {threads, rounds, reference, rows: [{batch, name, layout, milliseconds, low, high, ratio, ratio_low,
                   ratio_high, unavailable}]}: quartiles; `ratio` is how many times faster than `reference`

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepquant.evaluate.inputs import Seen, limits, watch_inputs
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import run
 
@@ -18,10 +19,11 @@ Listener = Callable[[int, dict[str, Any], Tensor], None]
 
 @dataclass(frozen=True)
 class Trace:
-    """What the probe saw: JSON rows by denoising step, and by block at the probed steps."""
+    """What the probe saw: JSON rows by denoising step, and by block and layer input at the probed steps."""
 
     steps: list[dict[str, Any]]
     blocks: dict[str, Any]
+    inputs: list[dict[str, Any]]
 
 
 def relative_error(out: Tensor, target: Tensor) -> float:
@@ -119,10 +121,12 @@ def trace(
     rows: list[dict[str, Any]] = []
     table: dict[str, list[float | None]] = {path: [] for path in units}
     states: list[tuple[Tensor, Tensor]] = []
+    allowed, inputs = limits(other), [dict[str, Seen]() for _ in probed]
 
     with torch.no_grad(), ExitStack() as stack:
         ours = stack.enter_context(unit_outputs(other.model, units))
         theirs = stack.enter_context(unit_outputs(source.model, units))
+        seen = stack.enter_context(watch_inputs(source, allowed, lambda: len(rows) in probed))
 
         def follow(call: int, arguments: dict[str, Any], target: Tensor) -> None:
             ours.clear()
@@ -137,6 +141,7 @@ def trace(
             )
             states.append((arguments[source.family.x].detach().clone(), target.detach().clone()))
             if call in probed:
+                inputs[sorted(probed).index(call)].update(seen)
                 for path in units:
                     table[path].append(compare(ours.get(path), theirs.get(path)))
 
@@ -150,7 +155,24 @@ def trace(
         "t": [rows[step]["t"] for step in kept],
         "rows": [{"path": path, "sqnr": values} for path, values in table.items()],
     }
-    return Trace(rows, blocks)
+    return Trace(rows, blocks, input_rows(inputs[: len(kept)], allowed))
+
+
+def input_rows(
+    inputs: Sequence[Mapping[str, Seen]], allowed: Mapping[str, tuple[float, float]]
+) -> list[dict[str, Any]]:
+    """A row for each layer, with a value for each probed step."""
+    paths = list(inputs[0]) if inputs else []
+    return [
+        {
+            "path": path,
+            "limits": list(allowed[path]) if path in allowed else None,
+            "low": [seen[path].low for seen in inputs],
+            "high": [seen[path].high for seen in inputs],
+            "clipped": [seen[path].clipped for seen in inputs],
+        }
+        for path in paths
+    ]
 
 
 def follow_own(

@@ -95,6 +95,7 @@ def evaluate(
         "quality": [number.to_json() for number in numbers(measured, extractor, why, data)],
         "steps": traced.steps,
         "blocks": traced.blocks,
+        "inputs": traced.inputs,
         "images": show(seeds, measured),
         "coverage": covered,
         "cost": cost(covered),

@@ -11,8 +11,6 @@ from stepquant.evaluate.features import Extractor, Statistics, frechet, frechet_
 from stepquant.evaluate.manifold import DENSITY_NEIGHBOURS, compare_neighbours, kernel_distance
 from stepquant.evaluate.metrics import OTHER_SEEDS, SAME_SEEDS, Measured, Number, mean_interval
 
-# Kernel distances are small: they are told in thousandths, as in the literature.
-KERNEL_UNIT = 1000
 NEIGHBOUR_NOTES = {
     "precision": "share of images that lie among the other set",
     "recall": "share of the other set that these images lie around",
@@ -66,10 +64,10 @@ def kernel_number(extractor: Extractor, measured: Measured, target: Target) -> N
     value, error = kernel_distance(measured.features["quantized"], target.features)
     count = min(len(measured.features["quantized"]), len(target.features))
     name = extractor.name.replace("FD", "KD", 1)
-    number = Number(name, target.label, count, "lower", KERNEL_UNIT * value, unit="e-3")
-    low, high = (KERNEL_UNIT * (value + sign * 1.96 * error) for sign in (-1, 1))
+    number = Number(name, target.label, count, "lower", value)
+    low, high = (value + sign * 1.96 * error for sign in (-1, 1))
     number = replace(number, low=low, high=high, extractor=extractor.digest, note="does not depend on n")
-    return with_others(number, measured, target, lambda x, y: KERNEL_UNIT * kernel_distance(x, y)[0])
+    return with_others(number, measured, target, lambda x, y: kernel_distance(x, y)[0])
 
 
 def neighbour_numbers(extractor: Extractor, measured: Measured, target: Target) -> list[Number]:

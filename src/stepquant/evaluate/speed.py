@@ -149,8 +149,9 @@ def best(name: str, make: Callable[[], list[Contender]]) -> Contender:
     try:
         ways = {way.name: way for way in make()}
         calls = {key: way.call for key, way in ways.items() if way.call is not None}
+        # A compiler's remarks on diffusers' code are nothing to our reader.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a compiler's remarks on diffusers' code are nothing to our reader
+            warnings.simplefilter("ignore")
             for call in calls.values():
                 call()
                 call()

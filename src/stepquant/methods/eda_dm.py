@@ -63,14 +63,14 @@ class EDADM(PresetMethod):
     )
     iterations: int = Field(300, ge=0, description="per block")
     batch: int = Field(32, gt=0, description="records per iteration")
-    rounding_rate: float = Field(0.1, ge=0, description="Adam's rate for roundings")
+    rounding_rate: float = Field(0.05, ge=0, description="Adam's rate for roundings")
     last_rate: float = Field(
         0.1, ge=0, le=1, description="share of the rates left at the end of their cosine"
     )
     step_rate: float = Field(
         1e-3, ge=0, description="Adam's rate for activation steps, relative to each step"
     )
-    penalty: float = Field(0.1, ge=0, description="weight of the rounding regulariser; 0 as in the code")
+    penalty: float = Field(1.0, ge=0, description="weight of the rounding regulariser; 0 as in the code")
     mix: float = Field(0.5, gt=0, le=1, description="probability that an input element is the quantized one")
     keep: float = Field(
         0.5, gt=0, le=1, description="probability that an activation is quantized while learning"

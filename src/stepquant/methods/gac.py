@@ -47,11 +47,11 @@ class GAC(PresetMethod):
     every_steps: int = Field(5, gt=0, description="interval between the steps that are recorded")
     iterations: int = Field(300, ge=0, description="per block")
     batch: int = Field(32, gt=0, description="records per iteration")
-    rounding_rate: float = Field(0.1, ge=0, description="Adam's rate for roundings")
+    rounding_rate: float = Field(0.05, ge=0, description="Adam's rate for roundings")
     last_rate: float = Field(
         0.1, ge=0, le=1, description="share of the rates left at the end of their cosine"
     )
-    penalty: float = Field(0.1, ge=0, description="lambda: weight of the rounding regulariser")
+    penalty: float = Field(1.0, ge=0, description="lambda: weight of the rounding regulariser")
     p: float = Field(2.4, gt=0, le=8, description="norm that weight ranges minimise")
     momentum: float = Field(
         0.95, ge=0, lt=1, description="of the moving average of activation ranges over batches"

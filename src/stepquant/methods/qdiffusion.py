@@ -48,14 +48,14 @@ class QDiffusion(PresetMethod):
     iterations: int = Field(300, ge=0, description="per block, for roundings")
     step_iterations: int = Field(40, ge=0, description="per block, for activation steps")
     batch: int = Field(32, gt=0, description="records per iteration")
-    rounding_rate: float = Field(0.1, ge=0, description="Adam's rate for roundings")
+    rounding_rate: float = Field(0.05, ge=0, description="Adam's rate for roundings")
     last_rate: float = Field(
         0.1, ge=0, le=1, description="share of the rates for roundings left at the end of their cosine"
     )
     step_rate: float = Field(
         1e-3, ge=0, description="Adam's rate for activation steps, relative to each step"
     )
-    penalty: float = Field(0.1, ge=0, description="lambda: weight of the rounding regulariser")
+    penalty: float = Field(1.0, ge=0, description="lambda: weight of the rounding regulariser")
     p: float = Field(2.4, gt=0, le=8, description="norm that ranges and activation steps minimise")
     momentum: float = Field(
         0.95, ge=0, lt=1, description="of the moving average of activation ranges over batches"

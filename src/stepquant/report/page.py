@@ -15,11 +15,13 @@ from markupsafe import Markup
 from stepquant.report import tables
 from stepquant.report.chart import Line, line_chart
 from stepquant.report.images import amplified, decode, encode, grid
-from stepquant.report.schema import Coverage, Decision, Number, Report, Timing
+from stepquant.report.schema import Coverage, Decision, Input, Number, Report, Timing
 from stepquant.report.tables import QUANTIZED, by_batch, integer_share, markdown
 
 # Blocks at or below the first number of decibels are drawn in full colour, at or above the second in none.
 NOISY, CLEAN = 10.0, 45.0
+# A smaller share of clipped values than this is not shown.
+NOTEWORTHY = 0.0005
 # Where a number should go.
 ARROWS = {"higher": "↑", "lower": "↓", "zero": "→ 0", "one": "→ 1"}
 
@@ -80,6 +82,7 @@ def render(report: Report) -> str:
         quality=by_target(report.quality),
         curves=Markup(curves(report)),
         heat=heat,
+        clipped=most_clipped(report),
         speeds=speed_bars(report),
         sizes=size_bars(report),
         coverage=layers_by_work(report),
@@ -177,6 +180,13 @@ def heat(value: float | None) -> str:
     if value is None:
         return "0"
     return f"{100 * min(max((CLEAN - value) / (CLEAN - NOISY), 0), 1):.0f}"
+
+
+def most_clipped(report: Report, most: int = 12) -> list[Input]:
+    """The layers whose integers cannot hold what they receive, the worst first."""
+    worst = {row.path: max((x for x in row.clipped if x is not None), default=0.0) for row in report.inputs}
+    rows = [row for row in report.inputs if worst[row.path] > NOTEWORTHY]
+    return sorted(rows, key=lambda row: -worst[row.path])[:most]
 
 
 def speed_bars(report: Report) -> list[tuple[int, list[Bar]]]:

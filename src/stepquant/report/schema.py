@@ -77,6 +77,14 @@ class Blocks(Part):
     rows: tuple[Block, ...]
 
 
+class Input(Part):
+    path: str
+    limits: tuple[float, float] | None = None
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    clipped: tuple[float | None, ...]
+
+
 class Images(Part):
     seeds: tuple[int, ...]
     source: tuple[str, ...] = Field(alias="float")
@@ -159,6 +167,7 @@ class Report(Part):
     quality: tuple[Number, ...] = ()
     steps: tuple[Step, ...] = ()
     blocks: Blocks | None = None
+    inputs: tuple[Input, ...] = ()
     images: Images | None = None
     speed: Speed | None = None
     size: Size | None = None

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
 def register() -> None:
     """Tell torch about every operation; they must be loaded."""
-    for function in (quantize, quantize_concat, group_norm, group_norm_quantize, layer_norm_quantize):
-        torch.library.register_fake(f"stepquant::{function.__name__}", function)
-    for function in (activation_quantize, upsample_nearest2x, attention):
+    functions: tuple[Callable[..., Tensor], ...] = (
+        quantize,
+        quantize_concat,
+        group_norm,
+        group_norm_quantize,
+        layer_norm_quantize,
+        activation_quantize,
+        upsample_nearest2x,
+        attention,
+    )
+    for function in functions:
         torch.library.register_fake(f"stepquant::{function.__name__}", function)
 
 
