@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 READY := $(VENV)/.ready
 
-.PHONY: demo test setup format clean
+.PHONY: demo test setup format sanitize clean
 
 demo: setup
 	$(BIN)/stepquant demo
@@ -37,3 +37,6 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 
 clean:
 	rm -rf build $(VENV)
+
+sanitize: setup
+	sh csrc/sanitize.sh $(BIN)/python

@@ -9,11 +9,13 @@ from torch import Tensor
 from stepquant.calib.pick import every
 from stepquant.calib.record import Source
 from stepquant.core.affine import scale_and_zero
+from stepquant.core.grid import Grid
 from stepquant.core.ranges import lp_search, lp_search_binned, minmax
 from stepquant.errors import CalibrationError, StepquantError
 from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.insert import insert
+from stepquant.quant.plan import Rule
 from stepquant.quant.schemes import scheme
 
 
@@ -30,7 +32,10 @@ def test_weight_ranges_are_those_of_the_search(source: Source) -> None:
 def test_first_layer_range_is_the_average_over_batches(source: Source) -> None:
     """conv_in reads x itself, so its range can be computed from the records by hand."""
     denoiser, data = Denoiser.of(source.pipeline), source.record(every(6, (0, 5)))
-    with insert(denoiser, scheme("w8a8")) as network:
+    stem_too = scheme("w8a8").with_rules(
+        [Rule(Grid.parse("uint8/tensor"), "to be checked", ("stem",), ("input",))]
+    )
+    with insert(denoiser, stem_too) as network:
         set_weight_ranges(network, minmax)
         set_input_ranges(network, data, minmax, batch=5, momentum=0.9)
         low = high = None

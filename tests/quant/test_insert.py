@@ -47,7 +47,7 @@ def test_an_unset_quantizer_names_its_site() -> None:
     with insert(denoiser, scheme("w8a8")) as network:
         set_weight_ranges(network, minmax)
         network.switch(weights=True, inputs=True)
-        with pytest.raises(RangeError, match=r"conv_in:input"):
+        with pytest.raises(RangeError, match=r"resnets\.0\.conv1:input"):
             denoiser.predict(arguments)
 
 

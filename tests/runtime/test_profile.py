@@ -11,6 +11,7 @@ from diffusers import UNet2DModel
 from torch.profiler import ProfilerActivity, profile
 
 from stepquant.artifact import Artifact
+from stepquant.core.grid import Grid
 from stepquant.quant.plan import Plan, Rule
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import layers, lower, ops
@@ -30,6 +31,12 @@ FLOAT_OPS = (
 )
 
 
+# The stem as well, so that no convolution at all may run in float.
+EVERYWHERE = scheme("w8a8").with_rules(
+    [Rule(Grid.parse("uint8/tensor"), "nothing may hide", ("stem",), ("input",))]
+)
+
+
 @pytest.fixture(scope="module")
 def x() -> torch.Tensor:
     return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -39,7 +46,7 @@ def x() -> torch.Tensor:
 def frozen(x: torch.Tensor) -> tuple[UNet2DModel, Artifact]:
     torch.manual_seed(0)
     model = unconditional(downsample_padding=0).eval()
-    return model, quantized(model, scheme("w8a8"), lambda t: model(x, t).sample)[0]
+    return model, quantized(model, EVERYWHERE, lambda t: model(x, t).sample)[0]
 
 
 def lowered(frozen: tuple[UNet2DModel, Artifact]) -> UNet2DModel:
@@ -153,7 +160,7 @@ def test_coverage_of_the_embedded_configuration_is_nearly_all(x: torch.Tensor) -
     """At least 99 % of the multiplications that the plan quantizes run in integers."""
     torch.manual_seed(0)
     model = unconditional(layers_per_block=2).eval()
-    artifact, _ = quantized(model, scheme("w8a8"), lambda t: model(x, t).sample)
+    artifact, _ = quantized(model, EVERYWHERE, lambda t: model(x, t).sample)
     found = coverage(lower.lower(model, artifact), {"sample": x, "timestep": 5})
     assert found.share_of_planned >= (0.99 if ops.compiled() else 0.9)
 

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from stepquant.core.affine import to_groups
 from stepquant.core.losses import BlockLoss
-from stepquant.core.rounding import alpha_of
 from stepquant.errors import CalibrationError
 from stepquant.fit.learner import Learner, Sample, Schedule
 from stepquant.fit.streams import Piece
 from stepquant.quant.insert import Inserted
+from stepquant.quant.layers import QuantLayer, from_integers
+from stepquant.quant.quantizer import Quantizer
 
 Losses = Callable[[Sequence[Tensor], Tensor], Tensor]  # parameters, record numbers -> one loss per record
 
@@ -30,7 +32,7 @@ class Weighing:
     rounds: int = 12
     batch: int = 16
     rate: float = 0.1  # change of a visited score per round, for a gradient of ordinary size
-    inner: float = 0.1  # root mean square change of the parameters in the inner step
+    inner: float = 0.1  # root mean square change of the parameters (in steps of the grid) in the inner step
     temperature: float = 1.0
     alignment: float = 1.0  # weight of the alignment between groups beside their losses
     cosine: bool = True  # measure alignment by angle instead of by raw inner product
@@ -151,34 +153,48 @@ def step_groups(steps: Tensor, records: Tensor, count: int) -> list[Tensor]:
     return groups
 
 
+class Displaced:
+    """Weights rounded to nearest and moved from there by `shift`, in steps of the grid."""
+
+    def __init__(self, layer: QuantLayer, quantizer: Quantizer) -> None:
+        scale, _ = quantizer.range()
+        self.nearest = to_groups(from_integers(layer.weight_integers(), quantizer), quantizer.grid)
+        self.scale = scale[:, None]
+        self.shift = torch.zeros_like(self.nearest)
+
+    def values(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
+        return torch.addcmul(self.nearest, self.shift, self.scale).reshape(weight.shape)
+
+    def integers(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
+        raise NotImplementedError("displaced weights are for gradients, they are on no grid")
+
+
 def weigh_block(
     network: Inserted, piece: Piece, sample: Sample, seed: int, *, steps: Tensor, settings: Weighing
 ) -> Tensor:
     """One weight per record, mean 1 over the training records, learnt on this block's roundings."""
     weights = torch.ones(len(steps))
     generator = Generator().manual_seed(seed)
-    learner = Learner(network, piece, Schedule(iterations=0, rounding_rate=1.0), generator)
-    if not settings.rounds or not learner.roundings:
+    learner = Learner(network, piece, Schedule(iterations=0, rounding_rate=0), generator)
+    layers = [layer for layer in learner.layers.values() if layer.weight_quantizer is not None]
+    if not settings.rounds or not layers:
         return weights
     groups = step_groups(steps, sample.held, settings.groups)
-    roundings = list(learner.roundings.values())
+    places = [Displaced(layer, layer.weight_quantizer) for layer in layers]  # type: ignore[arg-type]
     measure = BlockLoss()
 
-    def losses(alphas: Sequence[Tensor], records: Tensor) -> Tensor:
-        for rounding, alpha in zip(roundings, alphas, strict=True):
-            rounding.alpha = alpha
+    def losses(shifts: Sequence[Tensor], records: Tensor) -> Tensor:
+        for place, shift in zip(places, shifts, strict=True):
+            place.shift = shift
         return measure.each(learner.outputs(sample.quants.take(records)), learner.target(sample, records))
 
-    learner.attach()
     try:
-        start = [nearly_rounded(rounding.fraction) for rounding in roundings]
+        for layer, place in zip(layers, places):
+            layer.rounding = place
+        start = [place.shift for place in places]
         learnt = learn_weights(losses, start, sample.train, groups, settings, generator)
     finally:
-        learner.detach()
+        for layer in layers:
+            layer.rounding = None
     weights[sample.train] = learnt * len(sample.train)
     return weights
-
-
-def nearly_rounded(fraction: Tensor, margin: float = 0.05) -> Tensor:
-    """Roundings close to nearest, but where the sigmoid still has a slope: at their usual start errors and gradients vanish."""
-    return alpha_of(fraction.round().clamp(margin, 1 - margin))

@@ -1,7 +1,8 @@
 """Gradient-aligned calibration: learnt sample weights for block reconstruction (arXiv:2602.01289).
 
 No code was released; where the paper leaves a choice open, it is a field here. Differs from the paper:
-- gradients are taken close to nearest rounding: at AdaRound's start the weights are exact and all gradients vanish.
+- omega is learnt on displacements from nearest rounding: at AdaRound's start the weights are exact, and all gradients
+  of the first block vanish.
 - the inner rate follows from the size of the gradients, so that it fits every block.
 - alignment is measured by angle (`cosine`), because raw inner products are unbounded below; raw is an option.
 - d/d omega is computed from the gradients of single samples, which equals differentiating through the inner step.
@@ -62,7 +63,9 @@ class GAC(PresetMethod):
     meta_batch: int = Field(16, gt=0, description="training records per update")
     meta_rate: float = Field(0.1, ge=0, description="change of a record's score per update")
     inner: float = Field(
-        0.1, gt=0, description="eta: size of the inner step, root mean square change of roundings"
+        0.1,
+        gt=0,
+        description="eta: size of the inner step, root mean square displacement of weights in steps",
     )
     temperature: float = Field(1.0, gt=0, description="tau of the softmax over records")
     groups: int = Field(5, ge=2, description="groups of neighbouring steps whose gradients are aligned")

@@ -70,7 +70,9 @@ def walk_block(name: str, block: nn.Module) -> Iterator[str]:
 def deepest(units: Sequence[str]) -> str:
     """The attention of the middle block, or what stands in its place."""
     middle = [unit for unit in units if unit.startswith("mid_block")]
-    return next((unit for unit in middle if ".attentions." in unit), (middle or list(units)[len(units) // 2 :])[0])
+    return next(
+        (unit for unit in middle if ".attentions." in unit), (middle or list(units)[len(units) // 2 :])[0]
+    )
 
 
 def concats(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -61,6 +61,13 @@ def protections(weight_bits: int, activation_bits: int) -> tuple[Rule, ...]:
             ("input",),
             optional=True,
         ),
+        Rule(
+            None,
+            "the image itself: in the last steps its noise is finer than 8-bit steps, and the layer is a sliver of the work",
+            ("stem",),
+            ("input",),
+            optional=True,
+        ),
     ]
     if weight_bits < 8:
         rules += [
