@@ -139,3 +139,15 @@ def test_guidance_branches_are_kept_apart(text_pipeline: StableDiffusionPipeline
         assert not torch.equal(text[first], text[second])
     unconditional = text[batch.branch == 0]
     assert torch.equal(unconditional[0], unconditional[-1]), "the empty prompt is the same for all"
+
+
+def test_a_damaged_shard_is_recorded_again(source: Source) -> None:
+    picks = every(6, (3,))
+    data = source.record(picks)
+    whole = [shard.read_bytes() for shard in data.shards]
+    data.shards[0].write_bytes(whole[0][:100])
+    leftover = data.shards[0].with_name(f".{data.shards[0].name}.999999999.part")
+    leftover.write_bytes(b"half")
+    again = source.record(picks)
+    assert [shard.read_bytes() for shard in again.shards] == whole
+    assert not leftover.exists(), "what a killed process left behind is gone"

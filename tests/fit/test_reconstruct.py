@@ -162,7 +162,7 @@ def test_soft_rounding_starts_at_the_float_weight_and_hardens_to_integers(bench:
 
 def test_dropped_activations_are_the_unquantized_ones(bench: Bench) -> None:
     set_input_ranges(bench.network, bench.data, minmax)
-    quantizer = bench.network.layers["conv_in"].input_quantizer
+    quantizer = bench.network.layers["conv_out"].input_quantizer
     x = torch.randn(4, 3, 8, 8, generator=Generator().manual_seed(1))
     step = LearnedStep(quantizer, keep=0.5, generator=Generator().manual_seed(0))
     quantized = quantizer(x)

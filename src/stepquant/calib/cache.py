@@ -21,6 +21,8 @@ def atomically(target: Path, write: Callable[[Path], object]) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in target.parent.glob(f".{target.name}.*.part"):
+            remove_if_orphaned(leftover)
         write(temporary)
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
@@ -31,3 +33,13 @@ def atomically(target: Path, write: Callable[[Path], object]) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_if_orphaned(leftover: Path) -> None:
+    """Remove what a killed process left half-written; a living one is not disturbed."""
+    try:
+        os.kill(int(leftover.name.split(".")[-2]), 0)
+    except (ProcessLookupError, ValueError):
+        leftover.unlink(missing_ok=True)
+    except PermissionError:
+        return

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -93,7 +93,7 @@ def record(source: Source, picks: Sequence[Pick]) -> CalibSet:
     batches = group(picks, source.batch)
     shards = [folder / f"{number:05d}.safetensors" for number in range(len(batches))]
     denoiser = Denoiser.of(source.pipeline)
-    todo = [(shard, batch) for shard, batch in zip(shards, batches) if not shard.exists()]
+    todo = [(shard, batch) for shard, batch in zip(shards, batches) if not is_intact(shard)]
     for shard, batch in source.progress.track(todo, "recording trajectories", len(todo)):
         columns = record_batch(source, denoiser, batch)
         atomically(shard, lambda temporary, columns=columns: save_file(columns, temporary))
@@ -106,6 +106,14 @@ def record(source: Source, picks: Sequence[Pick]) -> CalibSet:
     }
     atomically(folder / "origin.json", lambda temporary: temporary.write_text(json.dumps(origin)))
     return CalibSet(tuple(shards), shuffled(rows, source.seed), denoiser.family.x, denoiser.family.t, origin)
+
+
+def is_intact(shard: Path) -> bool:
+    """Whether a shard is there and whole; a damaged one is recorded again."""
+    try:
+        return shard.exists() and count_rows(shard) > 0
+    except SafetensorError:
+        return False
 
 
 def count_rows(shard: Path) -> int:
