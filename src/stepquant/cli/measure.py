@@ -103,7 +103,7 @@ def benchmark(
 ) -> None:
     """Time one call of the denoiser, in turns with fp32, bf16 and compiled bf16; keeps it in DIR/results.json."""
     from stepquant.evaluate import benchmark as time_float
-    from stepquant.evaluate.speed import BASELINES
+    from stepquant.evaluate.speed import baselines_here
     from stepquant.job.results import benchmark_artifact
 
     screen = Screen(quiet)
@@ -111,7 +111,7 @@ def benchmark(
         "batches": read_counts(batch, "--batch"),
         "seconds": seconds,
         "count": threads,
-        "baselines": [name for name in BASELINES if compiled or "compiled" not in name],
+        "baselines": [name for name in baselines_here() if compiled or "compiled" not in name],
         "prompts": read_prompts(prompts),
     }
     pipeline = load(model, device)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,11 +30,18 @@ class ByPosition(nn.Module):
         return out
 
 
+def peers_installed() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("openvino", "nncf"))
+
+
 def convert(model: nn.Module, arguments: Arguments) -> Any:
     """The model in OpenVINO's representation, for the shapes of these arguments."""
     openvino = importlib.import_module("openvino")
     flat = flatten(arguments)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # tracing turns the model's checks of shapes into constants, as it should
         return openvino.convert_model(
             ByPosition(model, list(flat)).eval(),
             example_input=tuple(flat.values()),

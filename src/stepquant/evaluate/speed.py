@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from stepquant.calib.record import Enough, listening
 from stepquant.errors import EvaluationError
+from stepquant.evaluate.peers import openvino_calls, peers_installed
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import run
 from stepquant.progress import Progress, Silent
@@ -25,6 +26,7 @@ from stepquant.progress import Progress, Silent
 REFERENCE = "fp32 eager"
 QUANTIZED = "stepquant"
 BASELINES = ("fp32 eager", "bf16 eager", "bf16 compiled")
+PEERS = ("OpenVINO bf16", "OpenVINO INT8")  # joined where OpenVINO and NNCF are installed
 Call = Callable[[], Any]
 
 
@@ -164,11 +166,39 @@ def best(name: str, make: Callable[[], list[Contender]]) -> Contender:
     return replace(ways[fastest], name=name)
 
 
-def contenders(model: nn.Module, arguments: Mapping[str, Any], baselines: Sequence[str]) -> list[Contender]:
+def trajectory(
+    pipeline: Any, batch: int, prompts: Sequence[str] | None, steps: int = 8
+) -> list[dict[str, Any]]:
+    """What the denoiser receives along one float trajectory: a peer's calibration data."""
+    calls: list[dict[str, Any]] = []
+    with torch.no_grad(), listening(Denoiser.of(pipeline), lambda _, arguments: calls.append(arguments)):
+        run(pipeline, list(range(batch)), steps, None, prompts)
+    return calls
+
+
+def peer(
+    model: nn.Module, arguments: Mapping[str, Any], data: Sequence[Mapping[str, Any]] | None
+) -> list[Contender]:
+    """OpenVINO on the float model, or on its INT8 form calibrated with `data`."""
+    calls = openvino_calls(model, arguments, data, torch.get_num_threads())
+    return [Contender(hint, call, hint) for hint, call in calls.items()]
+
+
+def baselines_here() -> tuple[str, ...]:
+    """What can be timed on this machine."""
+    return BASELINES + PEERS if peers_installed() else BASELINES
+
+
+def contenders(
+    pipeline: Any, batch: int, baselines: Sequence[str], prompts: Sequence[str] | None = None
+) -> list[Contender]:
+    model, arguments = Denoiser.of(pipeline).model, first_arguments(pipeline, batch, prompts)
     makers: dict[str, Callable[[], list[Contender]]] = {
         "fp32 eager": lambda: in_layouts(model, arguments, torch.float32),
         "bf16 eager": lambda: in_layouts(model, arguments, torch.bfloat16),
         "bf16 compiled": lambda: compiled_in_layouts(model, arguments),
+        "OpenVINO bf16": lambda: peer(model, arguments, None),
+        "OpenVINO INT8": lambda: peer(model, arguments, trajectory(pipeline, batch, prompts)),
     }
     unknown = sorted(set(baselines) - set(makers))
     if unknown:
@@ -181,7 +211,7 @@ def benchmark(
     quantized_pipeline: Any | None = None,
     *,
     batches: Sequence[int] = (1, 8, 32),
-    baselines: Sequence[str] = BASELINES,
+    baselines: Sequence[str] | None = None,
     seconds: float = 10.0,
     count: int | None = None,
     prompts: Sequence[str] | None = None,
@@ -193,13 +223,13 @@ def benchmark(
     """
     if not batches or min(batches) < 1:
         raise EvaluationError("batch sizes are positive numbers", got=list(batches))
-    model = Denoiser.of(float_pipeline).model
+    baselines = baselines_here() if baselines is None else baselines
     rows: list[dict[str, Any]] = []
     played = 0
     with threads(count) as used:
         for batch in (progress or Silent()).track(batches, "timing", len(batches)):
             arguments = first_arguments(float_pipeline, batch, prompts)
-            entered = contenders(model, arguments, baselines)
+            entered = contenders(float_pipeline, batch, baselines, prompts)
             if quantized_pipeline is not None:
                 other = Denoiser.of(quantized_pipeline).model
                 entered.append(Contender(QUANTIZED, calling(other, arguments)))
