@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from stepquant.core.affine import to_groups
 from stepquant.core.losses import BlockLoss
-from stepquant.errors import CalibrationError
+from stepquant.errors import CalibrationError, MethodError
 from stepquant.fit.learner import Learner, Sample, Schedule
 from stepquant.fit.streams import Piece
 from stepquant.quant.insert import Inserted
@@ -166,7 +166,7 @@ class Displaced:
         return torch.addcmul(self.nearest, self.shift, self.scale).reshape(weight.shape)
 
     def integers(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
-        raise NotImplementedError("displaced weights are for gradients, they are on no grid")
+        raise MethodError("displaced weights are for gradients: they are on no grid and cannot be packed")
 
 
 def weigh_block(

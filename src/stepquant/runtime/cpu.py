@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +25,7 @@ class Geometry:
     groups: int = 1
 
 
-class PackedKernel:
+class PackedKernel(ABC):
     """A weight of signed bytes, packed for each input shape at the first call, and everything that stays the same.
 
     `weight` yields the signed bytes on demand, so that only the packed copies stay in memory.
@@ -51,12 +52,12 @@ class PackedKernel:
             found = self.packed[shape] = self.pack(shape)
         return found
 
-    def pack(self, shape: torch.Size) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def pack(self, shape: torch.Size) -> Tensor: ...
 
+    @abstractmethod
     def __call__(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         """The layer's output for these codes, plus `into`."""
-        raise NotImplementedError
 
 
 class ConvKernel(PackedKernel):

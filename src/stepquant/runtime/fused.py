@@ -6,6 +6,7 @@ children and the names of its tensors. Whatever a chain cannot take goes the way
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from stepquant.runtime.layers import IntegerLayer
 from stepquant.runtime.times import TimeRows
 
 
-class Chain:
+class Chain(ABC):
     """What stands in for the forward of `module`."""
 
     def __init__(self, module: Any) -> None:
@@ -30,8 +31,8 @@ class Chain:
     def unfused(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class NormThen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ WEIGHT_ONLY = "weight-only: dequantized at every call, which saves memory and no
 HELD = "weight-only: dequantized once, because it is small and often read"
 
 
-class IntegerLayer(nn.Module):
+class IntegerLayer(nn.Module, ABC):
     """The buffers of one quantized layer and the choice of how to compute with them.
 
     `emit` is the dtype of the output; None means that of the input. `reason` says why the layer does not multiply
@@ -161,12 +162,12 @@ class IntegerLayer(nn.Module):
         shape[self.outputs_dim] = -1
         return shape
 
+    @abstractmethod
     def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         """The output for codes of the input; with `into`, added to that tensor, which is consumed."""
-        raise NotImplementedError
 
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
     def _apply(self, fn: Any, recurse: bool = True) -> IntegerLayer:
         """Moves go through; scales stay in float32 when a model is cast."""
