@@ -61,7 +61,7 @@ class EDADM(PresetMethod):
     layers: float = Field(
         0.8, ge=0, description="gamma: weight of the layers in the loss; 0: block loss (ablation)"
     )
-    iterations: int = Field(300, ge=0, description="per block")
+    iterations: int = Field(240, ge=0, description="per block")
     batch: int = Field(32, gt=0, description="records per iteration")
     rounding_rate: float = Field(0.05, ge=0, description="Adam's rate for roundings")
     last_rate: float = Field(

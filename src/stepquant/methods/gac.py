@@ -6,6 +6,7 @@ No code was released; where the paper leaves a choice open, it is a field here. 
 - the inner rate follows from the size of the gradients, so that it fits every block.
 - alignment is measured by angle (`cosine`), because raw inner products are unbounded below; raw is an option.
 - d/d omega is computed from the gradients of single samples, which equals differentiating through the inner step.
+- a block keeps rounding to nearest where that does better on held-out records.
 - activations have one range for all steps; per-step ranges are a method of their own.
 """
 
