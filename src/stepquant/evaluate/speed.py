@@ -190,9 +190,13 @@ def baselines_here() -> tuple[str, ...]:
 
 
 def contenders(
-    pipeline: Any, batch: int, baselines: Sequence[str], prompts: Sequence[str] | None = None
+    pipeline: Any,
+    arguments: Mapping[str, Any],
+    batch: int,
+    baselines: Sequence[str],
+    prompts: Sequence[str] | None = None,
 ) -> list[Contender]:
-    model, arguments = Denoiser.of(pipeline).model, first_arguments(pipeline, batch, prompts)
+    model = Denoiser.of(pipeline).model
     makers: dict[str, Callable[[], list[Contender]]] = {
         "fp32 eager": lambda: in_layouts(model, arguments, torch.float32),
         "bf16 eager": lambda: in_layouts(model, arguments, torch.bfloat16),
@@ -229,7 +233,7 @@ def benchmark(
     with threads(count) as used:
         for batch in (progress or Silent()).track(batches, "timing", len(batches)):
             arguments = first_arguments(float_pipeline, batch, prompts)
-            entered = contenders(float_pipeline, batch, baselines, prompts)
+            entered = contenders(float_pipeline, arguments, batch, baselines, prompts)
             if quantized_pipeline is not None:
                 other = Denoiser.of(quantized_pipeline).model
                 entered.append(Contender(QUANTIZED, calling(other, arguments)))
