@@ -19,7 +19,9 @@ from stepquant.evaluate.features import (
     add_block,
     frechet,
     frechet_interval,
+    jackknife_interval,
     merge,
+    most_blocks,
     read_reference,
     to_tensors,
 )
@@ -100,6 +102,30 @@ def test_paired_interval_knows_that_images_come_from_the_same_seeds() -> None:
     b = tuple(Statistics.of(part + 0.5) for part in rows.split(16))
     paired, loose = (frechet_interval(a, b, paired=paired) for paired in (True, False))
     assert paired[1] - paired[0] < 1e-6 < 1e-2 < loose[1] - loose[0]
+
+
+def test_wide_features_keep_few_blocks() -> None:
+    assert [most_blocks(width) for width in (16, 256, 2048, 10_000)] == [64, 64, 8, 8]
+    rows = gaussian(60, 2048, 1)
+    blocks: tuple[Statistics, ...] = ()
+    for row in rows.split(2):
+        blocks = add_block(blocks, Statistics.of(row))
+    assert len(blocks) <= 8
+    assert merge(blocks).count == 60
+
+
+def test_jackknife_is_as_wide_as_fresh_draws_scatter() -> None:
+    data, values, widths = Statistics.of(gaussian(5000, 6, 0)), [], []
+    for seed in range(1, 61):
+        blocks = tuple(Statistics.of(part) for part in gaussian(640, 6, seed, shift=0.2).split(80))
+        value = frechet(merge(blocks), data)
+        low, high = jackknife_interval(value, blocks, (data,), paired=False)
+        assert low <= value <= high
+        values.append(value)
+        widths.append((high - low) / 2)
+    assert np.mean(widths) == pytest.approx(2.36 * np.std(values), rel=0.3)  # Student's t of 8 blocks
+    low, high = jackknife_interval(0.0, blocks, blocks, paired=True)
+    assert high < 1e-6
 
 
 def test_reference_is_read_back_and_refused_for_another_network(extractor: Extractor, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -29,7 +30,7 @@ from stepquant.quant.schemes import scheme
 def artifact(pipeline: DDIMPipeline, source: Source) -> Artifact:
     found = methods.build("minmax", {"samples": 4})(Denoiser.of(pipeline), scheme("w4a8"), source)
     recipe = {"method": "minmax", "scheme": "w4a8", "plan": scheme("w4a8").to_json()["rules"], "seed": 0}
-    return Artifact(found.layers, found.products, found.tensors, found.splits, recipe)
+    return dataclasses.replace(found, recipe=recipe)
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_data_may_be_a_folder_of_images(extractor: Extractor, tmp_path: Path) ->
     for index, image in enumerate(pixels):
         Image.fromarray(image).save(tmp_path / f"{index}.png")
     expected = Statistics.of(extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255))
-    found = read_data(str(tmp_path), extractor)
+    found = read_data(str(tmp_path), extractor)["FD-C10"]
     torch.testing.assert_close(found.blocks[0].outer, expected.outer)
     assert found.features is not None
     assert len(found.features) == 5

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from stepquant.evaluate.features import Extractor, Statistics, frechet
 from stepquant.evaluate.manifold import compare_neighbours, kernel_distance
-from stepquant.evaluate.metrics import OTHER_SEEDS, SAME_SEEDS, Batch, Measured, Number, as_saved, measure
+from stepquant.evaluate.metrics import OTHER_SEEDS, SAME_SEEDS, Batch, Number, Sets, as_saved, measure
 from stepquant.evaluate.sets import Target, set_numbers
 
 
@@ -18,8 +18,8 @@ A, C, REAL = images(24, 3), images(24, 5), images(50, 9)
 B = A * 0.8
 
 
-def measured(extractor: Extractor, *, other: bool = True) -> Measured:
-    return measure([Batch(A, B, C if other else None)], extractor)
+def measured(extractor: Extractor, *, other: bool = True) -> Sets:
+    return measure([Batch(A, B, C if other else None)], [extractor]).views["FD-C10"]
 
 
 def by_place(numbers: list[Number]) -> dict[tuple[str, str], Number]:
@@ -29,7 +29,7 @@ def by_place(numbers: list[Number]) -> dict[tuple[str, str], Number]:
 @pytest.fixture
 def found(extractor: Extractor) -> dict[tuple[str, str], Number]:
     real = extractor(REAL)
-    return by_place(set_numbers(extractor, measured(extractor), Target("data", (Statistics.of(real),), real)))
+    return by_place(set_numbers(measured(extractor), Target("data", (Statistics.of(real),), real)))
 
 
 def test_distances_are_those_of_the_sets(extractor: Extractor, found: dict[tuple[str, str], Number]) -> None:
@@ -64,11 +64,11 @@ def test_kernel_and_neighbours_put_every_model_in_its_place(
 
 
 def test_without_other_seeds_and_data_one_distance_is_left(extractor: Extractor) -> None:
-    numbers = set_numbers(extractor, measured(extractor, other=False), None)
+    numbers = set_numbers(measured(extractor, other=False), None)
     assert [(x.name, x.against, x.floor) for x in numbers] == [("FD-C10", SAME_SEEDS, None)]
 
 
 def test_data_without_features_has_the_frechet_distance_alone(extractor: Extractor) -> None:
     target = Target("data", (Statistics.of(extractor(REAL)),), None)
-    numbers = by_place(set_numbers(extractor, measured(extractor, other=False), target))
+    numbers = by_place(set_numbers(measured(extractor, other=False), target))
     assert [name for name, against in numbers if against == "data"] == ["FD-C10"]

@@ -83,8 +83,13 @@ def test_table_has_the_headlines(results: dict[str, Any]) -> None:
     assert rows["size"][:2] == ("40.0 MB", "10.4 MB")
     assert rows["time, batch 8"][:2] == ("80.0 ms", "10.0 ms")
     assert rows["time, batch 8"][3] == "8.0× fp32 eager"
-    assert rows["PSNR to float, same seeds"] == ("–", "31.2 ± 1.2 dB", "9.0 dB", "64 images")
-    assert rows["FD-C10 to CIFAR-10 test"] == ("11.75", "12.50 ± 0.60", "11.90", "64 images")
+    assert rows["PSNR to float, same seeds"] == ("–", "31.2 ± 1.2 dB", "9.0 dB", "64 images, ddim, 3 calls")
+    assert rows["FD-C10 to CIFAR-10 test"] == (
+        "11.75",
+        "12.50 ± 0.60",
+        "11.90",
+        "64 images, ddim, 3 calls, network abc123",
+    )
     assert rows["MACs in integers"][1] == "99.00 %"
     assert "FID to float, same seeds" not in rows
     lines = report.markdown(results).splitlines()

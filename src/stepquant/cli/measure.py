@@ -32,6 +32,29 @@ Against = Annotated[
     ),
 ]
 
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA",
+        help="Folder of real images, statistics (.npz with mu and sigma), or cifar10.",
+        show_default="what the model saw",
+    ),
+]
+Inception = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH", help="InceptionV3 (safetensors), for FID, sFID, KID, IS.", show_default=False
+    ),
+]
+Lpips = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="AlexNet or VGG16 with LPIPS heads (safetensors).", show_default=False),
+]
+Clip = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="CLIP model (transformers folder), for its score.", show_default=False),
+]
+
 
 def evaluate(
     folder: ArtifactFolder,
@@ -42,14 +65,10 @@ def evaluate(
     steps: Annotated[int, typer.Option(min=1, metavar="N", help="Denoising steps.")] = 50,
     sampler: Sampler = None,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 32,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Real images to compare with, or cifar10.",
-            show_default="what the model saw",
-        ),
-    ] = None,
+    data: Data = None,
+    inception: Inception = None,
+    lpips: Lpips = None,
+    clip: Clip = None,
     floor: Annotated[
         bool,
         typer.Option(help="Also measure what two seeds of the float model differ by: half as long again."),
@@ -61,6 +80,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure quality against the float model, seed by seed and step by step; keeps it in DIR/results.json."""
+    from stepquant.evaluate.instruments import Weights
     from stepquant.job.results import evaluate_artifact
 
     screen = Screen(quiet)
@@ -73,6 +93,7 @@ def evaluate(
         "floor": floor,
         "seed": seed,
         "prompts": read_prompts(prompts),
+        "weights": Weights(inception, lpips, clip),
     }
     chosen = {} if data is None else {"data": data}
     with screen.reporter as progress:

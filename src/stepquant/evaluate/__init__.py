@@ -13,8 +13,8 @@ but `speed` and `size`, which the caller adds; the report leaves out what is mis
     quantized    {name, method, scheme, digest, recipe}: as the artifact tells it
     sampling     {sampler, steps, calls, seed, images, batch, size: [height, width]}; `calls` of the denoiser an image
     environment  {stepquant, torch, diffusers, python, cpu, threads}
-    quality      [{name, against, value, low, high, n, better, unit, reference, floor, floor_of, extractor, note,
-                   unavailable}]
+    quality      [{name, against, value, low, high, n, better, unit, reference, floor, floor_of, extractor, resize,
+                   note, unavailable}]
                  `better` is higher, lower, zero or one; `value` is null and `unavailable` says why where it cannot be
                  measured; `low`..`high` is a 95 % interval; `floor` is the same number with the float model on other
                  seeds in the quantized model's place; `reference` with the float model on the same seeds in its place

@@ -1,8 +1,9 @@
-"""The data that generated images are compared with: shipped statistics, or a folder of images."""
+"""The data that generated images are compared with: shipped statistics, a file of statistics, or a folder of images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,53 +12,141 @@ from PIL import Image
 from torch import Tensor
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.features import Extractor, Statistics, frechet, merge, read_reference
-from stepquant.evaluate.metrics import MOST_FEATURES
+from stepquant.evaluate.features import Reader, Statistics, frechet, read_reference
+from stepquant.evaluate.inception import SPATIAL_WIDTH, WIDTH
+from stepquant.evaluate.metrics import Sets
 from stepquant.evaluate.sets import Target
 
-CIFAR10 = "cifar10"
+CIFAR10, SHIPPED_FOR = "cifar10", "FD-C10"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# Names of mean and covariance in the statistics files that evaluators pass on, and their width, by view.
+MOMENTS = {"FID": ("mu", "sigma", WIDTH), "sFID": ("mu_s", "sigma_s", SPATIAL_WIDTH)}
 
 
-def read_data(source: str | None, extractor: Extractor) -> Target:
-    """`cifar10` for the shipped statistics of its test split, or a folder of images of the extractor's size."""
+def read_data(
+    source: str | None, reader: Reader, size: tuple[int, int] | None = None
+) -> Mapping[str, Target]:
+    """What each view of the reader is compared with; views of which the data say nothing are left out.
+
+    source: `cifar10` for the shipped statistics of its test split, a folder of images, or an .npz file with `mu` and
+    `sigma` (and `mu_s` and `sigma_s`).
+    size: height and width of the images that will be compared; a folder of images of another size is an error.
+    """
     if source is None:
-        raise EvaluationError("say what the model was trained on: data='cifar10', or a folder of images")
+        raise EvaluationError(
+            "say what the model was trained on",
+            expected="--data FOLDER of images, a file of statistics, or cifar10",
+        )
     if source == CIFAR10:
-        splits = read_reference(extractor)
-        test = splits["test"]
-        floor = frechet(splits["train"].statistics, test.statistics)
-        note = f"the train split itself is at {floor:.2f}; falls with n"
-        return Target("CIFAR-10 test", (test.statistics,), test.features, note)
-    features = [extractor(batch) for batch in folder_images(Path(source))]
-    statistics = merge([Statistics.of(part) for part in features])
-    label = f"images in {Path(source).name}"
-    kept = torch.cat(features)[:MOST_FEATURES]
-    return Target(label, (statistics,), kept, f"{statistics.count} real images; falls with n")
+        return shipped(reader)
+    if Path(source).suffix == ".npz":
+        return read_moments(Path(source), reader)
+    return from_folder(Path(source), reader, size)
+
+
+def shipped(reader: Reader) -> dict[str, Target]:
+    if SHIPPED_FOR not in {view.name for view in reader.views}:
+        return {}
+    splits = read_reference(reader)
+    test = splits["test"]
+    floor = frechet(splits["train"].statistics, test.statistics)
+    note = f"the train split itself is at {floor:.2f}; falls with n"
+    return {SHIPPED_FOR: Target("CIFAR-10 test", (test.statistics,), test.features, note)}
+
+
+def from_folder(folder: Path, reader: Reader, size: tuple[int, int] | None) -> dict[str, Target]:
+    """Streams over the images: memory does not grow with their number."""
+    found = {view.name: Sets(view, reader.digest, reader.resize) for view in reader.views if not view.classes}
+    count = 0
+    for images in folder_images(folder):
+        if size is not None and tuple(images.shape[2:]) != tuple(size):
+            raise EvaluationError(
+                "the data have another size than the generated images",
+                where=str(folder),
+                got=f"{images.shape[3]}x{images.shape[2]}",
+                expected=f"{size[1]}x{size[0]}",
+                fix="make a copy of the data in that size, as the model was trained on it",
+            )
+        count += len(images)
+        for name, rows in reader.read(images).items():
+            if name in found:
+                found[name] = found[name].add("data", rows)
+    label, note = f"images in {folder.name}", f"{count} real images; falls with n"
+    return {
+        name: Target(label, sets.sums["data"], sets.features.get("data"), note)
+        for name, sets in found.items()
+    }
+
+
+def read_moments(file: Path, reader: Reader) -> dict[str, Target]:
+    """Mean and covariance of every view that the file knows; nothing in it is unpickled."""
+    wanted = {view.name: MOMENTS[view.name] for view in reader.views if view.name in MOMENTS}
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            tensors = {
+                name: torch.from_numpy(np.asarray(stored[name], dtype=np.float64))
+                for *pair, _ in wanted.values()
+                for name in pair
+                if name in stored.files
+            }
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise EvaluationError(
+            f"cannot read the statistics: {error}",
+            where=str(file),
+            expected="an .npz file with mu and sigma, as FID evaluators write it",
+        ) from error
+    if wanted and not any(pair[0] in tensors for pair in wanted.values()):
+        raise EvaluationError(
+            "the file holds no statistics",
+            where=str(file),
+            expected="arrays mu and sigma, or mu_s and sigma_s",
+        )
+    return {
+        name: moments_target(file, tensors[mean], tensors.get(covariance), width)
+        for name, (mean, covariance, width) in wanted.items()
+        if mean in tensors
+    }
+
+
+def moments_target(file: Path, mean: Tensor, covariance: Tensor | None, width: int) -> Target:
+    if mean.shape != (width,) or covariance is None or covariance.shape != (width, width):
+        raise EvaluationError(
+            "these are not the mean and covariance of the network's features",
+            where=str(file),
+            got=f"{tuple(mean.shape)} and {None if covariance is None else tuple(covariance.shape)}",
+            expected=f"{(width,)} and {(width, width)}",
+        )
+    # The distance needs the moments alone; how many images they stand for is not in the file.
+    blocks = (Statistics.from_moments(2, mean, covariance),)
+    return Target(
+        f"statistics in {file.name}", blocks, None, "by whose network they were made, the file does not say"
+    )
 
 
 def folder_images(folder: Path, batch: int = 256) -> Iterator[Tensor]:
     """Batches (n, 3, h, w) in [0, 1] of the images in a folder, in the order of their names."""
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        expected = f"a folder with {', '.join(IMAGE_SUFFIXES)}, or '{CIFAR10}'"
+        expected = f"a folder with {', '.join(IMAGE_SUFFIXES)}, a file of statistics (.npz), or '{CIFAR10}'"
         raise EvaluationError("no images to compare with", where=str(folder), expected=expected)
-    size = Image.open(files[0]).size
+    size = read_image(files[0], None).shape[1:]
     for start in range(0, len(files), batch):
         yield torch.stack([read_image(file, size) for file in files[start : start + batch]])
 
 
-def read_image(file: Path, size: tuple[int, int]) -> Tensor:
+def read_image(file: Path, size: torch.Size | None) -> Tensor:
+    """An image (3, h, w) in [0, 1], which must have this height and width."""
     try:
         with Image.open(file) as image:
             pixels = np.array(image.convert("RGB"))
     except OSError as error:
         raise EvaluationError(f"cannot read the image: {error}", where=str(file)) from error
-    if pixels.shape[1::-1] != size:
+    found = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    if size is not None and found.shape[1:] != size:
         raise EvaluationError(
             "images differ in size",
             where=str(file),
-            got=pixels.shape[1::-1],
-            expected=f"{size} as the first one",
+            got=tuple(found.shape[1:]),
+            expected=f"{tuple(size)} as the first one",
         )
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    return found

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.features import Extractor, Statistics, add_block
-from stepquant.evaluate.pairs import PAIR_METRICS, SSIM_WINDOW, PairMetric
+from stepquant.evaluate.classes import ClassSums, add_classes
+from stepquant.evaluate.features import Reader, Statistics, View, add_block
+from stepquant.evaluate.pairs import PAIR_METRICS, PairMetric
 
 # Features beyond these go into the sums alone.
 MOST_FEATURES = 5_000
 SAME_SEEDS = "float, same seeds"
 OTHER_SEEDS = "float, other seeds"
-NEEDS_WEIGHTS = {
-    "LPIPS": "needs the AlexNet network, which the package does not carry",
-    "FID": "needs the InceptionV3 network, which the package does not carry",
-}
+SETS = ("float", "quantized", "other")
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,8 @@ class Number:
     reference: float | None = None
     floor: float | None = None
     floor_of: str = ""
-    extractor: str = ""
+    extractor: str = ""  # digest of the network that measured
+    resize: str = ""  # what was done to the images before it
     note: str = ""
     unavailable: str = ""
 
@@ -57,20 +56,51 @@ class Batch:
     float: Tensor
     quantized: Tensor
     other: Tensor | None = None
+    prompts: Sequence[str] = ()  # of the first two sets
+    other_prompts: Sequence[str] = ()
+
+    def sets(self) -> dict[str, Tensor]:
+        """The images by the names of their sets."""
+        return {name: images for name in SETS if (images := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What one view keeps of every set of images: sums over all rows, and the first rows themselves."""
+
+    view: View
+    extractor: str
+    resize: str
+    sums: Mapping[str, tuple[Statistics, ...]] = field(default_factory=dict)
+    classes: Mapping[str, ClassSums] = field(default_factory=dict)
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, rows: Tensor) -> Sets:
+        """With more rows of the set `name`."""
+        if self.view.classes:
+            return replace(self, classes={**self.classes, name: add_classes(self.classes.get(name), rows)})
+        sums = {**self.sums, name: add_block(self.sums.get(name, ()), Statistics.of(rows))}
+        if not self.view.kernel:
+            return replace(self, sums=sums)
+        former = self.features.get(name, rows[:0])
+        if len(former) >= MOST_FEATURES:
+            return replace(self, sums=sums)
+        kept = torch.cat([former, rows])[:MOST_FEATURES]
+        return replace(self, sums=sums, features={**self.features, name: kept})
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What is kept of a stream of batches: a value per pair and metric, features, the first images.
-
-    The keys of `sums` and `features` are the names of the sets in `Batch`; features are those of the first images.
-    """
+    """What is kept of a stream of batches: a value per pair and metric, what every view saw, the first images."""
 
     pairs: Mapping[str, Tensor]
     other_pairs: Mapping[str, Tensor]  # empty without other seeds
-    sums: Mapping[str, tuple[Statistics, ...]]
-    features: Mapping[str, Tensor]
+    views: Mapping[str, Sets]
+    texts: Mapping[str, Tensor]  # agreement of every image with its prompt, by set; empty where nobody asked
     shown: tuple[Tensor, Tensor]
+
+
+Agreement = Callable[[Tensor, Sequence[str]], Tensor]  # images and their prompts -> a number each
 
 
 def as_saved(images: Tensor) -> Tensor:
@@ -78,49 +108,55 @@ def as_saved(images: Tensor) -> Tensor:
     return (images.float() * 255).round().clamp(0, 255) / 255
 
 
-def measure(batches: Iterable[Batch], extractor: Extractor | None, keep: int = 0) -> Measured:
+def measure(
+    batches: Iterable[Batch],
+    readers: Sequence[Reader] = (),
+    keep: int = 0,
+    metrics: Sequence[PairMetric] = PAIR_METRICS,
+    agreement: Agreement | None = None,
+) -> Measured:
     """One pass; memory does not grow with the number of images, but for a few bytes each."""
     pairs: list[Mapping[str, Tensor]] = []
     other_pairs: list[Mapping[str, Tensor]] = []
-    sums: dict[str, tuple[Statistics, ...]] = {}
-    features: dict[str, list[Tensor]] = {}
+    views = {
+        view.name: Sets(view, reader.digest, reader.resize) for reader in readers for view in reader.views
+    }
+    texts: list[Mapping[str, Tensor]] = []
     shown: list[tuple[Tensor, Tensor]] = []
     for batch in batches:
-        pairs.append(compare(batch.float, batch.quantized))
+        pairs.append(compare(batch.float, batch.quantized, metrics))
         if batch.other is not None:
-            other_pairs.append(compare(batch.float, batch.other))
-        for name, found in extract(batch, extractor).items():
-            sums[name] = add_block(sums.get(name, ()), Statistics.of(found))
-            if sum(map(len, features.setdefault(name, []))) < MOST_FEATURES:
-                features[name].append(found)
+            other_pairs.append(compare(batch.float, batch.other, metrics))
+        for name, images in batch.sets().items():
+            for reader in readers:
+                for view, rows in reader.read(as_saved(images)).items():
+                    views[view] = views[view].add(name, rows)
+        if agreement is not None:
+            texts.append(agree(batch, agreement))
         if sum(len(seen) for seen, _ in shown) < keep:
             shown.append((batch.float.float().cpu(), batch.quantized.float().cpu()))
     if not pairs:
         raise EvaluationError("no images to measure", fix="give --images a positive number")
     none = torch.zeros(0, 3, 1, 1)
     first = [torch.cat([pair[side] for pair in shown])[:keep] if shown else none for side in (0, 1)]
-    kept = {name: torch.cat(parts)[:MOST_FEATURES] for name, parts in features.items()}
-    return Measured(join(pairs), join(other_pairs), sums, kept, (first[0], first[1]))
+    return Measured(join(pairs), join(other_pairs), views, join(texts), (first[0], first[1]))
 
 
-def extract(batch: Batch, extractor: Extractor | None) -> dict[str, Tensor]:
-    """Features of every set in a batch."""
-    if extractor is None:
-        return {}
+def agree(batch: Batch, agreement: Agreement) -> dict[str, Tensor]:
+    """How well the images of every set fit their prompts."""
     return {
-        name: extractor(as_saved(images)).float()
-        for name, images in vars(batch).items()
-        if images is not None
+        name: agreement(as_saved(images), batch.other_prompts if name == "other" else batch.prompts)
+        for name, images in batch.sets().items()
     }
 
 
-def compare(a: Tensor, b: Tensor) -> dict[str, Tensor]:
+def compare(a: Tensor, b: Tensor, metrics: Sequence[PairMetric] = PAIR_METRICS) -> dict[str, Tensor]:
     """Every pair metric that such images allow."""
     if a.shape != b.shape:
         raise EvaluationError("paired images differ in size", got=tuple(b.shape), expected=tuple(a.shape))
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise EvaluationError("a model generated NaN or infinite pixels", fix="try a scheme of more bits")
-    found = {metric.name: metric.measure(a, b) for metric in PAIR_METRICS}
+    found = {metric.name: metric.measure(a, b) for metric in metrics}
     return {name: values for name, values in found.items() if values is not None}
 
 
@@ -145,8 +181,7 @@ def pair_number(metric: PairMetric, measured: Measured) -> Number:
     """The mean over pairs, with its interval."""
     values, other = measured.pairs.get(metric.name), measured.other_pairs.get(metric.name)
     if values is None:
-        why = f"images are smaller than its window of {SSIM_WINDOW} pixels"
-        return Number(metric.name, SAME_SEEDS, 0, metric.better, unavailable=why)
+        return Number(metric.name, SAME_SEEDS, 0, metric.better, unavailable=metric.absent)
     low, high = mean_interval(values)
     return Number(
         metric.name,
@@ -159,9 +194,10 @@ def pair_number(metric: PairMetric, measured: Measured) -> Number:
         metric.unit,
         floor=None if other is None else float(other.mean()),
         floor_of="" if other is None else OTHER_SEEDS,
+        extractor=metric.extractor,
         note=metric.note,
     )
 
 
-def unavailable(name: str, against: str, why: str) -> Number:
-    return Number(name, against, 0, "lower", unavailable=why)
+def unavailable(name: str, against: str, why: str, better: str = "lower") -> Number:
+    return Number(name, against, 0, better, unavailable=why)

@@ -16,6 +16,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 # Equal images have no noise at all; pixels of 16 bits would reach 98 decibels.
 MOST_DECIBELS = 100.0
 SSIM_WINDOW = 11
+TOO_SMALL = f"images are smaller than its window of {SSIM_WINDOW} pixels"
 LUMA = (0.299, 0.587, 0.114)
 SOBEL = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
 LAPLACE = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
@@ -30,6 +31,8 @@ class PairMetric:
     better: str
     unit: str = ""
     note: str = ""
+    absent: str = ""  # why it may have nothing to say about images
+    extractor: str = ""  # digest of the network that it needs
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
@@ -94,7 +97,7 @@ def edge_strength(images: Tensor) -> Tensor:
 
 PAIR_METRICS = (
     PairMetric("PSNR", psnr, "higher", "dB", "per image, then the mean"),
-    PairMetric("SSIM", ssim, "higher", "", "per image, then the mean"),
+    PairMetric("SSIM", ssim, "higher", "", "per image, then the mean", TOO_SMALL),
     PairMetric("colour shift", colour_shift, "lower", "levels", "between mean colours, of 255"),
     PairMetric("over-exposure", over_exposure, "zero", "%", "more pixel values at black or white"),
     PairMetric("structure change", structure_change, "lower", "", "one minus the correlation of edges"),

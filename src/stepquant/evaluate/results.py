@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from stepquant.calib.record import trajectory_seed
-from stepquant.errors import EvaluationError, StepquantError
+from stepquant.errors import EvaluationError
 from stepquant.evaluate.cost import cost, coverage
-from stepquant.evaluate.data import CIFAR10, read_data
 from stepquant.evaluate.describe import (
     describe_float,
     describe_plan,
@@ -17,23 +15,13 @@ from stepquant.evaluate.describe import (
     encode,
     environment,
 )
-from stepquant.evaluate.features import Extractor, embedded_extractor
-from stepquant.evaluate.metrics import (
-    NEEDS_WEIGHTS,
-    SAME_SEEDS,
-    Batch,
-    Measured,
-    Number,
-    measure,
-    pair_number,
-    unavailable,
-)
-from stepquant.evaluate.pairs import PAIR_METRICS
+from stepquant.evaluate.instruments import Weights, load_networks
+from stepquant.evaluate.metrics import Batch, Measured
 from stepquant.evaluate.probe import trace
-from stepquant.evaluate.sets import Target, set_numbers
+from stepquant.evaluate.quality import judge
 from stepquant.evaluate.speed import first_arguments
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sampling import run
+from stepquant.models.sampling import prompts_of, run
 from stepquant.progress import Progress, Silent
 
 FORMAT = 1
@@ -56,47 +44,44 @@ def evaluate(
     floor: bool = True,
     shown: int = 16,
     probed: int = 16,
+    weights: Weights | None = None,
+    stored: Iterable[Batch] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Results up to `images` in the schema of this package.
 
-    data: what the model was trained on, 'cifar10' or a folder of images; None leaves the distance to data out.
+    data: what the model was trained on: 'cifar10', a folder of images or a file of statistics; None leaves the distance
+        to data out.
     floor: also generate as many images from other seeds with the float model, for the noise floor.
     shown, probed: images kept in the results, and trajectories followed step by step.
+    weights: of the networks of FID, LPIPS and CLIP score.
+    stored: the images of these seeds, where they were generated before.
     """
     check_count(images, steps)
-    progress, source, other = (
-        progress or Silent(),
-        Denoiser.of(float_pipeline),
-        Denoiser.of(quantized_pipeline),
-    )
+    progress = progress or Silent()
+    source, other = Denoiser.of(float_pipeline), Denoiser.of(quantized_pipeline)
     check_twins(source, other)
+    networks = load_networks(weights or Weights(), prompted=bool(prompts))
     asked = {"sampler": sampler or type(float_pipeline.scheduler).__name__, "steps": steps}
     asked |= {"seed": seed, "images": images, "batch": batch}
     seeds = [trajectory_seed(seed, FIRST_SEED + i) for i in range(images)]
     others = [trajectory_seed(seed, FIRST_OTHER_SEED + i) for i in range(images)] if floor else None
-    traced = trace(
-        float_pipeline, quantized_pipeline, seeds[:probed], steps=steps, sampler=sampler, prompts=prompts
-    )
-    batches = generate(
-        (float_pipeline, quantized_pipeline), seeds, others, (steps, sampler, prompts), batch, progress
-    )
-    first = next(batches)
-    size = first.float.shape[-2:]
-    extractor, why = find_extractor(size)
-    measured = measure(chain([first], batches), extractor, keep=shown)
+    pair, sampling = (float_pipeline, quantized_pipeline), (steps, sampler, prompts)
+    traced = trace(*pair, seeds[:probed], steps=steps, sampler=sampler, prompts=prompts)
+    batches = generate(pair, seeds, others, sampling, batch, progress) if stored is None else iter(stored)
+    judged = judge(batches, networks, data, prompted=bool(prompts), keep=shown)
     covered = coverage(source, other, first_arguments(float_pipeline, 1, prompts))
     return {
         "format": FORMAT,
         "float": describe_float(float_pipeline),
         "quantized": describe_quantized(quantized_pipeline),
-        "sampling": asked | {"calls": len(traced.steps), "size": list(size)},
+        "sampling": asked | {"calls": len(traced.steps), "size": list(judged.size)},
         "environment": environment(),
-        "quality": [number.to_json() for number in numbers(measured, extractor, why, data)],
+        "quality": [number.to_json() for number in judged.numbers],
         "steps": traced.steps,
         "blocks": traced.blocks,
         "inputs": traced.inputs,
-        "images": show(seeds, measured),
+        "images": show(seeds, judged.measured),
         "coverage": covered,
         "cost": cost(covered),
         "plan": describe_plan(source, other),
@@ -139,45 +124,11 @@ def generate(
     """The same seeds from both pipelines, batch by batch, and the other seeds from the first one."""
     starts = range(0, len(seeds), batch)
     for start in progress.track(starts, "generating with both models", len(starts)):
-        some = seeds[start : start + batch]
+        some, rest = seeds[start : start + batch], (others or ())[start : start + batch]
         yield Batch(
             run(pipelines[0], some, *sampling),
             run(pipelines[1], some, *sampling),
-            None if others is None else run(pipelines[0], others[start : start + batch], *sampling),
+            run(pipelines[0], rest, *sampling) if rest else None,
+            prompts_of(some, sampling[2]) if sampling[2] else (),
+            prompts_of(rest, sampling[2]) if sampling[2] else (),
         )
-
-
-def find_extractor(size: Sequence[int]) -> tuple[Extractor | None, str]:
-    """The feature network that reads images of this size, or the reason why there is none."""
-    try:
-        extractor = embedded_extractor()
-    except StepquantError as error:
-        return None, str(error.what)
-    if tuple(size) != (extractor.size, extractor.size):
-        return (
-            None,
-            f"its network reads {extractor.size}x{extractor.size} images, these are {size[0]}x{size[1]}",
-        )
-    return extractor, ""
-
-
-def numbers(measured: Measured, extractor: Extractor | None, why: str, data: str | None) -> list[Number]:
-    """Likeness of pairs first, then distances between sets, then what cannot be measured here and why."""
-    out = [pair_number(metric, measured) for metric in PAIR_METRICS]
-    if extractor is None:
-        out.append(unavailable("FD-C10", SAME_SEEDS, why))
-    else:
-        target, missing = find_data(extractor, data)
-        out += set_numbers(extractor, measured, target)
-        out += [] if target else [unavailable(extractor.name, "data", missing)]
-    return out + [unavailable(name, SAME_SEEDS, reason) for name, reason in NEEDS_WEIGHTS.items()]
-
-
-def find_data(extractor: Extractor, source: str | None) -> tuple[Target | None, str]:
-    """What to compare with, or why there is nothing; a folder that was asked for must be there."""
-    try:
-        return read_data(source, extractor), ""
-    except EvaluationError as error:
-        if source is not None and source != CIFAR10:
-            raise
-        return None, str(error.what)

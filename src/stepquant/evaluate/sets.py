@@ -1,4 +1,4 @@
-"""Numbers about sets of images, in the features of an extractor: Frechet and kernel distance, nearest neighbours."""
+"""Numbers about sets of images, by what a view saw of them: Frechet and kernel distance, nearest neighbours, classes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from stepquant.evaluate.features import Extractor, Statistics, frechet, frechet_interval, merge
+from stepquant.evaluate.classes import inception_score, score_interval
+from stepquant.evaluate.features import Statistics, frechet, frechet_interval, merge
 from stepquant.evaluate.manifold import DENSITY_NEIGHBOURS, compare_neighbours, kernel_distance
-from stepquant.evaluate.metrics import OTHER_SEEDS, SAME_SEEDS, Measured, Number, mean_interval
+from stepquant.evaluate.metrics import OTHER_SEEDS, SAME_SEEDS, Number, Sets, mean_interval
 
 NEIGHBOUR_NOTES = {
     "precision": "share of images that lie among the other set",
@@ -17,6 +18,7 @@ NEIGHBOUR_NOTES = {
     "density": "how crowded the other set is where images lie; may exceed one",
     "coverage": "share of the other set with an image nearby",
 }
+CLASSES = "classes of ImageNet"
 
 
 @dataclass(frozen=True)
@@ -29,64 +31,73 @@ class Target:
     note: str = ""
 
 
-def set_numbers(extractor: Extractor, measured: Measured, data: Target | None) -> list[Number]:
+def set_numbers(sets: Sets, data: Target | None) -> list[Number]:
     """Distances to the float model on the same seeds, to its other seeds, and to data, as far as they are there."""
-    same = Target(SAME_SEEDS, measured.sums["float"], None, "falls with n: compare at the same n only")
-    out: list[Number | None] = [distance(extractor, measured, same)]
-    if "other" in measured.sums:
-        other = Target(OTHER_SEEDS, measured.sums["other"], measured.features["other"])
-        out += [kernel_number(extractor, measured, other), *neighbour_numbers(extractor, measured, other)]
+    if sets.view.classes:
+        return [class_number(sets)]
+    same = Target(SAME_SEEDS, sets.sums["float"], None, "falls with n: compare at the same n only")
+    out: list[Number | None] = [distance(sets, same)]
+    if "other" in sets.features:
+        other = Target(OTHER_SEEDS, sets.sums["other"], sets.features["other"])
+        out += [kernel_number(sets, other), *neighbour_numbers(sets, other)]
     if data is not None:
-        out.append(distance(extractor, measured, data))
-        out += [kernel_number(extractor, measured, data), *neighbour_numbers(extractor, measured, data)]
+        out.append(distance(sets, data))
+        out += [kernel_number(sets, data), *neighbour_numbers(sets, data)]
     return [number for number in out if number is not None]
 
 
-def distance(extractor: Extractor, measured: Measured, target: Target) -> Number:
+def number_of(sets: Sets, name: str, against: str, n: int, better: str, value: float) -> Number:
+    return Number(name, against, n, better, value, extractor=sets.extractor, resize=sets.resize)
+
+
+def distance(sets: Sets, target: Target) -> Number:
     """The Frechet distance; images of the same seeds are drawn again together."""
-    blocks, paired = measured.sums["quantized"], target.label == SAME_SEEDS
+    blocks, paired = sets.sums["quantized"], target.label == SAME_SEEDS
     value = frechet(merge(blocks), merge(target.blocks))
     low, high = frechet_interval(blocks, target.blocks, paired=paired)
-    number = Number(extractor.name, target.label, merge(blocks).count, "lower", value, low, high)
-    own = None if paired else frechet(merge(measured.sums["float"]), merge(target.blocks))
-    number = replace(number, reference=own, extractor=extractor.digest, note=target.note)
-    if "other" not in measured.sums:
+    number = number_of(sets, sets.view.name, target.label, merge(blocks).count, "lower", value)
+    own = None if paired else frechet(merge(sets.sums["float"]), merge(target.blocks))
+    number = replace(number, low=low, high=high, reference=own, note=target.note)
+    if "other" not in sets.sums:
         return number
     return replace(
-        number, floor=frechet(merge(measured.sums["other"]), merge(target.blocks)), floor_of=OTHER_SEEDS
+        number, floor=frechet(merge(sets.sums["other"]), merge(target.blocks)), floor_of=OTHER_SEEDS
     )
 
 
-def kernel_number(extractor: Extractor, measured: Measured, target: Target) -> Number | None:
+def kernel_number(sets: Sets, target: Target) -> Number | None:
     """The kernel distance; its interval is normal."""
-    if target.features is None or len(target.features) <= DENSITY_NEIGHBOURS:
+    if target.features is None or len(target.features) <= DENSITY_NEIGHBOURS or not sets.view.kernel:
         return None
-    value, error = kernel_distance(measured.features["quantized"], target.features)
-    count = min(len(measured.features["quantized"]), len(target.features))
-    name = extractor.name.replace("FD", "KD", 1)
-    number = Number(name, target.label, count, "lower", value)
+    value, error = kernel_distance(sets.features["quantized"], target.features)
+    count = min(len(sets.features["quantized"]), len(target.features))
+    number = number_of(sets, sets.view.kernel, target.label, count, "lower", value)
     low, high = (value + sign * 1.96 * error for sign in (-1, 1))
-    number = replace(number, low=low, high=high, extractor=extractor.digest, note="does not depend on n")
-    return with_others(number, measured, target, lambda x, y: kernel_distance(x, y)[0])
+    number = replace(number, low=low, high=high, note="does not depend on n")
+    return with_others(number, sets, target, lambda x, y: kernel_distance(x, y)[0])
 
 
-def neighbour_numbers(extractor: Extractor, measured: Measured, target: Target) -> list[Number]:
+def neighbour_numbers(sets: Sets, target: Target) -> list[Number]:
     """Precision, recall, density and coverage; intervals hold the other set fixed."""
-    ours = measured.features["quantized"]
-    if target.features is None or min(len(ours), len(target.features)) <= DENSITY_NEIGHBOURS:
+    if target.features is None or not sets.view.kernel:
+        return []
+    ours = sets.features["quantized"]
+    if min(len(ours), len(target.features)) <= DENSITY_NEIGHBOURS:
         return []
     real = target.features[: len(ours)]
     found, out = compare_neighbours(real, ours[: len(real)]), []
     beside = {
         name: neighbour_means(real, features[: len(real)])
-        for name, features in measured.features.items()
+        for name, features in sets.features.items()
         if name == "float" or (name == "other" and target.label != OTHER_SEEDS)
     }
     for name, note in NEIGHBOUR_NOTES.items():
         values: Tensor = getattr(found, name)
         low, high = mean_interval(values)
-        number = Number(name, target.label, len(real), "higher", float(values.mean()), low, high)
-        number = replace(number, extractor=extractor.digest, note=note, reference=beside["float"][name])
+        number = number_of(
+            sets, name + sets.view.suffix, target.label, len(real), "higher", float(values.mean())
+        )
+        number = replace(number, low=low, high=high, note=note, reference=beside["float"][name])
         if "other" in beside:
             number = replace(number, floor=beside["other"][name], floor_of=OTHER_SEEDS)
         out.append(number)
@@ -99,11 +110,24 @@ def neighbour_means(real: Tensor, fake: Tensor) -> dict[str, float]:
 
 
 def with_others(
-    number: Number, measured: Measured, target: Target, measure: Callable[[Tensor, Tensor], float]
+    number: Number, sets: Sets, target: Target, measure: Callable[[Tensor, Tensor], float]
 ) -> Number:
     """The same number with the float model in the quantized one's place: on the same seeds, and on others."""
     assert target.features is not None
-    number = replace(number, reference=measure(measured.features["float"], target.features))
-    if "other" not in measured.features or target.label == OTHER_SEEDS:
+    number = replace(number, reference=measure(sets.features["float"], target.features))
+    if "other" not in sets.features or target.label == OTHER_SEEDS:
         return number
-    return replace(number, floor=measure(measured.features["other"], target.features), floor_of=OTHER_SEEDS)
+    return replace(number, floor=measure(sets.features["other"], target.features), floor_of=OTHER_SEEDS)
+
+
+def class_number(sets: Sets) -> Number:
+    """The Inception Score of the quantized model's images, beside those of the float one's."""
+    ours = sets.classes["quantized"]
+    count = sum(split.count for split in ours.splits)
+    number = number_of(sets, sets.view.name, CLASSES, count, "higher", inception_score(ours))
+    low, high = score_interval(ours)
+    note = "mean of splits of 5,000; grows with n"
+    number = replace(number, low=low, high=high, note=note, reference=inception_score(sets.classes["float"]))
+    if "other" not in sets.classes:
+        return number
+    return replace(number, floor=inception_score(sets.classes["other"]), floor_of=OTHER_SEEDS)

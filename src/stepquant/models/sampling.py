@@ -107,6 +107,11 @@ def last(states: Iterator[Tensor]) -> Tensor | None:
     return newest.pop() if newest else None
 
 
+def prompts_of(seeds: Sequence[int], prompts: Sequence[str]) -> list[str]:
+    """The prompt of every seed."""
+    return [prompts[int(seed) % len(prompts)] for seed in seeds]
+
+
 def run_prompts(
     pipeline: Any, seeds: Sequence[int], steps: int, sampler: str | None, prompts: Sequence[str] | None
 ) -> Tensor:
@@ -119,7 +124,7 @@ def run_prompts(
     own = pipeline.scheduler
     pipeline.scheduler = scheduler_of(pipeline, sampler)
     pipeline.set_progress_bar_config(disable=True)
-    chosen = [prompts[int(seed) % len(prompts)] for seed in seeds]
+    chosen = prompts_of(seeds, prompts)
     try:
         out = pipeline(chosen, num_inference_steps=steps, generator=generators(seeds), output_type="pt")
     finally:

@@ -90,7 +90,7 @@ def render(report: Report) -> str:
         reasons=float_reasons(report),
         shares=plan_shares(report.plan),
         recipe=flat(report.quantized.recipe),
-        extractors=sorted({number.extractor for number in report.quality if number.extractor}),
+        networks=tables.networks(report),
         cells=quality_cells,
         zipped=zip,
         arrows=ARROWS,

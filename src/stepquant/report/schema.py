@@ -52,6 +52,7 @@ class Number(Part):
     floor: float | None = None
     floor_of: str = ""
     extractor: str = ""
+    resize: str = ""
     note: str = ""
     unavailable: str = ""
 

@@ -10,7 +10,7 @@ from stepquant.report.schema import Number, Report, Timing
 QUANTIZED = "stepquant"
 HEADER = ("", "float", "integer", "floor", "how")
 NONE = "–"
-HEADLINES = ("PSNR", "SSIM", "LPIPS", "FID", "FD-C10")
+HEADLINES = ("PSNR", "SSIM", "LPIPS", "FID", "sFID", "KID", "IS", "CLIP score", "FD-C10")
 
 
 def table(results: Mapping[str, Any] | Report) -> list[tuple[str, ...]]:
@@ -72,11 +72,30 @@ def quality_rows(report: Report) -> list[tuple[str, ...]]:
             amount(x.reference, x),
             with_interval(x),
             amount(x.floor, x),
-            f"{x.n} images",
+            measured_on(x, report),
         )
         for x in report.quality
         if x.value is not None and x.name in HEADLINES
     ]
+
+
+def measured_on(number: Number, report: Report) -> str:
+    """Without which a number cannot be compared with another one: images, sampler, calls, network, resize."""
+    parts = [f"{number.n} images"]
+    if report.sampling is not None:
+        parts.append(f"{report.sampling.sampler}, {report.sampling.calls} calls")
+    parts += [f"network {number.extractor}"] if number.extractor else []
+    parts += [number.resize] if number.resize else []
+    return ", ".join(parts)
+
+
+def networks(report: Report) -> dict[str, list[str]]:
+    """Digest of every network that measured -> the numbers that are its own."""
+    found: dict[str, list[str]] = {}
+    for number in report.quality:
+        names = found.setdefault(number.extractor, [])
+        names += [] if number.name in names else [number.name]
+    return {digest: names for digest, names in found.items() if digest}
 
 
 def error_rows(report: Report) -> list[tuple[str, ...]]:
@@ -144,8 +163,8 @@ def milliseconds(value: float | None) -> str:
 
 def decimals(number: Number) -> int:
     fixed = {"PSNR": 1, "SSIM": 3, "structure change": 3, "detail": 3, "density": 3}
-    fixed |= dict.fromkeys(("precision", "recall", "coverage"), 3)
-    return fixed.get(number.name, 2 if abs(number.value or 0) < 100 else 1)
+    fixed |= dict.fromkeys(("precision", "recall", "coverage", "LPIPS"), 3) | {"KID": 5, "KD-C10": 5}
+    return fixed.get(number.name.partition(" (")[0], 2 if abs(number.value or 0) < 100 else 1)
 
 
 def amount(value: float | None, number: Number) -> str:

@@ -1,0 +1,84 @@
+"""The Inception Score (arXiv:1606.03498): how sure a classifier is of each image, and how many classes a set has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from scipy.special import stdtrit
+from torch import Tensor
+
+# Papers take the mean of the scores of this many images at a time, which falls a little short of that of all together.
+SPLIT = 5_000
+# For the interval: images are counted into as many parts.
+PARTS = 16
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Sums over the class probabilities p of some images: p itself, and p log p over all classes."""
+
+    count: int
+    total: Tensor
+    negentropy: float
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Counted:
+        logs = logits.double().log_softmax(1)
+        shares = logs.exp()
+        return cls(len(logits), shares.sum(0), float((shares * logs).sum()))
+
+    def __add__(self, other: Counted) -> Counted:
+        return Counted(self.count + other.count, self.total + other.total, self.negentropy + other.negentropy)
+
+
+@dataclass(frozen=True)
+class ClassSums:
+    """Full splits and the one that is being filled; the same images again in parts, dealt out in turn."""
+
+    splits: tuple[Counted, ...]
+    parts: tuple[Counted, ...]
+
+
+def add_classes(sums: ClassSums | None, logits: Tensor) -> ClassSums:
+    """The sums with the class logits (n, classes) of more images."""
+    if sums is None:
+        sums = ClassSums((), (Counted(0, torch.zeros(logits.shape[1], dtype=torch.float64), 0.0),) * PARTS)
+    splits, seen = sums.splits, sum(split.count for split in sums.splits)
+    parts = tuple(part + Counted.of(logits[(i - seen) % PARTS :: PARTS]) for i, part in enumerate(sums.parts))
+    room = SPLIT - splits[-1].count if splits else 0
+    if room and len(logits):
+        splits = (*splits[:-1], splits[-1] + Counted.of(logits[:room]))
+    splits += tuple(Counted.of(rows) for rows in logits[room:].split(SPLIT) if len(rows))
+    return ClassSums(splits, parts)
+
+
+def score(some: Counted) -> float:
+    """exp of the mean divergence of p from its own mean."""
+    mean = some.total / some.count
+    entropy = -float(torch.special.xlogy(mean, mean).sum())
+    return math.exp(some.negentropy / some.count + entropy)
+
+
+def inception_score(sums: ClassSums) -> float:
+    """The mean over splits; a last one of less than half a split counts only where it is alone."""
+    full = [split for split in sums.splits if split.count >= SPLIT / 2] or list(sums.splits)
+    return sum(map(score, full)) / len(full)
+
+
+def score_interval(sums: ClassSums) -> tuple[float, float]:
+    """A 95 % interval: each part of the images is left out once."""
+    value, parts = inception_score(sums), tuple(part for part in sums.parts if part.count)
+    if len(parts) < 2:
+        return value, value
+    left = torch.tensor([score(total(parts[:i] + parts[i + 1 :])) for i in range(len(parts))])
+    error = float(((len(parts) - 1) / len(parts) * (left - left.mean()).square().sum()).sqrt())
+    half = float(stdtrit(len(parts) - 1, 0.975)) * error
+    return max(value - half, 1.0), value + half
+
+
+def total(parts: Sequence[Counted]) -> Counted:
+    return reduce(Counted.__add__, parts)
