@@ -14,6 +14,7 @@ extern const Kernels avx2_kernels = {
     layer_norm,
     upsample,
     {packed_bytes<VectorDot<Shorts>>, pack<VectorDot<Shorts>>, attend<VectorDot<Shorts>>},
+    nullptr,
 };
 
 }  // namespace stepquant

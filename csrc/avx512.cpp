@@ -13,6 +13,7 @@ extern const Kernels avx512_kernels = {
     layer_norm,
     upsample,
     {},
+    nullptr,
 };
 
 }  // namespace stepquant

@@ -1,5 +1,6 @@
-// Attention with AVX-512 VNNI instructions: four products of bytes in each 32-bit lane.
+// Attention and convolution with AVX-512 VNNI instructions: four products of bytes in each 32-bit lane.
 #include "attention.h"
+#include "convolve.h"
 
 namespace stepquant {
 
@@ -8,5 +9,9 @@ extern const AttentionKernels avx512vnni_attention = {
     pack<VectorDot<Bytes>>,
     attend<VectorDot<Bytes>>,
 };
+
+void convolve_vnni(const ConvolveTask& task, int64_t begin, int64_t end) {
+  convolve(task, begin, end);
+}
 
 }  // namespace stepquant

@@ -110,6 +110,41 @@ struct AttentionKernels {
   void (*attend)(const AttentionTask& task, int64_t begin, int64_t end);  // items are (batch, head, query block)
 };
 
+// A convolution of bytes (batch, height, width, channels) with signed bytes, packed by blocks of output channels.
+struct ConvolveTask {
+  const uint8_t* x;
+  int64_t image_stride, row_stride, pixel_stride;  // bytes
+  int64_t height, width, channels;  // of the input; channels are a multiple of 4
+  int64_t doubled;  // 1: every pixel counts twice in both directions, else 0
+  int64_t out_height, out_width, out_channels;
+  int64_t pixels;  // of the output, of all images
+  int64_t kernel_height, kernel_width, stride_y, stride_x, top, left, dilation_y, dilation_x;
+  const uint8_t* border;  // as many zero points as channels
+  const int8_t* weight;
+  const float* weight_scale;  // per output channel
+  const int32_t* weight_sum;  // per output channel, padded with zeros to whole vectors
+  const float* bias;  // per output channel, or null
+  float scale;
+  int32_t zero_point;
+  Type type;  // of what is added and of the result
+  const void* add;  // or null
+  int64_t add_stride;  // numbers between its pixels
+  void* out;
+};
+
+// Output channels as blocks of one to four vectors of 16, as equal as possible, the larger first.
+class ConvolveBlocks {
+ public:
+  explicit ConvolveBlocks(int64_t out_channels)
+      : total_((out_channels + 15) / 16), count_((total_ + 3) / 4), least_(total_ / count_), larger_(total_ % count_) {}
+  int64_t count() const { return count_; }
+  int64_t vectors(int64_t block) const { return least_ + (block < larger_ ? 1 : 0); }
+  int64_t first(int64_t block) const { return block * least_ + (block < larger_ ? block : larger_); }
+
+ private:
+  int64_t total_, count_, least_, larger_;
+};
+
 struct Kernels {
   const char* name;
   void (*quantize)(const QuantizeTask& task, int64_t begin, int64_t end);  // items are rows
@@ -117,13 +152,18 @@ struct Kernels {
   void (*layer_norm)(const LayerNormTask& task, int64_t begin, int64_t end);  // items are rows
   void (*upsample)(const UpsampleTask& task, int64_t begin, int64_t end);  // items are input rows of all images
   AttentionKernels attention;  // those of AVX-512 come from a file of their own
+  void (*convolve)(const ConvolveTask& task, int64_t begin, int64_t end);  // items are (block, chunk); null without VNNI
 };
+
+constexpr int64_t convolve_chunk_pixels = 24;  // of the output in one item
+
 
 extern const Kernels plain_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 extern const AttentionKernels avx512vnni_attention;
 extern const AttentionKernels amx_attention;
+void convolve_vnni(const ConvolveTask& task, int64_t begin, int64_t end);
 
 const Kernels& kernels();
 

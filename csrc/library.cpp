@@ -7,6 +7,8 @@
 #define STEPQUANT_CODE "float code_scale, int zero_point, int low, int high"
 #define STEPQUANT_CODE_OF(name) "float " name "_scale, int " name "_zero_point, int " name "_low, int " name "_high"
 #define STEPQUANT_AFFINE "Tensor? weight, Tensor? bias"
+#define STEPQUANT_PRODUCT \
+  "Tensor codes, float code_scale, int zero_point, Tensor weight, Tensor weight_scale, Tensor weight_sum, Tensor? bias"
 #define STEPQUANT_AROUND "str activation=\"none\", Tensor? add=None, Tensor? scale=None, Tensor? shift=None, Tensor? skip=None"
 
 TORCH_LIBRARY(stepquant, library) {
@@ -25,6 +27,11 @@ TORCH_LIBRARY(stepquant, library) {
       "attention(Tensor query, Tensor key, Tensor value, float scale, " STEPQUANT_CODE_OF("query")
       ", " STEPQUANT_CODE_OF("key") ", " STEPQUANT_CODE_OF("value") ", " STEPQUANT_CODE_OF("probabilities")
       ") -> Tensor");
+  library.def("pack_weight(Tensor weight) -> Tensor");
+  library.def(
+      "convolve(" STEPQUANT_PRODUCT ", int[] kernel, int[] stride, int[] sides, int[] dilation, bool doubled, "
+      "ScalarType dtype, Tensor? add=None) -> Tensor");
+  library.def("linear(" STEPQUANT_PRODUCT ", ScalarType dtype, Tensor? add=None) -> Tensor");
   library.def("capability() -> str", [] { return std::string(stepquant::kernels().name); });
 }
 

@@ -26,7 +26,7 @@ import sys, pytest
 from stepquant.runtime import ops
 print('sanitizers over the kernels for', ops.capability(), flush=True)
 sys.exit(pytest.main(['-q', '--noconftest', '-p', 'no:cacheprovider', *sys.argv[1:]]))
-" tests/runtime/test_ops.py tests/runtime/test_ops_attention.py
+" tests/runtime/test_ops.py tests/runtime/test_ops_attention.py tests/runtime/test_ops_convolve.py
 }
 for capability in avx512 avx2 default; do check "$capability"; done
 build "-DSTEPQUANT_EMULATE_TILES"

@@ -38,6 +38,7 @@ def arguments() -> dict[str, tuple]:
         "layer_norm_quantize": (tokens, None, None, 1e-5, *CODE),
         "activation_quantize": (tokens, "geglu", *CODE),
         "upsample_nearest2x": (reference.quantize(x, CODE),),
+        "pack_weight": (torch.ones(20, 8, 3, 3, dtype=torch.int8),),
         "attention": (heads, heads, heads, 0.3, *CODE, *CODE, *CODE, 1 / 255, 0, 0, 255),
     }
 

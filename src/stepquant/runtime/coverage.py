@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepquant.models.parts import LEAVES, PRODUCTS
+from stepquant.runtime.cpu import ConvKernel, LinearKernel
 from stepquant.runtime.fused import Attention
 from stepquant.runtime.layers import IntegerLayer
 from stepquant.runtime.lower import forget_times
 from stepquant.runtime.product import IntegerProduct
 
-INTEGER_OPS = ("onednn::qconv2d_pointwise", "onednn::qlinear_pointwise", "stepquant::attention")
+INTEGER_OPS = tuple(name for kind in (ConvKernel, LinearKernel) for name in (kind.own_name, kind.name))
+INTEGER_OPS += ("stepquant::attention",)
 NOT_PLANNED = "the plan keeps it in float"
 
 

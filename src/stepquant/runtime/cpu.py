@@ -1,18 +1,28 @@
-"""Integer convolutions and linears through oneDNN: bytes times signed bytes, summed in 32 bits, without error."""
+"""Integer convolutions and linears: bytes times signed bytes, summed in 32 bits, without error.
+
+Where the processor has VNNI they run in this package's own kernels, which start sooner; elsewhere, and for shapes that
+those do not take, in oneDNN's. Both give the same sums.
+"""
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from stepquant.runtime import ops
 from stepquant.runtime.reference import Code
 
 KEPT_SHAPES = 2  # packed copies of one weight: a batch size that comes back is not packed again
+# Where oneDNN has tiles, four times as fast as vectors, more products than these repay its slower start.
+FEW_WITH_TILES = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -26,10 +36,13 @@ class Geometry:
 
 
 class PackedKernel(ABC):
-    """A weight of signed bytes, packed for each input shape at the first call, and everything that stays the same.
+    """A weight of signed bytes, packed at the first call, and everything that stays the same.
 
     `weight` yields the signed bytes on demand, so that only the packed copies stay in memory.
     """
+
+    name: str  # of oneDNN's operation
+    own_name: str  # of this package's
 
     def __init__(
         self,
@@ -42,28 +55,46 @@ class PackedKernel(ABC):
         self.weight, self.scales, self.bias, self.code = weight, scales.contiguous(), bias, code
         self.geometry = geometry
         self.zeros = torch.zeros(scales.numel(), dtype=torch.int32)
-        self.packed: dict[torch.Size, Tensor] = {}
+        self.packed: dict[tuple[torch.Size, bool], Tensor] = {}
+        self.products: list[ops.Product | None] = []  # at most one, shared with every twin
+
+    def with_code(self, code: Code) -> Self:
+        """The same weight behind another input code; both use the same packed copies."""
+        twin = copy.copy(self)
+        twin.code = code
+        return twin
 
     def packed_for(self, shape: torch.Size) -> Tensor:
-        found = self.packed.get(shape)
+        key = (shape, self.code.zero_point == 0)  # a layout is chosen with or without room for zero points
+        found = self.packed.get(key)
         if found is None:
             if len(self.packed) >= KEPT_SHAPES:
                 self.packed.pop(next(iter(self.packed)))
-            found = self.packed[shape] = self.pack(shape)
+            found = self.packed[key] = self.pack(shape)
         return found
+
+    @property
+    def product(self) -> ops.Product | None:
+        """The weight for the own kernel, which leaves what it adds as it was; None where it cannot take this layer."""
+        if not self.products:
+            self.products.append(self.make_product() if ops.convolves() else None)
+        return self.products[0]
+
+    def make_product(self) -> ops.Product | None:
+        weight = self.weight()
+        if self.geometry.groups > 1 or weight.shape[1] % 4:
+            return None
+        image = weight if weight.dim() == 4 else weight[:, :, None, None]
+        return ops.Product.of(image, self.scales, self.bias)
 
     @abstractmethod
     def pack(self, shape: torch.Size) -> Tensor: ...
 
-    @abstractmethod
-    def __call__(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        """The layer's output for these codes, plus `into`."""
-
 
 class ConvKernel(PackedKernel):
-    """Codes (batch, channels, height, width), channels densest; the sum is written into what is added."""
+    """Codes (batch, channels, height, width), channels densest."""
 
-    name = "onednn::qconv2d_pointwise"
+    name, own_name = "onednn::qconv2d_pointwise", "stepquant::convolve"
 
     def pack(self, shape: torch.Size) -> Tensor:
         g, code = self.geometry, self.code
@@ -80,7 +111,30 @@ class ConvKernel(PackedKernel):
             shape,
         )
 
-    def __call__(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        codes: Tensor,
+        dtype: torch.dtype,
+        into: Tensor | None = None,
+        border: Sequence[int] | None = None,
+        doubled: bool = False,
+    ) -> Tensor:
+        """The convolution plus `into`, after doubling every pixel and adding a border (left, right, top, bottom)."""
+        g, product = self.geometry, self.product
+        high, wide = g.padding
+        left, right, top, bottom = border or (0, 0, 0, 0)
+        if product is not None and not better_with_tiles(codes, product):
+            sides = (left + wide, right + wide, top + high, bottom + high)
+            return ops.convolve(codes, self.code, product, dtype, into, g.stride, sides, g.dilation, doubled)
+        codes = ops.upsample_nearest2x(codes) if doubled else codes
+        codes = codes if border is None else F.pad(codes, list(border), value=self.code.zero_point)
+        codes = codes.contiguous(memory_format=torch.channels_last)
+        if into is not None:
+            into = into.contiguous(memory_format=torch.channels_last)
+            into = into if product is None else into.clone()  # oneDNN writes into it
+        return self.onednn(codes, dtype, into)
+
+    def onednn(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None) -> Tensor:
         g, code, weight = self.geometry, self.code, self.packed_for(codes.shape)
         if into is None:
             return torch.ops.onednn.qconv2d_pointwise.default(
@@ -94,14 +148,18 @@ class ConvKernel(PackedKernel):
 
 
 class LinearKernel(PackedKernel):
-    """Codes (rows, inputs); what is added stays as it is."""
+    """Codes (rows, inputs)."""
 
-    name = "onednn::qlinear_pointwise"
+    name, own_name = "onednn::qlinear_pointwise", "stepquant::linear"
 
     def pack(self, shape: torch.Size) -> Tensor:
         return torch.ops.onednn.qlinear_prepack(self.weight(), shape)
 
     def __call__(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        """The product plus `into`, which stays as it is."""
+        product = self.product
+        if product is not None and not better_with_tiles(codes, product):
+            return ops.linear(codes, self.code, product, dtype, into)
         code, weight = self.code, self.packed_for(codes.shape)
         if into is None:
             return torch.ops.onednn.qlinear_pointwise.default(
@@ -112,6 +170,11 @@ class LinearKernel(PackedKernel):
             codes, code.scale, code.zero_point, weight, self.scales, self.zeros, into, self.bias,
             1.0, 0, dtype, 1.0, 0, "add", 1.0, "none", [], "",
         )  # fmt: skip
+
+
+def better_with_tiles(codes: Tensor, product: ops.Product) -> bool:
+    pixels = codes.numel() // codes.shape[1]
+    return ops.capability() == "amx" and pixels * product.weight.numel() > FEW_WITH_TILES
 
 
 def joined(kernels: Sequence[LinearKernel]) -> LinearKernel:

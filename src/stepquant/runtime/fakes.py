@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ def register() -> None:
         activation_quantize,
         upsample_nearest2x,
         attention,
+        pack_weight,
+        convolve,
+        linear,
     )
     for function in functions:
         torch.library.register_fake(f"stepquant::{function.__name__}", function)
@@ -95,6 +98,52 @@ def upsample_nearest2x(x: Tensor) -> Tensor:
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *codes: float) -> Tensor:
     batch, heads, tokens, width = query.shape
     return query.new_empty((batch, tokens, heads, width)).transpose(1, 2)
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    vectors = (weight.shape[0] + 15) // 16
+    return weight.new_empty(16 * vectors * weight[0].numel())
+
+
+def convolve(
+    codes: Tensor,
+    code_scale: float,
+    zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor,
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    sides: Sequence[int],
+    dilation: Sequence[int],
+    doubled: bool,
+    dtype: torch.dtype,
+    add: Tensor | None = None,
+) -> Tensor:
+    times = 2 if doubled else 1
+    high, wide = (
+        (times * size + first + last - step * (reach - 1) - 1) // pace + 1
+        for size, first, last, step, reach, pace in zip(
+            codes.shape[2:], sides[2::-2], sides[3::-2], dilation, kernel, stride
+        )
+    )
+    out = codes.new_empty((codes.shape[0], high, wide, weight_scale.shape[0]), dtype=dtype)
+    return out.permute(0, 3, 1, 2)
+
+
+def linear(
+    codes: Tensor,
+    code_scale: float,
+    zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    add: Tensor | None = None,
+) -> Tensor:
+    return codes.new_empty((codes.shape[0], weight_scale.shape[0]), dtype=dtype)
 
 
 def _channels_last(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:

@@ -82,7 +82,7 @@ class Residual(Chain):
         self, x: Tensor, temb: Tensor | None = None, *_: Any, skip: Tensor | None = None, **__: Any
     ) -> Tensor:
         hidden = self.first(x, None, skip)
-        kept = x.clone() if self.shortcut is None else read_raw(self.shortcut, x, skip)
+        kept = addable(x, self.module.conv2) if self.shortcut is None else read_raw(self.shortcut, x, skip)
         out = self.second(hidden, self.time_row(temb, len(x)), None, kept)
         return out if self.unit.divisor == 1.0 else out / self.unit.divisor
 
@@ -147,8 +147,11 @@ class Attention(Chain):
 
     def joint_kernel(self, kernels: tuple[LinearKernel, ...]) -> LinearKernel:
         """One product of all three widths, made again when a layer has made its own kernel again."""
-        if self.joint is None or self.joint[0] != kernels:
+        code = kernels[0].code
+        if self.joint is None or any(a.packed is not b.packed for a, b in zip(self.joint[0], kernels)):
             self.joint = (kernels, joined(kernels))
+        if self.joint[1].code != code:
+            self.joint = (kernels, self.joint[1].with_code(code))
         return self.joint[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -175,13 +178,10 @@ class Resample(Chain):
         if kernel is None:
             return self.unfused(x, output_size) if self.unit.doubles else self.unfused(x)
         codes = ops.quantize(x.contiguous(memory_format=torch.channels_last), kernel.code)
-        if self.unit.doubles and output_size is None:
-            codes = ops.upsample_nearest2x(codes)
-        elif self.unit.doubles:
+        if self.unit.doubles and output_size is not None:
             codes = F.interpolate(codes, size=output_size, mode="nearest")
-        if self.unit.border is not None:
-            codes = F.pad(codes, self.unit.border, value=kernel.code.zero_point)
-        return self.conv.from_codes(codes, x.dtype)
+        doubled = self.unit.doubles and output_size is None
+        return self.conv.from_codes(codes, x.dtype, None, self.unit.border, doubled)
 
 
 class Up(Chain):
@@ -265,6 +265,12 @@ def add_layer(layer: Any, x: Tensor, into: Tensor) -> Tensor:
     return (
         layer(x) + into if kernel is None else layer.from_codes(ops.quantize(x, kernel.code), x.dtype, into)
     )
+
+
+def addable(x: Tensor, layer: Any) -> Tensor:
+    """`x`, or a copy of it where `layer` may write into what it adds."""
+    kernel = kernel_of(layer)
+    return x.clone() if kernel is not None and kernel.product is None else x
 
 
 def pixels(x: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ class IntegerLayer(nn.Module, ABC):
 
     @abstractmethod
     def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        """The output for codes of the input; with `into`, added to that tensor, which is consumed."""
+        """The output for codes of the input; with `into`, added to that tensor, which may be consumed."""
 
     @abstractmethod
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
@@ -197,8 +197,8 @@ class IntegerLinear(IntegerLayer):
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        kernel = self.prepared().kernel
-        assert kernel is not None
+        kernel = self.kernel or self.prepared().kernel
+        assert isinstance(kernel, LinearKernel)
         if codes.dim() == 2:
             return kernel(codes, dtype, into)
         flat = None if into is None else into.reshape(-1, self.out_features)
@@ -231,14 +231,10 @@ class IntegerConv2d(IntegerLayer):
         padding = self.sides[::-2] if self.even else (0,) * len(self.stride)
         return Geometry(plane(self.stride, 1), plane(padding, 0), plane(self.dilation, 1), self.groups)
 
-    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, *walk: Any) -> Tensor:
         kernel = self.kernel or self.prepared().kernel
-        assert kernel is not None
-        if not self.even:
-            codes = F.pad(codes, self.sides, value=kernel.code.zero_point)
-        if into is not None:
-            into = into.contiguous(memory_format=torch.channels_last)
-        return kernel(codes.contiguous(memory_format=torch.channels_last), dtype, into)
+        assert isinstance(kernel, ConvKernel)
+        return kernel(codes, dtype, into, *(walk if self.even else ((*self.sides, 0, 0)[:4],)))
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.even and self.padding_mode == "zeros":
@@ -258,8 +254,8 @@ class IntegerConv1d(IntegerConv2d):
     def kernel_weight(self) -> Tensor:
         return self.signed_bytes().unsqueeze(2)
 
-    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        rows = None if into is None else into.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, *_: Any) -> Tensor:
+        rows = None if into is None else into.unsqueeze(2)
         return super().from_codes(codes.unsqueeze(2), dtype, rows).squeeze(2)
 
     def convolve(self, *args: Any) -> Tensor:

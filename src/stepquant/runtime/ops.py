@@ -7,6 +7,9 @@ All take bfloat16 or float32 of any strides and write unsigned bytes (or the inp
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +19,16 @@ from stepquant.runtime.reference import Code
 
 __all__ = [
     "Code",
+    "Product",
     "activation_quantize",
     "attention",
     "compiled",
+    "convolve",
+    "convolves",
     "group_norm",
     "group_norm_quantize",
     "layer_norm_quantize",
+    "linear",
     "quantize",
     "quantize_concat",
     "upsample_nearest2x",
@@ -45,8 +52,9 @@ def compiled() -> bool:
     return _COMPILED
 
 
+@cache
 def capability() -> str:
-    """The instruction set the kernels were dispatched to: avx512vnni, avx512, avx2, plain, or none if not compiled."""
+    """The instruction set the kernels were dispatched to: amx, avx512vnni, avx512, avx2, plain, or none if not compiled."""
     return torch.ops.stepquant.capability() if _COMPILED else "none"
 
 
@@ -159,3 +167,60 @@ def attention(
             query, key, value, scale, *query_code, *key_code, *value_code, *probabilities_code
         )
     return reference.attention(query, key, value, scale, query_code, key_code, value_code, probabilities_code)
+
+
+class Product(NamedTuple):
+    """A weight of signed bytes as `convolve` and `linear` read it, with what stands behind the sums."""
+
+    weight: Tensor  # packed
+    scale: Tensor  # per output channel
+    sums: Tensor  # of each output channel's bytes, padded to whole vectors
+    bias: Tensor | None
+    kernel: tuple[int, int]
+
+    @classmethod
+    def of(cls, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Product:
+        """Of signed bytes (out, in, height, width); input channels come in fours."""
+        sums = torch.zeros((weight.shape[0] + 15) // 16 * 16, dtype=torch.int32)
+        sums[: weight.shape[0]] = weight.sum((1, 2, 3), dtype=torch.int32)
+        packed = torch.ops.stepquant.pack_weight.default(weight)
+        return cls(packed, scale.float(), sums, bias, (weight.shape[2], weight.shape[3]))
+
+
+@cache
+def convolves() -> bool:
+    """Whether this processor has the instructions of `convolve` and `linear`."""
+    return _COMPILED and bool(torch.ops.stepquant.convolves())
+
+
+def convolve(
+    codes: Tensor,
+    code: Code,
+    product: Product,
+    dtype: torch.dtype,
+    add: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    sides: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    doubled: bool = False,
+) -> Tensor:
+    """The convolution of an image of codes, times both scales, plus bias, plus `add`, channels densest.
+
+    `sides` (left, right, top, bottom) are padded with the zero point; `doubled` counts every pixel twice in both
+    directions first.
+    """
+    weight, scale, sums, bias, kernel = product
+    return torch.ops.stepquant.convolve.default(
+        codes, code.scale, code.zero_point, weight, scale, sums, bias,
+        kernel, stride, sides, dilation, doubled, dtype, add,
+    )  # fmt: skip
+
+
+def linear(
+    codes: Tensor, code: Code, product: Product, dtype: torch.dtype, add: Tensor | None = None
+) -> Tensor:
+    """Rows of codes times the weight, times both scales, plus bias, plus `add`."""
+    weight, scale, sums, bias, _ = product
+    return torch.ops.stepquant.linear.default(
+        codes, code.scale, code.zero_point, weight, scale, sums, bias, dtype, add
+    )

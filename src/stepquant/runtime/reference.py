@@ -6,6 +6,7 @@ float64, so that a kernel may sum in any order and still agree to float32 roundi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -121,6 +122,47 @@ def attention(
     products = (p - probabilities_code.zero_point) @ v
     result = products.float() * (_single(probabilities_code.scale) * _single(value_code.scale))
     return result.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def convolve(
+    codes: Tensor,
+    code_scale: float,
+    zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    add: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    sides: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    doubled: bool = False,
+) -> Tensor:
+    """A convolution of codes with signed bytes (out, in, height, width); `sides` are left, right, top and bottom."""
+    x = codes.double() - zero_point
+    x = x.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2) if doubled else x
+    sums = F.conv2d(F.pad(x, list(sides)), weight.double(), None, tuple(stride), 0, tuple(dilation))
+    shape = (1, -1, 1, 1)
+    y = sums.float() * (weight_scale.float() * _single(code_scale)).reshape(shape)
+    y = y if bias is None else y + bias.float().reshape(shape)
+    y = y if add is None else y + add.to(dtype).float()
+    return channels_last(y.to(dtype))
+
+
+def linear(
+    codes: Tensor,
+    code_scale: float,
+    zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    add: Tensor | None = None,
+) -> Tensor:
+    sums = (codes.double() - zero_point) @ weight.double().T
+    y = sums.float() * (weight_scale.float() * _single(code_scale))
+    y = y if bias is None else y + bias.float()
+    return (y if add is None else y + add.to(dtype).float()).to(dtype)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

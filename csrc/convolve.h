@@ -1,0 +1,196 @@
+// Integer convolution without an im2col: rows of output pixels by vectors of output channels stay in registers while
+// the taps and the words of four input channels pass by. Pixels are found through pointers, so stride, dilation,
+// borders and doubled pixels cost nothing in memory. A linear layer is a convolution of 1 x 1.
+//
+// Activations are unsigned codes with zero point z, weights signed bytes: sum (q - z) w = sum q w - z sum w.
+#pragma once
+
+#include <utility>
+
+#include "vector.h"
+
+namespace stepquant {
+namespace {
+
+// Rows whose sums fill the registers beside that many vectors of weights; divides the pixels of an item.
+constexpr int64_t tile_rows(int64_t vectors) {
+  return vectors == 4 ? 6 : 8;
+}
+
+// What product and bias give must be rounded in between, as the specification says.
+STEPQUANT_INLINE Floats rounded(Floats x) {
+  __asm__("" : "+v"(x));
+  return x;
+}
+
+// The pixels of one tile: where each row's first tap lies, in the image and in memory.
+struct Tile {
+  int64_t y[8], x[8];
+  const uint8_t* image[8];
+  const uint8_t* origin[8];  // of the first tap, if it is inside
+  bool inside;  // no tap of any row meets a border
+};
+
+STEPQUANT_INLINE void locate(const ConvolveTask& task, int64_t first, int64_t rows, Tile& tile) {
+  const int64_t plane = task.out_height * task.out_width;
+  int64_t sample = first / plane, row = first % plane / task.out_width, column = first % task.out_width;
+  const int64_t last_y = task.height - 1 - (task.kernel_height - 1) * task.dilation_y;
+  const int64_t last_x = task.width - 1 - (task.kernel_width - 1) * task.dilation_x;
+  int64_t outside = 0;  // negative as soon as one difference is
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t y = row * task.stride_y - task.top, x = column * task.stride_x - task.left;
+    tile.y[r] = y, tile.x[r] = x;
+    tile.image[r] = task.x + sample * task.image_stride;
+    tile.origin[r] = tile.image[r] + y * task.row_stride + x * task.pixel_stride;
+    outside |= y | x | (last_y - y) | (last_x - x);
+    if (++column == task.out_width) {
+      column = 0;
+      if (++row == task.out_height) row = 0, ++sample;
+    }
+  }
+  tile.inside = outside >= 0 && !task.doubled;
+}
+
+// Pointers to the pixels under one tap; beyond the border lie zero points.
+template <int64_t rows>
+STEPQUANT_INLINE void point(
+    const ConvolveTask& task, const Tile& tile, int64_t dy, int64_t dx, const uint8_t** pixels) {
+  const int64_t move = dy * task.row_stride + dx * task.pixel_stride;
+  if (tile.inside) {
+    for (int64_t r = 0; r < rows; ++r) pixels[r] = tile.origin[r] + move;
+    return;
+  }
+  const auto height = static_cast<uint64_t>(task.height << task.doubled);
+  const auto width = static_cast<uint64_t>(task.width << task.doubled);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t y = tile.y[r] + dy, x = tile.x[r] + dx;
+    const uint8_t* place = task.doubled
+        ? tile.image[r] + (y >> 1) * task.row_stride + (x >> 1) * task.pixel_stride
+        : tile.origin[r] + move;
+    pixels[r] = static_cast<uint64_t>(y) < height && static_cast<uint64_t>(x) < width ? place : task.border;
+  }
+}
+
+template <int64_t rows, int64_t vectors>
+STEPQUANT_INLINE void accumulate(
+    const uint8_t* const* pixels, int64_t words, const int8_t* weight, __m512i (&sum)[rows][vectors]) {
+  const uint8_t* from[rows];
+  for (int64_t r = 0; r < rows; ++r) from[r] = pixels[r];
+  for (int64_t w = 0; w < words; ++w) {
+    __m512i b[vectors];
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < vectors; ++v) b[v] = _mm512_loadu_si512(weight + (w * vectors + v) * 64);
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < rows; ++r) {
+      int32_t word;
+      std::memcpy(&word, from[r] + 4 * w, 4);
+      const __m512i a = _mm512_set1_epi32(word);
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < vectors; ++v) sum[r][v] = _mm512_dpbusd_epi32(sum[r][v], a, b[v]);
+    }
+  }
+}
+
+// Sums to numbers: less the zero point's share, scaled, plus bias, plus what is added.
+template <class T, int64_t rows>
+STEPQUANT_INLINE void emit_sums(const ConvolveTask& task, int64_t pixel, int64_t channel, const Ints* sums) {
+  const int64_t rest = task.out_channels - channel, width = task.out_channels;
+  const bool whole = rest >= lanes;
+  const float* scales = task.weight_scale + channel;
+  const Floats factor = (whole ? load(scales) : load_first(scales, rest)) * task.scale;
+  Floats bias = Floats{};
+  if (task.bias) bias = whole ? load(task.bias + channel) : load_first(task.bias + channel, rest);
+  Ints share;
+  std::memcpy(&share, task.weight_sum + channel, sizeof(share));  // padded to whole vectors
+  share *= task.zero_point;
+  Floats y[rows];
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < rows; ++r) {
+    y[r] = rounded(__builtin_convertvector(sums[r] - share, Floats) * factor) + bias;
+  }
+  if (task.add) {
+    const T* add = static_cast<const T*>(task.add) + pixel * task.add_stride + channel;
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < rows; ++r, add += task.add_stride) y[r] += whole ? load(add) : load_first(add, rest);
+  }
+  T* out = static_cast<T*>(task.out) + pixel * width + channel;
+  if (whole) {
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < rows; ++r) store(out + r * width, y[r]);
+  } else {
+    for (int64_t r = 0; r < rows; ++r) store_first(out + r * width, y[r], rest);
+  }
+}
+
+template <int64_t rows, int64_t vectors>
+void convolve_tile(const ConvolveTask& task, const int8_t* weight, int64_t pixel, int64_t channel) {
+  Tile tile;
+  locate(task, pixel, rows, tile);
+  const uint8_t* pixels[rows];
+  __m512i sum[rows][vectors];
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < vectors; ++v) sum[r][v] = _mm512_setzero_si512();
+  }
+  const int64_t words = task.channels / 4;
+  for (int64_t ky = 0; ky < task.kernel_height; ++ky) {
+    for (int64_t kx = 0; kx < task.kernel_width; ++kx) {
+      point<rows>(task, tile, ky * task.dilation_y, kx * task.dilation_x, pixels);
+      accumulate<rows, vectors>(pixels, words, weight, sum);
+      weight += words * vectors * 64;
+    }
+  }
+#pragma GCC unroll 4
+  for (int64_t v = 0; v < vectors; ++v) {
+    const int64_t c = channel + v * lanes;
+    if (c >= task.out_channels) break;
+    Ints sums[rows];
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < rows; ++r) sums[r] = (Ints)sum[r][v];
+    if (task.type == Type::bf16) {
+      emit_sums<bf16, rows>(task, pixel, c, sums);
+    } else {
+      emit_sums<float, rows>(task, pixel, c, sums);
+    }
+  }
+}
+
+using ConvolveTile = void (*)(const ConvolveTask&, const int8_t*, int64_t, int64_t);
+
+template <int64_t vectors, int64_t... r>
+ConvolveTile tile_of(int64_t rows, std::integer_sequence<int64_t, r...>) {
+  static constexpr ConvolveTile tiles[] = {convolve_tile<r + 1, vectors>...};
+  return tiles[rows - 1];
+}
+
+template <int64_t vectors>
+void convolve_chunk(const ConvolveTask& task, const int8_t* weight, int64_t begin, int64_t end, int64_t channel) {
+  constexpr int64_t most = tile_rows(vectors);
+  for (int64_t pixel = begin; pixel < end; pixel += most) {
+    const int64_t rows = end - pixel < most ? end - pixel : most;
+    tile_of<vectors>(rows, std::make_integer_sequence<int64_t, most>())(task, weight, pixel, channel);
+  }
+}
+
+// Items are chunks of pixels, within blocks of output channels: neighbours share their weights.
+void convolve(const ConvolveTask& task, int64_t begin, int64_t end) {
+  const int64_t chunks = (task.pixels + convolve_chunk_pixels - 1) / convolve_chunk_pixels;
+  const ConvolveBlocks blocks(task.out_channels);
+  const int64_t depth = task.kernel_height * task.kernel_width * task.channels / 4 * 64;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t block = item / chunks, first = item % chunks * convolve_chunk_pixels;
+    const int64_t last = first + convolve_chunk_pixels < task.pixels ? first + convolve_chunk_pixels : task.pixels;
+    const int64_t vector = blocks.first(block), channel = vector * lanes;
+    const int8_t* weight = task.weight + vector * depth;
+    switch (blocks.vectors(block)) {
+      case 4: convolve_chunk<4>(task, weight, first, last, channel); break;
+      case 3: convolve_chunk<3>(task, weight, first, last, channel); break;
+      case 2: convolve_chunk<2>(task, weight, first, last, channel); break;
+      default: convolve_chunk<1>(task, weight, first, last, channel); break;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace stepquant

@@ -1,0 +1,165 @@
+// convolve, linear and the packing of their weights as torch operations.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/library.h>
+
+#include "tensors.h"
+
+namespace stepquant {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+bool convolves() {
+  return kernels().convolve != nullptr;
+}
+
+// Signed bytes (out, in, height, width) as [block][tap][word of four inputs][output of the block][byte].
+Tensor pack_weight(const Tensor& weight) {
+  const at::AutoDispatchBelowAutograd guard;
+  TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == at::kChar, "expected signed bytes (out, in, height, width)");
+  TORCH_CHECK(weight.size(1) % 4 == 0, "input channels must be a multiple of 4, got ", weight.size(1));
+  const Tensor held = weight.contiguous();
+  const int64_t outs = held.size(0), ins = held.size(1), taps = held.size(2) * held.size(3);
+  const ConvolveBlocks blocks(outs);
+  Tensor packed = at::detail::empty_cpu({(outs + 15) / 16 * 16 * ins * taps}, at::kChar);
+  int8_t* to = packed.mutable_data_ptr<int8_t>();
+  const int8_t* from = held.const_data_ptr<int8_t>();
+  for (int64_t block = 0; block < blocks.count(); ++block) {
+    const int64_t first = blocks.first(block) * 16, width = blocks.vectors(block) * 16;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      for (int64_t in = 0; in < ins; in += 4) {
+        for (int64_t out = first; out < first + width; ++out) {
+          for (int64_t k = in; k < in + 4; ++k) *to++ = out < outs ? from[(out * ins + k) * taps + tap] : int8_t{0};
+        }
+      }
+    }
+  }
+  return packed;
+}
+
+struct Product {
+  const Tensor& weight;
+  const Tensor& weight_scale;
+  const Tensor& weight_sum;
+  const Optional& bias;
+  double scale;
+  int64_t zero_point;
+};
+
+void check(const Product& product, int64_t taps, int64_t channels, at::ScalarType type) {
+  TORCH_CHECK(convolves(), "no integer convolution on this processor");
+  const int64_t outs = product.weight_scale.numel(), padded = (outs + 15) / 16 * 16;
+  TORCH_CHECK(channels % 4 == 0 && outs > 0, "input channels must be a multiple of 4, got ", channels);
+  TORCH_CHECK(
+      product.weight.numel() == padded * channels * taps && product.weight.is_contiguous() &&
+          product.weight.scalar_type() == at::kChar,
+      "the packed weight does not fit ", channels, " channels");
+  TORCH_CHECK(
+      product.weight_sum.numel() == padded && product.weight_sum.is_contiguous() &&
+          product.weight_sum.scalar_type() == at::kInt,
+      "expected ", padded, " sums of weights");
+  TORCH_CHECK(0 <= product.zero_point && product.zero_point <= 255, "the zero point is a byte");
+  TORCH_CHECK(type == at::kBFloat16 || type == at::kFloat, "results are bfloat16 or float32");
+}
+
+void run(ConvolveTask& task, const Product& product, at::ScalarType type, Tensor& out) {
+  const int64_t outs = task.out_channels;
+  const Numbers scales(product.weight_scale, 1, outs), biases(product.bias, 1, outs);
+  const Tensor border = at::detail::empty_cpu({task.channels}, at::kByte);
+  std::memset(border.mutable_data_ptr(), static_cast<int>(product.zero_point), static_cast<size_t>(task.channels));
+  task.border = border.const_data_ptr<uint8_t>();
+  task.weight = product.weight.const_data_ptr<int8_t>();
+  task.weight_scale = scales.data();
+  task.weight_sum = product.weight_sum.const_data_ptr<int32_t>();
+  task.bias = biases.data();
+  task.scale = static_cast<float>(product.scale);
+  task.zero_point = static_cast<int32_t>(product.zero_point);
+  task.type = type == at::kBFloat16 ? Type::bf16 : Type::f32;
+  task.out = out.mutable_data_ptr();
+  const int64_t chunks = (task.pixels + convolve_chunk_pixels - 1) / convolve_chunk_pixels;
+  const int64_t blocks = ConvolveBlocks(outs).count(), depth = product.weight.numel() / std::max<int64_t>(outs, 1);
+  // A word of four products costs about as much as a quarter of a number elsewhere.
+  for_items(blocks * chunks, task.pixels * outs / (blocks * chunks) * depth / 16,
+            [&](int64_t begin, int64_t end) { kernels().convolve(task, begin, end); });
+}
+
+Tensor convolve(
+    const Tensor& codes, double scale, int64_t zero_point, const Tensor& weight, const Tensor& weight_scale,
+    const Tensor& weight_sum, const Optional& bias, at::IntArrayRef kernel, at::IntArrayRef stride,
+    at::IntArrayRef sides, at::IntArrayRef dilation, bool doubled, at::ScalarType type, const Optional& add) {
+  const at::AutoDispatchBelowAutograd guard;
+  TORCH_CHECK(codes.dim() == 4 && codes.scalar_type() == at::kByte, "expected bytes (batch, channels, height, width)");
+  TORCH_CHECK(
+      kernel.size() == 2 && stride.size() == 2 && sides.size() == 4 && dilation.size() == 2,
+      "kernel, stride and dilation have two numbers, sides have four");
+  const Tensor x = codes.stride(1) == 1 || codes.size(1) == 1 ? codes : codes.contiguous(at::MemoryFormat::ChannelsLast);
+  const Product product{weight, weight_scale, weight_sum, bias, scale, zero_point};
+  check(product, kernel[0] * kernel[1], x.size(1), type);
+  ConvolveTask task{};
+  task.x = x.const_data_ptr<uint8_t>();
+  task.image_stride = x.stride(0), task.row_stride = x.stride(2), task.pixel_stride = x.stride(3);
+  task.height = x.size(2), task.width = x.size(3), task.channels = x.size(1);
+  task.doubled = doubled;
+  task.kernel_height = kernel[0], task.kernel_width = kernel[1];
+  task.stride_y = stride[0], task.stride_x = stride[1];
+  task.dilation_y = dilation[0], task.dilation_x = dilation[1];
+  task.left = sides[0], task.top = sides[2];
+  const int64_t high = (task.height << task.doubled) + sides[2] + sides[3] - task.dilation_y * (kernel[0] - 1) - 1;
+  const int64_t wide = (task.width << task.doubled) + sides[0] + sides[1] - task.dilation_x * (kernel[1] - 1) - 1;
+  TORCH_CHECK(high >= 0 && wide >= 0, "the kernel is larger than the padded image");
+  task.out_height = high / task.stride_y + 1, task.out_width = wide / task.stride_x + 1;
+  task.out_channels = weight_scale.numel();
+  task.pixels = x.size(0) * task.out_height * task.out_width;
+  Tensor out = at::detail::empty_cpu(
+      {x.size(0), task.out_channels, task.out_height, task.out_width}, type, false, at::MemoryFormat::ChannelsLast);
+  if (out.numel() == 0) return out;
+  Tensor added;
+  if (add.has_value()) {
+    TORCH_CHECK(add->sizes() == out.sizes(), "what is added has another shape than the result: ", add->sizes());
+    added = (add->scalar_type() == type ? *add : add->to(type)).contiguous(at::MemoryFormat::ChannelsLast);
+    task.add = added.const_data_ptr(), task.add_stride = task.out_channels;
+  }
+  run(task, product, type, out);
+  return out;
+}
+
+Tensor linear(
+    const Tensor& codes, double scale, int64_t zero_point, const Tensor& weight, const Tensor& weight_scale,
+    const Tensor& weight_sum, const Optional& bias, at::ScalarType type, const Optional& add) {
+  const at::AutoDispatchBelowAutograd guard;
+  TORCH_CHECK(codes.dim() == 2 && codes.scalar_type() == at::kByte, "expected bytes (rows, inputs)");
+  const Tensor x = codes.stride(1) == 1 || codes.size(1) == 1 ? codes : codes.contiguous();
+  const Product product{weight, weight_scale, weight_sum, bias, scale, zero_point};
+  check(product, 1, x.size(1), type);
+  ConvolveTask task{};
+  task.x = x.const_data_ptr<uint8_t>();
+  task.pixel_stride = x.stride(0);
+  task.height = 1, task.width = x.size(0), task.channels = x.size(1);
+  task.kernel_height = task.kernel_width = task.stride_y = task.stride_x = task.dilation_y = task.dilation_x = 1;
+  task.out_height = 1, task.out_width = task.pixels = x.size(0);
+  task.out_channels = weight_scale.numel();
+  Tensor out = at::detail::empty_cpu({task.pixels, task.out_channels}, type);
+  if (out.numel() == 0) return out;
+  Tensor added;
+  if (add.has_value()) {
+    TORCH_CHECK(add->sizes() == out.sizes(), "what is added has another shape than the result: ", add->sizes());
+    added = add->scalar_type() == type ? *add : add->to(type);
+    if (added.stride(1) != 1 && added.size(1) != 1) added = added.contiguous();
+    task.add = added.const_data_ptr(), task.add_stride = added.stride(0);
+  }
+  run(task, product, type, out);
+  return out;
+}
+
+TORCH_LIBRARY_IMPL(stepquant, CPU, library) {
+  library.impl("pack_weight", pack_weight);
+  library.impl("convolve", convolve);
+  library.impl("linear", linear);
+}
+
+TORCH_LIBRARY_FRAGMENT(stepquant, library) {
+  library.def("convolves() -> bool", convolves);
+}
+
+}  // namespace
+}  // namespace stepquant

@@ -1,0 +1,193 @@
+"""Convolutions and linears of codes against their specification: the same bytes, whatever the shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from stepquant.runtime import ops, reference
+from stepquant.runtime.cpu import ConvKernel, Geometry, LinearKernel
+from stepquant.runtime.ops import Code, Product
+
+pytestmark = pytest.mark.skipif(not ops.convolves(), reason="no kernel of this package for this processor")
+TYPES = [torch.bfloat16, torch.float32]
+
+# batch, inputs, outputs, height, width, kernel, stride, sides (left, right, top, bottom), dilation, doubled
+SHAPES = {
+    "three by three": (2, 32, 64, 8, 8, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False),
+    "odd everything": (3, 12, 37, 7, 5, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False),
+    "one by one": (2, 20, 48, 6, 9, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), False),
+    "one pixel": (1, 64, 16, 1, 1, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False),
+    "three outputs": (2, 32, 3, 9, 9, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False),
+    "five blocks": (1, 8, 330, 5, 5, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False),
+    "halving": (2, 16, 80, 9, 8, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1), False),
+    "border behind": (2, 16, 32, 8, 8, (3, 3), (2, 2), (0, 1, 0, 1), (1, 1), False),
+    "wide border": (1, 4, 17, 3, 4, (3, 3), (1, 1), (5, 2, 0, 7), (1, 1), False),
+    "dilated": (1, 8, 24, 11, 13, (3, 3), (1, 1), (2, 2, 3, 3), (3, 2), False),
+    "tall kernel": (1, 24, 50, 10, 6, (5, 2), (2, 1), (0, 1, 2, 2), (1, 1), False),
+    "doubled": (2, 16, 48, 5, 6, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), True),
+    "doubled and halved": (1, 8, 16, 4, 3, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1), True),
+}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_bytes(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator())
+
+
+def random_weight(*shape: int) -> Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator(1))
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("zero_point", [0, 121, 255])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_convolve_gives_the_bytes_of_the_specification(
+    name: str, dtype: torch.dtype, zero_point: int
+) -> None:
+    batch, inputs, outputs, height, width, kernel, stride, sides, dilation, doubled = SHAPES[name]
+    codes, weight = random_bytes(batch, inputs, height, width), random_weight(outputs, inputs, *kernel)
+    scale, bias = (
+        torch.rand(outputs, generator=generator()) * 1e-3,
+        torch.randn(outputs, generator=generator()),
+    )
+    walk = {"stride": stride, "sides": sides, "dilation": dilation, "doubled": doubled}
+    product, code = Product.of(weight, scale, bias), Code(0.021, zero_point)
+    plain = reference.convolve(codes, code.scale, zero_point, weight, scale, bias, dtype, None, **walk)
+    got = ops.convolve(channels_last(codes), code, product, dtype, None, **walk)
+    assert torch.equal(got, plain)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    add = torch.randn(plain.shape, generator=generator(2)).to(dtype)
+    want = reference.convolve(codes, code.scale, zero_point, weight, scale, bias, dtype, add, **walk)
+    former = add.clone()
+    assert torch.equal(ops.convolve(channels_last(codes), code, product, dtype, add, **walk), want)
+    assert torch.equal(add, former)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "slice of channels", "every second pixel"])
+def test_convolve_of_other_layouts(layout: str) -> None:
+    codes, weight, scale = random_bytes(2, 16, 6, 8), random_weight(32, 16, 3, 3), torch.ones(32)
+    wide = channels_last(random_bytes(2, 40, 6, 8))
+    given = {
+        "contiguous": codes,
+        "slice of channels": wide[:, 12:28],
+        "every second pixel": channels_last(random_bytes(2, 16, 12, 16))[:, :, ::2, ::2],
+    }[layout]
+    code, product = Code(1.0, 3), Product.of(weight, scale, None)
+    want = reference.convolve(given, 1.0, 3, weight, scale, None, torch.float32, None, sides=(1, 1, 1, 1))
+    assert torch.equal(ops.convolve(given, code, product, torch.float32, None, sides=(1, 1, 1, 1)), want)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    "rows, inputs, outputs", [(1, 4, 1), (5, 36, 70), (17, 64, 48), (64, 128, 96), (0, 8, 8)]
+)
+def test_linear_gives_the_bytes_of_the_specification(
+    rows: int, inputs: int, outputs: int, dtype: torch.dtype
+) -> None:
+    codes, weight = random_bytes(rows, inputs), random_weight(outputs, inputs)
+    scale, bias = (
+        torch.rand(outputs, generator=generator()) * 1e-3,
+        torch.randn(outputs, generator=generator()),
+    )
+    product = Product.of(weight[:, :, None, None], scale, bias)
+    for zero_point, add in ((0, None), (255, torch.randn(rows, outputs, generator=generator(2)))):
+        want = reference.linear(codes, 0.5, zero_point, weight, scale, bias, dtype, add)
+        assert torch.equal(ops.linear(codes, Code(0.5, zero_point), product, dtype, add), want)
+    wide = random_bytes(rows, inputs + 8)[:, 3 : 3 + inputs]
+    want = reference.linear(wide, 0.5, 7, weight, scale, None, dtype)
+    assert torch.equal(ops.linear(wide, Code(0.5, 7), product._replace(bias=None), dtype), want)
+
+
+@pytest.mark.parametrize("value, sign", [(255, 127), (255, -128), (0, -128)])
+def test_extreme_sums_are_exact(value: int, sign: int) -> None:
+    codes = torch.full((1, 512, 3, 3), value, dtype=torch.uint8)
+    weight, scale = torch.full((16, 512, 3, 3), sign, dtype=torch.int8), torch.ones(16)
+    for zero_point in (0, 255):
+        got = ops.convolve(codes, Code(1.0, zero_point), Product.of(weight, scale, None), torch.float32)
+        want = torch.tensor(float((value - zero_point) * sign * 512 * 9))
+        assert (got == want).all()
+
+
+def test_thread_counts_give_the_same_bytes() -> None:
+    codes, weight = channels_last(random_bytes(3, 64, 13, 11)), random_weight(144, 64, 3, 3)
+    product = Product.of(weight, torch.rand(144, generator=generator()), None)
+    former, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            results.append(
+                ops.convolve(codes, Code(0.1, 9), product, torch.bfloat16, None, sides=(1, 1, 1, 1))
+            )
+    finally:
+        torch.set_num_threads(former)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_operations_refuse_what_would_read_beyond_memory() -> None:
+    product = Product.of(random_weight(16, 8, 3, 3), torch.ones(16), None)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        ops.convolve(random_bytes(1, 12, 4, 4), Code(1.0), product, torch.float32)
+    with pytest.raises(RuntimeError, match="another shape"):
+        ops.convolve(random_bytes(1, 8, 4, 4), Code(1.0), product, torch.float32, torch.zeros(1, 16, 4, 4))
+    with pytest.raises(RuntimeError, match="larger than"):
+        ops.convolve(random_bytes(1, 8, 2, 2), Code(1.0), product, torch.float32)
+    with pytest.raises(RuntimeError, match="multiple of 4"):
+        Product.of(random_weight(16, 6, 3, 3), torch.ones(16), None)
+
+
+def test_fake_tensors_have_the_true_shapes_and_strides() -> None:
+    conv, rows = Product.of(random_weight(20, 8, 3, 2), torch.ones(20), None), random_weight(20, 8)
+    linear, tests = (
+        Product.of(rows[:, :, None, None], torch.ones(20), None),
+        ("test_schema", "test_faketensor"),
+    )
+    image = channels_last(random_bytes(2, 8, 7, 6))
+    for doubled in (False, True):
+        arguments = (image, 1.0, 3, *conv, (2, 1), (1, 0, 2, 3), (1, 2), doubled, torch.bfloat16)
+        torch.library.opcheck(torch.ops.stepquant.convolve.default, arguments, test_utils=tests)
+    arguments = (random_bytes(5, 8), 1.0, 3, *linear[:4], torch.float32)
+    torch.library.opcheck(torch.ops.stepquant.linear.default, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+def test_the_kernel_and_onednn_agree(doubled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two implementations of one layer: equal sums, so equal results up to the last bit of a float32."""
+    codes, weight = channels_last(random_bytes(2, 32, 8, 8)), random_weight(48, 32, 3, 3)
+    scale, bias = torch.rand(48, generator=generator()) * 1e-3, torch.randn(48, generator=generator())
+    size = 17 if doubled else 9
+    into = channels_last(torch.randn(2, 48, size // 2, size // 2, generator=generator()))
+    results = []
+    for available in (True, False):
+        monkeypatch.setattr(ops, "convolves", lambda own=available: own)
+        kernel = ConvKernel(lambda: weight, scale, bias, Code(0.02, 100), Geometry((2, 2)))
+        results.append(kernel(codes, torch.float32, into.clone(), (0, 1, 0, 1), doubled))
+        assert (kernel.product is not None) == available
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-5)
+    results = []
+    for available in (True, False):
+        monkeypatch.setattr(ops, "convolves", lambda own=available: own)
+        rows = LinearKernel(lambda: weight[:, :, 0, 0].contiguous(), scale, bias, Code(0.02, 100), Geometry())
+        results.append(rows(random_bytes(9, 32), torch.float32))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-5)
+
+
+def test_layers_without_whole_words_or_with_groups_go_to_onednn() -> None:
+    for inputs, groups in ((3, 1), (8, 2)):
+        weight = random_weight(16, inputs // groups, 3, 3)
+        kernel = ConvKernel(
+            lambda w=weight: w, torch.ones(16), None, Code(1.0, 5), Geometry((1, 1), (1, 1), (1, 1), groups)
+        )
+        codes = channels_last(random_bytes(1, inputs, 5, 5))
+        assert kernel.product is None
+        want = torch.nn.functional.conv2d(codes.double() - 5, weight.double(), None, 1, 1, 1, groups)
+        assert torch.equal(kernel(codes, torch.float32).double(), want)
