@@ -51,6 +51,7 @@ def results() -> dict[str, Any]:
         ]},
         "size": {"float_bytes": 40_000_000, "bytes": 10_400_000, "ratio": 0.26},
         "coverage": [
+        "making": {"seconds": 61.0, "peak_bytes": 900_000_000, "start_bytes": 500_000_000},
             {"path": "mid_block.conv", "role": "conv", "macs": 990, "weight": "int8/channel", "input": "uint8/tensor", "kernel": "convolution", "integer": True},
             {"path": "time", "role": "time", "macs": 10, "integer": False, "reason": "weight-only"},
         ],

@@ -11,8 +11,16 @@ import pytest
 from stepquant import report
 from stepquant.errors import EvaluationError
 from stepquant.report.chart import Mark, frontier, scatter
-from stepquant.report.columns import find_columns, group, mean_of, merit, spread_of, table_cells
-from stepquant.report.compare import strips
+from stepquant.report.columns import (
+    baseline_rows,
+    find_columns,
+    group,
+    mean_of,
+    merit,
+    spread_of,
+    table_cells,
+)
+from stepquant.report.compare import strips, summary
 from tests.report.conftest import png
 from tests.report.pages import outside, page_words
 
@@ -41,7 +49,18 @@ def test_runs_of_one_recipe_are_averaged_over_seeds(many: list[dict[str, Any]]) 
     ]
     done = entries[:2]
     columns = {column.title: column for column in find_columns(done)}
-    assert set(columns) == {"size", "BOPs", "speed", "PSNR", "FD-C10"}
+    assert set(columns) == {
+        "size",
+        "BOPs",
+        "speed",
+        "made in",
+        "peak memory",
+        "PSNR",
+        "FD-C10",
+        "noise error",
+    }
+    assert mean_of(entries[0], columns["noise error"]) == pytest.approx(0.02)  # of 0.01, 0.02 and 0.03
+    assert mean_of(entries[0], columns["peak memory"]) == 900
     assert mean_of(entries[1], columns["FD-C10"]) == 13
     assert spread_of(entries[1], columns["FD-C10"]) == "± 1.41"  # 12 and 14
     assert spread_of(entries[0], columns["FD-C10"]) == "± 0.55"  # half the interval from 12.0 to 13.1
@@ -80,15 +99,38 @@ def test_page_has_all_runs_floors_and_failures(many: list[dict[str, Any]], tmp_p
     lines = (tmp_path / "compare.md").read_text().splitlines()
     assert len(lines) == 2 + 2 + 3
     assert "failed: NaN" in lines[-1]
-    assert {line.count("|") for line in lines} == {7}
+    assert {line.count("|") for line in lines} == {10}
 
 
 def test_rows_carry_what_they_sort_by(many: list[dict[str, Any]], tmp_path: Path) -> None:
     page = report.compare(many, tmp_path).read_text()
     rows = [re.findall(r'data-key="([^"]*)"', row) for row in re.findall(r"<tr>.*?</tr>", page, re.DOTALL)]
     keys = {row[0]: row[1:] for row in rows if row}
-    assert float(keys["ptq4dm"][-1]) == 13
-    assert keys["gac"] == ["w4a4", "", "", "", "", ""]
+    assert float(keys["ptq4dm"][-2]) == 13
+    assert keys["gac"] == ["w4a4", *[""] * 8]
+
+
+def test_the_float_row_counts_every_seed_once(many: list[dict[str, Any]]) -> None:
+    for run, (seed, floor) in zip(many, ((0, 11.9), (0, 11.9), (1, 12.3))):
+        run["sampling"]["seed"], run["quality"][1]["floor"] = seed, floor
+    entries = group(many[:3])
+    (column,) = [column for column in find_columns(entries) if column.title == "FD-C10"]
+    rows = {title: cells[0] for title, cells in baseline_rows(entries, [column])}
+    assert rows["float, other seeds: the noise floor"].key == pytest.approx(12.1)
+    assert rows["float, other seeds: the noise floor"].spread == "± 0.28"
+
+
+def test_the_headlines_name_failures(many: list[dict[str, Any]]) -> None:
+    header, *rows = summary(many)
+    assert header[:2] == ("", "size ↓")
+    assert [row[0] for row in rows] == [
+        "float, same seeds",
+        "float, other seeds: the noise floor",
+        "minmax w8a8",
+        "ptq4dm w8a8",
+        "gac w4a4 (failed: NaN at <step> 3)",
+    ]
+    assert {len(row) for row in rows} == {len(header)}
 
 
 def test_a_comparison_of_failures_alone_is_still_a_page(many: list[dict[str, Any]], tmp_path: Path) -> None:

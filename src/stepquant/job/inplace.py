@@ -10,6 +10,7 @@ from typing import Any
 
 from stepquant import hub
 from stepquant.artifact import Artifact
+from stepquant.calib.cache import cache_folder
 from stepquant.calib.record import Source
 from stepquant.errors import ModelError
 from stepquant.job.recipe import Recipe
@@ -57,8 +58,13 @@ def plan_json(plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None) ->
     return plan.to_json() if isinstance(plan, Plan) else dict(plan) if plan is not None else None
 
 
-def run(pipeline: Any, recipe: Recipe, progress: Progress | None = None) -> Artifact:
-    """What the recipe makes of this pipeline; the pipeline itself stays float."""
+def run(
+    pipeline: Any, recipe: Recipe, progress: Progress | None = None, cache: Path | None = None
+) -> Artifact:
+    """What the recipe makes of this pipeline; the pipeline itself stays float.
+
+    `cache` is a folder for recorded trajectories and finished blocks instead of the user's.
+    """
     recipe.check()
     denoiser = Denoiser.of(pipeline)
     if hub.config_of(denoiser.model) is not None:
@@ -72,6 +78,7 @@ def run(pipeline: Any, recipe: Recipe, progress: Progress | None = None) -> Arti
         recipe.seed,
         prompts=recipe.prompts,
         progress=progress or Silent(),
+        cache=cache or cache_folder(),
     )
     artifact = recipe.build_method()(denoiser, recipe.build_plan(), source)
     return dataclasses.replace(artifact, recipe=recipe.provenance(pipeline))

@@ -92,11 +92,29 @@ def find_columns(entries: Sequence[Entry]) -> list[Column]:
         Column("size", "of fp32", "lower", lambda r: r.size.ratio if r.size else None, "{:.3f}".format),
         Column("BOPs", "one image", "lower", lambda r: r.cost.bops if r.cost else None, tables.with_prefix),
         Column("speed", "fp32 = 1", "higher", speed_ratio, "{:.1f}×".format),
+        Column(
+            "made in", "seconds", "lower", lambda r: r.making.seconds if r.making else None, "{:.0f}".format
+        ),
+        Column("peak memory", "making it, MB", "lower", peak_megabytes, "{:.0f}".format),
     ]
     out = [column for column in out if any(column.find(report) is not None for report in reports)]
     kinds = {(x.name, x.against): x for report in reports for x in report.quality if x.value is not None}
     known = [key for name in METRICS for key in kinds if key[0] == name]
-    return out + [metric_column(kinds[key]) for key in known]
+    return out + [metric_column(kinds[key]) for key in known] + error_columns(reports)
+
+
+def peak_megabytes(report: Report) -> float | None:
+    return report.making.peak_bytes / 1e6 if report.making and report.making.peak_bytes else None
+
+
+def error_columns(reports: Sequence[Report]) -> list[Column]:
+    """The error of the noise prediction on the float trajectory, as its mean over the steps."""
+    column = Column("noise error", "mean over steps", "lower", mean_error, "{:.4f}".format)
+    return [column] if any(report.steps for report in reports) else []
+
+
+def mean_error(report: Report) -> float | None:
+    return statistics.fmean(step.relative for step in report.steps) if report.steps else None
 
 
 def speed_ratio(report: Report) -> float | None:
@@ -167,10 +185,15 @@ def baseline_rows(entries: Sequence[Entry], columns: Sequence[Column]) -> list[t
 
 
 def baseline_cell(entries: Sequence[Entry], column: Column, field: str) -> Cell:
-    numbers = [column.number(run) for entry in entries for run in entry.runs]
-    values = [getattr(x, field) for x in numbers if x is not None and getattr(x, field) is not None]
-    return (
-        Cell(column.show(statistics.fmean(values)), key=statistics.fmean(values))
-        if values
-        else Cell(tables.NONE)
-    )
+    """The mean over seeds, each counted once however many runs share its float images, and their spread."""
+    by_seed: dict[int, list[float]] = {}
+    for report in (run for entry in entries for run in entry.runs):
+        number = column.number(report)
+        value = getattr(number, field) if number is not None else None
+        if value is not None:
+            by_seed.setdefault(report.sampling.seed if report.sampling else 0, []).append(value)
+    values = [statistics.fmean(found) for found in by_seed.values()]
+    if not values:
+        return Cell(tables.NONE)
+    spread = f"± {column.show(statistics.stdev(values))}" if len(values) > 1 else ""
+    return Cell(column.show(statistics.fmean(values)), spread, statistics.fmean(values))

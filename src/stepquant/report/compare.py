@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from stepquant.report.chart import Line, Mark, line_chart, scatter
 from stepquant.report.columns import (
+    Cell,
     Column,
     Entry,
     baseline_rows,
@@ -19,11 +20,12 @@ from stepquant.report.columns import (
     table_cells,
 )
 from stepquant.report.images import decode, encode, grid
-from stepquant.report.page import ARROWS, read, template
+from stepquant.report.page import ARROWS, read, replace_text, template
 from stepquant.report.schema import Report
 from stepquant.report.tables import QUANTIZED, by_batch, markdown_row
 
 FAILED = "failed"
+HEADLINES = ("size", "speed", "made in", "peak memory", "PSNR", "FID", "FD-C10", "noise error")
 STYLES = ("one", "two", "three", "four", "five", "six")
 
 
@@ -31,9 +33,8 @@ def compare(results: Sequence[Mapping[str, Any]], folder: Path) -> Path:
     """Write compare.html and compare.md; a result with the key `error` stands for a run that failed."""
     entries, folder = group(results), Path(folder)
     page, words = render(entries), compare_markdown(entries)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "compare.md").write_text(words, encoding="utf-8")
-    (folder / "compare.html").write_text(page, encoding="utf-8")
+    for name, text in (("compare.md", words), ("compare.html", page)):
+        replace_text(folder / name, text)
     return folder / "compare.html"
 
 
@@ -128,6 +129,24 @@ def strip(images: Sequence[str]) -> str:
     return encode(grid(decode(images), columns=len(images), scale=1))
 
 
+def summary(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The columns that decide, for a terminal: first row the header, then the float model, then every entry."""
+    entries = group(results)
+    done = [entry for entry in entries if entry.runs]
+    columns = [column for column in find_columns(done) if column.title in HEADLINES]
+    out = [("", *(f"{column.title} {ARROWS[column.better]}" for column in columns))]
+    out += [(title, *(with_spread(cell) for cell in cells)) for title, cells in baseline_rows(done, columns)]
+    for entry in entries:
+        failed = f" ({FAILED}: {entry.errors[0].splitlines()[0]})" if entry.errors else ""
+        cells = table_cells(entry, done, columns)
+        out.append((entry.name + failed, *(with_spread(cell) for cell in cells)))
+    return out
+
+
+def with_spread(cell: Cell) -> str:
+    return f"{cell.text} {cell.spread}".strip()
+
+
 def compare_markdown(entries: Sequence[Entry]) -> str:
     """The table as markdown."""
     done = [entry for entry in entries if entry.runs]
@@ -135,7 +154,7 @@ def compare_markdown(entries: Sequence[Entry]) -> str:
     head = ["", *(f"{column.title} ({column.against}) {ARROWS[column.better]}" for column in columns)]
     lines = [markdown_row(head), "|" + "---|" * len(head)]
     for title, cells in baseline_rows(done, columns):
-        lines.append(markdown_row([title, *(cell.text for cell in cells)]))
+        lines.append(markdown_row([title, *map(with_spread, cells)]))
     for entry in entries:
         cells = table_cells(entry, done, columns)
         shown = [f"{'**' * cell.best}{cell.text}{'**' * cell.best} {cell.spread}".strip() for cell in cells]

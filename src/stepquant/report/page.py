@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from stepquant.calib.cache import atomically
 from stepquant.report import tables
 from stepquant.report.chart import Line, line_chart
 from stepquant.report.images import amplified, decode, encode, grid
@@ -63,13 +64,15 @@ def write(results: Mapping[str, Any], folder: Path) -> Path:
     """Write report.html, report.md and results.json into a folder; the path of the page."""
     report, folder = Report.from_json(results), Path(folder)
     page, words = render(report), f"# {report.title}\n\n{markdown(report)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(
-        json.dumps(report.to_json(), indent=1, allow_nan=False), encoding="utf-8"
-    )
-    (folder / "report.md").write_text(words, encoding="utf-8")
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    kept = json.dumps(report.to_json(), indent=1, allow_nan=False)
+    for name, text in (("results.json", kept), ("report.md", words), ("report.html", page)):
+        replace_text(folder / name, text)
     return folder / "report.html"
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all: a reader may have the former one open."""
+    atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def render(report: Report) -> str:

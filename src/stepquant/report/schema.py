@@ -129,6 +129,14 @@ class Coverage(Part):
     integer: bool
     reason: str = ""
 
+class Making(Part):
+    """What it took to quantize; `start_bytes` were resident before it began."""
+
+    seconds: float | None = None
+    peak_bytes: int | None = None
+    start_bytes: int | None = None
+
+
 
 class Precision(Part):
     """Layers whose weights and inputs have these numbers of bits."""
@@ -184,6 +192,7 @@ class Report(Part):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise EvaluationError(
+    making: Making | None = None
                 f"these results cannot be shown: {first['msg']}",
                 where=where,
                 got=str(first.get("input"))[:80],

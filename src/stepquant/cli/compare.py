@@ -1,0 +1,186 @@
+"""The command that compares: methods, schemes and seeds in a grid of runs that survives anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stepquant.cli.interrupt import keeping
+from stepquant.cli.options import (
+    DEFAULT_MODEL,
+    Device,
+    Json,
+    Model,
+    Prompts,
+    Quiet,
+    Sampler,
+    Settings,
+    read_prompts,
+    read_settings,
+)
+from stepquant.cli.screen import Screen
+from stepquant.errors import StepquantError, UnknownNameError
+from stepquant.progress import Progress
+
+EXECUTORS = ("processes", "inline", "ray")
+
+Methods = Annotated[
+    str, typer.Option(metavar="NAME,NAME,...", help="See `stepquant methods`; a+b for composed ones.")
+]
+Schemes = Annotated[str, typer.Option(metavar="NAME,NAME,...", help="See `stepquant schemes`.")]
+Variants = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--variant",
+        metavar="NAME:KEY=VALUE,...",
+        help="A row with settings of its own, repeatable, as minmax:samples=64.",
+    ),
+]
+Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="Runs of each with seeds 0 to N-1.")]
+Images = Annotated[int, typer.Option(min=2, metavar="N", help="Images of each cell, and of the float model.")]
+Steps = Annotated[int, typer.Option(min=1, metavar="N", help="Denoising steps of those images.")]
+Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")]
+CalibrationSteps = Annotated[
+    int, typer.Option("--calibration-steps", min=1, metavar="N", help="Denoising steps of the calibration.")
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER", help="Real images to compare with, or cifar10.", show_default="what the model saw"
+    ),
+]
+Speed = Annotated[
+    float, typer.Option(min=0, metavar="S", help="Seconds of timing beside fp32 for each cell; 0: none.")
+]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the pages and the run store.")]
+StoreFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--store", metavar="DIR", help="Run store that several comparisons share.", show_default="DIR"
+    ),
+]
+Kind = Annotated[str, typer.Option("--executor", metavar="NAME", help=f"{', '.join(EXECUTORS)}.")]
+Workers = Annotated[int, typer.Option(min=1, metavar="N", help="Processes at once.")]
+Address = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Of the Ray cluster.", show_default="a new local one")
+]
+AnyCode = Annotated[
+    bool,
+    typer.Option("--any-code", help="Keep finished cells that another version of the code made."),
+]
+
+
+def compare(
+    model: Model = DEFAULT_MODEL,
+    methods: Methods = "",
+    schemes: Schemes = "w8a8,w4a8",
+    variant: Variants = None,
+    seeds: Seeds = 1,
+    images: Images = 2048,
+    steps: Steps = 50,
+    batch: Batch = 32,
+    calibration_steps: CalibrationSteps = 100,
+    sampler: Sampler = None,
+    settings: Settings = None,
+    data: Data = None,
+    speed: Speed = 3.0,
+    prompts: Prompts = None,
+    out: Out = Path("runs/compare"),
+    store: StoreFolder = None,
+    executor: Kind = "processes",
+    workers: Workers = 1,
+    address: Address = None,
+    any_code: AnyCode = False,
+    device: Device = "cpu",
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize in every way, measure all alike, and write compare.html, compare.md and results.parquet.
+
+    Run the same command again to go on: finished cells are kept, failed ones are tried again.
+    """
+    from stepquant.job.compare import Evaluation, compare, grid
+    from stepquant.job.results import DATA
+
+    screen = Screen(quiet)
+    chosen = {"images": images, "steps": steps, "batch": batch, "sampler": sampler, "speed": speed}
+    cells = grid(
+        model,
+        read_variants(read_names(methods), variant or []),
+        read_names(schemes),
+        range(seeds),
+        Evaluation.of(data=data or DATA.get(model), **chosen),
+        settings=read_settings(settings or []),
+        steps=calibration_steps,
+        sampler=sampler,
+        prompts=read_prompts(prompts),
+        device=device,
+    )
+    screen.warn_if_plain()
+    place = store or out
+    with keeping(f"finished cells are kept in {place}; run the same command to go on"), screen.reporter:
+        worked = choose_executor(executor, workers, address, screen.reporter)
+        compared = compare(
+            cells, place, out=out, executor=worked, any_code=any_code, progress=screen.reporter
+        )
+    show(screen, compared.results)
+    counts = f"{compared.made} made, {compared.found} found, {compared.failed} failed"
+    screen.show(f"\n{compared.page}: {len(cells)} cells, {counts}")
+    screen.finish(json, {"page": str(compared.page), "cells": list(compared.results)})
+
+
+def choose_executor(name: str, workers: int, address: str | None, progress: Progress) -> Any:
+    from stepquant.job.compare import Inline, Processes
+
+    if address is not None and name != "ray":
+        raise StepquantError("--address is that of a Ray cluster", fix="add --executor ray")
+    if name == "inline":
+        return Inline(progress)
+    if name == "processes":
+        return Processes(workers, progress)
+    raise UnknownNameError("executor", name, EXECUTORS)
+
+
+def show(screen: Screen, results: Sequence[Mapping[str, Any]]) -> None:
+    """The table of compare.md, narrower."""
+    from stepquant.job.compare.pages import summary
+
+    header, *rows = summary(results)
+    screen.table("", header, rows)
+
+
+def read_names(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def read_variants(methods: Sequence[str], words: Sequence[str]) -> list[Any]:
+    """Methods as they are, then those with settings of their own."""
+    from stepquant.job.compare import Variant
+
+    out = [Variant(name) for name in methods]
+    for word in words:
+        name, colon, rest = word.partition(":")
+        if not colon or not name.strip():
+            raise StepquantError(f"cannot read --variant {word}", expected="NAME:KEY=VALUE,KEY=VALUE")
+        out.append(Variant(name.strip(), read_settings(split_settings(rest))))
+    if not out:
+        raise StepquantError("nothing to compare", fix="name methods: --methods minmax,ptq4dm")
+    return out
+
+
+def split_settings(text: str) -> list[str]:
+    """At commas that are not inside a list or table."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+COMMANDS: Mapping[str, Callable[..., None]] = {"compare": compare}

@@ -1,0 +1,136 @@
+"""Cell: one run of a comparison. Its name follows from everything that decides its result."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import stepquant
+from stepquant.core.digest import value_digest
+from stepquant.errors import StepquantError
+from stepquant.job.recipe import Recipe
+from stepquant.models.denoiser import Denoiser
+from stepquant.models.sampling import scheduler_of
+
+FORMAT = 1  # raised when the same settings come to mean another result
+MODEL_CODE = ("models",)
+QUANTIZE_CODE = ("core", "models", "quant", "calib", "fit", "artifact.py", "methods/method.py")
+MEASURE_CODE = ("core", "models", "runtime", "hub.py", "evaluate")
+
+
+class Evaluation(BaseModel):
+    """How the images of a cell are made and measured; the seed is that of its recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int = Field(2048, ge=2)
+    steps: int = Field(50, ge=1)
+    sampler: str | None = None
+    batch: int = Field(32, ge=1)
+    data: str | None = None  # what the model was trained on; None leaves the distance to data out
+    speed: float = Field(3.0, ge=0)  # seconds of timing beside float; 0: none
+    shown: int = Field(16, ge=1)
+    probed: int = Field(16, ge=1)  # trajectories that are followed step by step
+
+    @classmethod
+    def of(cls, **fields: Any) -> Evaluation:
+        """With these fields; what does not fit is one error that names the field."""
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            raise StepquantError(f"'{name}' of the evaluation: {first['msg']}", got=first["input"]) from error
+
+
+class Cell(BaseModel):
+    """A recipe with a name for people, and how its artifact is measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    label: str
+    recipe: Recipe
+    evaluation: Evaluation
+
+    @property
+    def scheme(self) -> str:
+        return self.recipe.build_plan().name
+
+    @property
+    def title(self) -> str:
+        return f"{self.label} {self.scheme} seed {self.recipe.seed}"
+
+    @property
+    def other_seed(self) -> int:
+        """Whose float images are the noise floor: a neighbour's, so that few sets serve many seeds."""
+        return self.recipe.seed - 1 if self.recipe.seed else 1
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The float model of a comparison: what names of cells need to know about it."""
+
+    digest: str
+    schedulers: Mapping[str, Any]
+    pipeline: Any
+
+    @classmethod
+    def of(cls, pipeline: Any, samplers: Iterable[str | None]) -> Origin:
+        made = {str(name): scheduler_of(pipeline, name) for name in samplers}
+        known = {name: [type(one).__name__, dict(one.config)] for name, one in made.items()}
+        return cls(Denoiser.of(pipeline).digest(), known, pipeline)
+
+    def artifact_key(self, cell: Cell) -> str:
+        """Of all that decides the bytes of the artifact."""
+        known = cell.recipe.provenance(self.pipeline)
+        kept = {name: value for name, value in known.items() if name not in ("model", "versions")}
+        methods = [f"methods/{name}.py" for name in cell.recipe.method.split("+")]
+        scheduler = self.schedulers[str(cell.recipe.sampler)]
+        return key_of(kept | {"scheduler": scheduler}, (*QUANTIZE_CODE, *methods))
+
+    def images_key(self, cell: Cell, seed: int) -> str:
+        """Of all that decides the float model's images of one seed."""
+        asked = self.sampling(cell) | {"seed": seed, "model": self.digest}
+        return key_of(asked, MODEL_CODE)
+
+    def cell_key(self, cell: Cell, artifact: str) -> str:
+        """Of all that decides what is measured of the artifact with that name."""
+        asked = cell.evaluation.model_dump(mode="json") | self.sampling(cell)
+        return key_of(asked | {"artifact": artifact}, MEASURE_CODE)
+
+    def sampling(self, cell: Cell) -> dict[str, Any]:
+        chosen = cell.evaluation
+        return {
+            "images": chosen.images,
+            "steps": chosen.steps,
+            "batch": chosen.batch,
+            "scheduler": self.schedulers[str(chosen.sampler)],
+            "prompts": cell.recipe.prompts,
+        }
+
+
+def key_of(known: Mapping[str, Any], code: Sequence[str]) -> str:
+    """Values before a dot, code behind it: cells that differ in their code alone share the first half."""
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    values = value_digest({"format": FORMAT, "versions": versions} | dict(known))
+    return f"{values[:16]}.{code_digest(tuple(code))[:8]}"
+
+
+@lru_cache
+def code_digest(parts: tuple[str, ...]) -> str:
+    """Over the version and the source of those parts of the package."""
+    root, total = Path(stepquant.__file__).parent, hashlib.sha256(stepquant.__version__.encode())
+    for part in parts:
+        files = sorted((root / part).rglob("*.py")) if (root / part).is_dir() else [root / part]
+        for file in files:
+            total.update(f"|{file.relative_to(root)}|".encode())
+            total.update(file.read_bytes() if file.exists() else b"")
+    return total.hexdigest()

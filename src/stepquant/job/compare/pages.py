@@ -1,0 +1,32 @@
+"""From results to what people and programs read: compare.html, compare.md and results.parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stepquant.job.files import writing
+from stepquant.report import compare as write_page
+from stepquant.report.compare import summary as report_summary
+
+PAGE_KEYS = ("label", "cell")  # ours, not of the schema of results
+
+
+def write_pages(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Write the pages about these cells; nothing while there is none."""
+    if not results:
+        return
+    with writing(folder):
+        write_page([for_page(found) for found in results], folder)
+
+
+def for_page(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Results as the report reads them: the label of the row in the method's place."""
+    kept = {key: value for key, value in found.items() if key not in PAGE_KEYS}
+    return kept | {"quantized": dict(found["quantized"]) | {"method": found["label"]}}
+
+
+def summary(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The headline columns of every row, for a terminal; first row the header."""
+    return report_summary([for_page(found) for found in results])

@@ -1,0 +1,160 @@
+"""Run store: a folder of JSON, safetensors and PNG that survives anything.
+
+store.json                    {"format": 1}
+artifacts/NAME-KEY/           artifact/ (a diffusers folder), quantized.json (seconds, peak memory, sizes, digests)
+floats/KEY/00000.safetensors  images of the float model, a file a batch
+cells/NAME-KEY/               cell.json, and results.json (measured), error.json (failed) or images/ (on the way)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError, safe_open
+
+from stepquant.calib.cache import atomically
+from stepquant.core.digest import tensors_digest
+from stepquant.errors import StepquantError
+from stepquant.job.compare.cell import FORMAT, Cell, Origin
+
+MARKER, QUANTIZED, RESULTS, ERROR, CELL = (
+    "store.json",
+    "quantized.json",
+    "results.json",
+    "error.json",
+    "cell.json",
+)
+ARTIFACT, IMAGES, WORK = "artifact", "images", "work"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the parts of one cell are."""
+
+    cell: Path
+    artifact: Path
+    source: Path  # images of the float model on the same seeds
+    other: Path  # and on others
+
+    @property
+    def images(self) -> Path:
+        return self.cell / IMAGES
+
+    @property
+    def all(self) -> tuple[Path, ...]:
+        """Every folder that tasks write into for this cell."""
+        return self.cell, self.images, self.artifact, self.source, self.other
+
+
+@dataclass(frozen=True)
+class Store:
+    root: Path
+
+    @classmethod
+    def open(cls, root: Path, *, create: bool = True) -> Store:
+        """The store in a folder; a new one is made in an empty folder only."""
+        marker = root / MARKER
+        if not marker.exists():
+            if root.exists() and (not root.is_dir() or any(root.iterdir())):
+                raise StepquantError(
+                    f"'{root}' is no store of runs", got="other files", fix="choose a new or empty folder"
+                )
+            if not create:
+                raise StepquantError(
+                    f"there is no store of runs in '{root}'", fix="first: stepquant compare --out DIR"
+                )
+            atomically(marker, lambda temporary: temporary.write_text(json.dumps({"format": FORMAT}) + "\n"))
+        found = read_json(marker)
+        if found is None or found.get("format") != FORMAT:
+            raise StepquantError(
+                "the store of runs cannot be read",
+                where=str(marker),
+                got="a damaged file" if found is None else f"format {found.get('format')}",
+                expected=f"format {FORMAT}",
+                fix="choose another folder, or the stepquant that made it",
+            )
+        return cls(root)
+
+    def places(self, cell: Cell, origin: Origin, any_code: bool = False) -> Places:
+        """By content; with `any_code` a finished part that other code made is taken where there is none of this one."""
+        name = f"{cell.recipe.method}-{cell.scheme}-s{cell.recipe.seed}"
+        cells, artifacts = self.root / "cells", self.root / "artifacts"
+        floats = [origin.images_key(cell, seed) for seed in (cell.recipe.seed, cell.other_seed)]
+        artifact = artifacts / f"{name}-{origin.artifact_key(cell)}"
+        if any_code:
+            artifact = made_by_any_code(artifact, QUANTIZED)
+        place = cells / f"{name}-{origin.cell_key(cell, artifact.name)}"
+        if any_code:
+            place = made_by_any_code(place, RESULTS)
+        return Places(place, artifact, *(self.root / "floats" / key for key in floats))
+
+    def finished(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Every cell that was ever measured here."""
+        for file in sorted((self.root / "cells").glob(f"*/{RESULTS}")):
+            found = read_json(file)
+            if found is not None:
+                yield file.parent, found
+
+
+def made_by_any_code(folder: Path, marker: str) -> Path:
+    """That folder, or one whose name differs behind the dot alone, if only that one is finished."""
+    if (folder / marker).exists():
+        return folder
+    others = folder.parent.glob(f"{folder.name.rpartition('.')[0]}.*/{marker}")
+    return next((file.parent for file in sorted(others)), folder)
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """None where there is no such file, or a damaged one: its maker runs again."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    text = json.dumps(value, indent=1, default=str) + "\n"
+    atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def is_intact(file: Path) -> bool:
+    """Whether a file of tensors is there and holds what was written; a damaged one is made again."""
+    try:
+        with safe_open(file, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+            return (stored.metadata() or {}).get("digest") == tensors_digest(tensors)
+    except (OSError, SafetensorError):
+        return False
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of every file in a folder, by its path there."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()[:32] for file in files
+    }
+
+
+def artifact_intact(place: Path) -> bool:
+    """Whether the artifact there is finished and its files are those that were written."""
+    known = read_json(place / QUANTIZED)
+    return known is not None and known.get("files") == digests(place / ARTIFACT)
+
+
+def take_lock(folder: Path) -> IO[str] | None:
+    """The open lock file, or None where another process holds it; the system lets go of those of the dead."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
