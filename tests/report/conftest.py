@@ -43,15 +43,17 @@ def results() -> dict[str, Any]:
             {"path": "wide.conv", "limits": [-1.0, 2.5], "low": [-4.5, -1.0], "high": [2.0, 3.0], "clipped": [0.0125, 0.0]},
             {"path": "fits.conv", "limits": [-9.0, 9.0], "low": [-1.0, -1.0], "high": [1.0, 1.0], "clipped": [0.0, 0.0]},
         ],
+        "times": {"t": [900.0, 500.0, 0.0], "nearest": [0, 0, 2], "rate": 1 / 3, "worst": 0.75, "shown": [0, 1, 2],
+                  "cosine": [[0.999, 0.5, 0.1], [0.8, 0.75, 0.2], [0.1, 0.2, 1.0]]},
         "images": {"seeds": [1, 2], "float": [png(10), png(20)], "quantized": [png(12), png(20)]},
         "speed": {"threads": 2, "rounds": 9, "reference": "fp32 eager", "rows": [
             timing | {"name": "fp32 eager", "ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0},
             {"batch": 8, "name": "bf16 compiled", "unavailable": "no compiler"},
             timing | {"name": "stepquant", "milliseconds": 10.0, "low": 9.0, "high": 12.0, "ratio": 8.0},
         ]},
+        "making": {"seconds": 61.0, "peak_bytes": 900_000_000, "start_bytes": 500_000_000},
         "size": {"float_bytes": 40_000_000, "bytes": 10_400_000, "ratio": 0.26},
         "coverage": [
-        "making": {"seconds": 61.0, "peak_bytes": 900_000_000, "start_bytes": 500_000_000},
             {"path": "mid_block.conv", "role": "conv", "macs": 990, "weight": "int8/channel", "input": "uint8/tensor", "kernel": "convolution", "integer": True},
             {"path": "time", "role": "time", "macs": 10, "integer": False, "reason": "weight-only"},
         ],

@@ -20,6 +20,7 @@ from stepquant.report import Report
 from stepquant.report.chart import linear_ticks, log_span, log_ticks
 from stepquant.report.images import amplified, decode, grid, write_grid
 from stepquant.report.page import Bar, flat, heat, speed_bar
+from stepquant.report.tables import nearness
 from tests.report.conftest import png
 from tests.report.pages import outside, page_words
 
@@ -61,7 +62,7 @@ def test_charts_are_sound_svg_in_the_colours_of_the_page(results: dict[str, Any]
         assert places[0] > places[1] > places[2]  # a larger error is drawn higher
 
 
-@pytest.mark.parametrize("part", ["sampling", "quality", "steps", "blocks", "images", "speed", "size", "coverage", "cost", "plan", "environment", "quantized"])  # fmt: skip
+@pytest.mark.parametrize("part", ["sampling", "quality", "steps", "blocks", "times", "images", "speed", "size", "coverage", "cost", "plan", "environment", "quantized"])  # fmt: skip
 def test_parts_that_were_not_measured_are_left_out(results: dict[str, Any], part: str) -> None:
     del results[part]
     page_words(report.render(Report.from_json(results)))
@@ -158,3 +159,20 @@ def test_what_evaluate_returns_can_be_shown(pipeline: DDIMPipeline, tmp_path: Pa
     found = evaluate(pipeline, copy.deepcopy(pipeline), images=2, steps=2, probed=1, shown=2)
     words = page_words(report.write(found, tmp_path).read_text())
     assert "What really runs in integers" in words
+
+
+def test_nearest_times_are_framed_and_coloured_on_a_scale_of_powers(results: dict[str, Any]) -> None:
+    found = nearness(Report.from_json(results).times)  # type: ignore[arg-type]
+    assert [step for step, _ in found] == [0, 1, 2]
+    assert [[nearest for _, _, nearest in cells] for _, cells in found] == [
+        [True, False, False],
+        [True, False, False],
+        [False, False, True],
+    ]
+    heats = [[float(heat) for _, heat, _ in cells] for _, cells in found]
+    assert heats[2][2] == 100
+    assert heats[0][2] == 0
+    assert 0 < heats[1][1] < heats[1][0] < heats[0][0] < 100
+    page = report.render(Report.from_json(results))
+    assert page.count("cell nearest") == 3
+    assert "33.3 %" in page_words(page)

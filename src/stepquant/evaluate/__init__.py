@@ -23,6 +23,9 @@ but `speed` and `size`, which the caller adds; the report leaves out what is mis
     blocks       {steps: [int], t: [float], rows: [{path, sqnr: [decibel or null by step]}]}
     inputs       [{path, limits: [low, high] or null, low, high, clipped}]: what layers of the float model receive at the
                  steps of `blocks`, and the share outside the limits of the quantized model's integers; lists by step
+    times        {t: [by step], nearest: [step], rate, worst, shown: [step], cosine: [[]]} or null: for each step the one
+                 whose float time embedding is nearest to the quantized one, the share of steps where that is another
+                 time, the least cosine of a step with itself, and the cosines of the shown steps, quantized by row
     images       {seeds: [int], float: [PNG as base64], quantized: [PNG as base64]}
     speed        {threads, rounds, reference, rows: [{batch, name, layout, milliseconds, low, high, ratio, ratio_low,
                   ratio_high, unavailable}]}: quartiles; `ratio` is how many times faster than `reference`

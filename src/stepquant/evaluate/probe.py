@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.evaluate.inputs import Seen, limits, watch_inputs
+from stepquant.evaluate.times import confusion, watch_embedding
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import run
 
@@ -24,6 +25,7 @@ class Trace:
     steps: list[dict[str, Any]]
     blocks: dict[str, Any]
     inputs: list[dict[str, Any]]
+    times: dict[str, Any] | None = None  # confusion of the time embedding
 
 
 def relative_error(out: Tensor, target: Tensor) -> float:
@@ -127,6 +129,8 @@ def trace(
         ours = stack.enter_context(unit_outputs(other.model, units))
         theirs = stack.enter_context(unit_outputs(source.model, units))
         seen = stack.enter_context(watch_inputs(source, allowed, lambda: len(rows) in probed))
+        our_times = stack.enter_context(watch_embedding(other.model))
+        their_times = stack.enter_context(watch_embedding(source.model))
 
         def follow(call: int, arguments: dict[str, Any], target: Tensor) -> None:
             ours.clear()
@@ -155,7 +159,8 @@ def trace(
         "t": [rows[step]["t"] for step in kept],
         "rows": [{"path": path, "sqnr": values} for path, values in table.items()],
     }
-    return Trace(rows, blocks, input_rows(inputs[: len(kept)], allowed))
+    times = confusion(our_times, their_times, [row["t"] for row in rows])
+    return Trace(rows, blocks, input_rows(inputs[: len(kept)], allowed), times)
 
 
 def input_rows(

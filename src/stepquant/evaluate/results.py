@@ -81,6 +81,7 @@ def evaluate(
         "steps": traced.steps,
         "blocks": traced.blocks,
         "inputs": traced.inputs,
+        "times": traced.times,
         "images": show(seeds, judged.measured),
         "coverage": covered,
         "cost": cost(covered),

@@ -85,6 +85,7 @@ def render(report: Report) -> str:
         quality=by_target(report.quality),
         curves=Markup(curves(report)),
         heat=heat,
+        nearness=tables.nearness,
         clipped=most_clipped(report),
         speeds=speed_bars(report),
         sizes=size_bars(report),

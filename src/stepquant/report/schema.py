@@ -86,6 +86,17 @@ class Input(Part):
     clipped: tuple[float | None, ...]
 
 
+class Times(Part):
+    """For each step the one whose float time embedding is nearest; cosines of the shown steps."""
+
+    t: tuple[float, ...]
+    nearest: tuple[int, ...]
+    rate: float
+    worst: float
+    shown: tuple[int, ...]
+    cosine: tuple[tuple[float, ...], ...]
+
+
 class Images(Part):
     seeds: tuple[int, ...]
     source: tuple[str, ...] = Field(alias="float")
@@ -118,6 +129,14 @@ class Size(Part):
     ratio: float
 
 
+class Making(Part):
+    """What it took to quantize; `start_bytes` were resident before it began."""
+
+    seconds: float | None = None
+    peak_bytes: int | None = None
+    start_bytes: int | None = None
+
+
 class Coverage(Part):
     path: str
     role: str
@@ -128,14 +147,6 @@ class Coverage(Part):
     kernel: str = ""
     integer: bool
     reason: str = ""
-
-class Making(Part):
-    """What it took to quantize; `start_bytes` were resident before it began."""
-
-    seconds: float | None = None
-    peak_bytes: int | None = None
-    start_bytes: int | None = None
-
 
 
 class Precision(Part):
@@ -177,9 +188,11 @@ class Report(Part):
     steps: tuple[Step, ...] = ()
     blocks: Blocks | None = None
     inputs: tuple[Input, ...] = ()
+    times: Times | None = None
     images: Images | None = None
     speed: Speed | None = None
     size: Size | None = None
+    making: Making | None = None
     coverage: tuple[Coverage, ...] = ()
     cost: Cost | None = None
     plan: tuple[Decision, ...] = ()
@@ -192,7 +205,6 @@ class Report(Part):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise EvaluationError(
-    making: Making | None = None
                 f"these results cannot be shown: {first['msg']}",
                 where=where,
                 got=str(first.get("input"))[:80],

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepquant.report.schema import Number, Report, Timing
+from stepquant.report.schema import Number, Report, Times, Timing
 
 QUANTIZED = "stepquant"
 HEADER = ("", "float", "integer", "floor", "how")
@@ -96,6 +97,21 @@ def networks(report: Report) -> dict[str, list[str]]:
         names = found.setdefault(number.extractor, [])
         names += [] if number.name in names else [number.name]
     return {digest: names for digest, names in found.items() if digest}
+
+
+def nearness(times: Times) -> list[tuple[int, list[tuple[str, str, bool]]]]:
+    """The shown steps with their cells: a label, its colour in percent (from far to near), whether it is the nearest."""
+    far, near = 1 - min(map(min, times.cosine)), max(1 - max(map(max, times.cosine)), 1e-6)
+    rows = []
+    for step, cosines in zip(times.shown, times.cosine):
+        best = max(range(len(cosines)), key=lambda i: cosines[i])
+        # Neighbouring steps differ in the fourth digit, distant ones in the first: a scale of powers shows both.
+        heats = [math.log(far / max(1 - x, near)) / max(math.log(far / near), 1e-9) for x in cosines]
+        cells = [
+            (f"{x:.4f}", f"{100 * heat:.0f}", i == best) for i, (x, heat) in enumerate(zip(cosines, heats))
+        ]
+        rows.append((step, cells))
+    return rows
 
 
 def error_rows(report: Report) -> list[tuple[str, ...]]:
