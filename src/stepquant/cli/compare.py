@@ -44,7 +44,14 @@ Images = Annotated[int, typer.Option(min=2, metavar="N", help="Images of each ce
 Steps = Annotated[int, typer.Option(min=1, metavar="N", help="Denoising steps of those images.")]
 Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")]
 CalibrationSteps = Annotated[
-    int, typer.Option("--calibration-steps", min=1, metavar="N", help="Denoising steps of the calibration.")
+    int | None,
+    typer.Option(
+        "--calibration-steps",
+        min=1,
+        metavar="N",
+        help="Denoising steps of the calibration.",
+        show_default="as --steps",
+    ),
 ]
 Data = Annotated[
     str | None,
@@ -82,7 +89,7 @@ def compare(
     images: Images = 2048,
     steps: Steps = 50,
     batch: Batch = 32,
-    calibration_steps: CalibrationSteps = 100,
+    calibration_steps: CalibrationSteps = None,
     sampler: Sampler = None,
     settings: Settings = None,
     data: Data = None,
@@ -114,7 +121,7 @@ def compare(
         range(seeds),
         Evaluation.of(data=data or DATA.get(model), **chosen),
         settings=read_settings(settings or []),
-        steps=calibration_steps,
+        steps=calibration_steps or steps,
         sampler=sampler,
         prompts=read_prompts(prompts),
         device=device,
@@ -130,6 +137,30 @@ def compare(
     counts = f"{compared.made} made, {compared.found} found, {compared.failed} failed"
     screen.show(f"\n{compared.page}: {len(cells)} cells, {counts}")
     screen.finish(json, {"page": str(compared.page), "cells": list(compared.results)})
+
+
+def results(
+    sql: Annotated[
+        str | None,
+        typer.Option(
+            "--sql",
+            metavar="QUERY",
+            help="Over the tables results, numbers and steps.",
+            show_default="the headline columns",
+        ),
+    ] = None,
+    store: Annotated[
+        Path, typer.Option("--store", metavar="DIR", help="Folder of `stepquant compare`.")
+    ] = Path("runs/compare"),
+    json: Json = None,
+) -> None:
+    """Ask a run store in SQL: a row for each cell (results), each number (numbers), each denoising step (steps)."""
+    from stepquant.job.compare.query import ask
+
+    screen = Screen()
+    columns, rows = ask(store, sql)
+    screen.table("", columns, rows)
+    screen.finish(json, {"columns": columns, "rows": [dict(zip(columns, row)) for row in rows]})
 
 
 def choose_executor(name: str, workers: int, address: str | None, progress: Progress) -> Any:
@@ -183,4 +214,4 @@ def split_settings(text: str) -> list[str]:
     return parts
 
 
-COMMANDS: Mapping[str, Callable[..., None]] = {"compare": compare}
+COMMANDS: Mapping[str, Callable[..., None]] = {"compare": compare, "results": results}

@@ -89,6 +89,8 @@ class Drive:
     def __init__(self, jobs: Sequence[Job], executor: Executor) -> None:
         self.executor = executor
         self.left = {job.places.cell: job for job in jobs}
+        for job in jobs:
+            write_json(job.places.cell / CELL, job.cell.model_dump(mode="json") | {"scheme": job.cell.scheme})
         self.running: dict[str, Task] = {}
         self.locks: dict[Path, IO[str]] = {}
         self.intact: set[Path] = set()
@@ -129,9 +131,6 @@ class Drive:
         """Start a task unless it runs already, here or in another comparison on this store."""
         if task.key in self.running or not self.lock(task.out):
             return
-        if isinstance(task, Measure):
-            known = task.model_dump(mode="json", include={"label", "recipe", "evaluation"})
-            write_json(task.out / CELL, known)
         self.running[task.key] = task
         self.executor.start(task)
 
@@ -159,7 +158,7 @@ class Drive:
         for job in failed:
             del self.left[job.places.cell]
             known = {"error": words, "kind": end.kind, "during": type(task).__name__.lower()}
-            write_json(job.places.cell / ERROR, known | {"label": job.cell.label, "scheme": job.cell.scheme})
+            write_json(job.places.cell / ERROR, known)
         return failed
 
     def needed(self, job: Job) -> Iterator[Task]:

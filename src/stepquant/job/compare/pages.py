@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from stepquant.job.compare.query import write_parquet
 from stepquant.job.files import writing
 from stepquant.report import compare as write_page
 from stepquant.report.compare import summary as report_summary
 
+PARQUET = "results.parquet"
 PAGE_KEYS = ("label", "cell")  # ours, not of the schema of results
 
 
-def write_pages(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Write the pages about these cells; nothing while there is none."""
+def write_pages(
+    results: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], folder: Path
+) -> None:
+    """Write the pages about these cells, nothing while there is none; and their rows, where there is a library for it."""
     if not results:
         return
     with writing(folder):
         write_page([for_page(found) for found in results], folder)
+        if find_spec("pyarrow") is not None:
+            write_parquet(rows, folder / PARQUET)
 
 
 def for_page(found: Mapping[str, Any]) -> dict[str, Any]:

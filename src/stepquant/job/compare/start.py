@@ -14,6 +14,7 @@ from stepquant.job.compare.drive import Drive, Job
 from stepquant.job.compare.executor import Executor
 from stepquant.job.compare.pages import write_pages
 from stepquant.job.compare.processes import Processes
+from stepquant.job.compare.query import cell_row
 from stepquant.job.compare.store import ERROR, RESULTS, Store, read_json
 from stepquant.job.pipelines import load
 from stepquant.models.denoiser import Denoiser
@@ -51,15 +52,27 @@ def compare(
     jobs = [Job.of(cell, opened, origin, any_code) for cell in cells]
     todo = [job for job in jobs if not job.is_done()]
     folder = out or store
-    write_pages(read_all(jobs), folder)
+    refresh(jobs, folder)
     drive = Drive(todo, executor or Processes(progress=progress))
     for _ in progress.track(drive, f"cells ({len(jobs) - len(todo)} of {len(jobs)} found)", len(todo)):
-        write_pages(read_all(jobs), folder)
+        refresh(jobs, folder)
     results = read_all(jobs)
     failed = sum("error" in found for found in results)
     return Compared(
         folder / "compare.html", len(jobs) - len(todo), len(todo) - failed, failed, tuple(results)
     )
+
+
+def refresh(jobs: Sequence[Job], folder: Path) -> None:
+    """Write the pages about what is known now."""
+    write_pages(read_all(jobs), [row_of(job) for job in jobs], folder)
+
+
+def row_of(job: Job) -> dict[str, Any]:
+    """The cell in one row, as `stepquant results` has it."""
+    known = job.cell.model_dump(mode="json") | {"scheme": job.cell.scheme}
+    failed = (read_json(job.places.cell / ERROR) or {}).get("error")
+    return cell_row(job.places.cell.name, known, read_json(job.places.cell / RESULTS), failed)
 
 
 def find_origin(cells: Sequence[Cell]) -> Origin:

@@ -94,12 +94,9 @@ class Store:
             place = made_by_any_code(place, RESULTS)
         return Places(place, artifact, *(self.root / "floats" / key for key in floats))
 
-    def finished(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Every cell that was ever measured here."""
-        for file in sorted((self.root / "cells").glob(f"*/{RESULTS}")):
-            found = read_json(file)
-            if found is not None:
-                yield file.parent, found
+    def cells(self) -> Iterator[Path]:
+        """The folder of every cell that was ever asked for here."""
+        yield from sorted(file.parent for file in (self.root / "cells").glob(f"*/{CELL}"))
 
 
 def made_by_any_code(folder: Path, marker: str) -> Path:

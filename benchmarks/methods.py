@@ -1,0 +1,297 @@
+"""Make methods.md: every published method on the embedded model, with ablations, beside the float model and its noise.
+
+    python benchmarks/methods.py                                   everything (hours)
+    python benchmarks/methods.py --parts methods --schemes w4a8    a part of it
+    python benchmarks/methods.py --images 64 --steps 10 --set iterations=10 --methods minmax,brecq --out try.md
+
+Interrupt it whenever you like, and run it again to go on: finished cells are kept in --store, failed ones tried again.
+Words between `<!-- words NAME -->` and `<!-- end -->` are yours: they stay when the file is made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from stepquant import methods as registry
+from stepquant.calib.cache import atomically
+from stepquant.cli.options import read_settings
+from stepquant.cli.reporter import Reporter, clock
+from stepquant.errors import StepquantError
+from stepquant.job.compare import Cell, Evaluation, Processes, Variant, compare, grid
+from stepquant.job.results import DATA
+
+MODEL = "stepquant:cifar10"
+SCHEMES, MAIN = ("w8a8", "w6a6", "w4a8", "w4a4"), "w4a8"
+# What the tables are made of: title and rows. The rows of an ablation are all at MAIN.
+EDA_DM = [
+    Variant("eda_dm", {"times": times, "layers": layers})
+    for times in ("uniform", "tdac")
+    for layers in (0, 0.8)
+]
+GAC = [
+    Variant("gac", {"meta_steps": 0}, "gac, uniform weights"),
+    Variant("gac", {"alignment": 0}, "gac, learnt weights without alignment"),
+    Variant("gac", {}, "gac, learnt weights with alignment (default)"),
+    *(Variant("gac", {"validation": share}) for share in (0.02, 0.1)),
+    *(Variant("gac", {"temperature": temperature}) for temperature in (0.5, 2)),
+]
+PARTS = ("methods", "eda_dm", "gac")
+PROBED_STEPS = 6  # columns of the table of errors by step
+
+
+def main() -> int:
+    options = read_options()
+    try:
+        tables = plan_tables(options)
+        with Reporter(Console(stderr=True), options.quiet) as reporter:
+            made = run_tables(options, tables, reporter)
+        text = fill(options, made)
+    except StepquantError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nfinished cells are kept in {options.store}; run the same command to go on", file=sys.stderr)
+        return 130
+    atomically(options.out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    print(f"wrote {options.out}; the page about all cells: {options.store / 'compare.html'}")
+    return 0
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default=MODEL)
+    add("--parts", default=",".join(PARTS), help="of " + ",".join(PARTS))
+    add("--methods", default="", help="those of the main table; all by default")
+    add("--schemes", default=",".join(SCHEMES))
+    add("--seeds", type=int, default=3, help=f"at {MAIN}; one elsewhere")
+    add("--images", type=int, default=2048)
+    add("--steps", type=int, default=50, help="denoising steps of the images")
+    add("--calibration-steps", type=int, help="as --steps by default, which step corrections need")
+    add("--batch", type=int, default=64)
+    add("--speed", type=float, default=0.0, help="seconds of timing a cell; 0: none")
+    add("--set", action="append", default=[], help="KEY=VALUE for every method that has the field")
+    add("--workers", type=int, default=1)
+    add("--any-code", action="store_true", help="keep finished cells that other code made")
+    add("--store", type=Path, default=Path("runs/methods"))
+    add("--out", type=Path, default=Path(__file__).with_name("methods.md"))
+    add("--quiet", action="store_true")
+    return parser.parse_args()
+
+
+def all_methods() -> list[Variant]:
+    """Every method, and every correction behind the plainest method that it can correct."""
+    corrections = [name for name in registry.names() if registry.corrects(name)]
+    alone = [Variant(name) for name in registry.names() if name not in corrections]
+    return alone + [Variant(f"minmax+{name}") for name in corrections]
+
+
+def plan_tables(options: argparse.Namespace) -> dict[str, list[Cell]]:
+    """Part -> its cells, in the order of the rows."""
+    parts, schemes = options.parts.split(","), options.schemes.split(",")
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise StepquantError(f"unknown part '{unknown[0]}'", expected=", ".join(PARTS))
+    chosen = [Variant(name) for name in options.methods.split(",") if name] or all_methods()
+    out: dict[str, list[Cell]] = {}
+    if "methods" in parts:
+        out["methods"] = [cell for scheme in schemes for cell in cells(options, chosen, scheme)]
+    for part, rows in (("eda_dm", EDA_DM), ("gac", GAC)):
+        if part in parts:
+            out[part] = cells(options, rows, MAIN)
+    return out
+
+
+def cells(options: argparse.Namespace, rows: Sequence[Variant], scheme: str) -> list[Cell]:
+    evaluation = Evaluation.of(
+        images=options.images,
+        steps=options.steps,
+        batch=options.batch,
+        speed=options.speed,
+        data=DATA.get(options.model),
+    )
+    return grid(
+        options.model,
+        rows,
+        [scheme],
+        range(options.seeds if scheme == MAIN else 1),
+        evaluation,
+        settings=read_settings(options.set),
+        steps=options.calibration_steps or options.steps,
+    )
+
+
+def run_tables(
+    options: argparse.Namespace, tables: Mapping[str, list[Cell]], reporter: Reporter
+) -> dict[str, list[dict[str, Any]]]:
+    """Results of every part; the same cell in two parts is made once."""
+    every = [cell for rows in tables.values() for cell in rows]
+    start = time.monotonic()
+    executor = Processes(options.workers, reporter)
+    done = compare(every, options.store, executor=executor, any_code=options.any_code, progress=reporter)
+    reporter.say(
+        f"{done.made} cells made in {clock(time.monotonic() - start)}, {done.found} found, {done.failed} failed"
+    )
+    out: dict[str, list[dict[str, Any]]] = {}
+    found = iter(done.results)
+    for part, rows in tables.items():
+        out[part] = [next(found) for _ in rows]
+    return out
+
+
+def fill(options: argparse.Namespace, made: Mapping[str, list[dict[str, Any]]]) -> str:
+    """The file, with the words that were in it."""
+    former = options.out.read_text(encoding="utf-8") if options.out.exists() else ""
+    kept = dict(re.findall(r"<!-- words (\w+) -->\n(.*?)<!-- end -->", former, re.DOTALL))
+    titles = {
+        "methods": "Methods",
+        "eda_dm": f"EDA-DM at {MAIN}: steps and loss",
+        "gac": f"Gradient-aligned calibration at {MAIN}: weights",
+    }
+    lines = [
+        "# Methods on the embedded model",
+        "",
+        f"Made by `python {' '.join(['benchmarks/methods.py', *sys.argv[1:]])}`.",
+        "",
+    ]
+    lines += [how_measured(options, made), "", *words("all", kept)]
+    for part, results in made.items():
+        lines += [f"## {titles[part]}", "", *table(results), "", *step_table(results), ""]
+        lines += words(part, kept)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def words(name: str, kept: Mapping[str, str]) -> list[str]:
+    return [f"<!-- words {name} -->", kept.get(name, "").rstrip("\n"), "<!-- end -->", ""]
+
+
+def how_measured(options: argparse.Namespace, made: Mapping[str, list[dict[str, Any]]]) -> str:
+    done = [row for rows in made.values() for row in rows if "error" not in row]
+    if not done:
+        return "No cell is finished."
+    first = done[0]
+    where, how = first["environment"], first["sampling"]
+    extractor = next(
+        (q["extractor"] for q in first["quality"] if q["name"] == "FD-C10" and q["extractor"]), "none"
+    )
+    return (
+        f"{first['float']['name']} (digest {first['float']['digest']}), {how['images']:,} images of {how['steps']} "
+        f"{how['sampler']} steps ({how['calls']} calls of the denoiser) from the same seeds in every row; calibration over "
+        f"{options.calibration_steps or options.steps} steps; features by extractor {extractor}. {where['cpu']}, {where['threads']} threads, "
+        f"torch {where['torch']}. Seconds and peak memory are those of quantizing, in a process of its own, recording "
+        "included; about half of the memory is Python with its libraries. After ±: the standard deviation over seeds "
+        "(calibration and images both differ); none where there is one seed. FD falls with the number of images: compare it "
+        "at the same number only."
+    )
+
+
+def table(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Rows of quality and cost; the float model first."""
+    head = [
+        "scheme",
+        "method",
+        "seeds",
+        "FD to data ↓",
+        "FD to float ↓",
+        "PSNR dB ↑",
+        "noise error ↓",
+        "MB",
+        "s",
+        "peak MB",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *float_rows(results)]
+    for (label, scheme), rows in groups(results).items():
+        done, errors = [r for r in rows if "error" not in r], [r["error"] for r in rows if "error" in r]
+        numbers = [
+            shown([quality(row, "FD-C10", data=True) for row in done], 2),
+            shown([quality(row, "FD-C10") for row in done], 2),
+            shown([quality(row, "PSNR") for row in done], 2),
+            shown([mean_error(row) for row in done], 4),
+            shown([row["size"]["bytes"] / 1e6 for row in done], 1, spread=False),
+            shown([row["making"]["seconds"] for row in done], 0),
+            shown([row["making"]["peak_bytes"] / 1e6 for row in done], 0, spread=False),
+        ]
+        failed = f" (failed: {errors[0].splitlines()[0]})" if errors else ""
+        lines.append(f"| {' | '.join([scheme, label + failed, str(len(done)), *numbers])} |")
+    return lines
+
+
+def float_rows(results: Sequence[dict[str, Any]]) -> list[str]:
+    """The float model in the quantized one's place: on the same seeds, and on others."""
+    by_seed = {row["sampling"]["seed"]: row for row in results if "error" not in row}
+    rows = list(by_seed.values())
+    count = str(len(rows))
+    same = shown([quality(row, "FD-C10", data=True, field="reference") for row in rows], 2)
+    floors = [
+        shown([quality(row, "FD-C10", data=True, field="floor") for row in rows], 2),
+        shown([quality(row, "FD-C10", field="floor") for row in rows], 2),
+        shown([quality(row, "PSNR", field="floor") for row in rows], 2),
+    ]
+    size = shown([row["size"]["float_bytes"] / 1e6 for row in rows], 1, spread=False)
+    none = ["", "", ""]
+    return [
+        f"| {' | '.join(['fp32', '**float**, same seeds', count, same, '0', '∞', '0', size, *none[:2]])} |",
+        f"| {' | '.join(['fp32', '**float**, other seeds: the noise floor', count, *floors, *none, ''])} |",
+    ]
+
+
+def step_table(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Relative error of the noise prediction on the float trajectory, at a few denoising steps."""
+    done = {key: [r for r in rows if "error" not in r] for key, rows in groups(results).items()}
+    done = {key: rows for key, rows in done.items() if rows}
+    if not done:
+        return []
+    count = len(next(iter(done.values()))[0]["steps"])
+    steps = sorted({round(i * (count - 1) / (PROBED_STEPS - 1)) for i in range(PROBED_STEPS)})
+    lines = [
+        "Error of the noise prediction by denoising step (0 is the noisiest), both networks on the float trajectory:",
+        "",
+        f"| scheme | method | {' | '.join(f'step {step}' for step in steps)} |",
+        "|" + "---|" * (len(steps) + 2),
+    ]
+    for (label, scheme), rows in done.items():
+        errors = [statistics.fmean(row["steps"][step]["relative"] for row in rows) for step in steps]
+        lines.append(f"| {scheme} | {label} | {' | '.join(f'{error:.4f}' for error in errors)} |")
+    return lines
+
+
+def groups(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    out: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in results:
+        out.setdefault((row["label"], row["quantized"]["scheme"]), []).append(row)
+    return out
+
+
+def quality(row: Mapping[str, Any], name: str, *, data: bool = False, field: str = "value") -> float | None:
+    """A number of the results: against data, or against the float model on the same seeds."""
+    for number in row["quality"]:
+        if number["name"] == name and number["against"].startswith("float") != data:
+            return number[field] if number["value"] is not None else None
+    return None
+
+
+def mean_error(row: Mapping[str, Any]) -> float | None:
+    return statistics.fmean(step["relative"] for step in row["steps"]) if row["steps"] else None
+
+
+def shown(values: Sequence[float | None], places: int, *, spread: bool = True) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    mean = f"{statistics.fmean(known):,.{places}f}"
+    return f"{mean} ± {statistics.stdev(known):.{places}f}" if spread and len(known) > 1 else mean
+
+
+if __name__ == "__main__":
+    sys.exit(main())
