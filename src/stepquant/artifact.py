@@ -96,8 +96,8 @@ def packed_tensors(layer: QuantLayer) -> dict[str, Tensor]:
     out = {"weight": pack(integers, quantizer.grid), "weight_scale": scale.float()}
     if not quantizer.grid.symmetric:
         out["weight_zero_point"] = zero_point.to(torch.int16)
-    if layer.layer.bias is not None:
-        out["bias"] = layer.layer.bias.detach().float()
+    if layer.bias is not None:
+        out["bias"] = layer.bias.detach().float()
     if layer.input_quantizer is not None:
         out |= range_tensors("input", layer.input_quantizer)
     return {name: value.detach().clone().contiguous() for name, value in out.items()}

@@ -70,6 +70,25 @@ def test_straight_through_has_the_same_values_and_its_gradients() -> None:
     assert torch.allclose(scale.grad, expected, rtol=1e-4)
 
 
+def test_elements_that_are_not_chosen_stay_and_pass_their_gradient() -> None:
+    """Against recorded operations: torch.where over round-through-detach."""
+    grid, generator = Grid.parse("uint4/tensor"), torch.Generator().manual_seed(0)
+    x, chosen = 4 * torch.randn(300, generator=generator), torch.rand(300, generator=generator) < 0.5
+    zero_point, found = torch.tensor([4.0]), []
+    for is_ours in (True, False):
+        inputs = x.clone().requires_grad_(), torch.tensor([0.5], requires_grad=True)
+        if is_ours:
+            out = fake_quantize_ste(*inputs, zero_point, grid, chosen)
+        else:
+            scaled = inputs[0] / inputs[1]
+            q = scaled + (scaled.round() - scaled).detach() + zero_point
+            out = torch.where(chosen, (q.clamp(0, 15) - zero_point) * inputs[1], inputs[0])
+        found.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(found[0][0][~chosen], x[~chosen])
+
+
 def test_groups_share_rows() -> None:
     weight = torch.arange(2 * 8).reshape(2, 8)
     assert to_groups(weight, Grid.parse("int4/group4")).tolist() == weight.reshape(4, 4).tolist()

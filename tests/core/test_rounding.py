@@ -12,7 +12,7 @@ from stepquant.core.rounding import (
     hard_integers,
     indecision,
     share_up,
-    soft_values,
+    soft_span,
 )
 
 GRIDS = [Grid.parse("int4/channel"), Grid.parse("int8/channel"), Grid.parse("int4/channel/asym")]
@@ -29,8 +29,8 @@ def rows_and_range(grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 def test_start_reproduces_the_weights(grid: Grid) -> None:
     rows, scale, zero_point = rows_and_range(grid)
     floor, fraction = floor_and_fraction(rows, scale)
-    soft = soft_values(floor, share_up(alpha_of(fraction)), scale, zero_point, grid)
-    torch.testing.assert_close(soft, rows, rtol=0, atol=1e-5)
+    low, span = soft_span(floor, scale, zero_point, grid)
+    torch.testing.assert_close(low + share_up(alpha_of(fraction)) * span, rows, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -41,11 +41,16 @@ def test_rounding_by_the_fraction_is_rounding_to_nearest(grid: Grid) -> None:
     assert torch.equal(hard, quantize(rows * 1.5, scale, zero_point, grid))
 
 
-def test_soft_values_stay_inside_the_grid() -> None:
-    grid, scale = Grid.parse("int4/channel"), torch.tensor([[0.5]])
-    floor = torch.tensor([[-100.0, 100.0]])
-    soft = soft_values(floor, torch.ones(1, 2), scale, torch.zeros(1, 1), grid)
-    assert soft.tolist() == [[grid.qmin * 0.5, grid.qmax * 0.5]]
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_soft_weights_are_the_formula_clipped_to_the_grid(grid: Grid) -> None:
+    """Eq. 22 as written: scale * clip(floor + share, low, high)."""
+    generator = torch.Generator().manual_seed(1)
+    floor = torch.randint(-20, 20, (3, 50), generator=generator).float()
+    share, scale = torch.rand(3, 50, generator=generator), torch.rand(3, 1, generator=generator) + 0.1
+    zero_point = torch.zeros(3, 1) if grid.symmetric else torch.tensor([[-1.0], [0.0], [2.0]])
+    low, span = soft_span(floor, scale, zero_point, grid)
+    expected = (floor + share).clamp(grid.qmin - zero_point, grid.qmax - zero_point) * scale
+    torch.testing.assert_close(low + share * span, expected)
 
 
 def test_share_reaches_its_ends_at_finite_alpha() -> None:

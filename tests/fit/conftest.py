@@ -12,7 +12,7 @@ from stepquant.calib.calibset import CalibSet
 from stepquant.calib.pick import every
 from stepquant.calib.record import Source
 from stepquant.core.ranges import lp_search
-from stepquant.fit.blocks import hold_out
+from stepquant.fit.blocks import hold_out, layer_targets
 from stepquant.fit.learner import Sample
 from stepquant.fit.ranges import set_weight_ranges
 from stepquant.fit.streams import Streams
@@ -34,9 +34,10 @@ class Bench:
             self.network.switch(weights=False, inputs=False)
             floats = self.streams.inputs(piece, quantized=False)
             targets = self.streams.advance(piece, floats, quantized=False)
+            layers = layer_targets(self.streams, piece, floats)
             self.network.switch(weights=True, inputs=False)
             quants = self.streams.inputs(piece, quantized=True)
-            yield piece, Sample(floats, quants, targets, train, held)
+            yield piece, Sample(floats, quants, targets, train, held, layers=layers)
             self.network.switch(weights=True, inputs=False)
             self.streams.advance(piece, quants, quantized=True)
 

@@ -27,11 +27,43 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> T
     return dequantize(quantize(x, scale, zero_point, grid), scale, zero_point).to(x.dtype)
 
 
-def fake_quantize_ste(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """`fake_quantize` whose rounding passes gradients to `x` and to `scale` (straight-through)."""
-    scaled = x * scale.reciprocal()
-    q = scaled + (torch.round(scaled) - scaled).detach() + zero_point
-    return (q.clamp(grid.qmin, grid.qmax) - zero_point) * scale
+def fake_quantize_ste(
+    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, chosen: Tensor | None = None
+) -> Tensor:
+    """`fake_quantize` whose rounding passes gradients to `x` and to `scale` (straight-through).
+
+    Elements that are not `chosen` stay what they are.
+    """
+    return StraightThrough.apply(x, scale, zero_point, grid, chosen)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class StraightThrough(torch.autograd.Function):
+    """One pass for the value and for both gradients, where recorded operations would take three times as long."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, chosen: Tensor | None
+    ) -> Tensor:
+        scaled = x.float() * scale.float().reciprocal()
+        rounded = torch.round(scaled) + zero_point
+        level = rounded.clamp(grid.qmin, grid.qmax)
+        inside = level == rounded
+        level -= zero_point
+        out = (level * scale).to(x.dtype)
+        # LSQ: d out / d scale is round(x/s) - x/s inside the range and the clipped integer outside.
+        slope = level.sub_(scaled.mul_(inside))
+        if chosen is not None:
+            out, slope, inside = torch.where(chosen, out, x), slope.mul_(chosen), inside | ~chosen
+        ctx.save_for_backward(inside, slope)
+        ctx.shape = scale.shape
+        return out
+
+    @staticmethod
+    def backward(ctx, slope_out: Tensor):  # type: ignore[no-untyped-def, override]
+        inside, slope = ctx.saved_tensors
+        of_x = slope_out * inside if ctx.needs_input_grad[0] else None
+        of_scale = (slope_out.float() * slope).sum_to_size(ctx.shape) if ctx.needs_input_grad[1] else None
+        return of_x, of_scale, None, None, None
 
 
 def scale_and_zero(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

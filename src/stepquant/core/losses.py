@@ -28,12 +28,6 @@ def per_sample(out: Tensor, target: Tensor, p: float = 2.0) -> Tensor:
     return summed.flatten(1).mean(1) if summed.ndim > 1 else summed
 
 
-def lp_loss(out: Tensor, target: Tensor, p: float = 2.0, weight: Tensor | None = None) -> Tensor:
-    """Mean of `per_sample`, each sample counted by its weight."""
-    losses = per_sample(out, target, p)
-    return (losses if weight is None else losses * weight).mean()
-
-
 @dataclass(frozen=True)
 class BlockLoss:
     """The error of the block's outputs plus `layers` times the error of each layer inside."""

@@ -27,10 +27,15 @@ def floor_and_fraction(rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return floor, scaled - floor
 
 
-def soft_values(floor: Tensor, share: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """Weights that are `share` of the way to the upper integer, inside the grid: Eq. 22."""
+def soft_span(floor: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The lower value of every weight and how far the upper one lies above it, inside the grid (Eq. 22).
+
+    A weight that is `share` of the way up is lower + share * span; where the grid ends, the span is 0.
+    """
     low, high = grid.qmin - zero_point, grid.qmax - zero_point
-    return torch.maximum(torch.minimum(floor + share, high), low) * scale
+    lower = torch.maximum(torch.minimum(floor, high), low)
+    upper = torch.maximum(torch.minimum(floor + 1, high), low)
+    return lower * scale, (upper - lower) * scale
 
 
 def hard_integers(floor: Tensor, up: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:

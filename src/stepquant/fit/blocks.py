@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from stepquant.errors import CalibrationError
 from stepquant.fit.journal import Journal
-from stepquant.fit.learner import Sample, Schedule
+from stepquant.fit.learner import Sample, Schedule, watch_layers, watched_layers
 from stepquant.fit.reconstruct import Report, reconstruct
-from stepquant.fit.streams import Piece, Streams
+from stepquant.fit.streams import Allocation, Piece, Shape, Streams, Table
 from stepquant.progress import Progress, Silent
 from stepquant.quant.insert import Inserted
 
+Fit = Callable[[Piece, Sample, int], Report]  # block, what it sees, seed
 Weigh = Callable[
     [Inserted, Piece, Sample, int], Tensor
 ]  # network, block, what it sees, seed -> weight per record
@@ -33,7 +36,36 @@ def reconstruct_blocks(
     weigh: Weigh | None = None,
     progress: Progress | None = None,
 ) -> list[Report]:
-    """Every block sees inputs from the quantized blocks before it and is fitted to the float model's outputs.
+    """Learn roundings and steps of every block, to return what the float model returns."""
+
+    def fit(piece: Piece, sample: Sample, seed: int) -> Report:
+        if schedule.loss.layers:
+            sample = replace(sample, layers=layer_targets(streams, piece, sample.floats))
+            streams.network.switch(weights=True, inputs=activations)
+        if weigh is not None:
+            sample = sample.weighted(weigh(streams.network, piece, sample, seed))
+        report = reconstruct(streams.network, piece, sample, schedule, seed)
+        if sample.layers is not None:
+            streams.release(sample.layers)
+        return report
+
+    return fit_blocks(
+        streams, fit, journal, stage=stage, activations=activations, seed=seed, held=held, progress=progress
+    )
+
+
+def fit_blocks(
+    streams: Streams,
+    fit: Fit,
+    journal: Journal,
+    *,
+    stage: str,
+    activations: bool,
+    seed: int = 0,
+    held: float = 1 / 16,
+    progress: Progress | None = None,
+) -> list[Report]:
+    """Every block is fitted with inputs from the quantized blocks before it, and with the float model's outputs.
 
     `activations` says whether activations are quantized meanwhile; `held` is the share of records kept for judging.
     """
@@ -43,7 +75,7 @@ def reconstruct_blocks(
     streams.restart()
     with without_gradients(network):
         for number, piece in enumerate(
-            progress.track(streams.pieces, f"reconstructing {stage}", len(streams.pieces))
+            progress.track(streams.pieces, f"fitting {stage}", len(streams.pieces))
         ):
             network.switch(weights=False, inputs=False)
             floats = streams.inputs(piece, quantized=False)
@@ -52,10 +84,7 @@ def reconstruct_blocks(
             quants = streams.inputs(piece, quantized=True)
             report = journal.read(stage, piece.path)
             if report is None:
-                sample = Sample(floats, quants, targets, train, kept)
-                if weigh is not None:
-                    sample = sample.weighted(weigh(network, piece, sample, seed + number))
-                report = reconstruct(network, piece, sample, schedule, seed + number)
+                report = fit(piece, Sample(floats, quants, targets, train, kept), seed + number)
                 journal.write(stage, report)
             streams.advance(piece, quants, quantized=True)
             streams.release(floats)
@@ -63,6 +92,21 @@ def reconstruct_blocks(
             reports.append(report)
             progress.note(describe(report))
     return reports
+
+
+def layer_targets(streams: Streams, piece: Piece, floats: Table) -> Table | None:
+    """What the layers of a block that count in its loss return in float; computed once, not in every iteration."""
+    layers = watched_layers(piece)
+    if not layers:
+        return None
+    streams.network.switch(weights=False, inputs=False)
+    table = Allocation(
+        streams, Shape(tree_flatten([0] * len(layers))[1], (None,) * len(layers), (True,) * len(layers))
+    )
+    with torch.no_grad():
+        for rows in streams.slices():
+            table.put(rows, watch_layers(piece, layers, floats.take(rows)).layers)
+    return table.table()
 
 
 def hold_out(records: int, share: float) -> tuple[Tensor, Tensor]:

@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from stepquant.calib.cache import atomically
 from stepquant.calib.calibset import CalibSet
 from stepquant.core.digest import value_digest
 from stepquant.errors import CalibrationError
-from stepquant.fit.learnable import FixedRounding
+from stepquant.fit.learnable import FixedIntegers, FixedRounding
 from stepquant.fit.learner import activation_quantizers, inside
 from stepquant.fit.reconstruct import Report
 from stepquant.quant.insert import Inserted
+from stepquant.quant.layers import Rounding
 
-FORMAT = 1  # raised when the same settings come to mean another result
+FORMAT = 2  # raised when the same settings come to mean another result
 
 
 class Journal:
@@ -48,6 +50,10 @@ class Journal:
         for name, layer in inside(self.network.layers, report.path).items():
             if isinstance(layer.rounding, FixedRounding):
                 tensors[f"up|{name}"] = layer.rounding.up.contiguous()
+            if isinstance(layer.rounding, FixedIntegers):
+                tensors[f"integers|{name}"] = layer.rounding.given.contiguous()
+            if layer.shift is not None:
+                tensors[f"shift|{name}"] = layer.shift.contiguous()
         for quantizer in activation_quantizers(self.network, report.path):
             if quantizer.is_set:
                 tensors[f"range|{quantizer.site}"] = torch.stack(quantizer.range())
@@ -72,8 +78,14 @@ class Journal:
                 fix="delete this file and run again",
             ) from error
         for name, layer in inside(self.network.layers, path).items():
-            layer.rounding = FixedRounding(tensors[f"up|{name}"]) if f"up|{name}" in tensors else None
+            layer.rounding, layer.shift = stored_rounding(tensors, name), tensors.get(f"shift|{name}")
         for quantizer in activation_quantizers(self.network, path):
             if f"range|{quantizer.site}" in tensors:
                 quantizer.set_range(*tensors[f"range|{quantizer.site}"])
         return report
+
+
+def stored_rounding(tensors: Mapping[str, Tensor], name: str) -> Rounding | None:
+    if f"up|{name}" in tensors:
+        return FixedRounding(tensors[f"up|{name}"])
+    return FixedIntegers(tensors[f"integers|{name}"]) if f"integers|{name}" in tensors else None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from stepquant.core.affine import dequantize, fake_quantize_ste, to_groups
-from stepquant.core.rounding import alpha_of, floor_and_fraction, hard_integers, share_up, soft_values
+from stepquant.core.affine import fake_quantize_ste, to_groups
+from stepquant.core.rounding import alpha_of, floor_and_fraction, hard_integers, share_up, soft_span
+from stepquant.quant.layers import from_integers
 from stepquant.quant.quantizer import Quantizer
 
 
@@ -17,9 +18,7 @@ class FixedRounding:
         self.up = up
 
     def values(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
-        scale, zero_point = quantizer.range()
-        rows = to_groups(self.integers(weight, quantizer), quantizer.grid)
-        return dequantize(rows, scale[:, None], zero_point[:, None]).reshape(weight.shape).to(weight.dtype)
+        return from_integers(self.integers(weight, quantizer), quantizer).to(weight.dtype)
 
     def integers(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
         scale, zero_point = quantizer.range()
@@ -28,24 +27,36 @@ class FixedRounding:
         return hard_integers(floor, up, zero_point[:, None], quantizer.grid).reshape(weight.shape)
 
 
+class FixedIntegers:
+    """Every weight takes the integer that it is given."""
+
+    def __init__(self, given: Tensor) -> None:
+        self.given = given.to(torch.int16)
+
+    def values(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
+        return from_integers(self.integers(weight, quantizer), quantizer).to(weight.dtype)
+
+    def integers(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
+        return self.given.float().reshape(weight.shape)
+
+
 class SoftRounding:
     """Rounding by a learnable `alpha` per weight; at its start the weights are what they were in float."""
 
     def __init__(self, weight: Tensor, quantizer: Quantizer) -> None:
         scale, zero_point = (value[:, None] for value in quantizer.range())
-        self.scale, self.zero_point, self.grid = scale, zero_point, quantizer.grid
         rows = to_groups(weight.detach().float(), quantizer.grid)
-        self.floor, self.fraction = floor_and_fraction(rows, scale)
-        self.alpha = alpha_of(self.fraction).requires_grad_()
+        floor, fraction = floor_and_fraction(rows, scale)
+        self.low, self.span = soft_span(floor, scale, zero_point, quantizer.grid)
+        self.alpha = alpha_of(fraction).requires_grad_()
         self.hard = False
-        self.share = self.fraction
+        self.share = fraction
 
     def values(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
         if self.hard:
             return self.fixed().values(weight, quantizer)
         self.share = share_up(self.alpha)
-        rows = soft_values(self.floor, self.share, self.scale, self.zero_point, self.grid)
-        return rows.reshape(weight.shape).to(weight.dtype)
+        return torch.addcmul(self.low, self.share, self.span).reshape(weight.shape).to(weight.dtype)
 
     def integers(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
         return self.fixed().integers(weight, quantizer)
@@ -70,7 +81,15 @@ class LearnedStep:
         return self.start * self.factor.clamp(min=0.01)
 
     def __call__(self, quantizer: Quantizer, x: Tensor) -> Tensor:
-        out = fake_quantize_ste(x, self.scale, self.zero_point, quantizer.grid)
-        if not self.training or self.keep >= 1:
-            return out
-        return torch.where(torch.rand(x.shape, generator=self.generator) < self.keep, out, x)
+        chosen = None
+        if self.training and self.keep < 1:
+            chosen = draw(x.shape, self.keep, self.generator)
+        return fake_quantize_ste(x, self.scale, self.zero_point, quantizer.grid, chosen)
+
+
+def draw(shape: torch.Size, probability: float, generator: Generator) -> Tensor:
+    """True with that probability, to 1/256: a byte for each element, because random numbers are what it costs."""
+    words = torch.empty(-(-shape.numel() // 8), dtype=torch.int64).random_(
+        -(2**63), None, generator=generator
+    )
+    return (words.view(torch.uint8)[: shape.numel()] < round(probability * 256)).reshape(shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -11,7 +11,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from stepquant.core.losses import BlockLoss, Outputs
-from stepquant.fit.learnable import LearnedStep, SoftRounding
+from stepquant.core.precision import multiplies_bf16
+from stepquant.fit.learnable import LearnedStep, SoftRounding, draw
 from stepquant.fit.streams import Piece, Table
 from stepquant.models.split import SplitLayer
 from stepquant.quant.insert import Inserted
@@ -38,6 +39,7 @@ class Schedule:
     loss: BlockLoss = field(default_factory=BlockLoss)
     checks: int = 10  # looks at the held-out records
     patience: int = 4  # checks without improvement before it ends
+    bf16: bool = False  # multiply in bfloat16 while learning, where the processor can
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Sample:
     train: Tensor  # record numbers
     held: Tensor
     weights: Tensor | None = None  # one per record, mean 1
+    layers: Table | None = None  # float outputs of the layers that count in the loss
 
     def weighted(self, weights: Tensor) -> Sample:
         return replace(self, weights=weights)
@@ -132,33 +135,32 @@ class Learner:
 
     def outputs(self, columns: Sequence[Tensor]) -> Outputs:
         """What the piece returns as it is switched now, and its layers with it."""
-        layers: list[Tensor] = []
-        with ExitStack() as hooks:
-            for layer in self.watched:
-                handle = layer.register_forward_hook(lambda m, a, out: layers.append(out))
-                hooks.callback(handle.remove)
-            return Outputs(self.piece.outputs(columns), layers)
+        return watch_layers(self.piece, self.watched, columns)
 
     def target(self, sample: Sample, rows: Tensor) -> Outputs:
-        """What the float piece returns; its layers are run again rather than stored."""
+        """What the float piece, and the layers in it that count, return."""
         block = sample.targets.take(rows)
-        if not self.watched:
-            return Outputs(block)
-        with floating(self.network, self.piece.path), torch.no_grad():
-            return Outputs(block, self.outputs(sample.floats.take(rows)).layers)
+        return Outputs(block, sample.layers.take(rows)) if sample.layers is not None else Outputs(block)
 
     def mixed(self, sample: Sample, rows: Tensor) -> list[Tensor]:
         """Quantized inputs, of which the first is mixed with the float one."""
         columns = sample.quants.take(rows)
         if self.schedule.mix < 1:
-            quantized = torch.rand(columns[0].shape, generator=self.generator) < self.schedule.mix
+            quantized = draw(columns[0].shape, self.schedule.mix, self.generator)
             columns[0] = torch.where(quantized, columns[0], sample.floats.columns[0][rows])
         return columns
+
+    def multiplying(self, like: Tensor) -> AbstractContextManager[object]:
+        """Products in bfloat16 if that is wanted, and saves time, and the model itself is in float32."""
+        wanted = self.schedule.bf16 and like.dtype == torch.float32 and multiplies_bf16(like.device)
+        return torch.autocast(like.device.type, torch.bfloat16) if wanted else nullcontext()
 
     def loss(self, sample: Sample, rows: Tensor) -> Tensor:
         weights = None if sample.weights is None else sample.weights[rows]
         target = self.target(sample, rows)
-        return self.schedule.loss(self.outputs(self.mixed(sample, rows)), target, weights)
+        with self.multiplying(target.block[0]):
+            out = self.outputs(self.mixed(sample, rows))
+        return self.schedule.loss(out, target, weights)
 
     def held_loss(self, sample: Sample) -> float:
         """The block's own error, unweighted, on held-out records with quantized inputs."""
@@ -193,16 +195,10 @@ def watched_layers(piece: Piece) -> list[nn.Module]:
     return list(whole.values())[:-1]
 
 
-@contextmanager
-def floating(network: Inserted, path: str) -> Iterator[None]:
-    """The piece as it is in float, without quantizers."""
-    quantizers = activation_quantizers(network, path)
-    quantizers += [q.weight_quantizer for q in inside(network.layers, path).values() if q.weight_quantizer]
-    former = [quantizer.enabled for quantizer in quantizers]
-    for quantizer in quantizers:
-        quantizer.enabled = False
-    try:
-        yield
-    finally:
-        for quantizer, enabled in zip(quantizers, former):
-            quantizer.enabled = enabled
+def watch_layers(piece: Piece, layers: Sequence[nn.Module], columns: Sequence[Tensor]) -> Outputs:
+    """What the piece returns, and what these layers in it do."""
+    seen: list[Tensor] = []
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_hook(lambda m, a, out: seen.append(out)).remove)
+        return Outputs(piece.outputs(columns), seen)

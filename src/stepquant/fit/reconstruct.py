@@ -65,7 +65,7 @@ def optimise(
 ) -> tuple[int, float, list[Tensor]]:
     """Adam with cosine rates; the state with the least hard-rounded loss on held-out records wins."""
     schedule = learner.schedule
-    optimizer = torch.optim.Adam(groups)
+    optimizer = torch.optim.Adam(groups, fused=True)
     rates = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: cosine(step / schedule.iterations, schedule.last)
     )

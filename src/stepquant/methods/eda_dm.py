@@ -13,7 +13,6 @@ Differs from the released code:
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,19 +23,14 @@ from stepquant.calib.density import counts, features_by_step
 from stepquant.calib.pick import spread, uniform
 from stepquant.calib.record import Source
 from stepquant.core.losses import BlockLoss
-from stepquant.core.ranges import lp_search, lp_search_binned
-from stepquant.fit.blocks import reconstruct_blocks
-from stepquant.fit.journal import Journal
-from stepquant.fit.learner import Schedule
-from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import PresetMethod
+from stepquant.methods.method import BlockMethod
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 
 
-class EDADM(PresetMethod):
+class EDADM(BlockMethod):
     """Temporal distribution alignment calibration (TDAC) and fine-grained block reconstruction (FBR)."""
 
     paper: ClassVar[dict[str, Any]] = {
@@ -62,22 +56,12 @@ class EDADM(PresetMethod):
         0.8, ge=0, description="gamma: weight of the layers in the loss; 0: block loss (ablation)"
     )
     iterations: int = Field(240, ge=0, description="per block")
-    batch: int = Field(32, gt=0, description="records per iteration")
-    rounding_rate: float = Field(0.05, ge=0, description="Adam's rate for roundings")
-    last_rate: float = Field(
-        0.1, ge=0, le=1, description="share of the rates left at the end of their cosine"
-    )
     step_rate: float = Field(
         1e-3, ge=0, description="Adam's rate for activation steps, relative to each step"
     )
-    penalty: float = Field(1.0, ge=0, description="weight of the rounding regulariser; 0 as in the code")
     mix: float = Field(0.5, gt=0, le=1, description="probability that an input element is the quantized one")
     keep: float = Field(
         0.5, gt=0, le=1, description="probability that an activation is quantized while learning"
-    )
-    p: float = Field(2.4, gt=0, le=8, description="norm that ranges minimise")
-    momentum: float = Field(
-        0.9, ge=0, lt=1, description="of the moving average of activation ranges over batches"
     )
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
@@ -86,32 +70,15 @@ class EDADM(PresetMethod):
 
         split = bool(denoiser.concats())
         with insert(denoiser, plan, split=split) as network, Streams(network, data, source.cache) as streams:
-            journal = Journal(source.cache, network, data, {"method": "eda_dm"} | self.model_dump())
-            set_weight_ranges(network, partial(lp_search, p=self.p), source.progress)
-            search = partial(lp_search_binned, p=self.p)
-            set_input_ranges(network, data, search, momentum=self.momentum, progress=source.progress)
+            reconstruct = self.reconstructing(streams, data, source)
+            self.set_weight_ranges(network, source)
+            self.set_input_ranges(network, data, source)
 
             # FBR: block loss plus gamma times the losses of its layers; roundings and steps are learnt together.
-            schedule = Schedule(
-                self.iterations,
-                self.batch,
-                self.rounding_rate,
-                self.step_rate,
-                last=self.last_rate,
-                penalty=self.penalty,
-                mix=self.mix,
-                keep=self.keep,
-                loss=BlockLoss(layers=self.layers),
+            schedule = self.schedule(
+                step_rate=self.step_rate, mix=self.mix, keep=self.keep, loss=BlockLoss(layers=self.layers)
             )
-            reconstruct_blocks(
-                streams,
-                schedule,
-                journal,
-                stage="joint",
-                activations=True,
-                seed=source.seed,
-                progress=source.progress,
-            )
+            reconstruct(schedule, stage="joint", activations=True)
             return freeze(network)
 
     def draw_steps(self, source: Source) -> torch.Tensor:

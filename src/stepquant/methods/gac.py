@@ -20,20 +20,15 @@ from pydantic import Field
 from stepquant.artifact import Artifact, freeze
 from stepquant.calib.pick import every, strided
 from stepquant.calib.record import Source
-from stepquant.core.ranges import lp_search, lp_search_binned
-from stepquant.fit.blocks import reconstruct_blocks
-from stepquant.fit.journal import Journal
-from stepquant.fit.learner import Schedule
-from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.fit.streams import Streams
 from stepquant.fit.weights import Weighing, weigh_block
-from stepquant.methods.method import PresetMethod
+from stepquant.methods.method import BlockMethod
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 
 
-class GAC(PresetMethod):
+class GAC(BlockMethod):
     """Block reconstruction with sample weights that align the gradients of groups of steps."""
 
     paper: ClassVar[dict[str, Any]] = {
@@ -47,14 +42,6 @@ class GAC(PresetMethod):
     }
     trajectories: int = Field(32, gt=0, description="trajectories that records are taken from")
     every_steps: int = Field(5, gt=0, description="interval between the steps that are recorded")
-    iterations: int = Field(300, ge=0, description="per block")
-    batch: int = Field(32, gt=0, description="records per iteration")
-    rounding_rate: float = Field(0.05, ge=0, description="Adam's rate for roundings")
-    last_rate: float = Field(
-        0.1, ge=0, le=1, description="share of the rates left at the end of their cosine"
-    )
-    penalty: float = Field(1.0, ge=0, description="lambda: weight of the rounding regulariser")
-    p: float = Field(2.4, gt=0, le=8, description="norm that weight ranges minimise")
     momentum: float = Field(
         0.95, ge=0, lt=1, description="of the moving average of activation ranges over batches"
     )
@@ -84,29 +71,17 @@ class GAC(PresetMethod):
         data = source.record(every(self.trajectories, steps))
 
         with insert(denoiser, plan) as network, Streams(network, data, source.cache) as streams:
-            journal = Journal(source.cache, network, data, {"method": "gac"} | self.model_dump())
-            set_weight_ranges(network, partial(lp_search, p=self.p), source.progress)
+            reconstruct = self.reconstructing(streams, data, source)
+            self.set_weight_ranges(network, source)
 
             # Algorithm 1, for each block: (a) weights omega by the bi-level problem, (b) weighted reconstruction.
             weigh = partial(weigh_block, steps=data.steps(), settings=self.weighing())
-            schedule = Schedule(
-                self.iterations, self.batch, self.rounding_rate, last=self.last_rate, penalty=self.penalty
-            )
-            reconstruct_blocks(
-                streams,
-                schedule,
-                journal,
-                stage="weights",
-                activations=False,
-                seed=source.seed,
-                held=self.validation,
-                weigh=weigh,
-                progress=source.progress,
+            reconstruct(
+                self.schedule(), stage="weights", activations=False, held=self.validation, weigh=weigh
             )
 
             # Activations: moving averages of their ranges, nothing is learnt.
-            search = partial(lp_search_binned, p=self.p)
-            set_input_ranges(network, data, search, momentum=self.momentum, progress=source.progress)
+            self.set_input_ranges(network, data, source)
             return freeze(network)
 
     def weighing(self) -> Weighing:

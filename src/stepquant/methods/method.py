@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stepquant.artifact import Artifact
+from stepquant.calib.calibset import CalibSet
 from stepquant.calib.record import Source
+from stepquant.core.ranges import lp_search, lp_search_binned
+from stepquant.fit.blocks import reconstruct_blocks
+from stepquant.fit.journal import Journal
+from stepquant.fit.learner import Schedule
+from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
+from stepquant.fit.reconstruct import Report
+from stepquant.fit.streams import Streams
 from stepquant.models.denoiser import Denoiser
+from stepquant.quant.insert import Inserted
 from stepquant.quant.plan import Plan
+
+
+class Reconstruct(Protocol):
+    def __call__(
+        self, schedule: Schedule, *, stage: str, activations: bool, **options: Any
+    ) -> list[Report]: ...
 
 
 class Method(BaseModel, ABC):
@@ -35,3 +51,48 @@ class PresetMethod(Method):
     def fill_preset(cls, fields: dict[str, Any]) -> dict[str, Any]:
         """What is not given comes from the preset."""
         return {**cls.paper, **fields} if fields.get("preset") == "paper" else fields
+
+
+class BlockMethod(PresetMethod):
+    """A method that reconstructs blocks, with the fields that all of them have; ranges minimise a p-norm."""
+
+    iterations: int = Field(300, ge=0, description="per block, for roundings")
+    batch: int = Field(32, gt=0, description="records per iteration")
+    rounding_rate: float = Field(0.05, ge=0, description="Adam's rate for roundings")
+    last_rate: float = Field(0.1, ge=0, le=1, description="share of that rate left at the end of its cosine")
+    penalty: float = Field(1.0, ge=0, description="lambda: weight of the rounding regulariser")
+    p: float = Field(2.4, gt=0, le=8, description="norm that ranges minimise")
+    momentum: float = Field(
+        0.9, ge=0, lt=1, description="of the moving average of activation ranges over batches"
+    )
+    bf16: bool = Field(
+        True,
+        description="multiply in bfloat16 while learning, where the processor can; results are judged in float32",
+    )
+
+    def schedule(self, **changes: Any) -> Schedule:
+        """How roundings are learnt, with these changes."""
+        own = {
+            "iterations": self.iterations,
+            "batch": self.batch,
+            "rounding_rate": self.rounding_rate,
+            "last": self.last_rate,
+            "penalty": self.penalty,
+            "bf16": self.bf16,
+        }
+        return Schedule(**own | changes)
+
+    def reconstructing(self, streams: Streams, data: CalibSet, source: Source) -> Reconstruct:
+        """Reconstruction of all blocks, kept in a journal of these settings."""
+        settings = {"method": type(self).__name__} | self.model_dump()
+        journal = Journal(source.cache, streams.network, data, settings)
+        return partial(
+            reconstruct_blocks, streams, journal=journal, seed=source.seed, progress=source.progress
+        )
+
+    def set_weight_ranges(self, network: Inserted, source: Source) -> None:
+        set_weight_ranges(network, partial(lp_search, p=self.p), source.progress)
+
+    def set_input_ranges(self, network: Inserted, data: CalibSet, source: Source) -> None:
+        search = partial(lp_search_binned, p=self.p)
+        set_input_ranges(network, data, search, momentum=self.momentum, progress=source.progress)

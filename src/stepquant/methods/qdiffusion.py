@@ -9,7 +9,6 @@ Differs from the released code:
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -18,19 +17,14 @@ from stepquant.artifact import Artifact, freeze
 from stepquant.calib.pick import every, strided
 from stepquant.calib.record import Source
 from stepquant.core.losses import BlockLoss
-from stepquant.core.ranges import lp_search, lp_search_binned
-from stepquant.fit.blocks import reconstruct_blocks
-from stepquant.fit.journal import Journal
-from stepquant.fit.learner import Schedule
-from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import PresetMethod
+from stepquant.methods.method import BlockMethod
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 
 
-class QDiffusion(PresetMethod):
+class QDiffusion(BlockMethod):
     """Time-step-aware calibration and shortcut-splitting quantization."""
 
     paper: ClassVar[dict[str, Any]] = {
@@ -45,18 +39,10 @@ class QDiffusion(PresetMethod):
     trajectories: int = Field(32, gt=0, description="n: trajectories, each recorded at every chosen step")
     at_steps: int = Field(20, gt=0, description="how many steps are chosen, at equal distances")
     split: bool = Field(True, description="quantize the two halves of a skip concatenation apart")
-    iterations: int = Field(300, ge=0, description="per block, for roundings")
     step_iterations: int = Field(40, ge=0, description="per block, for activation steps")
-    batch: int = Field(32, gt=0, description="records per iteration")
-    rounding_rate: float = Field(0.05, ge=0, description="Adam's rate for roundings")
-    last_rate: float = Field(
-        0.1, ge=0, le=1, description="share of the rates for roundings left at the end of their cosine"
-    )
     step_rate: float = Field(
         1e-3, ge=0, description="Adam's rate for activation steps, relative to each step"
     )
-    penalty: float = Field(1.0, ge=0, description="lambda: weight of the rounding regulariser")
-    p: float = Field(2.4, gt=0, le=8, description="norm that ranges and activation steps minimise")
     momentum: float = Field(
         0.95, ge=0, lt=1, description="of the moving average of activation ranges over batches"
     )
@@ -69,27 +55,20 @@ class QDiffusion(PresetMethod):
         # Eq. 9 and 10: the halves of a concatenated input have their own weight and activation quantizers.
         split = self.split and bool(denoiser.concats())
         with insert(denoiser, plan, split=split) as network, Streams(network, data, source.cache) as streams:
-            journal = Journal(source.cache, network, data, {"method": "qdiffusion"} | self.model_dump())
-            reconstruct = partial(
-                reconstruct_blocks, streams, journal=journal, seed=source.seed, progress=source.progress
-            )
-            set_weight_ranges(network, partial(lp_search, p=self.p), source.progress)
+            reconstruct = self.reconstructing(streams, data, source)
+            self.set_weight_ranges(network, source)
 
             # First stage: roundings of the weights, block by block, while activations stay float.
-            schedule = Schedule(
-                self.iterations, self.batch, self.rounding_rate, last=self.last_rate, penalty=self.penalty
-            )
-            reconstruct(schedule, stage="weights", activations=False)
+            reconstruct(self.schedule(), stage="weights", activations=False)
 
             # Second stage: ranges of the activations as moving averages, then their steps by gradient.
-            search = partial(lp_search_binned, p=self.p)
-            set_input_ranges(network, data, search, momentum=self.momentum, progress=source.progress)
-            schedule = Schedule(
-                self.step_iterations,
-                self.batch,
+            self.set_input_ranges(network, data, source)
+            steps = self.schedule(
+                iterations=self.step_iterations,
                 rounding_rate=0,
                 step_rate=self.step_rate,
+                last=0.0,
                 loss=BlockLoss(self.p),
             )
-            reconstruct(schedule, stage="steps", activations=True)
+            reconstruct(steps, stage="steps", activations=True)
             return freeze(network)

@@ -35,6 +35,7 @@ class QuantLayer(nn.Module):
         self.layer, self.role = layer, role
         self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
         self.rounding: Rounding | None = None
+        self.shift: Tensor | None = None  # added to the bias where weights are quantized
 
     @property
     def weight(self) -> Tensor:
@@ -43,7 +44,9 @@ class QuantLayer(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        return self.layer.bias  # type: ignore[return-value]
+        """The bias that is added and stored: that of the float layer, shifted where that was corrected."""
+        bias: Tensor | None = self.layer.bias  # type: ignore[assignment]
+        return bias if bias is None or self.shift is None else bias + self.shift.to(bias.dtype)
 
     def weight_values(self) -> Tensor:
         """The weight that this layer multiplies with, in float."""
@@ -67,7 +70,9 @@ class QuantLayer(nn.Module):
     def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return apply_layer(self.layer, x, self.weight_values())
+        quantizer = self.weight_quantizer
+        bias = self.layer.bias if quantizer is None or not quantizer.enabled else self.bias
+        return apply_layer(self.layer, x, self.weight_values(), bias)  # type: ignore[arg-type]
 
 
 def from_integers(integers: Tensor, quantizer: Quantizer) -> Tensor:
@@ -76,8 +81,8 @@ def from_integers(integers: Tensor, quantizer: Quantizer) -> Tensor:
     return dequantize(rows, scale[:, None], zero_point[:, None]).reshape(integers.shape)
 
 
-def apply_layer(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """What `layer` computes, with another weight."""
+def apply_layer(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `layer` computes, with another weight and bias."""
     if isinstance(layer, nn.Linear):
-        return F.linear(x, weight, layer.bias)
-    return layer._conv_forward(x, weight, layer.bias)  # type: ignore[operator, no-any-return, union-attr]
+        return F.linear(x, weight, bias)
+    return layer._conv_forward(x, weight, bias)  # type: ignore[operator, no-any-return, union-attr]

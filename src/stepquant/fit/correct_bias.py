@@ -1,0 +1,80 @@
+"""Shift biases so that quantized layers return, on average, what float ones do (arXiv:1906.04721, section 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from stepquant.fit.compensate import calls
+from stepquant.fit.learner import Learner, Sample, Schedule
+from stepquant.fit.reconstruct import Report
+from stepquant.fit.streams import Piece, Reached, Table
+from stepquant.models.split import SplitLayer
+from stepquant.quant.insert import Inserted
+from stepquant.quant.layers import QuantLayer
+
+
+def correct_block(network: Inserted, piece: Piece, sample: Sample, seed: int, *, batch: int = 32) -> Report:
+    """Shift the bias of every layer until its mean output, per channel, is that of the float model.
+
+    Layers are corrected in the order of their calls, each behind corrected ones; those without a bias are left alone,
+    and a layer split over a concatenation is corrected as one. Weights and activations are quantized meanwhile.
+    """
+    measure = Learner(network, piece, Schedule(0, batch, rounding_rate=0), Generator())
+    layers = {path: layer for path, layer in measure.layers.items() if is_biased(layer)}
+    wholes = {path: whole(network, path) for path in layers}
+    with torch.no_grad():
+        before = measure.held_loss(sample)
+        network.switch(weights=False, inputs=False)
+        exact = mean_outputs(piece, wholes, sample.floats, batch)
+        network.switch(weights=True, inputs=True)
+        for path in calls(piece, layers, sample):
+            found = mean_outputs(piece, {path: wholes[path]}, sample.quants, batch)
+            layers[path].shift = exact[path] - found[path]
+        after = measure.held_loss(sample)
+    return Report(piece.path, before, after, after, len(layers))
+
+
+def is_biased(layer: QuantLayer) -> bool:
+    return layer.weight_quantizer is not None and layer.bias is not None
+
+
+def whole(network: Inserted, path: str) -> nn.Module:
+    """The layer at `path`, or the split layer that it is the first half of."""
+    above = network.denoiser.model.get_submodule(path.rpartition(".")[0])
+    return above if isinstance(above, SplitLayer) else network.layers[path]
+
+
+def mean_outputs(
+    piece: Piece, layers: Mapping[str, nn.Module], inputs: Table, batch: int
+) -> dict[str, Tensor]:
+    """The mean of every output channel of these layers over all records; with one layer, what follows is not run."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def listen(path: str, out: Tensor) -> None:
+        rows = channels_last(layers[path], out).double()
+        sums[path] = sums.get(path, torch.zeros(())) + rows.sum(0)
+        counts[path] = counts.get(path, 0) + len(rows)
+        if len(layers) == 1:
+            raise Reached
+
+    with ExitStack() as hooks:
+        for path, layer in layers.items():
+            handle = layer.register_forward_hook(lambda m, a, out, path=path: listen(path, out))
+            hooks.callback(handle.remove)
+        for rows in torch.arange(len(inputs.columns[0])).split(batch):
+            with suppress(Reached):
+                piece.run(inputs.take(rows))
+    return {path: (total / counts[path]).float() for path, total in sums.items()}
+
+
+def channels_last(layer: nn.Module, out: Tensor) -> Tensor:
+    """One row of channels for every output place."""
+    first: Any = layer.get_submodule("0") if isinstance(layer, SplitLayer) else layer
+    is_linear = isinstance(first.layer, nn.Linear)
+    return (out if is_linear else out.movedim(1, -1)).flatten(0, -2)
