@@ -20,7 +20,8 @@ from stepquant.report.columns import (
     spread_of,
     table_cells,
 )
-from stepquant.report.compare import strips, summary
+from stepquant.report.compare import mean_errors, pareto_plots, shapes, strips, summary
+from stepquant.report.heat import heat_maps
 from tests.report.conftest import png
 from tests.report.pages import outside, page_words
 
@@ -85,14 +86,14 @@ def test_page_has_all_runs_floors_and_failures(many: list[dict[str, Any]], tmp_p
         "2 seeds",
         "13.00",
         "± 1.41",
-        "failed: NaN at <step> 3",
+        "NaN at <step> 3",
         "noise floor",
         "11.90",
         "11.75",
     ):
         assert text in words, text
     assert outside(page) == []
-    drawn = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    drawn = re.findall(r"<svg class=.chart.*?</svg>", page, re.DOTALL)
     assert len(drawn) == 2 * (2 + 1)  # size, time and one scheme, wide and narrow
     for svg in drawn:
         ElementTree.fromstring(svg)
@@ -105,9 +106,11 @@ def test_page_has_all_runs_floors_and_failures(many: list[dict[str, Any]], tmp_p
 def test_rows_carry_what_they_sort_by(many: list[dict[str, Any]], tmp_path: Path) -> None:
     page = report.compare(many, tmp_path).read_text()
     rows = [re.findall(r'data-key="([^"]*)"', row) for row in re.findall(r"<tr>.*?</tr>", page, re.DOTALL)]
-    keys = {row[0]: row[1:] for row in rows if row}
+    keys: dict[str, list[str]] = {}
+    for row in rows:
+        keys.setdefault(row[0] if row else "", row[1:])  # of the first table
     assert float(keys["ptq4dm"][-2]) == 13
-    assert keys["gac"] == ["w4a4", *[""] * 8]
+    assert keys["gac"] == ["w4a4", *[""] * 7]
 
 
 def test_the_float_row_counts_every_seed_once(many: list[dict[str, Any]]) -> None:
@@ -141,9 +144,57 @@ def test_a_comparison_of_failures_alone_is_still_a_page(many: list[dict[str, Any
 
 def test_strips_show_the_same_seeds_only(many: list[dict[str, Any]]) -> None:
     many[1]["images"]["seeds"] = [7, 8]
-    assert [name for name, _ in strips(group(many[:2]))] == ["float", "minmax w8a8"]
+    ((scheme, rows),) = strips(group(many[:2]))
+    assert (scheme, [name for name, _ in rows]) == ("w8a8", ["float", "minmax"])
     many[1]["images"] = {"seeds": [1, 2], "float": [png(1), png(2)], "quantized": [png(3), png(4)]}
-    assert [name for name, _ in strips(group(many[:2]))] == ["float", "minmax w8a8", "ptq4dm w8a8"]
+    many[1]["quantized"]["scheme"] = "w4a8"
+    found = strips(group(many[:2]))
+    assert [(scheme, [name for name, _ in rows]) for scheme, rows in found] == [
+        ("w8a8", ["float", "minmax"]),
+        ("w4a8", ["float", "ptq4dm"]),
+    ]
+
+
+def test_curves_are_means_over_seeds(many: list[dict[str, Any]]) -> None:
+    many[2]["steps"][0]["relative"] = 0.03
+    entry = group(many[1:3])[0]
+    steps, errors = zip(*mean_errors(entry))
+    assert steps == (0, 1, 2)
+    assert errors == pytest.approx((0.02, 0.02, 0.03))
+
+
+def test_every_scheme_has_its_mark(many: list[dict[str, Any]]) -> None:
+    many[1]["quantized"]["scheme"] = "w4a8"
+    entries = [entry for entry in group(many) if entry.runs]
+    assert shapes(entries) == {"w8a8": "circle", "w4a8": "square"}
+    size, _ = pareto_plots(entries)
+    assert size[1].count("<circle") == 2 * 2
+    assert size[1].count("<polygon") == 2
+
+
+def test_heat_maps_put_the_worst_first_whichever_way_is_better() -> None:
+    study = [
+        {"path": path, "port": "weight", "role": "conv", "bits": bits, "metric": metric, "value": value}
+        for metric, values in (("noise", (0.1, 0.001, 0.5, 0.002)), ("psnr", (30.0, 50.0, None, 51.0)))
+        for (path, bits), value in zip((("a", 4), ("a", 8), ("b", 4), ("b", 8)), values)
+    ]
+    noise, ratio = heat_maps(study)
+    assert [row.path for row in noise.worst] == ["b weight", "a weight"]
+    assert (noise.bits, noise.better) == ((4, 8), "lower")
+    assert noise.worst[0].cells == (("0.5", "100"), ("0.002", "11"))
+    assert noise.worst[1].cells[1] == ("0.001", "0")
+    assert [row.path for row in ratio.worst] == ["a weight", "b weight"]
+    assert ratio.worst[0].cells == (("30", "100"), ("50", "5"))
+    assert ratio.worst[1].cells[0] == ("–", "0")
+    many = [study[0] | {"path": f"layer.{i}"} for i in range(40)]
+    assert [len(part) for part in (heat_maps(many)[0].worst, heat_maps(many)[0].others)] == [30, 10]
+
+
+def test_a_study_is_a_part_of_the_page(many: list[dict[str, Any]], tmp_path: Path) -> None:
+    study = [{"path": "mid<block>", "role": "conv", "bits": 4, "metric": "noise", "value": 0.25}]
+    page = report.compare(many, tmp_path, study).read_text()
+    assert "What single sites cost" in page_words(page)
+    assert "mid&lt;block&gt;" in page
 
 
 def test_frontier_is_what_nobody_beats() -> None:

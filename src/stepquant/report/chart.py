@@ -170,12 +170,13 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, about: str, *,
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of a scatter plot with its name and CSS class."""
+    """A point of a scatter plot with its name, its CSS class and its shape."""
 
     name: str
     style: str
     x: float
     y: float
+    shape: str = "circle"
 
 
 def scatter(marks: Sequence[Mark], x_label: str, y_label: str, about: str, *, lower: bool = True) -> str:
@@ -213,11 +214,28 @@ def frontier(marks: Sequence[Mark], *, lower: bool = True) -> list[Mark]:
     return found
 
 
+SHAPES = {
+    "square": "-4.5,-4.5 4.5,-4.5 4.5,4.5 -4.5,4.5",
+    "diamond": "0,-6.2 6.2,0 0,6.2 -6.2,0",
+    "triangle": "0,-5.8 5.4,4.4 -5.4,4.4",
+    "wedge": "0,5.8 5.4,-4.4 -5.4,-4.4",
+}
+
+
 def spot(frame: Frame, mark: Mark) -> str:
     """A dot that says who it is under the pointer."""
-    label = escape(f"{mark.name}: {mark.x:.4g}, {mark.y:.4g}")
-    place = f'cx="{frame.px(mark.x):.1f}" cy="{frame.py(mark.y):.1f}"'
-    return f'<circle class="dot {mark.style}" {place} r="5"><title>{label}</title></circle>'
+    label = f"<title>{escape(f'{mark.name}: {mark.x:.4g}, {mark.y:.4g}')}</title>"
+    x, y = f"{frame.px(mark.x):.1f}", f"{frame.py(mark.y):.1f}"
+    if mark.shape == "circle":
+        return f'<circle class="dot {mark.style}" cx="{x}" cy="{y}" r="5">{label}</circle>'
+    points = SHAPES[mark.shape]
+    return f'<polygon class="dot {mark.style}" transform="translate({x} {y})" points="{points}">{label}</polygon>'
+
+
+def glyph(shape: str) -> str:
+    """A mark beside its name, for a legend."""
+    drawn = '<circle r="4.5"/>' if shape == "circle" else f'<polygon points="{SHAPES[shape]}"/>'
+    return f'<svg class="glyph" viewBox="-7 -7 14 14" aria-hidden="true">{drawn}</svg>'
 
 
 def names(frame: Frame, marks: Sequence[Mark]) -> list[str]:

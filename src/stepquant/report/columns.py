@@ -136,14 +136,15 @@ def metric_column(example: Number) -> Column:
 
 
 def table_cells(entry: Entry, entries: Sequence[Entry], columns: Sequence[Column]) -> list[Cell]:
-    """A cell for each column; the best mean of a column is marked."""
+    """A cell for each column; the best mean of a scheme in a column is marked."""
+    rivals = [other for other in entries if other.scheme == entry.scheme]
     out = []
     for column in columns:
         value = mean_of(entry, column)
         if value is None:
             out.append(Cell(tables.NONE))
             continue
-        others = [other for other in (mean_of(x, column) for x in entries) if other is not None]
+        others = [other for other in (mean_of(x, column) for x in rivals) if other is not None]
         best = merit(value, column.better) >= max(merit(other, column.better) for other in others)
         out.append(Cell(column.show(value), spread_of(entry, column), value, best and len(others) > 1))
     return out

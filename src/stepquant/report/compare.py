@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup
 
-from stepquant.report.chart import Line, Mark, line_chart, scatter
+from stepquant.report.chart import SHAPES, Line, Mark, glyph, line_chart, scatter
 from stepquant.report.columns import (
     Cell,
     Column,
@@ -19,6 +21,7 @@ from stepquant.report.columns import (
     mean_of,
     table_cells,
 )
+from stepquant.report.heat import heat_maps
 from stepquant.report.images import decode, encode, grid
 from stepquant.report.page import ARROWS, read, replace_text, template
 from stepquant.report.schema import Report
@@ -26,37 +29,67 @@ from stepquant.report.tables import QUANTIZED, by_batch, markdown_row
 
 FAILED = "failed"
 HEADLINES = ("size", "speed", "made in", "peak memory", "PSNR", "FID", "FD-C10", "noise error")
-STYLES = ("one", "two", "three", "four", "five", "six")
+STYLES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+SHOWN_FIRST = (*HEADLINES, "SSIM", "LPIPS")
 
 
-def compare(results: Sequence[Mapping[str, Any]], folder: Path) -> Path:
-    """Write compare.html and compare.md; a result with the key `error` stands for a run that failed."""
+def compare(
+    results: Sequence[Mapping[str, Any]], folder: Path, sensitivity: Sequence[Mapping[str, Any]] = ()
+) -> Path:
+    """Write compare.html and compare.md; a result with the key `error` stands for a run that failed.
+
+    sensitivity: rows {path, role, bits, metric, value} of a study of single sites.
+    """
     entries, folder = group(results), Path(folder)
-    page, words = render(entries), compare_markdown(entries)
+    page, words = render(entries, sensitivity), compare_markdown(entries)
     for name, text in (("compare.md", words), ("compare.html", page)):
         replace_text(folder / name, text)
     return folder / "compare.html"
 
 
-def render(entries: Sequence[Entry]) -> str:
+def render(entries: Sequence[Entry], sensitivity: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page of a comparison."""
     done = [entry for entry in entries if entry.runs]
-    first = done[0].runs[0] if done else None
     columns = find_columns(done)
+    main = [column for column in columns if column.title in SHOWN_FIRST]
     return template("compare.html").render(
         style=Markup(read("style.css")),
-        first=first,
-        columns=columns,
+        first=done[0].runs[0] if done else None,
+        tables=[
+            Table.of(entries, done, some) for some in (main, [c for c in columns if c not in main]) if some
+        ],
         arrows=ARROWS,
-        rows=[(entry, table_cells(entry, done, columns)) for entry in entries],
-        baselines=baseline_rows(done, columns),
+        entries=len(entries),
         runs=sum(len(entry.runs) for entry in entries),
-        failed=sum(bool(entry.errors) for entry in entries),
+        failures=[entry for entry in entries if entry.errors],
         plots=[(title, Markup(drawn)) for title, drawn in pareto_plots(done)],
         colours=styles([entry.method for entry in done]),
+        shapes=[(name, Markup(glyph(shape))) for name, shape in shapes(done).items()],
         curves=[(scheme, names, Markup(drawn)) for scheme, names, drawn in step_curves(done)],
         strips=strips(done),
+        heats=heat_maps(sensitivity),
     )
+
+
+@dataclass(frozen=True)
+class Table:
+    """Some columns of all runs."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Entry, list[Cell]], ...]
+    baselines: tuple[tuple[str, list[Cell]], ...]
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry], done: Sequence[Entry], columns: Sequence[Column]) -> Table:
+        rows = [(entry, table_cells(entry, done, columns)) for entry in entries]
+        return cls(tuple(columns), tuple(rows), tuple(baseline_rows(done, columns)))
+
+
+def shapes(entries: Sequence[Entry]) -> dict[str, str]:
+    """A mark for each scheme."""
+    kinds = ("circle", *SHAPES)
+    schemes = dict.fromkeys(entry.scheme for entry in entries)
+    return {scheme: kinds[index % len(kinds)] for index, scheme in enumerate(schemes)}
 
 
 def styles(names: Sequence[str]) -> dict[str, str]:
@@ -71,27 +104,28 @@ def pareto_plots(entries: Sequence[Entry]) -> list[tuple[str, str]]:
         return []
     quality = next((x for x in columns if x.title != "PSNR"), columns[0])
     label = f"{quality.title} to {quality.against}, {'lower' if quality.better == 'lower' else 'higher'} is better"
-    colours, out = styles([entry.method for entry in entries]), []
+    colours, marked, out = styles([entry.method for entry in entries]), shapes(entries), []
     costs: tuple[tuple[str, str, Callable[[Report], float | None]], ...] = (
         ("Quality against size", "weights on disk, MB", lambda r: r.size.bytes / 1e6 if r.size else None),
-        ("Quality against time", "milliseconds an image in the largest batch", time_an_image),
+        ("Quality against speed", "time of a call as a share of fp32's, in turns", share_of_time),
     )
     for title, x_label, find in costs:
         cost = Column("", "", "lower", find, str)
         points = [(entry, mean_of(entry, cost), mean_of(entry, quality)) for entry in entries]
         marks = [
-            Mark(e.name, colours[e.method], x, y) for e, x, y in points if x is not None and y is not None
+            Mark(e.name, colours[e.method], x, y, marked[e.scheme])
+            for e, x, y in points
+            if x is not None and y is not None
         ]
         if len(marks) > 1:
             out.append((title, scatter(marks, x_label, label, title, lower=quality.better == "lower")))
     return out
 
 
-def time_an_image(report: Report) -> float | None:
+def share_of_time(report: Report) -> float | None:
+    """In the largest batch; in turns with fp32, so that a busy machine changes both alike."""
     rows = {batch: found[QUANTIZED] for batch, found in by_batch(report).items() if QUANTIZED in found}
-    if not rows or rows[max(rows)].milliseconds is None:
-        return None
-    return (rows[max(rows)].milliseconds or 0) / max(rows)
+    return 1 / ratio if rows and (ratio := rows[max(rows)].ratio) else None
 
 
 def step_curves(entries: Sequence[Entry]) -> list[tuple[str, list[tuple[str, str]], str]]:
@@ -99,10 +133,7 @@ def step_curves(entries: Sequence[Entry]) -> list[tuple[str, list[tuple[str, str
     colours, out = styles([entry.method for entry in entries]), []
     for scheme in dict.fromkeys(entry.scheme for entry in entries):
         chosen = [entry for entry in entries if entry.scheme == scheme and len(entry.runs[0].steps) > 1]
-        lines = [
-            Line(entry.method, colours[entry.method], [(s.step, s.relative) for s in entry.runs[0].steps])
-            for entry in chosen
-        ]
+        lines = [Line(entry.method, colours[entry.method], mean_errors(entry)) for entry in chosen]
         if lines:
             about = f"error by denoising step, {scheme}"
             drawn = line_chart(lines, "denoising step, from noise to image", "relative error", about)
@@ -110,19 +141,27 @@ def step_curves(entries: Sequence[Entry]) -> list[tuple[str, list[tuple[str, str
     return out
 
 
-def strips(entries: Sequence[Entry], most: int = 10) -> list[tuple[str, str]]:
-    """The same seeds as a row of images: the float model first, then every entry that has these seeds."""
+def mean_errors(entry: Entry) -> list[tuple[float, float]]:
+    """Step and error, the mean over seeds."""
+    steps = zip(*(run.steps for run in entry.runs))
+    return [(some[0].step, fmean(step.relative for step in some)) for some in steps]
+
+
+def strips(entries: Sequence[Entry], most: int = 10) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The same seeds as rows of images by scheme: the float model first, then every method that has these seeds."""
     with_images = [entry for entry in entries if entry.runs[0].images and entry.runs[0].images.seeds]
     if not with_images:
         return []
     first = with_images[0].runs[0].images
     assert first is not None
-    count, out = min(most, len(first.seeds)), [("float", strip(first.source[:most]))]
+    count, source = min(most, len(first.seeds)), ("float", strip(first.source[:most]))
+    out: dict[str, list[tuple[str, str]]] = {}
     for entry in with_images:
         images = entry.runs[0].images
         if images is not None and images.seeds[:count] == first.seeds[:count]:
-            out.append((entry.name, strip(images.quantized[:count])))
-    return out
+            row = (entry.method, strip(images.quantized[:count]))
+            out.setdefault(entry.scheme, [source]).append(row)
+    return list(out.items())
 
 
 def strip(images: Sequence[str]) -> str:
