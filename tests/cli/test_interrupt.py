@@ -15,7 +15,8 @@ import pytest
 
 from stepquant.cli import main
 
-WORDS = ("--method", "minmax", "--steps", "25", "--samples", "256", "--set", "batch=8")
+WORDS = ("--method", "minmax", "--steps", "25", "--samples", "256")
+FIELDS = ("--set", "batch=8", "--set", "trajectories=256")  # recordings in many shards
 PATIENCE = 120.0  # seconds for a loaded machine
 
 
@@ -27,7 +28,17 @@ class Run:
         self.said = place / "said.txt"
         place.mkdir()
         environment = os.environ | {"STEPQUANT_CACHE": str(self.cache), "OMP_NUM_THREADS": "1"}
-        words = [sys.executable, "-m", "stepquant", "quantize", str(tiny), *WORDS, "--out", str(self.out)]
+        words = [
+            sys.executable,
+            "-m",
+            "stepquant",
+            "quantize",
+            str(tiny),
+            *WORDS,
+            *FIELDS,
+            "--out",
+            str(self.out),
+        ]
         with self.said.open("w") as file:
             self.process = subprocess.Popen(
                 words, stderr=file, stdout=file, env=environment, preexec_fn=limit
@@ -74,7 +85,7 @@ def start(tiny: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
 
 
 def quantize(tiny: Path, out: Path, *more: str) -> dict[str, bytes]:
-    assert main(["quantize", str(tiny), *WORDS, "--out", str(out), "--quiet", *more]) == 0
+    assert main(["quantize", str(tiny), *WORDS, *FIELDS, "--out", str(out), "--quiet", *more]) == 0
     return contents(out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from stepquant.core.grid import Grid
 from stepquant.core.ranges import lp_search, minmax
 from stepquant.errors import CalibrationError, MethodError
 from stepquant.models.denoiser import Denoiser
+from stepquant.progress import Silent
 from stepquant.quant.schemes import scheme
 
 FEW: dict[str, dict[str, Any]] = {
@@ -61,7 +63,21 @@ def test_presets_fill_what_is_not_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "field", "value"), [("gac", "groups", 1), ("eda_dm", "keep", 0.0), ("brecq", "samples", 1)]
+    ("name", "field", "value"),
+    [
+        ("gac", "groups", 1),
+        ("gac", "validation", 1.0),
+        ("gac", "temperature", 0.0),
+        ("eda_dm", "keep", 0.0),
+        ("eda_dm", "times", "normal"),
+        ("brecq", "samples", 1),
+        ("brecq", "last_rate", 1.5),
+        ("qdiffusion", "batch", 0),
+        ("qdiffusion", "p", 0.0),
+        ("gptq", "damping", -0.1),
+        ("gptq", "block", 0),
+        ("minmax", "percent", 50.0),
+    ],
 )
 def test_fields_out_of_range_are_refused(name: str, field: str, value: float) -> None:
     with pytest.raises(MethodError, match=f"field '{field}'"):
@@ -88,6 +104,37 @@ def test_splits_give_each_half_its_own_ranges(source: Source) -> None:
     scales = [float(artifact.tensors[f"{path}.{half}.input_scale"]) for half in (0, 1)]
     assert scales[0] != scales[1]
     assert not run(source, "qdiffusion", iterations=0, step_iterations=0, split=False).splits
+
+
+class Listening(Silent):
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def note(self, words: str) -> None:
+        self.heard.append(words)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_a_model_without_skip_concatenations_is_quantized_whole_and_that_is_said(
+    source: Source, monkeypatch: pytest.MonkeyPatch, split: bool
+) -> None:
+    monkeypatch.setattr(Denoiser, "concats", lambda _: {})
+    ears = Listening()
+    artifact = run(replace(source, progress=ears), "qdiffusion", iterations=0, step_iterations=0, split=split)
+    assert not artifact.splits
+    assert any("nothing to split" in words for words in ears.heard) == split
+
+
+def test_other_settings_start_over_and_the_same_go_on(source: Source) -> None:
+    def journals() -> set[str]:
+        return {folder.name for folder in (source.cache / "journal").iterdir()}
+
+    first, one = run(source, "brecq", iterations=4), journals()
+    again = run(source, "brecq", iterations=4)
+    assert journals() == one
+    assert all(torch.equal(value, again.tensors[name]) for name, value in first.tensors.items())
+    run(source, "brecq", iterations=5)
+    assert len(journals()) == 2
 
 
 def test_uniform_steps_are_another_result_than_tdac(source: Source) -> None:

@@ -114,7 +114,10 @@ def hold_out(records: int, share: float) -> tuple[Tensor, Tensor]:
     kept = max(round(records * share), 1)
     if kept >= records:
         raise CalibrationError(
-            "too few calibration records to hold some out", got=records, expected=f"more than {kept}"
+            "too few calibration records to hold some out",
+            got=records,
+            expected=f"more than {kept}",
+            fix="record more samples, or hold out a smaller share",
         )
     numbers = torch.arange(records)
     return numbers[:-kept], numbers[-kept:]

@@ -7,6 +7,8 @@ Differs from the released code:
 - density counts neighbours nearer than a quartile of all distances; a fixed radius, as in the code, is an option.
 - records per step are shared out by largest remainders, and features that do not vary are left out of the score.
 - a trajectory gives several records, so that recording does not take longer than all the rest.
+- fast preset: inputs are the quantized ones. Mixed half and half with float ones, as in the code, a block is fitted to
+  half of the error that reaches it, and in few iterations that costs more than the mixing protects from overfitting.
 - activation steps are learnt as factors of their start, so that one rate fits every site.
 - a block keeps rounding to nearest where that does better on held-out records.
 """
@@ -43,6 +45,7 @@ class EDADM(BlockMethod):
         "last_rate": 0.0,
         "step_rate": 5e-4,
         "penalty": 0.0,
+        "mix": 0.5,
     }
     samples: int = Field(512, ge=16, description="N: calibration records")
     trajectories: int = Field(64, gt=0, description="trajectories that the records come from")
@@ -59,7 +62,7 @@ class EDADM(BlockMethod):
     step_rate: float = Field(
         1e-3, ge=0, description="Adam's rate for activation steps, relative to each step"
     )
-    mix: float = Field(0.5, gt=0, le=1, description="probability that an input element is the quantized one")
+    mix: float = Field(1.0, gt=0, le=1, description="probability that an input element is the quantized one")
     keep: float = Field(
         0.5, gt=0, le=1, description="probability that an activation is quantized while learning"
     )

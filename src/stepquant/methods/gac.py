@@ -46,7 +46,7 @@ class GAC(BlockMethod):
         0.95, ge=0, lt=1, description="of the moving average of activation ranges over batches"
     )
     meta_steps: int = Field(
-        20, ge=0, description="updates of the sample weights per block; 0: uniform weights (ablation)"
+        12, ge=0, description="updates of the sample weights per block; 0: uniform weights (ablation)"
     )
     meta_batch: int = Field(16, gt=0, description="training records per update")
     meta_rate: float = Field(0.1, ge=0, description="change of a record's score per update")

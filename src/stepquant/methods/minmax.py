@@ -8,10 +8,14 @@ import torch
 from pydantic import Field
 
 from stepquant.artifact import Artifact, freeze
-from stepquant.calib.pick import one_each, uniform
+from stepquant.calib.pick import spread, uniform
 from stepquant.calib.record import Source
 from stepquant.core.ranges import minmax, percentile
+from stepquant.fit.blocks import fit_blocks
+from stepquant.fit.correct_bias import correct_block
+from stepquant.fit.journal import Journal
 from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
+from stepquant.fit.streams import Streams
 from stepquant.methods.method import Method
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.insert import insert
@@ -21,20 +25,33 @@ from stepquant.quant.plan import Plan
 class MinMax(Method):
     """Ranges from the least and the greatest value, averaged over batches."""
 
-    samples: int = Field(1024, gt=0, description="calibration records, one per trajectory")
+    samples: int = Field(1024, gt=0, description="calibration records")
+    trajectories: int = Field(64, gt=0, description="trajectories that the records come from")
     momentum: float = Field(0.9, ge=0, lt=1, description="of the moving average over batches")
     percent: float = Field(
         100.0, gt=50, le=100, description="share of the values that an activation range covers"
     )
+    bias: bool = Field(False, description="afterwards shift biases so that no layer errs on average")
     batch: int = Field(64, gt=0, description="records per forward pass")
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         generator = torch.Generator().manual_seed(source.seed)
-        data = source.record(one_each(uniform(self.samples, source.steps, generator)))
+        data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
         with insert(denoiser, plan) as network:
             set_weight_ranges(network, minmax, source.progress)
             search = minmax if self.percent == 100 else partial(percentile, percent=self.percent)
             set_input_ranges(
                 network, data, search, batch=self.batch, momentum=self.momentum, progress=source.progress
             )
+            if self.bias:
+                with Streams(network, data, source.cache) as streams:
+                    journal = Journal(source.cache, network, data, {"method": "minmax"} | self.model_dump())
+                    fit_blocks(
+                        streams,
+                        partial(correct_block, network, batch=self.batch),
+                        journal,
+                        stage="biases",
+                        activations=True,
+                        progress=source.progress,
+                    )
             return freeze(network)

@@ -54,6 +54,8 @@ class QDiffusion(BlockMethod):
 
         # Eq. 9 and 10: the halves of a concatenated input have their own weight and activation quantizers.
         split = self.split and bool(denoiser.concats())
+        if self.split and not split:
+            source.progress.note("no skip concatenations in this model: nothing to split")
         with insert(denoiser, plan, split=split) as network, Streams(network, data, source.cache) as streams:
             reconstruct = self.reconstructing(streams, data, source)
             self.set_weight_ranges(network, source)
