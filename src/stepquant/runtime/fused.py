@@ -31,6 +31,10 @@ class Chain(ABC):
     def unfused(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.module).forward(self.module, *args, **kwargs)
 
+    def state(self) -> list[Any]:
+        """What the way it goes depends on besides its arguments; the very same things mean the same way."""
+        return []
+
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -130,6 +134,9 @@ class Attention(Chain):
         out = out.view(batch, height, width, -1).permute(0, 3, 1, 2)
         return out if self.unit.divisor == 1.0 else out / self.unit.divisor
 
+    def state(self) -> list[Any]:
+        return [self.module.processor, self.joins]
+
     def project(self, x: Tensor) -> Sequence[Tensor]:
         """Query, key and value, each (pixels, width)."""
         norm, kernels = self.norm, tuple(kernel_of(layer) for layer in self.readers)
@@ -217,6 +224,10 @@ class Up(Chain):
         for upsampler in self.upsamplers:
             x = upsampler(x, upsample_size) if self.unit.sized else upsampler(x)
         return x
+
+    def state(self) -> list[Any]:
+        attributes = self.module.__dict__
+        return [attributes.get(name) for name in self.unit.unless]
 
 
 class NormOut(Chain):

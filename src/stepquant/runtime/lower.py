@@ -10,12 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.artifact import Artifact, LayerSpec, ProductSpec, check_tensors
+from stepquant.errors import UnknownNameError
 from stepquant.models.attention import rebind
+from stepquant.models.denoiser import family_of
 from stepquant.models.split import split_concats
 from stepquant.models.structure import Structure, roles, structure
+from stepquant.runtime import ops
 from stepquant.runtime.fused import Attention, Chain, Done, NormOut, Resample, Residual, Up
 from stepquant.runtime.layers import IntegerLayer, integer_layer
 from stepquant.runtime.product import IntegerProduct
+from stepquant.runtime.replay import Replay
 from stepquant.runtime.times import TimeRows
 
 # Layers whose output meets the stream inside the model; all others emit the dtype that they receive.
@@ -89,7 +93,9 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
         ):
             bind(module, FloatLayer(module, emit))
     if fuse:
-        install(model, chains)
+        times = install(model, chains)
+        if ops.compiled() and is_denoiser(model):
+            bind(model, Replay(model, times))
     model.register_load_state_dict_post_hook(Reload(dtype, fuse))
     return model
 
@@ -101,7 +107,7 @@ def unbind(model: nn.Module) -> None:
             del model._load_state_dict_post_hooks[key]
     for module in model.modules():
         forward = module.__dict__.get("forward")
-        if isinstance(forward, Chain | FloatLayer) or isinstance(
+        if isinstance(forward, Chain | FloatLayer | Replay) or isinstance(
             getattr(forward, "__self__", None), TimeRows
         ):
             del module.forward
@@ -142,8 +148,17 @@ class FloatLayer:
         return y if self.emit is None else y.to(self.emit)
 
 
-def install(model: nn.Module, chains: Structure) -> None:
-    """Rebind the forwards of the blocks that the structure declares."""
+def is_denoiser(model: nn.Module) -> bool:
+    """Whether a family declares how this model is called."""
+    try:
+        family_of(model)
+    except UnknownNameError:
+        return False
+    return True
+
+
+def install(model: nn.Module, chains: Structure) -> TimeRows | None:
+    """Rebind the forwards of the blocks that the structure declares; returns what holds the rows of t."""
     times = install_times(model, chains)
     timed = [unit.path for unit in chains.residuals if unit.timed]
     found: dict[str, Chain] = {}
@@ -162,6 +177,7 @@ def install(model: nn.Module, chains: Structure) -> None:
         found[activation] = Done(model.get_submodule(activation))
     for path, chain in found.items():
         bind(model.get_submodule(path), chain)
+    return times
 
 
 def bind(module: Any, forward: Callable[..., Any]) -> None:

@@ -1,0 +1,139 @@
+"""A stretch of torch operations written down, to be run again on other tensors of the same shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class UnrecordableError(Exception):
+    """A call does something that a sequence of operations cannot."""
+
+
+class Recording(TorchDispatchMode):
+    """Every operation while it is entered, with the slots that its tensors come from and go to."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.slots: Any = WeakIdKeyDictionary()
+        self.count = 0
+        self.calls: list[tuple[Any, list[Any], list[int]]] = []
+        for tensor in inputs:
+            self.slots[tensor] = self.count
+            self.count += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.data_dependent_output in func.tags or torch.Tag.nondeterministic_seeded in func.tags:
+            raise UnrecordableError(f"{func} reads values or draws numbers")
+        arguments = [self.source(value) for value in by_schema(func._schema, args, kwargs or {})]
+        out = func(*args, **(kwargs or {}))
+        results = out if isinstance(out, (tuple, list)) else [out]
+        if not all(isinstance(result, Tensor) for result in results):
+            raise UnrecordableError(f"{func} returns something else than tensors")
+        self.calls.append((func, arguments, [self.target(result) for result in results]))
+        return out
+
+    def source(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            slot = self.slots.get(value)
+            return Slots((slot,)) if slot is not None else value
+        if isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor):
+            slots = tuple(self.slots.get(tensor, -1) for tensor in value)
+            if -1 in slots:
+                raise UnrecordableError("a list holds a constant")
+            return Slots(slots, several=True)
+        return value
+
+    def target(self, tensor: Tensor) -> int:
+        """The slot of a result; what was changed in place keeps its own."""
+        slot = self.slots.get(tensor)
+        if slot is None:
+            slot = self.slots[tensor] = self.count
+            self.count += 1
+        return int(slot)
+
+    def sequence(self, inputs: int, outputs: Sequence[Tensor]) -> Any:
+        """What was recorded, without what no output needs."""
+        ends = [self.slots.get(tensor) for tensor in outputs]
+        if None in ends:
+            raise UnrecordableError("an output is a constant")
+        needed, calls = set(ends), []
+        for func, arguments, results in reversed(self.calls):
+            if func._schema.is_mutable or needed.intersection(results):
+                refuse_changed_constants(func, arguments)
+                kept = [slot if slot in needed else -1 for slot in results]
+                needed |= {slot for value in arguments if isinstance(value, Slots) for slot in value.slots}
+                calls.append((func, arguments, kept))
+        made = torch.classes.stepquant.Sequence(inputs)
+        for func, arguments, results in reversed(calls):
+            add_call(made, func, arguments, results)
+        made.finish(ends)
+        return made
+
+
+class Slots:
+    """Where the tensors of an argument come from."""
+
+    def __init__(self, slots: tuple[int, ...], several: bool = False) -> None:
+        self.slots, self.several = slots, several
+
+
+def by_schema(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Any]:
+    """One value for each parameter of the operation."""
+    for index, parameter in enumerate(schema.arguments):
+        if index < len(args):
+            yield args[index]
+        elif parameter.name in kwargs:
+            yield kwargs[parameter.name]
+        else:
+            yield parameter.default_value
+
+
+def refuse_changed_constants(func: Any, arguments: Sequence[Any]) -> None:
+    for parameter, value in zip(func._schema.arguments, arguments):
+        if parameter.alias_info is not None and parameter.alias_info.is_write and isinstance(value, Tensor):
+            raise UnrecordableError(f"{func} writes into a constant")
+
+
+def add_call(made: Any, func: Any, arguments: Sequence[Any], results: list[int]) -> None:
+    made.call(func._schema.name, func._schema.overload_name)
+    for parameter, value in zip(func._schema.arguments, arguments):
+        push(made, str(parameter.type), value)
+    made.store(results)
+
+
+def push(made: Any, kind: str, value: Any) -> None:
+    """Hand one argument over in the type that the operation's schema asks for."""
+    if isinstance(value, Slots):
+        if value.several and "Optional" in kind:
+            raise UnrecordableError(f"an argument is a {kind}")
+        made.push_slots(list(value.slots)) if value.several else made.push_slot(value.slots[0])
+    elif value is None:
+        made.push_none()
+    elif isinstance(value, Tensor):
+        made.push_tensor(value)
+    elif "Tensor" in kind and isinstance(value, (bool, int, float)):
+        made.push_tensor(torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None))
+    elif isinstance(value, bool):
+        made.push_bool(value)
+    elif isinstance(value, float) or (
+        kind.startswith(("float", "Optional[float")) and isinstance(value, int)
+    ):
+        made.push_float(float(value))
+    elif isinstance(value, str):
+        made.push_text(value)
+    elif isinstance(value, torch.device):
+        made.push_device(value)
+    elif isinstance(value, (tuple, list)):
+        made.push_floats(list(value)) if any(isinstance(v, float) for v in value) else made.push_ints(
+            list(value)
+        )
+    elif isinstance(value, (int, torch.dtype, torch.layout, torch.memory_format)):
+        made.push_int(value)
+    else:
+        raise UnrecordableError(f"an argument is a {type(value).__name__}")

@@ -1,0 +1,197 @@
+"""One call of a model as a recorded sequence of operations: what Python decides is decided once for each kind of call.
+
+A kind is told by the shapes, strides and dtypes of the tensors and by the values of all else. The first call of a kind
+runs as ever, the second is recorded and its sequence is run at once and compared, bit by bit; from the third on only
+the sequence runs. Whatever cannot be recorded, or is being watched, runs as ever.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from stepquant.models.denoiser import family_of
+from stepquant.runtime.fused import Chain
+from stepquant.runtime.layers import IntegerLayer
+from stepquant.runtime.recording import Recording, UnrecordableError
+from stepquant.runtime.times import Row, TimeRows
+
+KEPT_KINDS = 64
+KNOWN_VALUES = (bool, int, float, str, type(None))
+
+
+class Replay:
+    """Takes the place of a model's forward; its prediction comes from a recorded sequence where there is one."""
+
+    def __init__(self, model: nn.Module, times: TimeRows | None) -> None:
+        self.model, self.times = model, times
+        self.sequences: OrderedDict[Any, Any] = OrderedDict()  # None: seen once; False: cannot be recorded
+        self.rests_on: State | None = None
+        self.output: type | None = None  # what the model wraps its prediction in
+        self.family = family_of(model)
+        self.names = list(inspect.signature(type(model).forward).parameters)[1:]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.own_forward(*args, **kwargs)
+        arguments = dict(zip(self.names, args)) | kwargs
+        wrapped = arguments.pop("return_dict", True)
+        out = None if wrapped and self.output is None else self.predict(arguments)
+        if out is not None:
+            return self.output(sample=out) if wrapped and self.output else (out,)
+        made = self.own_forward(*args, **kwargs)
+        if wrapped:
+            self.output = type(made)
+        return made
+
+    def own_forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+    def predict(self, arguments: dict[str, Any]) -> Tensor | None:
+        """The prediction by a sequence, or None where the model's own forward must make it."""
+        family, watch = self.family, self.watch
+        if torch.is_grad_enabled() or watched() or any(watch.hooks):
+            return None
+        # What becomes of a float t is the model's own affair.
+        if not isinstance(arguments.get(family.x), Tensor) or not isinstance(
+            arguments.get(family.t), (int, Tensor)
+        ):
+            return None
+        arguments = arguments | {family.t: torch.as_tensor(arguments[family.t])}
+        tensors, kind = kind_of(arguments)
+        if kind is None:
+            return None
+        if self.rests_on is not None and not self.rests_on.still(watch):
+            self.sequences.clear()
+            self.rests_on = None
+        row = self.row_of(arguments[family.t])
+        inputs = tensors if row is None else [*tensors, row.projection, row.embedding, *row.blocks]
+        key = (kind, row is None, watch.stepped[0].row if watch.stepped else 0)
+        if key not in self.sequences:
+            self.keep(key, None)
+            return None
+        self.sequences.move_to_end(key)
+        sequence = self.sequences[key]
+        if sequence is None:
+            return self.record(key, arguments, inputs)
+        return None if sequence is False else sequence.run(inputs)[0]
+
+    @cached_property
+    def watch(self) -> Watch:
+        return Watch.of(self.model)
+
+    def row_of(self, t: Tensor) -> Row | None:
+        return None if self.times is None else self.times.row_of(t.reshape(-1))
+
+    def record(self, key: Any, arguments: dict[str, Any], inputs: list[Tensor]) -> Tensor | None:
+        """Run the model's own forward and remember what it did, if that can be done again."""
+        recording = Recording(inputs)
+        self.keep(key, False)
+        try:
+            with recording:
+                out = self.own_forward(**arguments, return_dict=False)[0]
+            sequence = recording.sequence(len(inputs), [out])
+        except UnrecordableError:
+            return None
+        if torch.equal(sequence.run(inputs)[0], out):
+            self.keep(key, sequence)
+            self.rests_on = State(self.watch)
+        return out  # type: ignore[no-any-return]
+
+    def keep(self, key: Any, sequence: Any) -> None:
+        self.sequences[key] = sequence
+        if len(self.sequences) > KEPT_KINDS:
+            self.sequences.popitem(last=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: value for name, value in self.__dict__.items() if name != "watch"}
+        return own | {"sequences": OrderedDict(), "rests_on": None}
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Where to look, before each call, for what would make a sequence another one."""
+
+    hooks: list[Any]  # of all modules but the model itself, whose own run around the sequence
+    attributes: list[dict[str, Any]]
+    bound: list[dict[str, Any]]  # of the modules with a forward of their own
+    layers: list[dict[str, Any]]  # attributes of the layers with one range
+    stepped_layers: list[dict[str, Any]]  # whose kernel is another one at every step, with the same weight
+    states: list[Callable[[], list[Any]]]
+    stepped: list[Any]  # modules with ranges for every step; all read the same row
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Watch:
+        modules = list(model.modules())
+        layers = [module for module in modules if isinstance(module, IntegerLayer)]
+        forwards = [module.__dict__.get("forward") for module in modules]
+        return cls(
+            [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)],
+            [module.__dict__ for module in modules],
+            [module.__dict__ for module in modules if "forward" in module.__dict__],
+            [layer.__dict__ for layer in layers if not getattr(layer, "stepped", False)],
+            [layer.__dict__ for layer in layers if getattr(layer, "stepped", False)],
+            [f.state for f in forwards if isinstance(f, Chain) and type(f).state is not Chain.state],
+            [module for module in modules if getattr(module, "stepped", False)],
+        )
+
+
+class State:
+    """What a sequence rests on: the forwards and kernels in their places, and what chains ask before they run."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.places, self.parts = count(watch), parts(watch)
+
+    def still(self, watch: Watch) -> bool:
+        return count(watch) == self.places and parts(watch) == self.parts
+
+
+def parts(watch: Watch) -> list[Any]:
+    """Things that are equal only if they are the same."""
+    found = [attributes.get("forward") for attributes in watch.bound]
+    found += [layer["kernel"] for layer in watch.layers]
+    found += [layer["kernel"] and layer["kernel"].weight for layer in watch.stepped_layers]
+    for state in watch.states:
+        found += state()
+    return found
+
+
+def count(watch: Watch) -> int:
+    """Attributes of all modules: a forward bound where there was none is one more."""
+    return sum(map(len, watch.attributes))
+
+
+def watched() -> bool:
+    """Whether somebody follows the operations of this call one by one."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or nn.modules.module._has_any_global_hook()
+    )
+
+
+def kind_of(arguments: dict[str, Any]) -> tuple[list[Tensor], Any]:
+    """The tensors among the arguments, and what tells this kind of call from others; None if that cannot be told."""
+    names = tuple(name for name, value in arguments.items() if value is not None)
+    leaves, tree = tree_flatten([arguments[name] for name in names])
+    key: list[Any] = [names, tree]
+    tensors = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.is_cpu and type(leaf) in (Tensor, nn.Parameter):
+            tensors.append(leaf)
+            key.append((leaf.shape, leaf.stride(), leaf.dtype))
+        elif isinstance(leaf, KNOWN_VALUES):
+            key.append((type(leaf), leaf))
+        else:
+            return [], None
+    return tensors, tuple(key)
