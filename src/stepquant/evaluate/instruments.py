@@ -77,6 +77,12 @@ def fit(networks: Networks, size: tuple[int, int], data: str | None, *, prompted
         missing.append(unavailable("FD-C10", SAME_SEEDS, error.what))
     if networks.inception is not None:
         readers.append(networks.inception)
+    if not readers and data not in (None, CIFAR10):
+        raise EvaluationError(
+            f"nothing here can compare images of {size[1]}x{size[0]} with data",
+            got=data,
+            fix="give --inception PATH, or leave --data out",
+        )
     metrics = PAIR_METRICS + (() if networks.lpips is None else (networks.lpips.metric(),))
     targets: dict[str, Target] = {}
     for reader in readers:

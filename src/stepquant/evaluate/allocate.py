@@ -1,0 +1,206 @@
+"""Bits for every site under a budget of bytes, bit operations or milliseconds, from a measured sensitivity."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
+
+from stepquant.errors import EvaluationError, UnknownNameError
+from stepquant.evaluate.cost import FLOAT_BITS
+from stepquant.evaluate.knapsack import choose
+from stepquant.evaluate.sites import StudiedSite, plan_with
+from stepquant.quant.plan import Plan
+
+Budget = Literal["bytes", "bops", "ms"]
+DECOUPLED = "decoupled"
+# arXiv:2405.17873: layers that read the prompt, and feed-forward ones, decide the content.
+CONTENT = ("k_text", "v_text", "q_added", "k_added", "v_added", "ff_in", "ff_out")
+# Losses that add up over sites, from each metric's value.
+LOSSES = {
+    "noise": lambda value: value**2,
+    "psnr": lambda value: 10 ** (-value / 10),
+    "ssim": lambda value: 1 - value,
+    "features": lambda value: value**2,
+}
+# Sites that are chosen together, because their product is what costs.
+TOGETHER = (("weight", "input"), ("query", "key"), ("probabilities", "value"))
+
+
+@dataclass(frozen=True)
+class Option:
+    """Bits for every site of a unit (None: float), what that costs, and what it loses."""
+
+    bits: tuple[int | None, ...]
+    cost: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Sites that are decided together."""
+
+    sites: tuple[StudiedSite, ...]
+    options: tuple[Option, ...]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The plan, what it costs and is expected to lose, and the same for every uniform number of bits."""
+
+    plan: Plan
+    bits: Mapping[str, int | None]
+    cost: float
+    loss: float
+    uniform: Mapping[int, tuple[float, float]]  # bits -> cost, loss
+
+    def counts(self) -> dict[str, int]:
+        """How many sites got how many bits."""
+        found = Counter("float" if width is None else str(width) for width in self.bits.values())
+        return dict(sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """A study as its file holds it."""
+
+    plan: Plan
+    sites: tuple[StudiedSite, ...]
+    losses: Mapping[tuple[str, int], float]  # site key and bits -> loss
+    bits: tuple[int, ...]
+
+
+def read_sensitivity(data: Mapping[str, Any], metric: str) -> Sensitivity:
+    """The losses of a study by one metric, or by one metric for content and another for quality."""
+    try:
+        sites = tuple(StudiedSite(**site) for site in data["sites"])
+        plan, bits = Plan.from_json(data["plan"]), tuple(sorted(data["study"]["bits"]))
+        values: dict[str, dict[tuple[str, int], float]] = {}
+        for row in data["rows"]:
+            key = (f"{row['path']}:{row['port']}", int(row["bits"]))
+            values.setdefault(row["metric"], {})[key] = LOSSES[row["metric"]](float(row["value"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise EvaluationError(
+            f"this is no sensitivity study: {type(error).__name__} {error}",
+            expected="a file that `stepquant sensitivity` wrote",
+        ) from error
+    wanted = ("ssim", "features") if metric == DECOUPLED else (metric,)
+    for name in wanted:
+        if name not in values:
+            raise UnknownNameError("metric of this study", name, [*values, DECOUPLED])
+    losses = decoupled(sites, values) if metric == DECOUPLED else values[metric]
+    missing = [site.key for site in sites for width in bits if (site.key, width) not in losses]
+    if missing:
+        raise EvaluationError(
+            "the study is not complete", got=f"nothing about {missing[0]}", fix="run it again"
+        )
+    return Sensitivity(plan, sites, losses, bits)
+
+
+def decoupled(
+    sites: Sequence[StudiedSite], values: Mapping[str, Mapping[tuple[str, int], float]]
+) -> dict[tuple[str, int], float]:
+    """Content sites by structure, quality sites by features, each as a share of what its own group can lose.
+
+    Differs: arXiv:2405.17873 solves both groups apart and searches how to divide the budget; one problem with shares
+    divides it by itself.
+    """
+    found: dict[tuple[str, int], float] = {}
+    for content, name in ((True, "ssim"), (False, "features")):
+        keys = {site.key for site in sites if (site.role in CONTENT) == content}
+        mine = {key: max(loss, 0.0) for key, loss in values[name].items() if key[0] in keys}
+        whole = sum(mine.values()) or 1.0
+        found |= {key: loss / whole for key, loss in mine.items()}
+    return found
+
+
+def allocate(
+    study: Sensitivity, kind: Budget, budget: float, times: Mapping[tuple[str, bool], float] | None = None
+) -> Allocation:
+    """The plan of least expected loss within the budget.
+
+    times: milliseconds by layer path and whether it multiplies integers; for a budget of milliseconds.
+    """
+    units = {
+        "bytes": lambda: byte_units(study),
+        "bops": lambda: bop_units(study),
+        "ms": lambda: time_units(study, times or {}),
+    }[kind]()
+    picked = choose(
+        [[option.loss for option in unit.options] for unit in units],
+        [[option.cost for option in unit.options] for unit in units],
+        budget,
+    )
+    chosen = [unit.options[index] for unit, index in zip(units, picked)]
+    bits = {
+        site.key: width for unit, option in zip(units, chosen) for site, width in zip(unit.sites, option.bits)
+    }
+    return Allocation(
+        plan_with(f"allocated-{kind}", study.plan, bits, study.sites),
+        bits,
+        sum(option.cost for option in chosen),
+        sum(option.loss for option in chosen),
+        {width: uniform_of(units, width) for width in study.bits},
+    )
+
+
+def uniform_of(units: Sequence[Unit], width: int) -> tuple[float, float]:
+    """Cost and loss where every site has the same bits."""
+    found = [option for unit in units for option in unit.options if set(option.bits) == {width}]
+    return sum(option.cost for option in found), sum(option.loss for option in found)
+
+
+def byte_units(study: Sensitivity) -> list[Unit]:
+    """Weights alone fill a file."""
+    return [
+        Unit((site,), tuple(Option((b,), site.bytes(b), study.losses[site.key, b]) for b in study.bits))
+        for site in study.sites
+        if site.port == "weight"
+    ]
+
+
+def bop_units(study: Sensitivity) -> list[Unit]:
+    """Bits of both operands multiply: they are chosen together. An operand that the plan keeps float has 32 bits."""
+    units, ports = [], {(site.path, site.port): site for site in study.sites}
+    for first, second in TOGETHER:
+        paths = dict.fromkeys(path for path, port in ports if port in (first, second))
+        for path in paths:
+            sites = tuple(ports[path, port] for port in (first, second) if (path, port) in ports)
+            # A product of attention is two products of matrices.
+            macs = sites[0].macs // (1 if first == "weight" else 2)
+            units.append(Unit(sites, tuple(bop_options(study, sites, macs))))
+    return units
+
+
+def bop_options(study: Sensitivity, sites: Sequence[StudiedSite], macs: int) -> list[Option]:
+    out = []
+    for widths in product(study.bits, repeat=len(sites)):
+        other = 1 if len(sites) > 1 else FLOAT_BITS
+        bops = macs * other
+        for width in widths:
+            bops *= width
+        loss = sum(study.losses[site.key, width] for site, width in zip(sites, widths))
+        out.append(Option(widths, bops, loss))
+    return out
+
+
+def time_units(study: Sensitivity, times: Mapping[tuple[str, bool], float]) -> list[Unit]:
+    """Layers that were timed run in integers of each number of bits, or in float, which loses nothing."""
+    units = []
+    for path in dict.fromkeys(site.path for site in study.sites):
+        sites = tuple(site for site in study.sites if site.path == path)
+        if (path, True) not in times or (path, False) not in times:
+            continue
+        options = [Option((None,) * len(sites), times[path, False], 0.0)]
+        for width in study.bits:
+            loss = sum(study.losses[site.key, width] for site in sites)
+            options.append(Option((width,) * len(sites), times[path, True], loss))
+        units.append(Unit(sites, tuple(options)))
+    if not units:
+        raise EvaluationError(
+            "no layer of this study was timed",
+            fix="time the layers of an artifact of the same model: stepquant layers DIR --out times.json",
+        )
+    return units
