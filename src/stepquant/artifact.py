@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stepquant.core.grid import Grid
 from stepquant.core.pack import pack
+from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import ArtifactError
 from stepquant.quant.insert import Inserted
 from stepquant.quant.layers import QuantLayer
@@ -50,6 +51,20 @@ class ProductSpec:
 
 
 @dataclass(frozen=True)
+class StepSpec:
+    """What of an artifact has a row for every step: the sizes of the tables below `steps.` on disk."""
+
+    times: int  # values of t that are known
+    groups: int = 1  # rows of the ranges
+    table: int = 0  # columns of what the time embedding becomes; 0: computed as ever
+    channels: int = 0  # of the correction; 0: none
+    noise: str = "none"  # what becomes of the correction's variance
+
+    def to_json(self) -> dict[str, int | str]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Artifact:
     """Tensors under the names they have on disk, what they mean, and how they came about."""
 
@@ -57,7 +72,23 @@ class Artifact:
     products: Mapping[str, ProductSpec]
     tensors: Mapping[str, Tensor]
     splits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    steps: StepSpec | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_correction(self, correction: StepCorrection, table: StepTable) -> Artifact:
+        """This artifact, its predictions corrected at every step of the table."""
+        own = self.steps or StepSpec(len(table.times))
+        kept = {"steps.bits": table.to_bits(), "steps.rows": table.rows.int()}
+        if self.steps is not None and not torch.equal(self.tensors["steps.bits"], kept["steps.bits"]):
+            raise ArtifactError(
+                "ranges and correction were made for different steps",
+                fix="quantize and correct with the same sampler and number of steps",
+            )
+        kept = {name: self.tensors.get(name, value) for name, value in kept.items()}
+        values = {name: getattr(correction, name) for name in ("scale", "bias", "variance")}
+        tensors = {f"steps.correction_{name}": value.float().contiguous() for name, value in values.items()}
+        spec = replace(own, channels=correction.scale.shape[1], noise=correction.noise)
+        return replace(self, steps=spec, tensors={**self.tensors, **kept, **tensors})
 
     def to_json(self) -> dict[str, Any]:
         """The `quantization_config` of the folder, without the tensors."""
@@ -65,12 +96,16 @@ class Artifact:
             "layers": {path: spec.to_json() for path, spec in sorted(self.layers.items())},
             "products": {path: spec.to_json() for path, spec in sorted(self.products.items())},
             "splits": {path: list(widths) for path, widths in sorted(self.splits.items())},
+            "steps": self.steps.to_json() if self.steps else None,
             "recipe": dict(self.recipe),
         }
 
 
-def freeze(network: Inserted, recipe: Mapping[str, Any] | None = None) -> Artifact:
-    """Round and pack what the quantizers describe; the network itself is left as it is."""
+def freeze(network: Inserted, time_table: Tensor | None = None) -> Artifact:
+    """Round and pack what the quantizers describe; the network itself is left as it is.
+
+    `time_table` has a row for each t of the network's clock, in place of the layers that depend on t alone.
+    """
     tensors: dict[str, Tensor] = {}
     layers: dict[str, LayerSpec] = {}
     products: dict[str, ProductSpec] = {}
@@ -85,7 +120,15 @@ def freeze(network: Inserted, recipe: Mapping[str, Any] | None = None) -> Artifa
         products[path] = ProductSpec(**{port: quantizer.grid for port, quantizer in product.ports().items()})
         for port, quantizer in product.ports().items():
             tensors |= range_tensors(f"{path}.product.{port}", quantizer)
-    return Artifact(layers, products, tensors, dict(network.splits), dict(recipe or {}))
+    steps = None
+    if network.clock is not None:
+        table = network.clock.table
+        tensors |= {"steps.bits": table.to_bits(), "steps.rows": table.rows.int()}
+        steps = StepSpec(len(table.times), table.groups)
+        if time_table is not None:
+            tensors["steps.table"] = time_table.detach().float().contiguous()
+            steps = replace(steps, table=time_table.shape[1])
+    return Artifact(layers, products, tensors, dict(network.splits), steps)
 
 
 def packed_tensors(layer: QuantLayer) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from stepquant.artifact import Artifact, LayerSpec, ProductSpec, check_tensors
+from stepquant.artifact import Artifact, LayerSpec, ProductSpec, StepSpec, check_tensors
 from stepquant.core.digest import tensors_digest, value_digest
 from stepquant.errors import ArtifactError
 from stepquant.runtime.lower import lower, prepare, skeleton
@@ -34,6 +34,7 @@ class StepquantConfig(QuantizationConfigMixin):
         layers: Mapping[str, Mapping[str, str]],
         products: Mapping[str, Mapping[str, str]] | None = None,
         splits: Mapping[str, list[int]] | None = None,
+        steps: Mapping[str, Any] | None = None,
         recipe: Mapping[str, Any] | None = None,
         format: int = FORMAT,
         digests: Mapping[str, str] | None = None,
@@ -51,6 +52,7 @@ class StepquantConfig(QuantizationConfigMixin):
             raise ArtifactError("the digests in config.json were edited", fix="fetch the whole folder again")
         self.quant_method = Name.STEPQUANT
         self.layers, self.products, self.splits = dict(layers), dict(products or {}), dict(splits or {})
+        self.steps = dict(steps) if steps else None
         self.recipe, self.format = dict(recipe or {}), format
         self.digests = dict(digests or {})  # tensor -> digest of what was saved
 
@@ -72,8 +74,11 @@ class StepquantConfig(QuantizationConfigMixin):
     def split_widths(self) -> dict[str, tuple[int, ...]]:
         return {path: tuple(widths) for path, widths in self.splits.items()}
 
+    def step_spec(self) -> StepSpec | None:
+        return StepSpec(**self.steps) if self.steps else None
+
     def to_dict(self) -> dict[str, Any]:
-        keys = ("layers", "products", "splits", "recipe", "format", "digests", "digest")
+        keys = ("layers", "products", "splits", "steps", "recipe", "format", "digests", "digest")
         return {"quant_method": self.quant_method.value} | {key: getattr(self, key) for key in keys}
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -119,7 +124,9 @@ class StepquantQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
-        skeleton(model, config.layer_specs(), config.product_specs(), config.split_widths())
+        skeleton(
+            model, config.layer_specs(), config.product_specs(), config.split_widths(), config.step_spec()
+        )
         model.config.quantization_config = config
         names = dict.fromkeys(self.keys, torch.empty(0, device="meta"))
         expected = dict.fromkeys(model.state_dict(), torch.empty(0, device="meta"))

@@ -19,7 +19,8 @@ from stepquant.quant.insert import Inserted, insert
 from stepquant.quant.plan import Plan
 from stepquant.quant.quantizer import Quantizer
 from stepquant.quant.schemes import scheme
-from stepquant.runtime.layers import IntegerLayer, integer_layer
+from stepquant.runtime.layers import IntegerLayer
+from stepquant.runtime.lower import integer_layer
 from tests.models.tiny import unconditional
 
 TIMES = (10, 355, 700)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stepquant.calib.cache import atomically, cache_folder
 from stepquant.calib.calibset import CalibSet, flatten
-from stepquant.calib.pick import Pick
+from stepquant.calib.pick import Pick, every
 from stepquant.core.digest import value_digest
 from stepquant.errors import CalibrationError
 from stepquant.models.denoiser import Denoiser
@@ -64,6 +64,14 @@ class Source:
     def record(self, picks: Sequence[Pick]) -> CalibSet:
         """The picked states of the float model's trajectories, from the cache where they are known."""
         return record(self, picks)
+
+    def times(self) -> Tensor:
+        """The t that the network receives at every step, in the sampler's order."""
+        data = self.record(every(1, range(self.steps)))
+        records = data.take(range(len(data)))
+        first = records.branch == records.branch.min()
+        times: Tensor = records.arguments[data.t][first]
+        return times[records.step[first].argsort()]
 
     def key(self, picks: Sequence[Pick]) -> str:
         scheduler = self.pipeline.scheduler

@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal, cast
 
-Granularity = Literal["tensor", "channel", "group", "token"]
-GRAMMAR = "[u]int<2..8>/<tensor|channel|group<N>|token>[/sym|/asym], for example int8/channel, uint8/tensor, int4/group32"
-PATTERN = re.compile(r"(u?)int(\d+)/(tensor|channel|token|group(\d+))(?:/(sym|asym))?")
+Granularity = Literal["tensor", "channel", "group", "token", "step"]
+GRAMMAR = "[u]int<2..8>/<tensor|channel|group<N>|token|step>[/sym|/asym], for example int8/channel, uint8/tensor, int4/group32"
+PATTERN = re.compile(r"(u?)int(\d+)/(tensor|channel|token|step|group(\d+))(?:/(sym|asym))?")
 
 
 class GridError(ValueError):
@@ -19,6 +19,7 @@ class GridError(ValueError):
 class Grid:
     """Integers of `bits` bits; `int8/channel` is signed and symmetric, `uint8/tensor` unsigned with a zero point.
 
+    `step` shares a scale over a tensor too, but has one for every step of the sampler, or group of steps.
     A symmetric grid has zero point 0 and drops the lowest signed value, so that -q exists for every q.
     """
 

@@ -39,6 +39,7 @@ class Schedule:
     loss: BlockLoss = field(default_factory=BlockLoss)
     checks: int = 10  # looks at the held-out records
     patience: int = 4  # checks without improvement before it ends
+    without: tuple[str, ...] = ()  # roles whose layers stay as they are
     bf16: bool = False  # multiply in bfloat16 while learning, where the processor can
 
 
@@ -63,14 +64,18 @@ class Learner:
 
     def __init__(self, network: Inserted, piece: Piece, schedule: Schedule, generator: Generator) -> None:
         self.network, self.piece, self.schedule, self.generator = network, piece, schedule, generator
-        self.layers = inside(network.layers, piece.path)
+        self.layers = {
+            path: layer
+            for path, layer in inside(network.layers, *piece.covers).items()
+            if layer.role not in schedule.without
+        }
         self.roundings: dict[str, SoftRounding] = {}
         if schedule.rounding_rate:
             for path, layer in self.layers.items():
                 if layer.weight_quantizer is not None:
                     self.roundings[path] = SoftRounding(layer.weight, layer.weight_quantizer)
         self.steps: dict[Quantizer, LearnedStep] = {}
-        for quantizer in activation_quantizers(network, piece.path):
+        for quantizer in activation_quantizers(network, *piece.covers):
             if quantizer.enabled:
                 self.steps[quantizer] = LearnedStep(quantizer, schedule.keep, generator)
         self.watched = watched_layers(piece) if schedule.loss.layers else []
@@ -171,14 +176,15 @@ class Learner:
         return total / len(sample.held)
 
 
-def inside(modules: Mapping[str, T], path: str) -> dict[str, T]:
-    """Those at and below `path`."""
-    return {name: module for name, module in modules.items() if name == path or name.startswith(f"{path}.")}
+def inside(modules: Mapping[str, T], *paths: str) -> dict[str, T]:
+    """Those at and below any of `paths`."""
+    below = tuple(f"{path}." for path in paths)
+    return {name: module for name, module in modules.items() if name in paths or name.startswith(below)}
 
 
-def activation_quantizers(network: Inserted, path: str) -> list[Quantizer]:
-    inputs = [layer.input_quantizer for layer in inside(network.layers, path).values()]
-    products = [q for product in inside(network.products, path).values() for q in product.ports().values()]
+def activation_quantizers(network: Inserted, *paths: str) -> list[Quantizer]:
+    inputs = [layer.input_quantizer for layer in inside(network.layers, *paths).values()]
+    products = [q for product in inside(network.products, *paths).values() for q in product.ports().values()]
     return [quantizer for quantizer in inputs if quantizer is not None] + products
 
 

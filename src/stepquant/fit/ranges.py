@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 from stepquant.calib.calibset import CalibSet
 from stepquant.core.affine import scale_and_zero, to_groups
 from stepquant.core.ranges import Search, ema
+from stepquant.core.steps import StepTable
 from stepquant.errors import CalibrationError, MethodError
 from stepquant.progress import Progress, Silent
 from stepquant.quant.insert import Inserted
@@ -36,10 +39,53 @@ def set_input_ranges(
     """The range of every activation, as moving average over batches.
 
     While a batch runs, weights and all earlier activations are already quantized: each range fits what it will see.
+    Where activations have a range for every step, each one comes from the records of its own steps.
     """
     quantizers = [q for q in network.quantizers() if q.site.port != "weight"]
     if not quantizers:
         return
+    network.switch(weights=True, inputs=True)
+    parts: list[tuple[int | None, CalibSet]] = [(None, data)]
+    if network.clock is not None:
+        parts = list(by_row(data, network.clock.table))
+    for row, records in parts:
+        observe_part(network, records, search, quantizers, row, batch, momentum, progress or Silent())
+    unseen = [q for q in quantizers if not q.is_set]
+    if unseen:
+        raise MethodError(
+            f"'{unseen[0].site}' never ran during calibration",
+            got=f"{len(unseen)} quantizers without a range",
+            fix="keep these layers in float with a plan rule",
+        )
+
+
+def by_row(data: CalibSet, table: StepTable) -> Iterator[tuple[int, CalibSet]]:
+    """The records of every row of a per-step table."""
+    times = torch.cat([records.arguments[data.t].reshape(-1) for records in data.batches(256)])
+    rows = table.rows_of(times)
+    for row in range(table.groups):
+        mine = (rows == row).nonzero().flatten().tolist()
+        if not mine:
+            known = table.times[table.rows == row]
+            raise CalibrationError(
+                "a range for some steps has no records to come from",
+                got=f"none at t = {', '.join(f'{t:g}' for t in known[:4].tolist())}",
+                fix="record every group of steps, or make fewer groups",
+            )
+        yield row, data.subset(mine)
+
+
+def observe_part(
+    network: Inserted,
+    data: CalibSet,
+    search: Search,
+    quantizers: Sequence[Quantizer],
+    row: int | None,
+    batch: int,
+    momentum: float,
+    progress: Progress,
+) -> None:
+    """Set one range of every quantizer."""
     lows: dict[Quantizer, Tensor] = {}
     highs: dict[Quantizer, Tensor] = {}
 
@@ -52,26 +98,19 @@ def set_input_ranges(
         low, high = search(x.detach().float().reshape(1, -1), quantizer.grid)
         lows[quantizer] = ema(lows.get(quantizer), low, momentum)
         highs[quantizer] = ema(highs.get(quantizer), high, momentum)
-        quantizer.set_range(*scale_and_zero(lows[quantizer], highs[quantizer], quantizer.grid))
+        quantizer.set_range(*scale_and_zero(lows[quantizer], highs[quantizer], quantizer.grid), row)
 
-    network.switch(weights=True, inputs=True)
-    observe_all(network, data, quantizers, observe, batch, progress or Silent())
-    unseen = [q for q in quantizers if not q.is_set]
-    if unseen:
-        raise MethodError(
-            f"'{unseen[0].site}' never ran during calibration",
-            got=f"{len(unseen)} quantizers without a range",
-            fix="keep these layers in float with a plan rule",
-        )
+    what = "activation ranges" if row is None else f"activation ranges {row + 1}"
+    observe_all(network, data, quantizers, observe, batch, progress, what)
 
 
-def observe_all(network, data, quantizers, observe, batch: int, progress: Progress) -> None:  # type: ignore[no-untyped-def]
+def observe_all(network, data, quantizers, observe, batch: int, progress: Progress, what: str) -> None:  # type: ignore[no-untyped-def]
     for quantizer in quantizers:
         quantizer.observer = observe
     try:
         with torch.no_grad():
             total = -(-len(data) // batch)
-            for records in progress.track(data.batches(batch), "activation ranges", total):
+            for records in progress.track(data.batches(batch), what, total):
                 network.denoiser.predict(records.arguments)
     finally:
         for quantizer in quantizers:

@@ -70,6 +70,11 @@ class Piece:
     module: nn.Module
     arguments: Shape
     results: Shape
+    members: tuple[str, ...] = ()  # the layers it is made of, where they do not lie below its path
+
+    @property
+    def covers(self) -> tuple[str, ...]:
+        return self.members or (self.path,)
 
     def run(self, columns: Sequence[Tensor]) -> Any:
         """Call the module with rows of its arguments."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
 from stepquant.artifact import Artifact
 from stepquant.calib.calibset import CalibSet
 from stepquant.calib.record import Source
 from stepquant.core.ranges import lp_search, lp_search_binned
+from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.fit.blocks import reconstruct_blocks
 from stepquant.fit.journal import Journal
 from stepquant.fit.learner import Schedule
@@ -21,6 +23,7 @@ from stepquant.fit.streams import Streams
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.insert import Inserted
 from stepquant.quant.plan import Plan
+from stepquant.runtime.lower import lower
 
 
 class Reconstruct(Protocol):
@@ -51,6 +54,29 @@ class PresetMethod(Method):
     def fill_preset(cls, fields: dict[str, Any]) -> dict[str, Any]:
         """What is not given comes from the preset."""
         return {**cls.paper, **fields} if fields.get("preset") == "paper" else fields
+
+
+class Correction(BaseModel, ABC):
+    """Corrects the predictions of a quantized denoiser at every step, so that they come near to the float one's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @abstractmethod
+    def __call__(
+        self, denoiser: Denoiser, quantized: Denoiser, source: Source
+    ) -> tuple[StepCorrection, StepTable]: ...
+
+
+class Corrected(Method):
+    """A method, and behind it a correction that is fitted on the very integers that will run."""
+
+    method: SerializeAsAny[Method]
+    correction: SerializeAsAny[Correction]
+
+    def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
+        artifact = self.method(denoiser, plan, source)
+        quantized = Denoiser(lower(copy.deepcopy(denoiser.model), artifact))
+        return artifact.with_correction(*self.correction(denoiser, quantized, source))
 
 
 class BlockMethod(PresetMethod):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -109,6 +110,14 @@ class Denoiser:
         """The model's prediction for recorded arguments."""
         out: Tensor = self.model(**arguments, return_dict=False)[0]
         return out
+
+    @cached_property
+    def output(self) -> type:
+        """The class in which the model returns its prediction when it is asked for more than a tuple."""
+        forward = type(self.model).forward
+        kinds = typing.get_type_hints(forward, vars(inspect.getmodule(forward)))["return"]
+        options = typing.get_args(kinds) or (kinds,)
+        return next(kind for kind in options if "sample" in getattr(kind, "__dataclass_fields__", ()))
 
     def digest(self) -> str:
         """SHA-256 of class, configuration and weights: the name of this model in every cache."""

@@ -26,13 +26,19 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def scheduler_of(pipeline: Any, sampler: str | None) -> Any:
-    """A fresh scheduler of that name with the noise schedule of the pipeline's own; None keeps the pipeline's class."""
+    """A fresh scheduler of that name with the noise schedule of the pipeline's own; None keeps the pipeline's class.
+
+    A quantized model may carry a change of the sampler's noise, which is made here.
+    """
     if sampler is None:
-        return type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    if sampler not in SAMPLERS:
+        scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    elif sampler in SAMPLERS:
+        kind, options = SAMPLERS[sampler]
+        scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config, **options)
+    else:
         raise UnknownNameError("sampler", sampler, SAMPLERS)
-    kind, options = SAMPLERS[sampler]
-    return getattr(diffusers, kind).from_config(pipeline.scheduler.config, **options)
+    tables = getattr(Denoiser.of(pipeline).model, "steps", None)
+    return scheduler if tables is None else tables.carry(scheduler)
 
 
 def generators(seeds: Sequence[int], device: Any = "cpu") -> list[torch.Generator]:

@@ -22,6 +22,7 @@ class ResidualUnit:
     divisor: float
     timed: bool  # adds SiLU -> time_emb_proj to what conv1 returns
     shortcut: bool  # a convolution reads the raw input; otherwise the input itself is added
+    width: int  # channels that the time embedding becomes
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,13 @@ class Structure:
     tail: tuple[str, str, str] | None = None
     time: tuple[str, str] | None = None
 
+    def time_layers(self) -> list[str]:
+        """The layers between the time projection and what each residual unit adds."""
+        if self.time is None:
+            return []
+        embedding = [f"{self.time[1]}.linear_1", f"{self.time[1]}.linear_2"]
+        return embedding + [f"{unit.path}.time_emb_proj" for unit in self.residuals if unit.timed]
+
 
 def structure(model: nn.Module) -> Structure:
     """What of `model` fits the chains above; blocks that differ in any way are left out."""
@@ -111,7 +119,8 @@ def is_plain_residual(module: nn.Module) -> bool:
 
 def residual_unit(path: str, module: nn.Module) -> ResidualUnit:
     timed, shortcut = module.time_emb_proj is not None, module.conv_shortcut is not None
-    return ResidualUnit(path, float(module.output_scale_factor), timed, shortcut)  # type: ignore[arg-type]
+    width = int(module.conv1.out_channels)  # type: ignore[union-attr, arg-type]
+    return ResidualUnit(path, float(module.output_scale_factor), timed, shortcut, width)  # type: ignore[arg-type]
 
 
 def is_plain_attention(module: nn.Module) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
+from stepquant.core.steps import StepTable
 from stepquant.errors import PlanError
 from stepquant.models.attention import rebind
 from stepquant.models.denoiser import Denoiser
@@ -16,7 +18,7 @@ from stepquant.models.split import split_concats
 from stepquant.quant.attention import QuantProduct
 from stepquant.quant.layers import QuantLayer
 from stepquant.quant.plan import PORTS, Plan
-from stepquant.quant.quantizer import Quantizer, Site
+from stepquant.quant.quantizer import Clock, Quantizer, Site
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Inserted:
     layers: Mapping[str, QuantLayer]
     products: Mapping[str, QuantProduct]
     splits: Mapping[str, tuple[int, ...]]
+    clock: Clock | None = None  # where activations have a range for every step
 
     def quantizers(self) -> Iterator[Quantizer]:
         """All quantizers in module order."""
@@ -43,12 +46,16 @@ class Inserted:
 
 
 @contextmanager
-def insert(denoiser: Denoiser, plan: Plan, *, split: bool = False) -> Iterator[Inserted]:
+def insert(
+    denoiser: Denoiser, plan: Plan, *, split: bool = False, steps: StepTable | None = None
+) -> Iterator[Inserted]:
     """Put quantizers where `plan` wants them, and the float modules back at the end.
 
-    With `split`, layers that read a concatenation get two weight and two input quantizers.
+    With `split`, layers that read a concatenation get two weight and two input quantizers. With `steps`,
+    activations have a range for every row of that table.
     """
     model, splits = denoiser.model, denoiser.concats() if split else {}
+    clock = Clock(steps) if steps is not None else None
     unsplit = split_concats(model, splits)
     try:
         decisions = plan.resolve(denoiser)
@@ -58,8 +65,12 @@ def insert(denoiser: Denoiser, plan: Plan, *, split: bool = False) -> Iterator[I
     layers, products, former = {}, {}, {}
 
     def quantizer(path: str, role: str, port: Any) -> Quantizer | None:
-        grid = decisions[path, port].grid
-        return Quantizer(grid, Site(path, role, port)).to(device_of(model)) if grid is not None else None
+        grid, site = decisions[path, port].grid, Site(path, role, port)
+        if grid is None:
+            return None
+        if clock is None or port == "weight":
+            return Quantizer(grid, site).to(device_of(model))
+        return Quantizer(replace(grid, granularity="step"), site, clock).to(device_of(model))
 
     for path, role in denoiser.sites().items():
         weight, inputs = quantizer(path, role, "weight"), quantizer(path, role, "input")
@@ -78,9 +89,12 @@ def insert(denoiser: Denoiser, plan: Plan, *, split: bool = False) -> Iterator[I
         attention.product = products[path]  # type: ignore[assignment]
         former[path] = rebind(attention, products[path], path)
 
+    hook = read_clock(denoiser, clock) if clock is not None else None
     try:
-        yield Inserted(denoiser, plan, layers, products, splits)
+        yield Inserted(denoiser, plan, layers, products, splits, clock)
     finally:
+        if hook is not None:
+            hook.remove()
         for path in layers:
             model.set_submodule(path, former[path])
         for path in products:
@@ -88,6 +102,16 @@ def insert(denoiser: Denoiser, plan: Plan, *, split: bool = False) -> Iterator[I
             attention.processor = former[path]
             del attention.product
         unsplit()
+
+
+def read_clock(denoiser: Denoiser, clock: Clock) -> Any:
+    """Let the clock see the t of every call before the model does."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = denoiser.bind(args, kwargs)
+        clock.read(torch.as_tensor(arguments[denoiser.family.t]), len(arguments[denoiser.family.x]))
+
+    return denoiser.model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def device_of(model: nn.Module) -> Any:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from stepquant.core.affine import fake_quantize
 from stepquant.core.grid import Grid
-from stepquant.errors import RangeError
+from stepquant.core.steps import StepTable
+from stepquant.errors import CalibrationError, RangeError
 
 Port = Literal["weight", "input", "query", "key", "value", "probabilities"]
 Observer = Callable[["Quantizer", Tensor], None]
@@ -30,15 +31,42 @@ class Site:
         return f"{self.path}:{self.port}"
 
 
+class Clock:
+    """Which row of every per-step range the samples of the present call read."""
+
+    def __init__(self, table: StepTable) -> None:
+        self.table = table
+        self.rows: Tensor | None = None
+
+    def read(self, t: Tensor, samples: int) -> None:
+        """Look up the t of a call, one for all samples or one for each."""
+        rows = self.table.rows_of(t)
+        if (rows < 0).any():
+            unknown = t.reshape(-1)[rows.argmin()].item()
+            raise CalibrationError(
+                "a call has a t that no range was made for",
+                got=f"{unknown:g}",
+                expected=f"one of the {len(self.table.times)} values of the sampler that ranges are made for",
+                fix="record with the same sampler and number of steps",
+            )
+        self.rows = rows.expand(samples) if len(rows) == 1 else rows
+
+    def spread(self, values: Tensor, x: Tensor) -> Tensor:
+        """Per-step values, one row for each sample of `x`."""
+        if self.rows is None or len(self.rows) != len(x):
+            raise RangeError("a per-step range is used outside a call of the whole model")
+        return values.to(x.device)[self.rows.to(x.device)].reshape(-1, *[1] * (x.ndim - 1))
+
+
 class Quantizer(nn.Module):
     """Identity until enabled; then the fake quantization of its grid. Ranges are set, never guessed."""
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, grid: Grid, site: Site) -> None:
+    def __init__(self, grid: Grid, site: Site, clock: Clock | None = None) -> None:
         super().__init__()
-        self.grid, self.site = grid, site
+        self.grid, self.site, self.clock = grid, site, clock
         self.enabled = False
         self.observer: Observer | None = None
         self.stand_in: StandIn | None = None  # quantizes instead, while its step is learnt
@@ -47,21 +75,27 @@ class Quantizer(nn.Module):
 
     @property
     def is_set(self) -> bool:
-        return self.scale.numel() > 0
+        return self.scale.numel() > 0 and not bool(self.scale.isnan().any())
 
-    def set_range(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Scales and zero points, one per row that the grid shares them over."""
+    def set_range(self, scale: Tensor, zero_point: Tensor, row: int | None = None) -> None:
+        """Scales and zero points, one per row that the grid shares them over; or of one row of a per-step range."""
         if not (torch.isfinite(scale).all() and torch.isfinite(zero_point).all() and (scale > 0).all()):
             raise RangeError(
                 f"the range of '{self.site}' is not finite and positive",
                 got=f"scale {scale.min().item():g} to {scale.max().item():g}",
                 fix="look for NaN or infinite activations in the float model at this layer",
             )
-        self.scale = scale.detach().float().reshape(-1).clone()
-        self.zero_point = zero_point.detach().float().reshape(-1).clone()
+        if row is None:
+            self.scale = scale.detach().float().reshape(-1).clone()
+            self.zero_point = zero_point.detach().float().reshape(-1).clone()
+            return
+        assert self.clock is not None, "only per-step ranges have rows to set"
+        if not self.scale.numel():
+            self.scale, self.zero_point = torch.full((2, self.clock.table.groups), torch.nan)
+        self.scale[row], self.zero_point[row] = scale.item(), zero_point.item()
 
     def range(self) -> tuple[Tensor, Tensor]:
-        if not self.is_set:
+        if not self.scale.numel():
             raise RangeError(
                 f"quantizer '{self.site}' is used before its range is set",
                 fix="set ranges from calibration data first (fit.ranges)",
@@ -76,6 +110,8 @@ class Quantizer(nn.Module):
         if self.stand_in is not None:
             return self.stand_in(self, x)
         scale, zero_point = self.range()
+        if self.clock is not None:
+            scale, zero_point = (self.clock.spread(values, x) for values in (scale, zero_point))
         return fake_quantize(x, scale, zero_point, self.grid)
 
     def extra_repr(self) -> str:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from stepquant.artifact import LayerSpec
 from stepquant.core.affine import dequantize, to_groups
 from stepquant.core.pack import packed_bytes, unpack
-from stepquant.errors import RuntimeSupportError
 from stepquant.runtime import ops
 from stepquant.runtime.cpu import ConvKernel, Geometry, LinearKernel, PackedKernel, why_no_integers
 from stepquant.runtime.reference import Code
@@ -36,10 +35,12 @@ class IntegerLayer(nn.Module, ABC):
     kernel_type: type[PackedKernel]
     outputs_dim: int  # where the output channels are
 
-    def __init__(self, layer: nn.Module, spec: LayerSpec) -> None:
+    def __init__(self, layer: nn.Module, spec: LayerSpec, groups: int = 1) -> None:
         super().__init__()
         weight: Tensor = layer.weight  # type: ignore[assignment]
         self.spec, self.weight_shape = spec, torch.Size(weight.shape)
+        self.row = 0  # of the input's ranges, where there is one for every step
+        self.kernels: dict[int, PackedKernel] = {}
         self.emit: torch.dtype | None = None
         self.reason: str | None = "not prepared"
         self.kernel: PackedKernel | None = None
@@ -57,15 +58,32 @@ class IntegerLayer(nn.Module, ABC):
             "bias", None if layer.bias is None else torch.zeros(weight.shape[0], device=device)
         )
         if spec.input is not None:
-            self.register_buffer("input_scale", torch.ones(1, device=device))
-            self.register_buffer("input_zero_point", torch.zeros(1, dtype=torch.int32, device=device))
+            count = groups if spec.input.granularity == "step" else 1
+            self.register_buffer("input_scale", torch.ones(count, device=device))
+            self.register_buffer("input_zero_point", torch.zeros(count, dtype=torch.int32, device=device))
         self.register_load_state_dict_post_hook(forget_loaded)
 
     @property
     def code(self) -> Code:
         """Where an input number lands in a byte. The only reader of the input's range."""
         assert self.spec.input is not None, "a weight-only layer has no input code"
-        return Code.of_grid(self.spec.input, self.input_scale[0].item(), int(self.input_zero_point[0].item()))
+        scale, zero_point = self.input_scale[self.row].item(), self.input_zero_point[self.row].item()
+        return Code.of_grid(self.spec.input, scale, int(zero_point))
+
+    @property
+    def stepped(self) -> bool:
+        """Whether the input has a range for every step."""
+        return self.spec.input is not None and self.spec.input.granularity == "step"
+
+    def select(self, row: int) -> None:
+        """Read this row of the ranges from now on; all rows share one packed weight."""
+        if row == self.row:
+            return
+        if self.kernel is not None:
+            self.kernels[self.row] = self.kernel
+        self.row = row
+        if self.kernel is not None:
+            self.kernel = self.kernels.get(row) or self.kernel.with_code(self.code)
 
     @property
     def integer(self) -> bool:
@@ -93,6 +111,7 @@ class IntegerLayer(nn.Module, ABC):
         """Drop what was derived from the buffers; the next call derives it again."""
         self.kernel, self.ready = None, False
         self.held.clear()
+        self.kernels.clear()
 
     def prepared(self) -> IntegerLayer:
         if not self.ready:
@@ -104,7 +123,7 @@ class IntegerLayer(nn.Module, ABC):
     def why_float(self) -> str | None:
         if self.spec.input is None:
             return HELD if self.holds else WEIGHT_ONLY
-        if self.spec.input.granularity != "tensor":
+        if self.spec.input.granularity not in ("tensor", "step"):
             return f"no integer kernel for inputs on {self.spec.input}"
         if self.spec.weight.granularity == "group":
             return "no integer kernel sums groups of inputs with a scale each"
@@ -182,7 +201,7 @@ class IntegerLayer(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights are opaque to copy and pickle, and are derived again when needed.
-        return self.__dict__ | {"kernel": None, "ready": False, "held": {}}
+        return self.__dict__ | {"kernel": None, "ready": False, "held": {}, "kernels": {}}
 
     def extra_repr(self) -> str:
         inputs = f", input {self.spec.input}" if self.spec.input else ""
@@ -192,8 +211,8 @@ class IntegerLayer(nn.Module, ABC):
 class IntegerLinear(IntegerLayer):
     kernel_type, outputs_dim = LinearKernel, -1
 
-    def __init__(self, layer: nn.Linear, spec: LayerSpec) -> None:
-        super().__init__(layer, spec)
+    def __init__(self, layer: nn.Linear, spec: LayerSpec, groups: int = 1) -> None:
+        super().__init__(layer, spec, groups)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
@@ -215,8 +234,8 @@ class IntegerConv2d(IntegerLayer):
 
     kernel_type, outputs_dim = ConvKernel, 1
 
-    def __init__(self, layer: nn.Conv1d | nn.Conv2d, spec: LayerSpec) -> None:
-        super().__init__(layer, spec)
+    def __init__(self, layer: nn.Conv1d | nn.Conv2d, spec: LayerSpec, groups: int = 1) -> None:
+        super().__init__(layer, spec, groups)
         self.in_channels, self.out_channels, self.groups = layer.in_channels, layer.out_channels, layer.groups
         self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
         self.padding, self.padding_mode = layer.padding, layer.padding_mode
@@ -270,23 +289,3 @@ def forget_loaded(module: nn.Module, _keys: object) -> None:
 def plane(values: tuple[int, ...], first: int) -> tuple[int, int]:
     """The two numbers of a two-dimensional convolution; a one-dimensional one gets `first` for the unit dimension."""
     return (values[0], values[1]) if len(values) == 2 else (first, values[0])
-
-
-LAYERS: dict[type[nn.Module], type[IntegerLayer]] = {
-    nn.Linear: IntegerLinear,
-    nn.Conv1d: IntegerConv1d,
-    nn.Conv2d: IntegerConv2d,
-}
-
-
-def integer_layer(layer: nn.Module, spec: LayerSpec, path: str) -> IntegerLayer:
-    """The runtime layer that takes the place of `layer`, with empty buffers on the same device."""
-    for kind, runtime_kind in LAYERS.items():
-        if isinstance(layer, kind):
-            return runtime_kind(layer, spec)
-    raise RuntimeSupportError(
-        f"layer '{path}' has no integer form",
-        got=type(layer).__name__,
-        expected=", ".join(kind.__name__ for kind in LAYERS),
-        fix="keep it in float with a plan rule",
-    )

@@ -9,18 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepquant.artifact import Artifact, LayerSpec, ProductSpec, check_tensors
-from stepquant.errors import UnknownNameError
+from stepquant.artifact import Artifact, LayerSpec, ProductSpec, StepSpec, check_tensors
+from stepquant.errors import RuntimeSupportError, UnknownNameError
 from stepquant.models.attention import rebind
 from stepquant.models.denoiser import family_of
 from stepquant.models.split import split_concats
 from stepquant.models.structure import Structure, roles, structure
 from stepquant.runtime import ops
 from stepquant.runtime.fused import Attention, Chain, Done, NormOut, Resample, Residual, Up
-from stepquant.runtime.layers import IntegerLayer, integer_layer
+from stepquant.runtime.layers import IntegerConv1d, IntegerConv2d, IntegerLayer, IntegerLinear
 from stepquant.runtime.product import IntegerProduct
 from stepquant.runtime.replay import Replay
-from stepquant.runtime.times import TimeRows
+from stepquant.runtime.steps import StepForward, StepTensors
+from stepquant.runtime.times import Tabled, TimeRows, TimeTable
 
 # Layers whose output meets the stream inside the model; all others emit the dtype that they receive.
 INTO_STREAM = ("stem", "modulate", "context", "k_text", "v_text", "k_added", "v_added", "q_added")
@@ -28,22 +29,35 @@ INTO_STREAM = ("stem", "modulate", "context", "k_text", "v_text", "k_added", "v_
 # In models built of residual units these are a sliver of the weights; elsewhere they may be a third of them.
 SMALL = ("time", "modulate", "cond")
 
+LAYERS: dict[type[nn.Module], type[IntegerLayer]] = {
+    nn.Linear: IntegerLinear,
+    nn.Conv1d: IntegerConv1d,
+    nn.Conv2d: IntegerConv2d,
+}
+
 
 def skeleton(
     model: nn.Module,
     layers: Mapping[str, LayerSpec],
     products: Mapping[str, ProductSpec],
     splits: Mapping[str, tuple[int, ...]],
+    steps: StepSpec | None = None,
 ) -> nn.Module:
     """Put runtime modules with empty buffers of the right shape into `model`, in place; the meta device will do."""
     split_concats(model, splits)
+    device, groups = device_of(model), steps.groups if steps else 1
     for path, spec in layers.items():
         former = model.get_submodule(path)
-        model.set_submodule(path, integer_layer(former, spec, path))
+        model.set_submodule(path, integer_layer(former, spec, path, groups))
     for path, product in products.items():
         attention = model.get_submodule(path)
-        attention.product = IntegerProduct(product, device_of(attention))
+        attention.product = IntegerProduct(product, device_of(attention), groups)
         rebind(attention, attention.product, path)
+    if steps is not None:
+        if steps.table:
+            for path in structure(model).time_layers():
+                model.set_submodule(path, Tabled())
+        model.steps = StepTensors(steps, device)
     return model
 
 
@@ -53,7 +67,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 def lower(model: nn.Module, artifact: Artifact, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """`model` in integers, in place."""
-    skeleton(model, artifact.layers, artifact.products, artifact.splits)
+    skeleton(model, artifact.layers, artifact.products, artifact.splits, artifact.steps)
     own = own_tensors(model)
     check_tensors(artifact.tensors, own, "artifact")
     for name, value in artifact.tensors.items():
@@ -70,8 +84,9 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def runtime_modules(model: nn.Module) -> dict[str, IntegerLayer | IntegerProduct]:
-    return {p: m for p, m in model.named_modules() if isinstance(m, IntegerLayer | IntegerProduct)}
+def runtime_modules(model: nn.Module) -> dict[str, IntegerLayer | IntegerProduct | StepTensors]:
+    kinds = (IntegerLayer, IntegerProduct, StepTensors)
+    return {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = True) -> nn.Module:
@@ -96,6 +111,9 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
         times = install(model, chains)
         if ops.compiled() and is_denoiser(model):
             bind(model, Replay(model, times))
+    tensors = getattr(model, "steps", None)
+    if isinstance(tensors, StepTensors):
+        bind(model, StepForward(model, tensors, model.__dict__.get("forward")))
     model.register_load_state_dict_post_hook(Reload(dtype, fuse))
     return model
 
@@ -107,7 +125,7 @@ def unbind(model: nn.Module) -> None:
             del model._load_state_dict_post_hooks[key]
     for module in model.modules():
         forward = module.__dict__.get("forward")
-        if isinstance(forward, Chain | FloatLayer | Replay) or isinstance(
+        if isinstance(forward, Chain | FloatLayer | Replay | StepForward) or isinstance(
             getattr(forward, "__self__", None), TimeRows
         ):
             del module.forward
@@ -190,7 +208,26 @@ def install_times(model: nn.Module, chains: Structure) -> TimeRows | None:
         return None
     projection, embedding = (model.get_submodule(path) for path in chains.time)
     blocks = [model.get_submodule(f"{unit.path}.time_emb_proj") for unit in chains.residuals if unit.timed]
-    times = TimeRows(projection, embedding, blocks)
+    tensors = getattr(model, "steps", None)
+    if isinstance(tensors, StepTensors) and tensors.spec.table:
+        widths = [unit.width for unit in chains.residuals if unit.timed]
+        columns = tensors.table.split(widths, 1)  # type: ignore[operator]
+        times: TimeRows = TimeTable(projection, embedding, blocks, tensors.times(), columns)
+    else:
+        times = TimeRows(projection, embedding, blocks)
     bind(projection, times.project)
     bind(embedding, times.embed)
     return times
+
+
+def integer_layer(layer: nn.Module, spec: LayerSpec, path: str, groups: int = 1) -> IntegerLayer:
+    """The runtime layer that takes the place of `layer`, with empty buffers on the same device."""
+    for kind, runtime_kind in LAYERS.items():
+        if isinstance(layer, kind):
+            return runtime_kind(layer, spec, groups)
+    raise RuntimeSupportError(
+        f"layer '{path}' has no integer form",
+        got=type(layer).__name__,
+        expected=", ".join(kind.__name__ for kind in LAYERS),
+        fix="keep it in float with a plan rule",
+    )

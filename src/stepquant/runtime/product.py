@@ -19,14 +19,16 @@ PORTS = ("query", "key", "value", "probabilities")
 class IntegerProduct(nn.Module):
     """softmax(Q K^T) V over (batch, heads, tokens, width); `reason` says why it does not multiply integers."""
 
-    def __init__(self, spec: ProductSpec, device: torch.device) -> None:
+    def __init__(self, spec: ProductSpec, device: torch.device, groups: int = 1) -> None:
         super().__init__()
         self.spec = spec
+        self.row = 0  # of the ranges, where there is one for every step
         self.reason: str | None = "not prepared"
         self.codes: tuple[Code, ...] = ()
         for port in PORTS:
-            self.register_buffer(f"{port}_scale", torch.ones(1, device=device))
-            self.register_buffer(f"{port}_zero_point", torch.zeros(1, dtype=torch.int32, device=device))
+            count = groups if getattr(spec, port).granularity == "step" else 1
+            self.register_buffer(f"{port}_scale", torch.ones(count, device=device))
+            self.register_buffer(f"{port}_zero_point", torch.zeros(count, dtype=torch.int32, device=device))
         self.register_load_state_dict_post_hook(forget_loaded)
 
     def forget(self) -> None:
@@ -40,8 +42,20 @@ class IntegerProduct(nn.Module):
 
     def code(self, port: str) -> Code:
         """Where an operand lands in a byte. The only reader of the ranges."""
-        scale, zero_point = (getattr(self, f"{port}_{name}")[0].item() for name in ("scale", "zero_point"))
+        scale, zero_point = (
+            getattr(self, f"{port}_{name}")[self.row].item() for name in ("scale", "zero_point")
+        )
         return Code.of_grid(getattr(self.spec, port), scale, zero_point)
+
+    @property
+    def stepped(self) -> bool:
+        """Whether the operands have a range for every step."""
+        return self.spec.query.granularity == "step"
+
+    def select(self, row: int) -> None:
+        """Read this row of the ranges from now on."""
+        if row != self.row:
+            self.row, self.codes = row, ()
 
     def why_float(self) -> str | None:
         if not ops.compiled():

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepquant.core.steps import StepTable
+
 KEPT_TIMES = 1024
 
 
@@ -88,3 +90,44 @@ class TimeRows:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"rows": OrderedDict(), "current": None}
+
+
+class Tabled(nn.Module):
+    """Stands where a layer was whose output for every t is in a table."""
+
+    def forward(self, *_: object, **__: object) -> Tensor:
+        raise AssertionError("the table is read instead of this layer")
+
+
+class TimeTable(TimeRows):
+    """Rows that were stored: nothing behind the time projection is computed, and no other t has a row."""
+
+    def __init__(
+        self,
+        projection: nn.Module,
+        embedding: nn.Module,
+        blocks: Sequence[nn.Module],
+        times: StepTable,
+        columns: Sequence[Tensor],
+    ) -> None:
+        super().__init__(projection, embedding, blocks)
+        self.times, self.columns = times, columns
+
+    def project(self, timesteps: Tensor) -> Tensor:
+        """The places of t: all that the blocks need to know."""
+        places = self.times.places(timesteps)
+        marks = timesteps.to(self.columns[0].dtype).reshape(-1, 1)
+        one = places[:1] if bool((places == places[0]).all()) else places
+        self.current = Current(marks, marks.clone(), tuple(column[one] for column in self.columns))
+        return self.current.projection
+
+    def embed(self, projected: Tensor, condition: Tensor | None = None) -> Tensor:
+        assert self.current is not None, "the projection runs before the embedding"
+        return self.current.embedding
+
+    def block(self, index: int, embedding: Tensor) -> Tensor | None:
+        assert self.current is not None, "the projection runs before the blocks"
+        return self.current.blocks[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"current": None}

@@ -1,0 +1,88 @@
+"""The layers between t and what every block adds for it: a finite set of inputs, so that they are fitted apart, or tabled."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stepquant.errors import MethodError
+from stepquant.fit.learner import Sample, Schedule
+from stepquant.fit.reconstruct import Report, reconstruct
+from stepquant.fit.streams import PROBES, Piece, Table, shape_of
+from stepquant.models.denoiser import Denoiser
+from stepquant.models.structure import Structure, structure
+from stepquant.quant.insert import Inserted
+from stepquant.quant.quantizer import Clock
+
+ROLES = ("time", "modulate")
+
+
+class TimeBlock(nn.Module):
+    """From t to what each residual unit adds, through the layers that the model has at present."""
+
+    def __init__(self, model: nn.Module, chains: Structure, clock: Clock | None = None) -> None:
+        super().__init__()
+        assert chains.time is not None, "see `time_chains`"
+        self.projection, self.embedding = (model.get_submodule(path) for path in chains.time)
+        units = [unit.path for unit in chains.residuals if unit.timed]
+        self.layers = nn.ModuleList(model.get_submodule(f"{path}.time_emb_proj") for path in units)
+        self.clock = clock
+
+    def forward(self, t: Tensor) -> tuple[Tensor, ...]:
+        if self.clock is not None:
+            self.clock.read(t, len(t))
+        activated = F.silu(self.embedding(self.projection(t.float())))
+        return tuple(layer(activated) for layer in self.layers)
+
+
+def time_chains(denoiser: Denoiser) -> Structure:
+    """The structure of a float model whose every layer behind t is declared; others are an error."""
+    chains = structure(denoiser.model)
+    declared = set(chains.time_layers())
+    behind = {path for path, role in denoiser.sites().items() if role in ROLES}
+    if not declared or behind - declared:
+        raise MethodError(
+            "this model has no time embedding of the declared kind",
+            where=type(denoiser.model).__name__,
+            got=f"undeclared: {', '.join(sorted(behind - declared)[:3])}" if behind else "no such layers",
+            fix="choose a method that does not treat the time embedding apart",
+        )
+    return chains
+
+
+def reconstruct_time(
+    network: Inserted, chains: Structure, times: Tensor, schedule: Schedule, seed: int
+) -> Report:
+    """Fit the time block alone, on every t of the sampler."""
+    block = TimeBlock(network.denoiser.model, chains, network.clock)
+    network.switch(weights=False, inputs=False)
+    with torch.no_grad():
+        targets = block(times)
+    arguments = shape_of(*({"t": times[:count]} for count in PROBES))
+    results = shape_of(*(tuple(target[:count] for target in targets) for count in PROBES))
+    piece = Piece("time block", block, arguments, results, tuple(chains.time_layers()))
+    inputs, every = Table(arguments, (times,)), torch.arange(len(times))
+    network.switch(weights=True, inputs=False)
+    sample = Sample(inputs, inputs, Table(results, tuple(targets)), every, every)
+    return reconstruct(network, piece, sample, schedule, seed)
+
+
+def time_table(denoiser: Denoiser, chains: Structure, times: Tensor) -> Tensor:
+    """What every residual unit adds for each t, side by side: (times, channels), exact."""
+    others = ("class_embedding", "add_embedding", "time_embed_act")
+    present = [name for name in others if getattr(denoiser.model, name, None) is not None]
+    if present:
+        raise MethodError(
+            "a table over t cannot stand in for the time embedding of this model",
+            got=f"'{present[0]}' adds to it",
+            fix="--set time=reconstruct",
+        )
+    with torch.no_grad():
+        return torch.cat(TimeBlock(denoiser.model, chains)(times), dim=1)
+
+
+def confusion(quantized: Tensor, exact: Tensor) -> float:
+    """Share of the steps whose embedding is nearest, by cosine, to that of another step."""
+    cosines = F.normalize(quantized, dim=1) @ F.normalize(exact, dim=1).T
+    return float((cosines.argmax(1) != torch.arange(len(exact))).float().mean())

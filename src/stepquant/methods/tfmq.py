@@ -1,0 +1,109 @@
+"""TFMQ-DM: the time-information block fitted apart, ranges for every interval of steps (arXiv:2311.16503).
+
+Differs from the released code:
+- intervals share out all steps of the sampler, and the row of a call is found by the exact bits of its t.
+- the exact table of the time block's outputs, the cache of arXiv:2407.19547, is a field instead of a choice per layer.
+- grids come from the plan; most schemes keep the inputs of the time block in float, so that it has no ranges to set.
+- a block keeps rounding to nearest where that does better on held-out records.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from stepquant.artifact import Artifact, freeze
+from stepquant.calib.pick import every, strided
+from stepquant.calib.record import Source
+from stepquant.core.ranges import lp_search, lp_search_binned
+from stepquant.core.steps import StepTable
+from stepquant.fit.blocks import reconstruct_blocks
+from stepquant.fit.journal import Journal
+from stepquant.fit.learner import Schedule
+from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
+from stepquant.fit.streams import Streams
+from stepquant.fit.time_block import ROLES, reconstruct_time, time_chains, time_table
+from stepquant.methods.method import PresetMethod
+from stepquant.models.denoiser import Denoiser
+from stepquant.quant.insert import insert
+from stepquant.quant.plan import Plan, Rule
+
+TABLED = Rule(None, "a table holds what comes out for every t", ROLES, optional=True)
+
+
+class TFMQ(PresetMethod):
+    """Temporal feature maintenance: time block apart, activation ranges per interval of steps."""
+
+    paper: ClassVar[dict[str, Any]] = {
+        "trajectories": 256,
+        "range_trajectories": 256,
+        "iterations": 20000,
+        "time_iterations": 20000,
+        "rounding_rate": 1e-3,
+        "last_rate": 1.0,
+        "penalty": 0.01,
+    }
+    time: Literal["reconstruct", "table"] = Field(
+        "reconstruct", description="fit the time block apart (TIAR), or store its exact outputs for every t"
+    )
+    intervals: int = Field(
+        20, gt=0, description="groups of neighbouring steps with activation ranges of their own"
+    )
+    trajectories: int = Field(32, gt=0, description="trajectories that weights are fitted on")
+    every_steps: int = Field(5, gt=0, description="interval between the steps that weights are fitted on")
+    range_trajectories: int = Field(
+        12, gt=0, description="trajectories that ranges are set on, at every step"
+    )
+    iterations: int = Field(300, ge=0, description="per block")
+    time_iterations: int = Field(500, ge=0, description="for the time block")
+    batch: int = Field(32, gt=0, description="records per iteration")
+    rounding_rate: float = Field(0.05, ge=0, description="Adam's rate for roundings")
+    last_rate: float = Field(
+        0.1, ge=0, le=1, description="share of the rates left at the end of their cosine"
+    )
+    penalty: float = Field(1.0, ge=0, description="lambda: weight of the rounding regulariser")
+    p: float = Field(2.4, gt=0, le=8, description="norm that ranges minimise")
+    momentum: float = Field(
+        0.95, ge=0, lt=1, description="of the moving average of activation ranges over batches"
+    )
+
+    def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
+        # The finite set: every t that the sampler feeds to the network, in intervals of neighbours.
+        chains, times = time_chains(denoiser), source.times()
+        steps = StepTable.of(times, self.intervals)
+        fitted = strided(source.steps, max(source.steps // self.every_steps, 1))
+        data = source.record(every(self.trajectories, fitted))
+        table = time_table(denoiser, chains, steps.times.float()) if self.time == "table" else None
+        plan = plan if table is None else plan.with_rules([TABLED])
+
+        with insert(denoiser, plan, steps=steps) as network, Streams(network, data, source.cache) as streams:
+            journal = Journal(source.cache, network, data, {"method": "tfmq"} | self.model_dump())
+            set_weight_ranges(network, partial(lp_search, p=self.p), source.progress)
+            schedule = Schedule(
+                self.iterations, self.batch, self.rounding_rate, last=self.last_rate, penalty=self.penalty
+            )
+
+            # TIAR: the time block alone, on all of its inputs; it is left as it is from then on.
+            if table is None:
+                alone = Schedule(**vars(schedule) | {"iterations": self.time_iterations})
+                reconstruct_time(network, chains, steps.times.float(), alone, source.seed)
+            schedule = Schedule(**vars(schedule) | {"without": ROLES})
+
+            # All other blocks in their order, behind the blocks already reconstructed.
+            reconstruct_blocks(
+                streams,
+                schedule,
+                journal,
+                stage="weights",
+                activations=False,
+                seed=source.seed,
+                progress=source.progress,
+            )
+
+            # FSC: ranges from the records of each interval, moving averages over batches.
+            seen = source.record(every(self.range_trajectories, range(source.steps)))
+            search = partial(lp_search_binned, p=self.p)
+            set_input_ranges(network, seen, search, momentum=self.momentum, progress=source.progress)
+            return freeze(network, table)

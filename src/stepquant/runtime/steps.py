@@ -1,0 +1,175 @@
+"""What changes from step to step: ranges of activations, rows of the time embedding, corrections of the prediction."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from stepquant.artifact import StepSpec
+from stepquant.core.steps import StepCorrection, StepTable
+from stepquant.errors import RuntimeSupportError
+from stepquant.models.denoiser import Denoiser
+from stepquant.runtime.layers import IntegerLayer
+from stepquant.runtime.product import IntegerProduct
+
+
+class StepTensors(nn.Module):
+    """The tables of an artifact as buffers, in the dtypes they have on disk whatever the model is cast to."""
+
+    def __init__(self, spec: StepSpec, device: torch.device) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("bits", torch.zeros(spec.times, dtype=torch.int64, device=device))
+        self.register_buffer("rows", torch.zeros(spec.times, dtype=torch.int32, device=device))
+        if spec.table:
+            self.register_buffer("table", torch.zeros(spec.times, spec.table, device=device))
+        if spec.channels:
+            for name in ("scale", "bias", "variance"):
+                value = torch.zeros(spec.times, spec.channels, device=device)
+                self.register_buffer(f"correction_{name}", value)
+
+    def times(self) -> StepTable:
+        return StepTable.from_bits(self.bits, self.rows)  # type: ignore[arg-type]
+
+    def correction(self) -> StepCorrection | None:
+        if not self.spec.channels:
+            return None
+        scale, bias, variance = (
+            getattr(self, f"correction_{name}") for name in ("scale", "bias", "variance")
+        )
+        return StepCorrection(scale, bias, variance, self.spec.noise)
+
+    def carry(self, scheduler: Any) -> Any:
+        """`scheduler`, in place, with its noise changed as the correction says."""
+        correction = self.correction()
+        if correction is None or correction.noise == "none":
+            return scheduler
+        known = self.times()
+        return (absorb if correction.noise == "absorb" else sample)(scheduler, correction, known)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StepTensors:
+        """Moves go through, casts do not."""
+        former = dict(self._buffers)
+        super()._apply(fn, recurse)
+        self._buffers.update({name: value.to(self._buffers[name].device) for name, value in former.items()})  # type: ignore[union-attr]
+        return self
+
+
+class StepForward:
+    """Takes the place of a model's forward: the present rows before it, the correction behind it.
+
+    Samples that read different rows of the ranges run one after the other: an integer layer has one scale at a time.
+    """
+
+    def __init__(
+        self, model: nn.Module, tensors: StepTensors, forward: Callable[..., Any] | None = None
+    ) -> None:
+        self.denoiser, self.tensors = Denoiser(model), tensors
+        self.forward = forward or type(model).forward.__get__(model)
+        self.table, self.correction = tensors.times(), tensors.correction()
+        self.stepped = list(stepped_modules(model)) if tensors.spec.groups > 1 else []
+
+    def __call__(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        denoiser, family = self.denoiser, self.denoiser.family
+        arguments = denoiser.bind(args, kwargs)
+        samples = len(arguments[family.x])
+        places = self.places(torch.as_tensor(arguments[family.t]), samples)
+        rows = self.table.rows[places]
+        if not self.stepped or bool((rows == rows[0]).all()):
+            out = self.run(arguments, int(rows[0]))
+        else:
+            out = self.by_row(arguments, rows)
+        if self.correction is not None:
+            out = self.correction(out, places)
+        return denoiser.output(sample=out) if return_dict else (out,)
+
+    def places(self, t: Tensor, samples: int) -> Tensor:
+        places = self.table.places(t)
+        if (places < 0).any():
+            unknown = t.reshape(-1)[places.argmin()].item()
+            raise RuntimeSupportError(
+                f"this artifact has no entry for t = {unknown:g}",
+                expected=f"one of {len(self.table.times)} values from {self.table.times[0]:g} to {self.table.times[-1]:g}",
+                fix="generate with the sampler and the number of steps that it was made for (stepquant inspect), or a divisor of it",
+            )
+        return places.expand(samples) if len(places) == 1 else places
+
+    def by_row(self, arguments: dict[str, Any], rows: Tensor) -> Tensor:
+        """The predictions of a batch whose samples read different rows, in its order."""
+        out: Tensor | None = None
+        for row in rows.unique().tolist():
+            mine = (rows == row).nonzero().flatten()
+            part = self.run({name: pick(value, mine, len(rows)) for name, value in arguments.items()}, row)
+            out = part.new_empty((len(rows), *part.shape[1:])) if out is None else out
+            out[mine] = part
+        assert out is not None
+        return out
+
+    def run(self, arguments: dict[str, Any], row: int) -> Tensor:
+        for module in self.stepped:
+            module.select(row)
+        out: Tensor = self.forward(**arguments, return_dict=False)[0]
+        return out
+
+
+def stepped_modules(model: nn.Module) -> Iterable[IntegerLayer | IntegerProduct]:
+    return (m for m in model.modules() if isinstance(m, IntegerLayer | IntegerProduct) and m.stepped)
+
+
+def pick(value: Any, rows: Tensor, samples: int) -> Any:
+    """The rows of an argument that has a batch axis; nested ones too."""
+    if isinstance(value, dict):
+        return {name: pick(inner, rows, samples) for name, inner in value.items()}
+    has_rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == samples
+    return value[rows.to(value.device)] if has_rows else value
+
+
+def absorb(scheduler: Any, correction: StepCorrection, table: StepTable) -> Any:
+    """Make the sampler's noise smaller by the variance that the prediction brings into the state."""
+    if scheduler.config.get("variance_type") not in ("fixed_small", "fixed_large"):
+        raise RuntimeSupportError(
+            "this sampler adds no noise that could absorb the variance of the quantization error",
+            got=type(scheduler).__name__,
+            expected="the sampler that the artifact was made for, as --sampler ddpm",
+            fix="generate with it, or quantize again with --set variance=none",
+        )
+    own = scheduler._get_variance
+
+    def smaller(t: Any, *args: Any, **kwargs: Any) -> Tensor:
+        before = scheduler.previous_timestep(t)
+        kept = scheduler.alphas_cumprod[t]
+        kept_before = scheduler.alphas_cumprod[before] if before >= 0 else scheduler.one
+        beta = 1 - kept / kept_before
+        # How the mean of x_{t-1} answers to the prediction: Eq. 7 of arXiv:2006.11239 behind its Eq. 15.
+        image = -(1 - kept).sqrt() / (
+            1 if scheduler.config.prediction_type == "v_prediction" else kept.sqrt()
+        )
+        rate = kept_before.sqrt() * beta / (1 - kept) * image
+        place = table.places(torch.as_tensor(t))
+        error = correction.variance[place].reshape(1, -1, 1, 1).to(kept.device)
+        return (own(t, *args, **kwargs) - rate**2 * error).clamp(min=0.0)
+
+    scheduler._get_variance = smaller
+    return scheduler
+
+
+def sample(scheduler: Any, correction: StepCorrection, table: StepTable) -> Any:
+    """Take noise of the variance that is left off every prediction before the sampler steps."""
+    own = scheduler.step
+
+    @functools.wraps(own)
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        place = table.places(torch.as_tensor(timestep))
+        spread = correction.variance[place].sqrt().reshape(1, -1, *[1] * (model_output.ndim - 2))
+        noise = randn_tensor(
+            model_output.shape, kwargs.get("generator"), model_output.device, model_output.dtype
+        )
+        return own(model_output - spread.to(model_output) * noise, timestep, sample, *args, **kwargs)
+
+    scheduler.step = step
+    return scheduler

@@ -1,0 +1,115 @@
+"""The time block apart: temporal confusion, finite-set ranges, the exact table, and models that have no such block."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stepquant import methods
+from stepquant.artifact import Artifact
+from stepquant.calib.record import Source
+from stepquant.core.grid import Grid
+from stepquant.core.steps import StepTable
+from stepquant.errors import MethodError
+from stepquant.fit.time_block import TimeBlock, confusion, time_chains
+from stepquant.models.denoiser import Denoiser
+from stepquant.quant.plan import Plan, Rule
+from stepquant.quant.schemes import scheme
+from stepquant.runtime.lower import lower
+from tests.conftest import make_unet
+
+TINY = {
+    "trajectories": 2,
+    "range_trajectories": 1,
+    "every_steps": 5,
+    "iterations": 2,
+    "batch": 4,
+    "intervals": 2,
+}
+
+
+def narrow_time(bits: int = 3) -> Plan:
+    """The time block itself in few bits, inputs too."""
+    rules = [
+        Rule(Grid(bits, granularity="channel"), "test", ("time", "modulate"), ("weight",)),
+        Rule(Grid(8, signed=False, symmetric=False), "test", ("time", "modulate"), ("input",)),
+    ]
+    return scheme("w8a8").with_rules(rules)
+
+
+def made(source: Source, plan: Plan, **settings: Any) -> Artifact:
+    return methods.build("tfmq", TINY | settings)(Denoiser.of(source.pipeline), plan, source)
+
+
+def embeddings(source: Source, model: Any) -> Tensor:
+    """What all blocks add, for every t of the sampler."""
+    chains = time_chains(Denoiser(source.pipeline.unet))
+    block = TimeBlock(model, chains)
+    with torch.no_grad():
+        return torch.cat(block(StepTable.of(source.times()).times.float()), 1).float()
+
+
+def test_temporal_confusion_does_not_rise(source: Source) -> None:
+    """Fitting the block apart brings every embedding nearer to its own exact one than rounding to nearest does."""
+    exact = embeddings(source, source.pipeline.unet)
+    found = {}
+    for iterations in (0, 300):
+        artifact = made(source, narrow_time(), time_iterations=iterations)
+        lowered = lower(copy.deepcopy(source.pipeline.unet), artifact, torch.float32)
+        found[iterations] = embeddings(source, lowered)
+    assert confusion(found[300], exact) <= confusion(found[0], exact)
+    nearest, fitted = ((got - exact).square().mean().item() for got in (found[0], found[300]))
+    assert fitted < 0.9 * nearest
+
+
+def test_confusion_counts_steps_that_look_like_others() -> None:
+    exact = torch.eye(4)
+    assert confusion(exact * 3, exact) == 0
+    assert confusion(exact[[1, 0, 2, 3]], exact) == 0.5
+
+
+def test_the_table_is_without_confusion_and_has_no_layers(source: Source) -> None:
+    artifact = made(source, scheme("w4a8"), time="table")
+    assert artifact.steps is not None
+    assert artifact.steps.table == artifact.tensors["steps.table"].shape[1]
+    exact = embeddings(source, source.pipeline.unet)
+    assert torch.equal(artifact.tensors["steps.table"], exact)
+    assert confusion(artifact.tensors["steps.table"], exact) == 0
+    assert not [path for path in artifact.layers if "time" in path]
+
+
+def test_every_interval_has_ranges_of_its_own(source: Source) -> None:
+    artifact = made(source, narrow_time(), intervals=3)
+    assert artifact.steps is not None
+    assert artifact.steps.groups == 3
+    stored = {name: value for name, value in artifact.tensors.items() if name.endswith("_scale")}
+    time = [value for name, value in stored.items() if "time_emb_proj.input" in name]
+    assert time
+    assert all(len(value) == 3 for value in time)
+    assert any(len(value.unique()) == 3 for value in time)
+    assert artifact.layers["conv_out"].input.granularity == "step"
+
+
+def test_blocks_leave_the_time_block_as_it_is(source: Source) -> None:
+    """Its integers are the same, however long the blocks around it are fitted."""
+    few, many = (made(source, scheme("w4a8"), time_iterations=20, iterations=n) for n in (2, 12))
+    for name, value in few.tensors.items():
+        if "time_emb" in name and name.endswith(".weight"):
+            assert torch.equal(value, many.tensors[name]), name
+    moved = [
+        n
+        for n, v in few.tensors.items()
+        if n.endswith("conv1.weight") and not torch.equal(v, many.tensors[n])
+    ]
+    assert moved
+
+
+def test_a_model_whose_time_block_is_another_is_named(source: Source) -> None:
+    source.pipeline.unet = make_unet()
+    source.pipeline.unet.mid_block.resnets[0].time_embedding_norm = "scale_shift"
+    with pytest.raises(MethodError, match="no time embedding of the declared kind"):
+        made(source, scheme("w8a8"))

@@ -1,0 +1,218 @@
+"""What changes from step to step, in integers: against the fake-quant network, and against calls of one sample each."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor, nn
+
+from stepquant import hub
+from stepquant.artifact import Artifact, StepSpec, freeze
+from stepquant.calib.calibset import CalibSet
+from stepquant.calib.pick import every
+from stepquant.calib.record import Source
+from stepquant.core.ranges import lp_search, lp_search_binned
+from stepquant.core.steps import StepCorrection, StepTable
+from stepquant.errors import CalibrationError, RuntimeSupportError
+from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
+from stepquant.fit.time_block import ROLES, time_chains, time_table
+from stepquant.models.denoiser import Denoiser
+from stepquant.models.sampling import run, scheduler_of
+from stepquant.quant.insert import insert
+from stepquant.quant.plan import Plan, Rule
+from stepquant.quant.schemes import scheme
+from stepquant.runtime.lower import lower
+from stepquant.runtime.steps import StepTensors
+from tests.runtime.synthetic import relative
+
+WITHIN = {"w8a8": 0.02, "w4a4": 0.1}  # codes next to a border may land on the other side of it
+FLOAT_TIME = Rule(None, "tabled", ROLES, optional=True)
+
+
+def plan(name: str, table: bool) -> Plan:
+    return scheme(name).with_rules([FLOAT_TIME]) if table else scheme(name)
+
+
+def stepped(
+    source: Source,
+    name: str = "w8a8",
+    groups: int = 10,
+    table: bool = False,
+    calls: list[Tensor] | None = None,
+) -> tuple[Artifact, list[Tensor], CalibSet]:
+    """An artifact with ranges for every step, and what its fake-quant network returns for a batch at every t."""
+    denoiser, times = Denoiser.of(source.pipeline), source.times()
+    data = source.record(every(4, range(source.steps)))
+    steps = StepTable.of(times, groups)
+    rows = time_table(denoiser, time_chains(denoiser), steps.times.float()) if table else None
+    with torch.no_grad(), insert(denoiser, plan(name, table), steps=steps) as network:
+        set_weight_ranges(network, partial(lp_search, p=2.4))
+        set_input_ranges(network, data, lp_search_binned)
+        network.switch(weights=True, inputs=True)
+        fake = [denoiser.predict({"sample": noise(4), "timestep": t}) for t in calls or times]
+        return freeze(network, rows), fake, data
+
+
+def noise(batch: int) -> Tensor:
+    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("name", ["w8a8", "w4a4"])
+def test_integers_follow_the_fake_quant_network_at_every_step(source: Source, name: str, table: bool) -> None:
+    artifact, fake, _ = stepped(source, name, table=table)
+    model = copy.deepcopy(source.pipeline.unet)
+    lowered = lower(model, artifact, torch.float32)
+    for t, wanted in zip(source.times(), fake):
+        got = lowered(noise(4), t, return_dict=False)[0]
+        assert relative(got, wanted) < WITHIN[name]
+
+
+def test_ranges_differ_from_step_to_step_and_are_the_ones_in_use(source: Source) -> None:
+    """With the rows exchanged, the outputs are others: the table is really read."""
+    artifact, fake, _ = stepped(source)
+    lowered = lower(copy.deepcopy(source.pipeline.unet), artifact, torch.float32)
+    assert any(len(v.unique()) > 5 for k, v in artifact.tensors.items() if k.endswith("input_scale"))
+    steps = lowered.get_submodule("steps")
+    steps.rows.copy_(steps.rows.flip(0))
+    lowered.load_state_dict(lowered.state_dict())
+    t = source.times()[0]
+    assert relative(lowered(noise(4), t, return_dict=False)[0], fake[0]) > 1e-3
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_a_batch_of_mixed_t_is_what_its_samples_are_alone(source: Source, table: bool) -> None:
+    times = source.times()[[7, 0, 3, 9]]
+    artifact, (fake,), _ = stepped(source, table=table, calls=[times])
+    lowered = lower(copy.deepcopy(source.pipeline.unet), artifact, torch.float32)
+    x = noise(4)
+    got = lowered(x, times, return_dict=False)[0]
+    alone = [lowered(x[i : i + 1], times[i : i + 1], return_dict=False)[0] for i in range(4)]
+    assert torch.equal(got, torch.cat(alone))
+    assert relative(got, fake) < WITHIN["w8a8"]
+
+
+def test_no_t_is_guessed(source: Source) -> None:
+    artifact, _, _ = stepped(source, table=True)
+    lowered = lower(copy.deepcopy(source.pipeline.unet), artifact)
+    with pytest.raises(RuntimeSupportError, match="no entry for t = 3"):
+        lowered(noise(1), torch.tensor(3))
+    with (
+        pytest.raises(CalibrationError, match="no range was made for"),
+        insert(Denoiser.of(source.pipeline), scheme("w8a8"), steps=StepTable.of(source.times())) as network,
+    ):
+        network.denoiser.predict({"sample": noise(1), "timestep": torch.tensor(3)})
+
+
+def test_every_group_of_steps_needs_records(source: Source) -> None:
+    denoiser = Denoiser.of(source.pipeline)
+    data = source.record(every(2, (0, 1, 2)))
+    with insert(denoiser, scheme("w8a8"), steps=StepTable.of(source.times())) as network:
+        set_weight_ranges(network, partial(lp_search, p=2.4))
+        with pytest.raises(CalibrationError, match="no records"):
+            set_input_ranges(network, data, lp_search_binned)
+
+
+def test_the_tabled_layers_are_gone_and_the_table_is_exact(source: Source) -> None:
+    artifact, _, _ = stepped(source, table=True)
+    lowered = lower(copy.deepcopy(source.pipeline.unet), artifact, torch.float32)
+    assert not [name for name in lowered.state_dict() if "time_emb" in name]
+    block, t = source.pipeline.unet.mid_block.resnets[0], source.times()[4:5]
+    unet = source.pipeline.unet
+    exact = block.time_emb_proj(nn.functional.silu(unet.time_embedding(unet.time_proj(t))))
+    chains = time_chains(Denoiser(unet))
+    before = [unit.width for unit in chains.residuals if unit.timed]
+    place = [unit.path for unit in chains.residuals if unit.timed].index("mid_block.resnets.0")
+    stored = artifact.tensors["steps.table"][4].split(before)[place]
+    torch.testing.assert_close(stored, exact[0], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_saved_and_loaded_it_returns_the_same_bits(source: Source, tmp_path, table: bool) -> None:
+    from diffusers import DDIMPipeline
+
+    artifact, _, _ = stepped(source, table=table)
+    shape = (10, 3)
+    correction = StepCorrection(1 + 0.1 * torch.rand(shape), torch.rand(shape), torch.zeros(shape))
+    artifact = artifact.with_correction(correction, StepTable.of(source.times()))
+    hub.attach(source.pipeline.unet, artifact)
+    t = source.times()[6]
+    before = source.pipeline.unet(noise(2), t).sample
+    source.pipeline.save_pretrained(tmp_path / "out")
+    again = DDIMPipeline.from_pretrained(tmp_path / "out")
+    assert torch.equal(again.unet(noise(2), t).sample, before)
+    tensors = again.unet.get_submodule("steps").to(torch.bfloat16)
+    assert isinstance(tensors, StepTensors)
+    assert torch.equal(tensors.correction().scale, correction.scale)
+
+
+def test_the_correction_is_applied_behind_the_model(source: Source) -> None:
+    artifact, _, _ = stepped(source)
+    plain = lower(copy.deepcopy(source.pipeline.unet), artifact)
+    shape = (10, 3)
+    scale, bias = torch.rand(shape) + 0.5, torch.randn(shape)
+    corrected = artifact.with_correction(
+        StepCorrection(scale, bias, torch.zeros(shape)), StepTable.of(source.times())
+    )
+    lowered = lower(copy.deepcopy(source.pipeline.unet), corrected)
+    t = source.times()[2]
+    wanted = plain(noise(3), t).sample * scale[2].reshape(1, 3, 1, 1) + bias[2].reshape(1, 3, 1, 1)
+    torch.testing.assert_close(lowered(noise(3), t).sample, wanted)
+
+
+def corrected_pipeline(source: Source, noise_mode: str, variance: float) -> None:
+    times = StepTable.of(source.times())
+    shape = (len(times.times), 3)
+    correction = StepCorrection(
+        torch.ones(shape), torch.zeros(shape), torch.full(shape, variance), noise_mode
+    )
+    artifact = Artifact({}, {}, {}).with_correction(correction, times)
+    assert artifact.steps == StepSpec(len(times.times), channels=3, noise=noise_mode)
+    lower(source.pipeline.unet, artifact, torch.float32)
+
+
+@pytest.mark.parametrize("prediction, variance", [("epsilon", 0.1), ("v_prediction", 1.0)])
+def test_a_noisy_sampler_absorbs_the_variance(source: Source, prediction: str, variance: float) -> None:
+    """The variance of x' over many draws is that of the plain sampler when the error itself is added."""
+    scheduler = DDPMScheduler(prediction_type=prediction, clip_sample=False)
+    source.pipeline.scheduler = DDIMScheduler(prediction_type=prediction, clip_sample=False)
+    times = source.times()
+    corrected_pipeline(source, "absorb", variance)
+    carrying = scheduler_of(source.pipeline, "ddpm")
+    generator = torch.Generator().manual_seed(0)
+    # In the middle the error's share is below the sampler's noise, so that all of it can be absorbed.
+    draws, t = 40_000, times[4]
+    x, predicted = torch.zeros(draws, 3, 1, 1), torch.zeros(draws, 3, 1, 1)
+    error = variance**0.5 * torch.randn(draws, 3, 1, 1, generator=generator)
+    spread = []
+    for sampler, given in ((scheduler, predicted), (carrying, predicted + error)):
+        sampler.set_timesteps(source.steps)
+        spread.append(sampler.step(given, t, x, generator=generator).prev_sample.var().item())
+    assert spread[1] == pytest.approx(spread[0], rel=0.03)
+    own, less = (s._get_variance(t).max().item() for s in (scheduler, carrying))
+    assert less < 0.9 * own
+
+
+def test_a_deterministic_sampler_cannot_absorb(source: Source) -> None:
+    corrected_pipeline(source, "absorb", 0.01)
+    with pytest.raises(RuntimeSupportError, match="no noise that could absorb"):
+        run(source.pipeline, [0], source.steps)
+
+
+def test_noise_is_taken_off_from_the_sampler_s_generator(source: Source) -> None:
+    corrected_pipeline(source, "sample", 0.04)
+    scheduler, plain = scheduler_of(source.pipeline, None), DDIMScheduler()
+    x, predicted = noise(2), torch.zeros(2, 3, 8, 8)
+    for sampler in (scheduler, plain):
+        sampler.set_timesteps(source.steps)
+    t = scheduler.timesteps[4]
+    seeded = torch.Generator().manual_seed(3)
+    drawn = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    got = scheduler.step(predicted, t, x, generator=seeded).prev_sample
+    torch.testing.assert_close(got, plain.step(predicted - 0.2 * drawn, t, x).prev_sample)
+    first, second = (run(source.pipeline, [1, 2], source.steps) for _ in range(2))
+    assert torch.equal(first, second)
