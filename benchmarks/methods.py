@@ -27,6 +27,7 @@ from stepquant.cli.options import read_settings
 from stepquant.cli.reporter import Reporter, clock
 from stepquant.errors import StepquantError
 from stepquant.job.compare import Cell, Evaluation, Processes, Variant, compare, grid
+from stepquant.job.compare.grid import check_used, shared
 from stepquant.job.results import DATA
 
 MODEL = "stepquant:cifar10"
@@ -104,6 +105,7 @@ def plan_tables(options: argparse.Namespace) -> dict[str, list[Cell]]:
     if unknown:
         raise StepquantError(f"unknown part '{unknown[0]}'", expected=", ".join(PARTS))
     chosen = [Variant(name) for name in options.methods.split(",") if name] or all_methods()
+    check_used(chosen + EDA_DM + GAC, read_settings(options.set))
     out: dict[str, list[Cell]] = {}
     if "methods" in parts:
         out["methods"] = [cell for scheme in schemes for cell in cells(options, chosen, scheme)]
@@ -121,13 +123,14 @@ def cells(options: argparse.Namespace, rows: Sequence[Variant], scheme: str) -> 
         speed=options.speed,
         data=DATA.get(options.model),
     )
+    chosen = read_settings(options.set)
+    with_chosen = [Variant(row.method, shared(row, chosen) | dict(row.settings), row.label) for row in rows]
     return grid(
         options.model,
-        rows,
+        with_chosen,
         [scheme],
         range(options.seeds if scheme == MAIN else 1),
         evaluation,
-        settings=read_settings(options.set),
         steps=options.calibration_steps or options.steps,
     )
 

@@ -79,3 +79,22 @@ def test_a_damaged_store(tiny: Path, tmp_path: Path, fails: Fails) -> None:
 
 def test_settings_are_split_outside_of_brackets() -> None:
     assert split_settings("a=1,b=[1,2],c={x:[3,4]}") == ["a=1", "b=[1,2]", "c={x:[3,4]}"]
+
+
+def test_diff(
+    tiny: Path, artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], fails: Fails
+) -> None:
+    other = tmp_path / "other"
+    words = ["--method", "minmax", "--scheme", "w4a8", "--steps", "4", "--samples", "8", "--set", "batch=4"]
+    assert main(["quantize", str(tiny), *words, "--out", str(other), "--quiet"]) == 0
+    capfd.readouterr()
+    assert main(["diff", str(artifact), str(other), "--layers", "3", "--json", str(tmp_path / "d.json")]) == 0
+    said = capfd.readouterr().out
+    assert "int8/channel -> int4/channel" in said
+    assert "layers differ" in said
+    assert "and " in said
+    found = json.loads((tmp_path / "d.json").read_text())
+    assert f"{len(found['layers'])} layers differ" in said
+    assert "no images of the same seeds" in fails("diff", artifact, other, "--images", tmp_path / "x.png")
+    assert "cannot write images" in fails("diff", artifact, other, "--images", tmp_path / "x.txt")
+    assert "holds a float model" in fails("diff", artifact, tiny)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from stepquant import __version__
-from stepquant.cli import compare, demo, lists, make, measure, show, study
+from stepquant.cli import compare, demo, diff, lists, make, measure, show, study
 from stepquant.cli.interrupt import Interrupted
 from stepquant.errors import StepquantError
 
@@ -62,7 +62,7 @@ def interruptible(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-for module in (demo, make, measure, compare, show, lists, study):
+for module in (demo, make, measure, compare, diff, show, lists, study):
     for name, command in module.COMMANDS.items():
         app.command(name)(interruptible(command))
 

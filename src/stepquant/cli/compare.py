@@ -70,7 +70,10 @@ StoreFolder = Annotated[
     ),
 ]
 Kind = Annotated[str, typer.Option("--executor", metavar="NAME", help=f"{', '.join(EXECUTORS)}.")]
-Workers = Annotated[int, typer.Option(min=1, metavar="N", help="Processes at once.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Tasks at once.", show_default="1; a cluster's cores with ray"),
+]
 Address = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", help="Of the Ray cluster.", show_default="a new local one")
 ]
@@ -98,7 +101,7 @@ def compare(
     out: Out = Path("runs/compare"),
     store: StoreFolder = None,
     executor: Kind = "processes",
-    workers: Workers = 1,
+    workers: Workers = None,
     address: Address = None,
     any_code: AnyCode = False,
     device: Device = "cpu",
@@ -163,7 +166,7 @@ def results(
     screen.finish(json, {"columns": columns, "rows": [dict(zip(columns, row)) for row in rows]})
 
 
-def choose_executor(name: str, workers: int, address: str | None, progress: Progress) -> Any:
+def choose_executor(name: str, workers: int | None, address: str | None, progress: Progress) -> Any:
     from stepquant.job.compare import Inline, Processes
 
     if address is not None and name != "ray":
@@ -171,8 +174,12 @@ def choose_executor(name: str, workers: int, address: str | None, progress: Prog
     if name == "inline":
         return Inline(progress)
     if name == "processes":
-        return Processes(workers, progress)
-    raise UnknownNameError("executor", name, EXECUTORS)
+        return Processes(workers or 1, progress)
+    if name != "ray":
+        raise UnknownNameError("executor", name, EXECUTORS)
+    from stepquant.job.compare.cluster import Cluster
+
+    return Cluster(address, workers)
 
 
 def show(screen: Screen, results: Sequence[Mapping[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -71,14 +72,14 @@ class Job:
 
     def measure(self) -> Measure:
         places = self.places
-        sets = {"artifact": places.artifact, "source": places.source, "other": places.other}
+        sets = {"source": places.source, "other": places.other, "images": places.images}
         cell = self.cell
         return Measure(
             title=cell.title,
             recipe=cell.recipe,
             evaluation=cell.evaluation,
             label=cell.label,
-            reads=self.reads | sets,
+            reads=self.reads | sets | {"artifact": places.artifact},
             out=places.cell,
         )
 
@@ -117,6 +118,7 @@ class Drive:
         for job in done:
             del self.left[job.places.cell]
             (job.places.cell / ERROR).unlink(missing_ok=True)
+            shutil.rmtree(job.places.images, ignore_errors=True)
         return done
 
     def fill(self) -> None:

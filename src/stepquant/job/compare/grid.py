@@ -84,7 +84,7 @@ def has_field(method: str, key: str, value: Any) -> bool:
 
 def check_used(variants: Sequence[Variant], settings: Mapping[str, Any]) -> None:
     for key in settings:
-        if not any(key in one.settings for one in variants):
+        if not any(has_field(one.method, key, settings[key]) for one in variants):
             raise UnknownNameError("field of every method here", key, fields_of(variants))
 
 

@@ -52,10 +52,10 @@ def compare(
     jobs = [Job.of(cell, opened, origin, any_code) for cell in cells]
     todo = [job for job in jobs if not job.is_done()]
     folder = out or store
-    refresh(jobs, folder)
+    refresh(jobs, folder, store)
     drive = Drive(todo, executor or Processes(progress=progress))
     for _ in progress.track(drive, f"cells ({len(jobs) - len(todo)} of {len(jobs)} found)", len(todo)):
-        refresh(jobs, folder)
+        refresh(jobs, folder, store)
     results = read_all(jobs)
     failed = sum("error" in found for found in results)
     return Compared(
@@ -63,9 +63,9 @@ def compare(
     )
 
 
-def refresh(jobs: Sequence[Job], folder: Path) -> None:
+def refresh(jobs: Sequence[Job], folder: Path, store: Path) -> None:
     """Write the pages about what is known now."""
-    write_pages(read_all(jobs), [row_of(job) for job in jobs], folder)
+    write_pages(read_all(jobs), [row_of(job) for job in jobs], folder, store)
 
 
 def row_of(job: Job) -> dict[str, Any]:

@@ -30,6 +30,7 @@ MARKER, QUANTIZED, RESULTS, ERROR, CELL = (
     "error.json",
     "cell.json",
 )
+SENSITIVITY = "sensitivity*.json"  # studies of single sites, which the page shows
 ARTIFACT, IMAGES, WORK = "artifact", "images", "work"
 
 
@@ -61,7 +62,7 @@ class Store:
         """The store in a folder; a new one is made in an empty folder only."""
         marker = root / MARKER
         if not marker.exists():
-            if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            if root.exists() and not is_empty(root):
                 raise StepquantError(
                     f"'{root}' is no store of runs", got="other files", fix="choose a new or empty folder"
                 )
@@ -97,6 +98,11 @@ class Store:
     def cells(self) -> Iterator[Path]:
         """The folder of every cell that was ever asked for here."""
         yield from sorted(file.parent for file in (self.root / "cells").glob(f"*/{CELL}"))
+
+
+def is_empty(folder: Path) -> bool:
+    """But for studies of single sites, which may come first."""
+    return folder.is_dir() and all(file.match(SENSITIVITY) for file in folder.iterdir())
 
 
 def made_by_any_code(folder: Path, marker: str) -> Path:

@@ -23,7 +23,6 @@ from stepquant.job.compare.memory import peak_bytes, reset_peak, resident_bytes
 from stepquant.job.compare.meter import Meter
 from stepquant.job.compare.store import (
     ARTIFACT,
-    IMAGES,
     QUANTIZED,
     RESULTS,
     WORK,
@@ -130,14 +129,13 @@ class Measure(Task):
         return f"measure {self.out}"
 
     def perform(self, progress: Progress) -> None:
-        images, count = self.out / IMAGES, batches_of(self.evaluation)
+        images, count = self.reads["images"], batches_of(self.evaluation)
         fields = self.model_dump(include={"title", "recipe", "reads", "evaluation"})
         Generate(**fields, seed=self.recipe.seed, last=count, out=images).perform(progress)
         sets = Sets(self.reads["source"], images, self.reads["other"], count)
         artifact = self.reads["artifact"]
         found = measure_cell(self.model, artifact, self.recipe, self.evaluation, sets, progress)
         write_json(self.out / RESULTS, found | {"label": self.label})
-        shutil.rmtree(images, ignore_errors=True)
 
 
 AnyTask = Annotated[Quantize | Generate | Measure, Field(discriminator="kind")]
