@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -34,6 +36,13 @@ def peers_installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("openvino", "nncf"))
 
 
+@contextmanager
+def hushed() -> Iterator[None]:
+    """NNCF greets and draws bars on our standard output, which is for results."""
+    with redirect_stdout(io.StringIO()):
+        yield
+
+
 def convert(model: nn.Module, arguments: Arguments) -> Any:
     """The model in OpenVINO's representation, for the shapes of these arguments."""
     openvino = importlib.import_module("openvino")
@@ -51,10 +60,11 @@ def convert(model: nn.Module, arguments: Arguments) -> Any:
 
 def quantized(converted: Any, data: Sequence[Arguments]) -> Any:
     """NNCF's static INT8 of a converted model, calibrated on recorded calls of the same shapes."""
-    nncf = importlib.import_module("nncf")
-    logging.getLogger("nncf").setLevel(logging.ERROR)
     calls = [[value.numpy() for value in flatten(arguments).values()] for arguments in data]
-    return nncf.quantize(converted, nncf.Dataset(calls), subset_size=len(calls))
+    with hushed():
+        nncf = importlib.import_module("nncf")
+        logging.getLogger("nncf").setLevel(logging.ERROR)
+        return nncf.quantize(converted, nncf.Dataset(calls), subset_size=len(calls))
 
 
 def caller(converted: Any, arguments: Arguments, threads: int, hint: str) -> Call:
