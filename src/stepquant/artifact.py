@@ -41,13 +41,16 @@ class ProductSpec:
     key: Grid
     value: Grid
     probabilities: Grid
+    shifted: bool = False  # a constant is added to the quantized probabilities
 
-    def to_json(self) -> dict[str, str]:
-        return {port: str(getattr(self, port)) for port in ("query", "key", "value", "probabilities")}
+    def to_json(self) -> dict[str, Any]:
+        grids = {port: str(getattr(self, port)) for port in ("query", "key", "value", "probabilities")}
+        return grids | ({"shifted": True} if self.shifted else {})
 
     @classmethod
-    def from_json(cls, data: Mapping[str, str]) -> ProductSpec:
-        return cls(**{port: Grid.parse(text) for port, text in data.items()})
+    def from_json(cls, data: Mapping[str, Any]) -> ProductSpec:
+        grids = {port: Grid.parse(text) for port, text in data.items() if port != "shifted"}
+        return cls(**grids, shifted=bool(data.get("shifted", False)))
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,10 @@ def freeze(network: Inserted, time_table: Tensor | None = None) -> Artifact:
         )
         tensors |= {f"{path}.{name}": value for name, value in packed_tensors(layer).items()}
     for path, product in network.products.items():
-        products[path] = ProductSpec(**{port: quantizer.grid for port, quantizer in product.ports().items()})
+        grids = {port: quantizer.grid for port, quantizer in product.ports().items()}
+        products[path] = ProductSpec(**grids, shifted=product.shift is not None)
+        if product.shift is not None:
+            tensors[f"{path}.product.probabilities_shift"] = product.shift.float().reshape(1)
         for port, quantizer in product.ports().items():
             tensors |= range_tensors(f"{path}.product.{port}", quantizer)
     steps = None

@@ -24,12 +24,15 @@ from tests.fit.conftest import Bench
         nn.Conv2d(6, 4, 3, padding=1),
         nn.Conv2d(6, 4, (3, 2), stride=2, dilation=2, padding="valid"),
         nn.Conv2d(6, 4, 3, padding=1, groups=2, padding_mode="circular"),
-        nn.Conv1d(6, 4, 3, padding="same"),
+        nn.Conv1d(6, 4, 4, padding="same"),
+        nn.Conv3d(6, 4, (1, 3, 2), padding=(0, 2, 1), stride=(1, 1, 2)),
     ],
     ids=repr,
 )
 def test_patches_times_weights_are_the_outputs(layer: nn.Module) -> None:
-    shape = {nn.Linear: (3, 7, 6), nn.Conv1d: (3, 6, 9)}.get(type(layer), (3, 6, 8, 9))
+    shape = {nn.Linear: (3, 7, 6), nn.Conv1d: (3, 6, 9), nn.Conv3d: (3, 6, 2, 5, 4)}.get(
+        type(layer), (3, 6, 8, 9)
+    )
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         out = layer(x) - (

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from stepquant.artifact import packed_tensors
+from stepquant.artifact import freeze, packed_tensors
 from stepquant.calib.pick import every
 from stepquant.calib.record import Source
 from stepquant.core.ranges import minmax
 from stepquant.fit.blocks import fit_blocks
-from stepquant.fit.correct_bias import correct_block
+from stepquant.fit.correct_bias import correct_block, correct_products
 from stepquant.fit.journal import Journal
+from stepquant.fit.learner import Sample
 from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.fit.streams import Streams
 from stepquant.models.denoiser import Denoiser
@@ -112,11 +113,48 @@ def test_one_linear_is_corrected_by_the_closed_form(source: Source) -> None:
         floats = streams.inputs(piece, quantized=False)
         layer = network.layers[piece.path]
         network.switch(weights=True, inputs=True)
-        from stepquant.fit.learner import Sample
-
         rows = torch.arange(len(data))
         targets = streams.advance(piece, floats, quantized=False)
         correct_block(network, piece, Sample(floats, floats, targets, rows, rows), 0)
         mean = floats.columns[0].mean(0)
         expected = (layer.weight - layer.weight_values()) @ mean
         torch.testing.assert_close(layer.shift, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_quantized_probabilities_sum_to_one_on_average(source: Source, tmp_path: Path) -> None:
+    """Exact probabilities sum to 1 over the keys, so that 1 / keys is the mean that corrected ones must have."""
+    data = source.record(every(6, (0, 4, 9)))
+    with (
+        insert(Denoiser.of(source.pipeline), scheme("w4a8")) as network,
+        Streams(network, data, source.cache, batch=6) as streams,
+    ):
+        set_weight_ranges(network, minmax)
+        set_input_ranges(network, data, minmax)
+        for product in network.products.values():  # coarse steps: most probabilities vanish
+            product.probabilities.set_range(torch.tensor([0.1]), torch.tensor([0.0]))
+        journal = Journal(tmp_path, network, data, {})
+        fit = partial(correct_products, network, batch=6)
+        fit_blocks(streams, fit, journal, stage="probabilities", activations=True)
+        for path, product in network.products.items():
+            seen: list[torch.Tensor] = []
+            product.probabilities.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out))
+            network.switch(weights=True, inputs=True)
+            with torch.no_grad():
+                network.denoiser.predict(data.take(range(len(data))).arguments)
+            (quantized,) = seen
+            keys = quantized.shape[-1]
+            lacking = 1 / keys - float(quantized.double().mean())
+            assert abs(lacking) > 0.01 / keys, path
+            assert float(product.shift) == pytest.approx(lacking, rel=0.02, abs=1e-4 / keys), path
+
+        artifact = freeze(network)
+        path = next(iter(network.products))
+        assert artifact.products[path].shifted
+        assert torch.equal(
+            artifact.tensors[f"{path}.product.probabilities_shift"], network.products[path].shift
+        )
+        shifts = {path: product.shift for path, product in network.products.items()}
+        for product in network.products.values():
+            product.shift = None
+        fit_blocks(streams, None, journal, stage="probabilities", activations=True)  # type: ignore[arg-type]
+        assert all(torch.equal(product.shift, shifts[path]) for path, product in network.products.items())

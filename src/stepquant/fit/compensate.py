@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from stepquant.core.affine import to_groups
@@ -103,23 +104,17 @@ def unfolded(layer: nn.Module, x: Tensor) -> Tensor:
     """What each output is the product of, (groups, outputs, inputs): patches for a convolution."""
     if isinstance(layer, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])
-    # A convolution whose kernel picks one weight's input at a time has all of its geometry, whatever its options.
-    groups, inputs = layer.groups, layer.weight[0].numel()  # type: ignore[union-attr, operator]
-    picks = torch.eye(inputs, dtype=x.dtype, device=x.device).reshape(inputs, *layer.weight.shape[1:])  # type: ignore[union-attr]
-    parts = []
-    for part in x.chunk(groups, dim=1):  # type: ignore[arg-type]
-        parts.append(convolve_alone(layer, part, picks).movedim(1, -1).reshape(-1, inputs))
-    return torch.stack(parts)
-
-
-def convolve_alone(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """The convolution of `layer` on one of its groups, with another weight."""
-    groups = layer.groups
-    try:
-        layer.groups = 1
-        return layer._conv_forward(x, weight, None)  # type: ignore[operator, no-any-return]
-    finally:
-        layer.groups = groups
+    geometry: Any = layer
+    mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
+    x = F.pad(x, geometry._reversed_padding_repeated_twice, mode)
+    axes = zip(geometry.kernel_size, geometry.stride, geometry.dilation)
+    for axis, (size, stride, dilation) in enumerate(axes, start=2):
+        x = x.unfold(axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    # From (records, channels, places..., kernel...) to rows of a group's channels and kernel.
+    places = len(geometry.kernel_size)
+    x = x.movedim(1, 1 + places).flatten(0, places)
+    rows = x.reshape(len(x), geometry.groups, -1)
+    return rows.transpose(0, 1)
 
 
 def calls(piece: Piece, layers: dict[str, QuantLayer], sample: Sample) -> list[str]:

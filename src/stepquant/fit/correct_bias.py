@@ -1,4 +1,4 @@
-"""Shift biases so that quantized layers return, on average, what float ones do (arXiv:1906.04721, section 4.2)."""
+"""Constants that take back the mean error: of quantized layers (arXiv:1906.04721, section 4.2) and of probabilities."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from stepquant.core.affine import fake_quantize
 from stepquant.fit.compensate import calls
-from stepquant.fit.learner import Learner, Sample, Schedule
+from stepquant.fit.learner import Learner, Sample, Schedule, inside
 from stepquant.fit.reconstruct import Report
 from stepquant.fit.streams import Piece, Reached, Table
 from stepquant.models.split import SplitLayer
+from stepquant.quant.attention import QuantProduct
 from stepquant.quant.insert import Inserted
 from stepquant.quant.layers import QuantLayer
+from stepquant.quant.quantizer import Quantizer
 
 
 def correct_block(network: Inserted, piece: Piece, sample: Sample, seed: int, *, batch: int = 32) -> Report:
@@ -37,6 +40,43 @@ def correct_block(network: Inserted, piece: Piece, sample: Sample, seed: int, *,
             layers[path].shift = exact[path] - found[path]
         after = measure.held_loss(sample)
     return Report(piece.path, before, after, after, len(layers))
+
+
+def correct_products(
+    network: Inserted, piece: Piece, sample: Sample, seed: int, *, batch: int = 32
+) -> Report:
+    """Add to the quantized probabilities of every attention product what they lack on average (SBC, arXiv:2309.01729).
+
+    Most probabilities of a wide softmax are below half a step and become 0, so that their sum is no longer 1.
+    """
+    measure = Learner(network, piece, Schedule(0, batch, rounding_rate=0), Generator())
+    products = inside(network.products, piece.path)
+    with torch.no_grad():
+        before = measure.held_loss(sample)
+        for product in products.values():
+            product.shift = None
+            product.shift = missing(piece, product, sample.quants, batch)
+        after = measure.held_loss(sample) if products else before
+    return Report(piece.path, before, after, after, len(products))
+
+
+def missing(piece: Piece, product: QuantProduct, inputs: Table, batch: int) -> Tensor:
+    """Mean of the probabilities less the mean of the quantized ones, over all records, heads and pairs of tokens."""
+    lacks: list[Tensor] = []
+    counts: list[int] = []
+
+    def observe(quantizer: Quantizer, x: Tensor) -> None:
+        scale, zero_point = quantizer.range()
+        lacks.append((x.double() - fake_quantize(x, scale, zero_point, quantizer.grid).double()).sum())
+        counts.append(x.numel())
+
+    product.probabilities.observer = observe
+    try:
+        for rows in torch.arange(len(inputs.columns[0])).split(batch):
+            piece.run(inputs.take(rows))
+    finally:
+        product.probabilities.observer = None
+    return (torch.stack(lacks).sum() / sum(counts)).float().reshape(1)
 
 
 def is_biased(layer: QuantLayer) -> bool:

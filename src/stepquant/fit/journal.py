@@ -54,6 +54,9 @@ class Journal:
                 tensors[f"integers|{name}"] = layer.rounding.given.contiguous()
             if layer.shift is not None:
                 tensors[f"shift|{name}"] = layer.shift.contiguous()
+        for name, product in inside(self.network.products, report.path).items():
+            if product.shift is not None:
+                tensors[f"shift|{name}.product"] = product.shift.contiguous()
         for quantizer in activation_quantizers(self.network, report.path):
             if quantizer.is_set:
                 tensors[f"range|{quantizer.site}"] = torch.stack(quantizer.range())
@@ -79,6 +82,8 @@ class Journal:
             ) from error
         for name, layer in inside(self.network.layers, path).items():
             layer.rounding, layer.shift = stored_rounding(tensors, name), tensors.get(f"shift|{name}")
+        for name, product in inside(self.network.products, path).items():
+            product.shift = tensors.get(f"shift|{name}.product")
         for quantizer in activation_quantizers(self.network, path):
             if f"range|{quantizer.site}" in tensors:
                 quantizer.set_range(*tensors[f"range|{quantizer.site}"])

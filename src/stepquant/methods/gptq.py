@@ -22,7 +22,7 @@ from stepquant.calib.record import Source
 from stepquant.core.ranges import lp_search, lp_search_binned
 from stepquant.fit.blocks import fit_blocks
 from stepquant.fit.compensate import Compensation, compensate_block
-from stepquant.fit.correct_bias import correct_block
+from stepquant.fit.correct_bias import correct_block, correct_products
 from stepquant.fit.journal import Journal
 from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.fit.streams import Streams
@@ -42,6 +42,10 @@ class GPTQ(Method):
     act_order: bool = Field(False, description="round columns in order of their diagonal, greatest first")
     split: bool = Field(False, description="quantize the two halves of a skip concatenation apart")
     bias: bool = Field(False, description="afterwards shift biases so that no layer errs on average")
+    softmax: bool = Field(
+        False,
+        description="afterwards add to quantized attention probabilities what they lack on average (SBC)",
+    )
     batch: int = Field(32, gt=0, description="records per forward pass")
     p: float = Field(2.4, gt=0, le=8, description="norm that ranges minimise")
     momentum: float = Field(
@@ -67,6 +71,9 @@ class GPTQ(Method):
             set_input_ranges(
                 network, data, search, batch=self.batch, momentum=self.momentum, progress=source.progress
             )
+            if self.softmax:
+                probe = partial(correct_products, network, batch=self.batch)
+                fit(probe, stage="probabilities", activations=True)
             if self.bias:
                 fit(partial(correct_block, network, batch=self.batch), stage="biases", activations=True)
             return freeze(network)

@@ -16,6 +16,7 @@ class QuantProduct(nn.Module):
     def __init__(self, query: Quantizer, key: Quantizer, value: Quantizer, probabilities: Quantizer) -> None:
         super().__init__()
         self.query, self.key, self.value, self.probabilities = query, key, value, probabilities
+        self.shift: Tensor | None = None  # added to the probabilities where they are quantized
 
     def ports(self) -> dict[str, Quantizer]:
         return {
@@ -30,4 +31,7 @@ class QuantProduct(nn.Module):
         scores = scores * (scale if scale is not None else 1 / math.sqrt(q.shape[-1]))
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        return self.probabilities(scores.softmax(-1)) @ self.value(v)
+        probabilities = self.probabilities(scores.softmax(-1))
+        if self.shift is not None and self.probabilities.enabled:
+            probabilities = probabilities + self.shift.to(probabilities.dtype)
+        return probabilities @ self.value(v)

@@ -29,6 +29,8 @@ class IntegerProduct(nn.Module):
             count = groups if getattr(spec, port).granularity == "step" else 1
             self.register_buffer(f"{port}_scale", torch.ones(count, device=device))
             self.register_buffer(f"{port}_zero_point", torch.zeros(count, dtype=torch.int32, device=device))
+        if spec.shifted:
+            self.register_buffer("probabilities_shift", torch.zeros(1, device=device))
         self.register_load_state_dict_post_hook(forget_loaded)
 
     def forget(self) -> None:
@@ -71,8 +73,18 @@ class IntegerProduct(nn.Module):
             self.prepared()
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         if self.reason is None and mask is None and q.is_cpu:
-            return ops.attention(q, k, v, scale, *self.codes)
-        return self.whole_numbers(q, k, v, mask, scale)
+            return self.shifted(ops.attention(q, k, v, scale, *self.codes), v)
+        return self.shifted(self.whole_numbers(q, k, v, mask, scale), v)
+
+    def shifted(self, out: Tensor, v: Tensor) -> Tensor:
+        """A constant that is added to every probability adds that much of the sum of all values."""
+        if not self.spec.shifted:
+            return out
+        value = self.codes[2]
+        total = centred(v, value).sum(-2, keepdim=True) * (
+            value.scale * self.get_buffer("probabilities_shift")
+        )
+        return out + total.to(out.dtype)
 
     def whole_numbers(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """The same product on whole numbers in float32, which holds the sums of up to 1,000 widths exactly."""

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stepquant.artifact import ProductSpec
+from stepquant.core.affine import scale_and_zero
+from stepquant.core.grid import Grid
+from stepquant.quant.attention import QuantProduct
+from stepquant.quant.quantizer import Quantizer, Site
+from stepquant.runtime.product import IntegerProduct
+
+GRIDS = {port: Grid.parse("int8/tensor") for port in ("query", "key", "value")}
+GRIDS["probabilities"] = Grid.parse("uint8/tensor/sym")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_shift_of_the_probabilities_is_the_same_in_integers(masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 20, 8, generator=generator) for _ in range(3))
+    v = v + 1  # otherwise the sum of all values is next to nothing
+    mask = torch.ones(20, 20, dtype=torch.bool).tril() if masked else None
+    outs = {}
+    for shift in (0.0, 0.002):
+        fake = QuantProduct(
+            **{port: Quantizer(grid, Site("a", "product", port)) for port, grid in GRIDS.items()}
+        )
+        spec = ProductSpec(**GRIDS, shifted=bool(shift))
+        spec = ProductSpec.from_json(spec.to_json())
+        lowered = IntegerProduct(spec, torch.device("cpu"))
+        for port, x in (("query", q), ("key", k), ("value", v), ("probabilities", torch.ones(1))):
+            quantizer = fake.ports()[port]
+            quantizer.set_range(*scale_and_zero(x.min(), x.max(), GRIDS[port]))
+            quantizer.enabled = True
+            getattr(lowered, f"{port}_scale").copy_(quantizer.scale)
+        if shift:
+            fake.shift = torch.tensor([shift])
+            lowered.probabilities_shift.fill_(shift)
+        outs[shift] = fake(q, k, v, mask, None)
+        # A probability that lies on the edge between two integers may go either way.
+        torch.testing.assert_close(
+            lowered(q, k, v, mask), outs[shift], atol=4e-3 * float(v.abs().max()), rtol=0
+        )
+    moved = (outs[0.002] - outs[0.0]).mean()
+    assert moved > 0.02, "large beside what rounding changes"
