@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics.image.kid import poly_mmd
 
 from stepquant.evaluate import manifold
-from stepquant.evaluate.manifold import compare_neighbours, kernel_distance, radii
+from stepquant.evaluate.manifold import PAIRS, compare_neighbours, kernel_distance, radii, rows_at_once
 
 
 def normal(count: int, seed: int, shift: float = 0.0, width: int = 4) -> Tensor:
@@ -72,6 +72,12 @@ def test_neighbours_equal_their_definitions(monkeypatch: pytest.MonkeyPatch, chu
     for name, expected in neighbours_by_hand(real.double().numpy(), fake.double().numpy()).items():
         assert getattr(found, name).tolist() == pytest.approx(expected), name
         assert 0 < np.mean(expected) < 1  # a case that can tell
+
+
+def test_memory_is_that_of_a_number_of_pairs() -> None:
+    assert rows_at_once(100) == 1024
+    assert all(rows_at_once(count) * count <= PAIRS for count in (600, 5000, 100_000))
+    assert rows_at_once(10**9) == 1
 
 
 def test_radius_leaves_the_sample_itself_out() -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 1024
+# Rows at a time, and pairs at a time: what memory holds does not grow with the number of samples.
+CHUNK, PAIRS = 1024, 2**19
 # Neighbours, as in the papers.
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
 
@@ -26,6 +27,11 @@ class Neighbours:
     coverage: Tensor
 
 
+def rows_at_once(count: int) -> int:
+    """How many rows are compared with `count` others at a time."""
+    return max(min(CHUNK, PAIRS // max(count, 1)), 1)
+
+
 def kernel(a: Tensor, b: Tensor) -> Tensor:
     """The cubic polynomial kernel of the KID."""
     return (a @ b.T / a.shape[1] + 1) ** 3
@@ -38,14 +44,15 @@ def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
     """
     count = min(len(a), len(b))
     a, b = a[:count].double(), b[:count].double()
-    rows = torch.cat([paired_rows(a, b, start) for start in range(0, count, CHUNK)])
+    step = rows_at_once(count)
+    rows = torch.cat([paired_rows(a, b, start, step) for start in range(0, count, step)])
     # A U-statistic of pairs (a_i, b_i): its variance is four times that of its projections, over n.
     return float(rows.mean()), float(2 * rows.std() / count**0.5)
 
 
-def paired_rows(a: Tensor, b: Tensor, start: int) -> Tensor:
-    """Mean over j != i of k(a_i, a_j) + k(b_i, b_j) - k(a_i, b_j) - k(b_i, a_j), for a chunk of i."""
-    mine, theirs = a[start : start + CHUNK], b[start : start + CHUNK]
+def paired_rows(a: Tensor, b: Tensor, start: int, step: int) -> Tensor:
+    """Mean over j != i of k(a_i, a_j) + k(b_i, b_j) - k(a_i, b_j) - k(b_i, a_j), for `step` of the i."""
+    mine, theirs = a[start : start + step], b[start : start + step]
     values = kernel(mine, a) + kernel(theirs, b) - kernel(mine, b) - kernel(theirs, a)
     index = torch.arange(len(mine))
     values[index, index + start] = 0
@@ -58,7 +65,7 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
 
 def radii(samples: Tensor, neighbours: int) -> Tensor:
     """Distance of each sample to its k-th nearest other one."""
-    parts = [distances(part, samples) for part in samples.split(CHUNK)]
+    parts = [distances(part, samples) for part in samples.split(rows_at_once(len(samples)))]
     return torch.cat([part.kthvalue(neighbours + 1, dim=1).values for part in parts])
 
 
@@ -68,8 +75,8 @@ def compare_neighbours(real: Tensor, fake: Tensor) -> Neighbours:
     near_fake = radii(fake, PRECISION_NEIGHBOURS)
     recalled = torch.zeros(len(real), dtype=torch.bool)
     covered = torch.zeros(len(real), dtype=torch.bool)
-    precision, density = [], []
-    for part, reach in zip(fake.split(CHUNK), near_fake.split(CHUNK)):
+    precision, density, step = [], [], rows_at_once(len(real))
+    for part, reach in zip(fake.split(step), near_fake.split(step)):
         apart = distances(part, real)
         precision.append((apart <= near_real).any(1))
         density.append((apart < wide_real).sum(1) / DENSITY_NEIGHBOURS)
