@@ -28,6 +28,7 @@ class BRECQ(BlockMethod):
 
     paper: ClassVar[dict[str, Any]] = {
         "samples": 1024,
+        "batch": 32,
         "iterations": 20000,
         "step_iterations": 5000,
         "rounding_rate": 1e-3,

@@ -40,6 +40,7 @@ class EDADM(BlockMethod):
         "trajectories": 1024,
         "chunk": 1024,
         "radius": 3.0,
+        "batch": 32,
         "iterations": 5000,
         "rounding_rate": 0.5,
         "last_rate": 0.0,
@@ -58,7 +59,6 @@ class EDADM(BlockMethod):
     layers: float = Field(
         0.8, ge=0, description="gamma: weight of the layers in the loss; 0: block loss (ablation)"
     )
-    iterations: int = Field(240, ge=0, description="per block")
     step_rate: float = Field(
         1e-3, ge=0, description="Adam's rate for activation steps, relative to each step"
     )

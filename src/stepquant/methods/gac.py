@@ -34,6 +34,7 @@ class GAC(BlockMethod):
     paper: ClassVar[dict[str, Any]] = {
         "trajectories": 256,
         "every_steps": 5,
+        "batch": 32,
         "iterations": 20000,
         "rounding_rate": 1e-3,
         "last_rate": 1.0,

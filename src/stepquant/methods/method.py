@@ -83,8 +83,8 @@ class BlockMethod(PresetMethod):
     """A method that reconstructs blocks, with the fields that all of them have; ranges minimise a p-norm."""
 
     iterations: int = Field(300, ge=0, description="per block, for roundings")
-    batch: int = Field(32, gt=0, description="records per iteration")
-    rounding_rate: float = Field(0.05, ge=0, description="Adam's rate for roundings")
+    batch: int = Field(16, gt=0, description="records per iteration")
+    rounding_rate: float = Field(0.1, ge=0, description="Adam's rate for roundings")
     last_rate: float = Field(0.1, ge=0, le=1, description="share of that rate left at the end of its cosine")
     penalty: float = Field(1.0, ge=0, description="lambda: weight of the rounding regulariser")
     p: float = Field(2.4, gt=0, le=8, description="norm that ranges minimise")

@@ -29,6 +29,7 @@ class QDiffusion(BlockMethod):
 
     paper: ClassVar[dict[str, Any]] = {
         "trajectories": 256,
+        "batch": 32,
         "iterations": 20000,
         "step_iterations": 5000,
         "rounding_rate": 1e-3,

@@ -9,7 +9,6 @@ Differs from the released code:
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -17,15 +16,10 @@ from pydantic import Field
 from stepquant.artifact import Artifact, freeze
 from stepquant.calib.pick import every, strided
 from stepquant.calib.record import Source
-from stepquant.core.ranges import lp_search, lp_search_binned
 from stepquant.core.steps import StepTable
-from stepquant.fit.blocks import reconstruct_blocks
-from stepquant.fit.journal import Journal
-from stepquant.fit.learner import Schedule
-from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.fit.streams import Streams
 from stepquant.fit.time_block import ROLES, reconstruct_time, time_chains, time_table
-from stepquant.methods.method import PresetMethod
+from stepquant.methods.method import BlockMethod
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan, Rule
@@ -33,12 +27,13 @@ from stepquant.quant.plan import Plan, Rule
 TABLED = Rule(None, "a table holds what comes out for every t", ROLES, optional=True)
 
 
-class TFMQ(PresetMethod):
+class TFMQ(BlockMethod):
     """Temporal feature maintenance: time block apart, activation ranges per interval of steps."""
 
     paper: ClassVar[dict[str, Any]] = {
         "trajectories": 256,
         "range_trajectories": 256,
+        "batch": 32,
         "iterations": 20000,
         "time_iterations": 20000,
         "rounding_rate": 1e-3,
@@ -56,15 +51,7 @@ class TFMQ(PresetMethod):
     range_trajectories: int = Field(
         12, gt=0, description="trajectories that ranges are set on, at every step"
     )
-    iterations: int = Field(300, ge=0, description="per block")
     time_iterations: int = Field(500, ge=0, description="for the time block")
-    batch: int = Field(32, gt=0, description="records per iteration")
-    rounding_rate: float = Field(0.05, ge=0, description="Adam's rate for roundings")
-    last_rate: float = Field(
-        0.1, ge=0, le=1, description="share of the rates left at the end of their cosine"
-    )
-    penalty: float = Field(1.0, ge=0, description="lambda: weight of the rounding regulariser")
-    p: float = Field(2.4, gt=0, le=8, description="norm that ranges minimise")
     momentum: float = Field(
         0.95, ge=0, lt=1, description="of the moving average of activation ranges over batches"
     )
@@ -79,31 +66,18 @@ class TFMQ(PresetMethod):
         plan = plan if table is None else plan.with_rules([TABLED])
 
         with insert(denoiser, plan, steps=steps) as network, Streams(network, data, source.cache) as streams:
-            journal = Journal(source.cache, network, data, {"method": "tfmq"} | self.model_dump())
-            set_weight_ranges(network, partial(lp_search, p=self.p), source.progress)
-            schedule = Schedule(
-                self.iterations, self.batch, self.rounding_rate, last=self.last_rate, penalty=self.penalty
-            )
+            reconstruct = self.reconstructing(streams, data, source)
+            self.set_weight_ranges(network, source)
 
             # TIAR: the time block alone, on all of its inputs; it is left as it is from then on.
             if table is None:
-                alone = Schedule(**vars(schedule) | {"iterations": self.time_iterations})
+                alone = self.schedule(iterations=self.time_iterations)
                 reconstruct_time(network, chains, steps.times.float(), alone, source.seed)
-            schedule = Schedule(**vars(schedule) | {"without": ROLES})
 
             # All other blocks in their order, behind the blocks already reconstructed.
-            reconstruct_blocks(
-                streams,
-                schedule,
-                journal,
-                stage="weights",
-                activations=False,
-                seed=source.seed,
-                progress=source.progress,
-            )
+            reconstruct(self.schedule(without=ROLES), stage="weights", activations=False)
 
             # FSC: ranges from the records of each interval, moving averages over batches.
             seen = source.record(every(self.range_trajectories, range(source.steps)))
-            search = partial(lp_search_binned, p=self.p)
-            set_input_ranges(network, seen, search, momentum=self.momentum, progress=source.progress)
+            self.set_input_ranges(network, seen, source)
             return freeze(network, table)
