@@ -53,7 +53,7 @@ def main() -> int:
     options = read_options()
     try:
         tables = plan_tables(options)
-        with Reporter(Console(stderr=True), options.quiet) as reporter:
+        with Reporter(Console(stderr=True), options.quiet, brief=True) as reporter:
             made = run_tables(options, tables, reporter)
         text = fill(options, made)
     except StepquantError as error:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from stepquant.cli import main
 from stepquant.cli.compare import split_settings
+from stepquant.cli.reporter import Reporter
 
 Fails = Callable[..., str]
 QUICK = (
@@ -98,3 +101,16 @@ def test_diff(
     assert "no images of the same seeds" in fails("diff", artifact, other, "--images", tmp_path / "x.png")
     assert "cannot write images" in fails("diff", artifact, other, "--images", tmp_path / "x.txt")
     assert "holds a float model" in fails("diff", artifact, tiny)
+
+
+def test_full_bars_of_a_long_job_make_room() -> None:
+    console = Console(force_terminal=True, file=io.StringIO())
+    with Reporter(console, brief=True) as reporter:
+        outer = iter(reporter.track(range(2), "cells"))
+        next(outer)
+        assert list(reporter.track(range(3), "a cell")) == [0, 1, 2]
+        abandoned = iter(reporter.track(range(3), "killed"))
+        next(abandoned)
+        abandoned.close()
+        assert reporter.bars is not None
+        assert [task.description for task in reporter.bars.tasks if task.visible] == ["cells"]

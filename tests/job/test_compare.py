@@ -134,6 +134,7 @@ class TestFinished:
         assert found["size"]["bytes"] < found["size"]["float_bytes"]
         assert not list(tmp_path.glob("*/*/work"))
         assert not list(tmp_path.glob("cells/*/images"))
+        assert len(list(tmp_path.glob("cells/*/samples.png"))) == 1
 
     def test_other_code_makes_other_cells_unless_it_is_told_not_to(
         self, cells: Cells, tmp_path: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch

@@ -115,7 +115,7 @@ def compare(
     from stepquant.job.compare import Evaluation, compare, grid
     from stepquant.job.results import DATA
 
-    screen = Screen(quiet)
+    screen = Screen(quiet, brief=True)
     chosen = {"images": images, "steps": steps, "batch": batch, "sampler": sampler, "speed": speed}
     cells = grid(
         model,

@@ -18,8 +18,9 @@ SECONDS_BETWEEN_LINES = 10.0
 class Reporter:
     """Bars with the time left on a terminal, a line now and then elsewhere, nothing when quiet."""
 
-    def __init__(self, console: Console, quiet: bool = False) -> None:
+    def __init__(self, console: Console, quiet: bool = False, brief: bool = False) -> None:
         self.console, self.quiet = console, quiet
+        self.brief = brief  # bars vanish when they are full: for jobs with hundreds of them
         self.bars: Bars | None = None
         self.words = ""
 
@@ -59,10 +60,12 @@ class Reporter:
 
     def draw(self, bars: Bars, items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
         task = bars.add_task(label, total=total, words="")
-        for item in items:
-            yield item
-            bars.update(task, advance=1, words=self.words)
-        bars.update(task, words="")
+        try:
+            for item in items:
+                yield item
+                bars.update(task, advance=1, words=self.words)
+        finally:
+            bars.update(task, words="", visible=not self.brief)
         self.words = ""
 
     def write(self, items: Iterable[T], label: str, total: int | None) -> Iterator[T]:

@@ -21,9 +21,9 @@ PLAIN = "note: the C++ kernels are not built (no compiler at install?): the step
 class Screen:
     """Where one command shows its progress and its result."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, brief: bool = False) -> None:
         self.out = Console(highlight=False)
-        self.reporter = Reporter(Console(stderr=True, highlight=False), quiet)
+        self.reporter = Reporter(Console(stderr=True, highlight=False), quiet, brief)
 
     def say(self, words: str) -> None:
         """On the way: not part of the result."""

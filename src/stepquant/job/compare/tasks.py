@@ -38,6 +38,9 @@ from stepquant.job.store import weights_bytes
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import run
 from stepquant.progress import Progress
+from stepquant.report.images import decode, grid
+
+SAMPLES = "samples.png"
 
 
 class Task(BaseModel, ABC):
@@ -135,6 +138,8 @@ class Measure(Task):
         sets = Sets(self.reads["source"], images, self.reads["other"], count)
         artifact = self.reads["artifact"]
         found = measure_cell(self.model, artifact, self.recipe, self.evaluation, sets, progress)
+        samples = grid(decode(found["images"]["quantized"]))
+        atomically(self.out / SAMPLES, partial(samples.save, format="PNG"))
         write_json(self.out / RESULTS, found | {"label": self.label})
 
 
