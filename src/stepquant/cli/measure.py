@@ -22,6 +22,7 @@ from stepquant.cli.options import (
     read_prompts,
 )
 from stepquant.cli.screen import Screen, command_text
+from stepquant.cli.whole import Chart, Generation, Profile, beside_calls, draw, show_speed
 from stepquant.job import load
 from stepquant.models.denoiser import Denoiser
 
@@ -117,6 +118,9 @@ def benchmark(
         bool,
         typer.Option("--compile/--no-compile", help="Also time torch.compile, which takes minutes to build."),
     ] = True,
+    generation: Generation = 0,
+    profile: Profile = False,
+    chart: Chart = None,
     prompts: Prompts = None,
     device: Device = "cpu",
     json: Json = None,
@@ -143,6 +147,8 @@ def benchmark(
             screen.warn_if_plain()
             result = benchmark_artifact(Path(model), against, device=device, progress=progress, **options)
     show_speed(screen, result["speed"])
+    result = {**result, **beside_calls(screen, model, against, generation, profile, options)}
+    draw(screen, result["speed"], chart)
     screen.finish(json, result)
 
 
@@ -152,29 +158,6 @@ def show_table(screen: Screen, results: Mapping[str, Any]) -> None:
 
     header, *rows = table(results)
     screen.table("", header, rows)
-
-
-def show_speed(screen: Screen, speed: Mapping[str, Any]) -> None:
-    rows = [
-        (
-            row["batch"],
-            row["name"],
-            spread(row, "milliseconds"),
-            spread(row, "ratio"),
-            row["layout"] or row["unavailable"],
-        )
-        for row in speed["rows"]
-    ]
-    title = f"one call of the denoiser, {speed['threads']} threads, {speed['rounds']} rounds; median and quartiles"
-    screen.table(title, ("batch", "contender", "ms", f"times {speed['reference']}", ""), rows)
-
-
-def spread(row: Mapping[str, Any], name: str) -> str:
-    """`median (quartile to quartile)`."""
-    if row[name] is None:
-        return "not measured"
-    low, high = ("ratio_low", "ratio_high") if name == "ratio" else ("low", "high")
-    return f"{row[name]:.3g} ({row[low]:.3g} to {row[high]:.3g})"
 
 
 COMMANDS: Mapping[str, Callable[..., None]] = {"evaluate": evaluate, "benchmark": benchmark}

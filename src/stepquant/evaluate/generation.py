@@ -1,0 +1,67 @@
+"""Time to generate images, scheduler and all: the whole pipeline as its user calls it, in turns with the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from stepquant.evaluate.speed import (
+    QUANTIZED,
+    REFERENCE,
+    Contender,
+    first_arguments,
+    in_layouts,
+    interleave,
+    row,
+    threads,
+    twin_of,
+)
+from stepquant.models.denoiser import Denoiser
+from stepquant.models.sampling import run
+from stepquant.progress import Progress, Silent
+
+
+def generation(
+    float_pipeline: Any,
+    quantized_pipeline: Any,
+    *,
+    batches: Sequence[int] = (1, 8),
+    steps: int = 10,
+    seconds: float = 10.0,
+    count: int | None = None,
+    sampler: str | None = "ddim",
+    prompts: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Milliseconds for a batch of images, by fp32 and bf16 in their better layouts and by the quantized pipeline."""
+    rows: list[dict[str, Any]] = []
+    with threads(count) as used:
+        for batch in (progress or Silent()).track(batches, "generating", len(batches)):
+            pipelines = {
+                REFERENCE: in_better_layout(float_pipeline, torch.float32, batch, prompts),
+                "bf16 eager": in_better_layout(float_pipeline, torch.bfloat16, batch, prompts),
+                QUANTIZED: quantized_pipeline,
+            }
+            calls = {
+                name: lambda own=own, batch=batch: run(own, list(range(batch)), steps, sampler, prompts)
+                for name, own in pipelines.items()
+            }
+            for call in calls.values():
+                call()
+            rounds = interleave(calls, seconds, fewest=3)
+            rows += [row(batch, Contender(name, call), rounds) for name, call in calls.items()]
+    return {"threads": used, "steps": steps, "sampler": sampler, "reference": REFERENCE, "rows": rows}
+
+
+def in_better_layout(pipeline: Any, dtype: torch.dtype, batch: int, prompts: Sequence[str] | None) -> Any:
+    """The pipeline with its denoiser in `dtype`, in the memory layout in which one call is faster."""
+    denoiser = Denoiser.of(pipeline)
+    ways = in_layouts(denoiser.model, first_arguments(pipeline, batch, prompts), dtype)
+    calls = {way.name: way.call for way in ways if way.call is not None}
+    rounds = interleave(calls, seconds=0.0, fewest=3)
+    fastest = min(calls, key=lambda name: min(taken[name] for taken in rounds))
+    layout = torch.channels_last if fastest == "channels-last" else torch.contiguous_format
+    parts = pipeline.components | {denoiser.component: twin_of(denoiser.model, dtype, layout)}
+    return type(pipeline)(**parts)

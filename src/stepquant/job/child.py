@@ -1,0 +1,94 @@
+"""What loading a model and making its first images costs a process that does nothing else.
+
+`python -m stepquant.job.child` runs in that process and writes one line of JSON; `first_images` starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepquant.errors import EvaluationError
+from stepquant.job.pipelines import load
+from stepquant.models.denoiser import Denoiser
+from stepquant.models.sampling import run
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "as it is": None}
+
+
+def first_images(
+    models: Mapping[str, tuple[str, str]],
+    batch: int,
+    steps: int,
+    threads: int,
+    prompts: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """For each name's (model, dtype): seconds to load and to the first images, and the peak of resident memory."""
+    rows = []
+    for name, (model, dtype) in models.items():
+        words = {
+            "model": model,
+            "dtype": dtype,
+            "batch": batch,
+            "steps": steps,
+            "threads": threads,
+            "prompts": prompts,
+        }
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "stepquant.job.child", json.dumps(words)],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        if done.returncode != 0:
+            raise EvaluationError(
+                f"the process that measures {name} failed",
+                where=model,
+                got=(done.stderr.strip().splitlines() or ["nothing"])[-1][:300],
+            )
+        rows.append({"name": name, "batch": batch, "steps": steps} | json.loads(done.stdout.splitlines()[-1]))
+    return rows
+
+
+def measure(
+    model: str, dtype: str, batch: int, steps: int, threads: int, prompts: Sequence[str] | None
+) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    start_bytes, start = peak_bytes(), time.perf_counter()
+    pipeline = load(Path(model) if Path(model).exists() else model)
+    network, target = Denoiser.of(pipeline).model, DTYPES[dtype]
+    if target is not None:
+        nn.Module.to(network, dtype=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    loaded = time.perf_counter()
+    run(pipeline, list(range(batch)), steps, None, prompts)
+    return {
+        "load_seconds": loaded - start,
+        "first_image_seconds": time.perf_counter() - loaded,
+        "start_bytes": start_bytes,
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def peak_bytes() -> int:
+    """The most memory that was ever resident in this process."""
+    status = Path("/proc/self/status")
+    if status.exists():  # elsewhere a process may begin with the peak of the one that started it
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(measure(**json.loads(sys.argv[1]))) + "\n")

@@ -1,0 +1,67 @@
+"""What a benchmark measures beside single calls: whole generations, first images, and where a call spends its time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepquant.evaluate.breakdown import breakdown
+from stepquant.evaluate.generation import generation
+from stepquant.evaluate.speed import calling, first_arguments, threads
+from stepquant.job.child import first_images
+from stepquant.job.pipelines import load
+from stepquant.job.results import artifact_config, load_twin
+from stepquant.models.denoiser import Denoiser
+from stepquant.progress import Progress
+
+
+def benchmark_generation(
+    folder: Path,
+    against: str | None = None,
+    *,
+    batches: Sequence[int] = (1, 8),
+    steps: int = 10,
+    seconds: float = 10.0,
+    count: int | None = None,
+    prompts: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Whole generations in turns, then every variant in a process of its own for its first images and its memory."""
+    quantized = load(folder)
+    config = artifact_config(quantized, folder)
+    source = load_twin(config, against, "cpu")
+    found = generation(
+        source,
+        quantized,
+        batches=batches,
+        steps=steps,
+        seconds=seconds,
+        count=count,
+        prompts=prompts,
+        progress=progress,
+    )
+    model = against or str(config.recipe["model"])
+    variants = {
+        "fp32 eager": (model, "fp32"),
+        "bf16 eager": (model, "bf16"),
+        "stepquant": (str(folder), "as it is"),
+    }
+    processes = [
+        row
+        for batch in batches
+        for row in first_images(variants, batch, steps, count or torch.get_num_threads(), prompts)
+    ]
+    return found | {"processes": processes}
+
+
+def profile_call(
+    model: str | Path, batch: int, count: int | None = None, prompts: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """One call of a denoiser, operation by operation."""
+    pipeline = load(model)
+    call = calling(Denoiser.of(pipeline).model, first_arguments(pipeline, batch, prompts))
+    with threads(count) as used:
+        return {"threads": used, "batch": batch} | breakdown(call)

@@ -1,0 +1,64 @@
+"""Whole generations, the breakdown of a call, and the bars that are drawn of a benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline
+from PIL import Image
+
+from stepquant.evaluate.breakdown import breakdown
+from stepquant.evaluate.generation import generation
+from stepquant.evaluate.speed import calling, first_arguments
+from stepquant.report.bars import write_bars
+from stepquant.runtime import ops
+
+
+def test_generations_have_a_row_for_everyone(pipeline: DDIMPipeline) -> None:
+    found = generation(pipeline, pipeline, batches=(1, 2), steps=2, seconds=0.0, count=1)
+    names = ["fp32 eager", "bf16 eager", "stepquant"]
+    assert [(row["batch"], row["name"]) for row in found["rows"]] == [(b, n) for b in (1, 2) for n in names]
+    assert all(row["milliseconds"] > 0 for row in found["rows"])
+    assert [row["ratio"] for row in found["rows"] if row["name"] == "fp32 eager"] == [1.0, 1.0]
+    assert next(pipeline.unet.parameters()).dtype == torch.float32
+
+
+def test_a_breakdown_names_what_ran(pipeline: DDIMPipeline) -> None:
+    found = breakdown(calling(pipeline.unet, first_arguments(pipeline, 1)))
+    rows = {row["name"]: row for row in found["rows"]}
+    assert rows["aten::convolution"]["calls"] == sum(
+        isinstance(module, torch.nn.Conv2d) for module in pipeline.unet.modules()
+    )
+    assert sum(row["share"] for row in found["rows"]) == pytest.approx(1)
+    assert found["ceilings"]["gigabytes_per_second"] > 0
+
+
+@pytest.mark.skipif(not ops.convolves(), reason="no kernel of this package for this processor")
+def test_integer_products_are_counted() -> None:
+    product = ops.Product.of(torch.ones(48, 8, 3, 3, dtype=torch.int8), torch.ones(48), None)
+    codes = torch.ones(1, 8, 6, 6, dtype=torch.uint8)
+    row = breakdown(lambda: ops.convolve(codes, ops.Code(1.0), product, torch.float32))["rows"][0]
+    rate = row["tera_operations_per_second"] * 1e12 * row["milliseconds"] / 1000
+    assert rate == pytest.approx(2 * 48 * 16 * 8 * 9)
+
+
+@pytest.mark.parametrize("name", ["bars.svg", "bars.png"])
+def test_bars_are_drawn_in_the_format_of_the_file(name: str, tmp_path: Path) -> None:
+    timing: dict[str, Any] = {"milliseconds": 2.0, "low": 1.0, "high": 3.0}
+    rows = [
+        {"batch": batch, "name": kind, "ratio": ratio, "ratio_low": ratio, "ratio_high": ratio} | timing
+        for batch in (1, 8)
+        for kind, ratio in (("fp32 eager", 1.0), ("stepquant", 4.0))
+    ]
+    rows.append(rows[0] | {"name": "absent", "ratio": None})
+    write_bars({"rows": rows, "reference": "fp32 eager", "threads": 2}, tmp_path / name)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    if name.endswith("png"):
+        assert Image.open(tmp_path / name).size[0] > 300
+    else:
+        drawn = (tmp_path / name).read_text()
+        assert "<svg" in drawn
+        assert "absent" not in drawn
