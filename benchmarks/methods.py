@@ -4,7 +4,8 @@
     python benchmarks/methods.py --parts methods --schemes w4a8    a part of it
     python benchmarks/methods.py --images 64 --steps 10 --set iterations=10 --methods minmax,brecq --out try.md
 
-Interrupt it whenever you like, and run it again to go on: finished cells are kept in --store, failed ones tried again.
+Interrupt it whenever you like, and run it again to go on: finished cells are kept in --store, failed ones tried again, and the
+file has what there is. `--table` writes the file from the store at any time, while it runs, too.
 Words between `<!-- words NAME -->` and `<!-- end -->` are yours: they stay when the file is made again.
 """
 
@@ -26,7 +27,7 @@ from stepquant.calib.cache import atomically
 from stepquant.cli.options import read_settings
 from stepquant.cli.reporter import Reporter, clock
 from stepquant.errors import StepquantError
-from stepquant.job.compare import Cell, Evaluation, Processes, Variant, compare, grid
+from stepquant.job.compare import Cell, Evaluation, Processes, Variant, compare, grid, known
 from stepquant.job.compare.grid import check_used, shared
 from stepquant.job.results import DATA
 
@@ -51,20 +52,23 @@ PROBED_STEPS = 6  # columns of the table of errors by step
 
 def main() -> int:
     options = read_options()
+    stopped = False
     try:
         tables = plan_tables(options)
-        with Reporter(Console(stderr=True), options.quiet, brief=True) as reporter:
-            made = run_tables(options, tables, reporter)
-        text = fill(options, made)
+        try:
+            if not options.table:
+                run_tables(options, tables)
+        except KeyboardInterrupt:
+            stopped = True
+        text = fill(options, read_results(options, tables))
     except StepquantError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\nfinished cells are kept in {options.store}; run the same command to go on", file=sys.stderr)
-        return 130
     atomically(options.out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     print(f"wrote {options.out}; the page about all cells: {options.store / 'compare.html'}")
-    return 0
+    if stopped:
+        print("finished cells are kept; run the same command to go on", file=sys.stderr)
+    return 130 if stopped else 0
 
 
 def read_options() -> argparse.Namespace:
@@ -84,6 +88,7 @@ def read_options() -> argparse.Namespace:
     add("--speed", type=float, default=0.0, help="seconds of timing a cell; 0: none")
     add("--set", action="append", default=[], help="KEY=VALUE for every method that has the field")
     add("--workers", type=int, default=1)
+    add("--table", action="store_true", help="write the file from what is in the store, and make nothing")
     add("--any-code", action="store_true", help="keep finished cells that other code made")
     add("--store", type=Path, default=Path("runs/methods"))
     add("--out", type=Path, default=Path(__file__).with_name("methods.md"))
@@ -135,22 +140,23 @@ def cells(options: argparse.Namespace, rows: Sequence[Variant], scheme: str) -> 
     )
 
 
-def run_tables(
-    options: argparse.Namespace, tables: Mapping[str, list[Cell]], reporter: Reporter
-) -> dict[str, list[dict[str, Any]]]:
-    """Results of every part; the same cell in two parts is made once."""
+def run_tables(options: argparse.Namespace, tables: Mapping[str, list[Cell]]) -> None:
+    """Make what is missing; the same cell in two parts is made once."""
     every = [cell for rows in tables.values() for cell in rows]
     start = time.monotonic()
-    executor = Processes(options.workers, reporter)
-    done = compare(every, options.store, executor=executor, any_code=options.any_code, progress=reporter)
-    reporter.say(
-        f"{done.made} cells made in {clock(time.monotonic() - start)}, {done.found} found, {done.failed} failed"
-    )
-    out: dict[str, list[dict[str, Any]]] = {}
-    found = iter(done.results)
-    for part, rows in tables.items():
-        out[part] = [next(found) for _ in rows]
-    return out
+    with Reporter(Console(stderr=True), options.quiet, brief=True) as reporter:
+        executor = Processes(options.workers, reporter)
+        done = compare(every, options.store, executor=executor, any_code=options.any_code, progress=reporter)
+        counts = f"{done.made} cells made, {done.found} found, {done.failed} failed"
+        reporter.say(f"{counts}, in {clock(time.monotonic() - start)}")
+
+
+def read_results(
+    options: argparse.Namespace, tables: Mapping[str, list[Cell]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Results of every part, as far as they are there."""
+    found = {part: known(rows, options.store, any_code=options.any_code) for part, rows in tables.items()}
+    return {part: [row for row in rows if row is not None] for part, rows in found.items()}
 
 
 def fill(options: argparse.Namespace, made: Mapping[str, list[dict[str, Any]]]) -> str:
@@ -162,16 +168,20 @@ def fill(options: argparse.Namespace, made: Mapping[str, list[dict[str, Any]]]) 
         "eda_dm": f"EDA-DM at {MAIN}: steps and loss",
         "gac": f"Gradient-aligned calibration at {MAIN}: weights",
     }
+    typed = [word for word in sys.argv[1:] if word not in ("--table", "--quiet")]
     lines = [
         "# Methods on the embedded model",
         "",
-        f"Made by `python {' '.join(['benchmarks/methods.py', *sys.argv[1:]])}`.",
+        f"Made by `python {' '.join(['benchmarks/methods.py', *typed])}`.",
         "",
     ]
     lines += [how_measured(options, made), "", *words("all", kept)]
     for part, results in made.items():
         lines += [f"## {titles[part]}", "", *table(results), "", *step_table(results), ""]
         lines += words(part, kept)
+    for part in PARTS:
+        if part not in made and kept.get(part, "").strip():
+            lines += [f"## {titles[part]}", "", "No part of this run.", "", *words(part, kept)]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -13,7 +13,18 @@ import pytest
 import torch
 
 from stepquant.errors import StepquantError, UnknownNameError
-from stepquant.job.compare import Cell, Evaluation, Inline, Processes, Variant, compare, drive, grid, tasks
+from stepquant.job.compare import (
+    Cell,
+    Evaluation,
+    Inline,
+    Processes,
+    Variant,
+    compare,
+    drive,
+    grid,
+    known,
+    tasks,
+)
 from stepquant.job.compare.store import take_lock
 from stepquant.job.results import evaluate_artifact
 
@@ -145,6 +156,18 @@ class TestFinished:
         counted.clear()
         assert compare(cells(), tmp_path, executor=Inline()).made == 1
         assert len(counted) == 1 + 3 * 3
+
+    def test_what_is_known_can_be_read_without_making_anything(
+        self, cells: Cells, tmp_path: Path, counted: list[str]
+    ) -> None:
+        made = compare(cells(), tmp_path, executor=Inline())
+        counted.clear()
+        first, second = known(cells("minmax", "ptq4dm"), tmp_path)
+        assert first == made.results[0]
+        assert second is None
+        assert not counted
+        with pytest.raises(StepquantError, match="there is no store of runs"):
+            known(cells(), tmp_path / "nowhere")
 
 
 class TestDamaged:

@@ -30,6 +30,7 @@ but `speed` and `size`, which the caller adds; the report leaves out what is mis
     speed        {threads, rounds, reference, rows: [{batch, name, layout, milliseconds, low, high, ratio, ratio_low,
                   ratio_high, unavailable}]}: quartiles; `ratio` is how many times faster than `reference`
     size         {float_bytes, bytes, ratio}
+    making       {seconds, peak_bytes, start_bytes}: what quantizing took; a comparison measures it
     coverage     [{path, role, macs, bytes, weight, input, kernel, integer, reason}]: `integer` is whether integers
                  multiplied
     cost         {macs, bops, float_bops, bytes, rows: [{weight, input, layers, macs, bops, bytes}]}: by bits

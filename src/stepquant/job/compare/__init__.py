@@ -8,7 +8,7 @@ from stepquant.job.compare.cell import Cell, Evaluation
 from stepquant.job.compare.executor import Executor, Inline
 from stepquant.job.compare.grid import Variant, grid
 from stepquant.job.compare.processes import Processes
-from stepquant.job.compare.start import Compared, compare
+from stepquant.job.compare.start import Compared, compare, known
 
 __all__ = [
     "Cell",
@@ -20,4 +20,5 @@ __all__ = [
     "Variant",
     "compare",
     "grid",
+    "known",
 ]

@@ -63,6 +63,13 @@ def compare(
     )
 
 
+def known(cells: Sequence[Cell], store: Path, *, any_code: bool = False) -> list[dict[str, Any] | None]:
+    """Results of the cells as far as they are in the store, without making anything; None where there is nothing yet."""
+    opened, origin = Store.open(store, create=False), find_origin(cells)
+    jobs = [Job.of(cell, opened, origin, any_code) for cell in cells]
+    return [next(iter(read_all([job])), None) for job in jobs]
+
+
 def refresh(jobs: Sequence[Job], folder: Path, store: Path) -> None:
     """Write the pages about what is known now."""
     write_pages(read_all(jobs), [row_of(job) for job in jobs], folder, store)
