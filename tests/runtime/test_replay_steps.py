@@ -1,0 +1,37 @@
+"""Recorded calls of a model whose ranges change from step to step: one sequence for each row of the ranges."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from stepquant.calib.record import Source
+from stepquant.runtime import ops
+from stepquant.runtime.lower import lower
+from stepquant.runtime.replay import Replay
+from tests.runtime.test_steps import noise, stepped
+
+
+@pytest.mark.skipif(not ops.compiled(), reason="the extension stepquant._C was not built")
+@pytest.mark.parametrize("table", [False, True])
+def test_every_row_has_its_own_sequence(source: Source, table: bool) -> None:
+    artifact, _, _ = stepped(source, groups=2, table=table)
+    recorded = lower(copy.deepcopy(source.pipeline.unet), artifact)
+    plain = lower(copy.deepcopy(source.pipeline.unet), artifact)
+    own = recorded.__dict__["forward"].forward
+    assert isinstance(own, Replay)
+    plain.__dict__["forward"].forward = own_forward(plain)
+    with torch.no_grad():
+        for turn in range(4):
+            for t in source.times():
+                x = noise(2) + turn
+                want = plain(x, t, return_dict=False)[0]
+                assert torch.equal(recorded(x, t, return_dict=False)[0], want)
+    made = [sequence for sequence in own.sequences.values() if sequence is not None and sequence is not False]
+    assert len(made) == 2
+
+
+def own_forward(model: torch.nn.Module) -> object:
+    return type(model).forward.__get__(model)
