@@ -37,6 +37,8 @@ def inspect(
         f"calibrated with seed {recipe['seed']} over {recipe['steps']} steps of {recipe['sampler']}; "
         f"weights {size_text(weights_bytes(folder))}; C++ kernels: {ops.capability()}"
     )
+    if found["steps"]:
+        screen.show(steps_text(found["steps"]))
     shares = integer_shares(rows)
     screen.show(
         f"{shares['of_all']:.2%} of the multiply-accumulates run in integers, "
@@ -62,6 +64,17 @@ def inspect(
         ],
     )
     screen.finish(json, found | {"shares": shares})
+
+
+def steps_text(steps: Mapping[str, Any]) -> str:
+    """What changes from step to step."""
+    parts = [f"knows {steps['times']} values of t"]
+    parts += [f"{steps['groups']} ranges for each activation"] if steps["groups"] > 1 else []
+    parts += [f"a table of {steps['table']} columns for the time embedding"] if steps["table"] else []
+    noise = {"absorb": ", the sampler's noise absorbs the rest", "sample": ", the rest is taken off as noise"}
+    if steps["channels"]:
+        parts.append(f"predictions corrected at every step{noise.get(steps['noise'], '')}")
+    return "; ".join(parts)
 
 
 def integer_shares(rows: Rows) -> dict[str, float]:

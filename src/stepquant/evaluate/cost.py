@@ -14,9 +14,13 @@ from stepquant.models.denoiser import Denoiser
 from stepquant.runtime.layers import IntegerLayer
 from stepquant.runtime.lower import runtime_modules
 from stepquant.runtime.product import IntegerProduct
+from stepquant.runtime.times import Tabled
 
 FLOAT_BITS = 32
 QUERIES, KEYS = ("to_q", "add_q_proj"), ("to_k", "add_k_proj")
+
+FLOAT = {"weight": "float", "input": "float", "kernel": "", "integer": False}
+TABLED = "a table holds what it returns for every t"
 
 
 def layer_macs(layer: nn.Module, out: Tensor) -> int:
@@ -62,8 +66,12 @@ def coverage(source: Denoiser, quantized: Denoiser, arguments: Mapping[str, Any]
     macs = count_macs(source, arguments)
     roles = source.sites() | dict.fromkeys(source.products(), "product")
     running = runtime_modules(quantized.model)
+    tabled = {path for path, module in quantized.model.named_modules() if isinstance(module, Tabled)}
     rows = []
     for path, role in roles.items():
+        if path in tabled:
+            rows.append({"path": path, "role": role, "macs": 0, "bytes": 0} | FLOAT | {"reason": TABLED})
+            continue
         halves = {half: running[half] for half in (f"{path}.0", f"{path}.1") if half in running}
         for place, module, share in parts(
             path, running.get(f"{path}.product" if role == "product" else path), halves
@@ -97,13 +105,7 @@ def parts(
 
 def describe(module: IntegerLayer | IntegerProduct | None) -> dict[str, Any]:
     if module is None:
-        return {
-            "weight": "float",
-            "input": "float",
-            "kernel": "",
-            "integer": False,
-            "reason": "the plan keeps it float",
-        }
+        return FLOAT | {"reason": "the plan keeps it float"}
     module.prepared()
     if isinstance(module, IntegerProduct):
         grids = {"weight": str(module.spec.probabilities), "input": str(module.spec.query)}

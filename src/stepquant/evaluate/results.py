@@ -70,7 +70,7 @@ def evaluate(
     traced = trace(*pair, seeds[:probed], steps=steps, sampler=sampler, prompts=prompts)
     batches = generate(pair, seeds, others, sampling, batch, progress) if stored is None else iter(stored)
     judged = judge(batches, networks, data, prompted=bool(prompts), keep=shown)
-    covered = coverage(source, other, first_arguments(float_pipeline, 1, prompts))
+    covered = coverage(source, other, first_arguments(float_pipeline, 1, prompts, quantized_pipeline))
     return {
         "format": FORMAT,
         "float": describe_float(float_pipeline),

@@ -84,8 +84,13 @@ def threads(count: int | None) -> Iterator[int]:
         torch.set_num_threads(former)
 
 
-def first_arguments(pipeline: Any, batch: int, prompts: Sequence[str] | None = None) -> dict[str, Any]:
-    """What the pipeline's denoiser receives on the first step of a batch of images."""
+def first_arguments(
+    pipeline: Any, batch: int, prompts: Sequence[str] | None = None, quantized: Any = None
+) -> dict[str, Any]:
+    """What the pipeline's denoiser receives on the first step of a batch of images.
+
+    Where `quantized`, or the pipeline itself, knows some t only, the t is the first of those.
+    """
     caught: dict[str, Any] = {}
 
     def listener(_: int, arguments: dict[str, Any]) -> None:
@@ -97,6 +102,11 @@ def first_arguments(pipeline: Any, batch: int, prompts: Sequence[str] | None = N
             run(pipeline, list(range(batch)), 2, None, prompts)
     except Enough:
         pass
+    denoiser = Denoiser.of(pipeline if quantized is None else quantized)
+    tables = getattr(denoiser.model, "steps", None)
+    if tables is not None:
+        t = torch.as_tensor(caught[denoiser.family.t])
+        caught[denoiser.family.t] = torch.full_like(t, tables.times().times[0].item())
     return caught
 
 
@@ -232,7 +242,7 @@ def benchmark(
     played = 0
     with threads(count) as used:
         for batch in (progress or Silent()).track(batches, "timing", len(batches)):
-            arguments = first_arguments(float_pipeline, batch, prompts)
+            arguments = first_arguments(float_pipeline, batch, prompts, quantized_pipeline)
             entered = contenders(float_pipeline, arguments, batch, baselines, prompts)
             if quantized_pipeline is not None:
                 other = Denoiser.of(quantized_pipeline).model

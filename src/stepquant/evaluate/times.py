@@ -39,9 +39,9 @@ def confusion(ours: Sequence[Tensor], theirs: Sequence[Tensor], t: Sequence[floa
     """For each step, the step of the float model whose embedding is nearest by cosine, and the share of wrong ones.
 
     ours, theirs: embeddings of the quantized and of the float model at the times `t`. Steps of the same time cannot be
-    told apart and are no confusion.
+    told apart and are no confusion. A model that reads a table instead of embedding t has nothing to confuse.
     """
-    if not ours or len(ours) != len(theirs) or len(t) != len(ours):
+    if not ours or len(ours) != len(theirs) or len(t) != len(ours) or ours[0].shape != theirs[0].shape:
         return None
     unit = [nn.functional.normalize(torch.stack(list(rows)).double(), dim=1) for rows in (ours, theirs)]
     # argmax over t' of cos(quantized embedding of t, float embedding of t'), arXiv:2311.16503.

@@ -74,7 +74,7 @@ def describe_artifact(source: Any, quantized: Any, folder: Path, name: str) -> d
         "float": describe_float(source),
         "quantized": describe_quantized(quantized) | {"name": name},
         "size": size(source, folder),
-        "coverage": coverage(theirs, ours, first_arguments(source, 1, prompts)),
+        "coverage": coverage(theirs, ours, first_arguments(source, 1, prompts, quantized)),
         "plan": describe_plan(theirs, ours),
     }
 
@@ -82,7 +82,8 @@ def describe_artifact(source: Any, quantized: Any, folder: Path, name: str) -> d
 def inspect_artifact(folder: Path) -> dict[str, Any]:
     """Recipe and coverage, from the artifact alone: shapes need no float weights."""
     pipeline = load(folder)
-    prompts = artifact_config(pipeline, folder).recipe.get("prompts")
+    settings = artifact_config(pipeline, folder)
+    prompts = settings.recipe.get("prompts")
     quantized = Denoiser.of(pipeline)
     model: Any = quantized.model
     config = {name: value for name, value in model.config.items() if name != "quantization_config"}
@@ -93,6 +94,7 @@ def inspect_artifact(folder: Path) -> dict[str, Any]:
         "quantized": describe_quantized(pipeline) | {"name": folder.resolve().name},
         "coverage": coverage(shapes, quantized, arguments),
         "plan": describe_plan(shapes, quantized),
+        "steps": settings.steps,
     }
 
 

@@ -132,12 +132,8 @@ def pick(value: Any, rows: Tensor, samples: int) -> Any:
 def absorb(scheduler: Any, correction: StepCorrection, table: StepTable) -> Any:
     """Make the sampler's noise smaller by the variance that the prediction brings into the state."""
     if scheduler.config.get("variance_type") not in ("fixed_small", "fixed_large"):
-        raise RuntimeSupportError(
-            "this sampler adds no noise that could absorb the variance of the quantization error",
-            got=type(scheduler).__name__,
-            expected="the sampler that the artifact was made for, as --sampler ddpm",
-            fix="generate with it, or quantize again with --set variance=none",
-        )
+        scheduler.step = functools.partial(refuse, type(scheduler).__name__)
+        return scheduler
     own = scheduler._get_variance
 
     def smaller(t: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -156,6 +152,15 @@ def absorb(scheduler: Any, correction: StepCorrection, table: StepTable) -> Any:
 
     scheduler._get_variance = smaller
     return scheduler
+
+
+def refuse(name: str, *_: Any, **__: Any) -> Any:
+    raise RuntimeSupportError(
+        "this sampler adds no noise that could absorb the variance of the quantization error",
+        got=name,
+        expected="the sampler that the artifact was made for, as --sampler ddpm",
+        fix="generate with it, or quantize again with --set variance=none",
+    )
 
 
 def sample(scheduler: Any, correction: StepCorrection, table: StepTable) -> Any:

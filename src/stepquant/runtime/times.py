@@ -82,7 +82,7 @@ class TimeRows:
             projection = self.float_forward(self.projection)(t.clone())
             embedding = self.float_forward(self.embedding)(projection)
             activated = F.silu(embedding)
-            return Row(projection, embedding, tuple(block(activated) for block in self.blocks))
+            return Row(projection, embedding, tuple(block(activated).float() for block in self.blocks))
 
     @staticmethod
     def float_forward(module: nn.Module) -> Callable[..., Tensor]:
@@ -113,12 +113,19 @@ class TimeTable(TimeRows):
         super().__init__(projection, embedding, blocks)
         self.times, self.columns = times, columns
 
+    def make_row(self, t: Tensor) -> Row:
+        return Row(*self.looked_up(t))
+
+    def looked_up(self, t: Tensor) -> Current:
+        """The rows of every t; the time projection passes t on, because nothing reads more of it."""
+        places = self.times.places(t)
+        marks = t.to(self.columns[0].dtype).reshape(-1, 1)
+        return Current(marks, marks.clone(), tuple(column[places] for column in self.columns))
+
     def project(self, timesteps: Tensor) -> Tensor:
-        """The places of t: all that the blocks need to know."""
-        places = self.times.places(timesteps)
-        marks = timesteps.to(self.columns[0].dtype).reshape(-1, 1)
-        one = places[:1] if bool((places == places[0]).all()) else places
-        self.current = Current(marks, marks.clone(), tuple(column[one] for column in self.columns))
+        if self.row_of(timesteps) is not None:
+            return super().project(timesteps)
+        self.current = self.looked_up(timesteps)
         return self.current.projection
 
     def embed(self, projected: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -128,6 +135,3 @@ class TimeTable(TimeRows):
     def block(self, index: int, embedding: Tensor) -> Tensor | None:
         assert self.current is not None, "the projection runs before the blocks"
         return self.current.blocks[index]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"current": None}
