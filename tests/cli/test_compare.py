@@ -59,6 +59,7 @@ def test_a_grid_with_variants(tiny: Path, tmp_path: Path, capfd: pytest.CaptureF
         (("--methods", "minmax", "--set", "smples=2"), "samples"),
         (("--methods", "minmax", "--executor", "prcesses"), "processes"),
         (("--methods", "minmax", "--address", "host:1"), "--executor ray"),
+        (("--methods", "minmax", "--executor", "inline", "--threads", "2"), "no effect"),
         (("--variant", "minmax"), "NAME:KEY=VALUE"),
         ((), "--methods"),
     ],

@@ -74,6 +74,15 @@ Workers = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Tasks at once.", show_default="1; a cluster's cores with ray"),
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Of each task; the same bytes on another machine need the same number.",
+        show_default="the cores' share of a worker; 1 with ray",
+    ),
+]
 Address = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", help="Of the Ray cluster.", show_default="a new local one")
 ]
@@ -102,6 +111,7 @@ def compare(
     store: StoreFolder = None,
     executor: Kind = "processes",
     workers: Workers = None,
+    threads: Threads = None,
     address: Address = None,
     any_code: AnyCode = False,
     device: Device = "cpu",
@@ -132,7 +142,7 @@ def compare(
     screen.warn_if_plain()
     place = store or out
     with keeping(f"finished cells are kept in {place}; run the same command to go on"), screen.reporter:
-        worked = choose_executor(executor, workers, address, screen.reporter)
+        worked = choose_executor(executor, workers, threads, address, screen.reporter)
         compared = compare(
             cells, place, out=out, executor=worked, any_code=any_code, progress=screen.reporter
         )
@@ -166,20 +176,24 @@ def results(
     screen.finish(json, {"columns": columns, "rows": [dict(zip(columns, row)) for row in rows]})
 
 
-def choose_executor(name: str, workers: int | None, address: str | None, progress: Progress) -> Any:
+def choose_executor(
+    name: str, workers: int | None, threads: int | None, address: str | None, progress: Progress
+) -> Any:
     from stepquant.job.compare import Inline, Processes
 
     if address is not None and name != "ray":
         raise StepquantError("--address is that of a Ray cluster", fix="add --executor ray")
     if name == "inline":
+        if workers or threads:
+            raise StepquantError("--workers and --threads have no effect on --executor inline")
         return Inline(progress)
     if name == "processes":
-        return Processes(workers or 1, progress)
+        return Processes(workers or 1, progress, threads)
     if name != "ray":
         raise UnknownNameError("executor", name, EXECUTORS)
     from stepquant.job.compare.cluster import Cluster
 
-    return Cluster(address, workers)
+    return Cluster(address, workers, threads or 1)
 
 
 def show(screen: Screen, results: Sequence[Mapping[str, Any]]) -> None:
