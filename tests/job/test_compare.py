@@ -261,7 +261,6 @@ class TestFailed:
     ) -> None:
         monkeypatch.setattr("stepquant.job.compare.meter.SECONDS_BETWEEN_NOTES", -1.0)
         with monkeypatch.context() as patch:
-            patch.setattr("stepquant.artifact.freeze", interrupted)
             patch.setattr("stepquant.methods.minmax.freeze", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 compare(cells(), tmp_path, executor=Inline())
