@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from stepquant.runtime import cpu, layers
-from stepquant.runtime.layers import IntegerLinear, integer_layer
+from stepquant.runtime.layers import IntegerLinear
+from stepquant.runtime.lower import integer_layer
 from stepquant.runtime.reference import Code
 from tests.runtime.synthetic import expected, filled, grids, integer_sums
 
