@@ -81,7 +81,7 @@ class Artifact:
     def with_correction(self, correction: StepCorrection, table: StepTable) -> Artifact:
         """This artifact, its predictions corrected at every step of the table."""
         own = self.steps or StepSpec(len(table.times))
-        kept = {"steps.bits": table.to_bits(), "steps.rows": table.rows.int()}
+        kept = table_tensors(table)
         if self.steps is not None and not torch.equal(self.tensors["steps.bits"], kept["steps.bits"]):
             raise ArtifactError(
                 "ranges and correction were made for different steps",
@@ -129,12 +129,16 @@ def freeze(network: Inserted, time_table: Tensor | None = None) -> Artifact:
     steps = None
     if network.clock is not None:
         table = network.clock.table
-        tensors |= {"steps.bits": table.to_bits(), "steps.rows": table.rows.int()}
+        tensors |= table_tensors(table)
         steps = StepSpec(len(table.times), table.groups)
         if time_table is not None:
             tensors["steps.table"] = time_table.detach().float().contiguous()
             steps = replace(steps, table=time_table.shape[1])
     return Artifact(layers, products, tensors, dict(network.splits), steps)
+
+
+def table_tensors(table: StepTable) -> dict[str, Tensor]:
+    return {"steps.bits": table.to_bits(), "steps.rows": table.rows.int()}
 
 
 def packed_tensors(layer: QuantLayer) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ between two known values is guessed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +69,3 @@ class StepCorrection:
         shape = (len(places), -1) + (1,) * (predicted.ndim - 2)
         scale, bias = (rows[places].reshape(shape).to(predicted.device) for rows in (self.scale, self.bias))
         return (predicted.float() * scale + bias).to(predicted.dtype)
-
-
-NOISES: Sequence[str] = ("none", "absorb", "sample")

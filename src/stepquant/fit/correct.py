@@ -17,7 +17,7 @@ from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import MethodError
 from stepquant.fit.ranges import by_row
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sampling import generators, is_unconditional, scheduler_of
+from stepquant.models.sampling import adds_noise, generators, is_unconditional, scheduler_of
 from stepquant.progress import Progress
 
 Step = Callable[[Tensor], Tensor]  # prediction -> state after the step
@@ -84,19 +84,14 @@ def measure(
     return Moments(*(torch.stack(values) for values in zip(*(vars(m).values() for m in found))))
 
 
-def adds_noise(source: Source) -> bool:
-    """Whether the sampler adds noise of its own at every step, whose size can be changed."""
-    scheduler = scheduler_of(source.pipeline, source.sampler)
-    return scheduler.config.get("variance_type") in ("fixed_small", "fixed_large")
-
-
 def check_noise(source: Source, wanted: str) -> str:
     """`wanted`, or what the sampler can carry where that is left to us (auto)."""
-    carried = adds_noise(source)
+    scheduler = scheduler_of(source.pipeline, source.sampler)
+    carried = adds_noise(scheduler)
     if wanted == "absorb" and not carried:
         raise MethodError(
             "the sampler adds no noise that could absorb the variance of the error",
-            got=type(scheduler_of(source.pipeline, source.sampler)).__name__,
+            got=type(scheduler).__name__,
             fix="--set variance=none for the mean alone, or a sampler with noise: --sampler ddpm",
         )
     if wanted != "auto":
@@ -136,7 +131,7 @@ def by_channel(values: Tensor, like: Tensor) -> Tensor:
 def check_repeats(source: Source) -> None:
     """A state can be steered by the prediction only where a step gives the same twice."""
     scheduler = scheduler_of(source.pipeline, source.sampler)
-    if scheduler.config.get("variance_type") is not None and adds_noise(source):
+    if adds_noise(scheduler):
         raise MethodError(
             "the bias of the state cannot be told from the noise of this sampler",
             got=type(scheduler).__name__,

@@ -80,9 +80,3 @@ def time_table(denoiser: Denoiser, chains: Structure, times: Tensor) -> Tensor:
         )
     with torch.no_grad():
         return torch.cat(TimeBlock(denoiser.model, chains)(times), dim=1)
-
-
-def confusion(quantized: Tensor, exact: Tensor) -> float:
-    """Share of the steps whose embedding is nearest, by cosine, to that of another step."""
-    cosines = F.normalize(quantized, dim=1) @ F.normalize(exact, dim=1).T
-    return float((cosines.argmax(1) != torch.arange(len(exact))).float().mean())

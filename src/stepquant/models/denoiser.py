@@ -98,9 +98,13 @@ class Denoiser:
         """Paths of modules that multiply query, key, value and probabilities."""
         return [name for name, module in self.model.named_modules() if isinstance(module, PRODUCTS)]
 
+    @cached_property
+    def signature(self) -> inspect.Signature:
+        return inspect.signature(type(self.model).forward)
+
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of one call by name, as the model received them."""
-        bound = inspect.signature(type(self.model).forward).bind(self.model, *args, **kwargs).arguments
+        bound = self.signature.bind(self.model, *args, **kwargs).arguments
         named = {
             name: value for name, value in bound.items() if name not in ("self", "return_dict", "kwargs")
         }

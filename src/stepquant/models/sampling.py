@@ -41,6 +41,11 @@ def scheduler_of(pipeline: Any, sampler: str | None) -> Any:
     return scheduler if tables is None else tables.carry(scheduler)
 
 
+def adds_noise(scheduler: Any) -> bool:
+    """Whether a scheduler adds noise of its own at every step, whose size can be changed."""
+    return scheduler.config.get("variance_type") in ("fixed_small", "fixed_large")
+
+
 def generators(seeds: Sequence[int], device: Any = "cpu") -> list[torch.Generator]:
     return [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
 

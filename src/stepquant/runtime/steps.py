@@ -14,6 +14,7 @@ from stepquant.artifact import StepSpec
 from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import RuntimeSupportError
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.sampling import adds_noise
 from stepquant.runtime.layers import IntegerLayer
 from stepquant.runtime.product import IntegerProduct
 
@@ -131,7 +132,7 @@ def pick(value: Any, rows: Tensor, samples: int) -> Any:
 
 def absorb(scheduler: Any, correction: StepCorrection, table: StepTable) -> Any:
     """Make the sampler's noise smaller by the variance that the prediction brings into the state."""
-    if scheduler.config.get("variance_type") not in ("fixed_small", "fixed_large"):
+    if not adds_noise(scheduler):
         scheduler.step = functools.partial(refuse, type(scheduler).__name__)
         return scheduler
     own = scheduler._get_variance
