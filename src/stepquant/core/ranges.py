@@ -35,16 +35,25 @@ def at(ordered: Tensor, place: float) -> Tensor:
     return torch.lerp(ordered[:, below], ordered[:, above], place - below)
 
 
-def lp_search(rows: Tensor, grid: Grid, *, p: float = 2.4, candidates: int = 100) -> tuple[Tensor, Tensor]:
-    """Of the ranges i/candidates * [min, max], the one whose quantization error has the least p-norm."""
+def lp_search(
+    rows: Tensor, grid: Grid, *, p: float = 2.4, candidates: int = 100, outermost: int = 128
+) -> tuple[Tensor, Tensor]:
+    """Of the ranges i/candidates * [min, max], the one whose quantization error has the least p-norm.
+
+    A candidate is ruled out by its `outermost` values alone, whose error is a part of the whole.
+    """
     low, high = minmax(rows, grid)
+    extremes = rows.gather(1, rows.abs().topk(min(outermost, rows.shape[1]), dim=1).indices)
     best = torch.full_like(low, torch.inf)
     chosen = torch.ones_like(low)
     for index in range(candidates, 0, -1):
         fraction = index / candidates
-        error = lp_error(rows, low * fraction, high * fraction, grid, p)
-        better = error < best
-        best, chosen = torch.where(better, error, best), torch.where(better, fraction, chosen)
+        hopeful = (lp_error(extremes, low * fraction, high * fraction, grid, p) < best).nonzero().flatten()
+        if not len(hopeful):
+            continue
+        error = lp_error(rows[hopeful], low[hopeful] * fraction, high[hopeful] * fraction, grid, p)
+        better = error < best[hopeful]
+        best[hopeful[better]], chosen[hopeful[better]] = error[better], fraction
     return low * chosen, high * chosen
 
 
