@@ -40,7 +40,9 @@ def test_lp_search_equals_brute_force(grid: Grid) -> None:
         assert found == pytest.approx(best[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("grid", [SYMMETRIC, Grid.parse("int8/channel"), Grid.parse("uint3/channel")], ids=str)
+@pytest.mark.parametrize(
+    "grid", [SYMMETRIC, Grid.parse("int8/channel"), Grid.parse("uint3/channel")], ids=str
+)
 @pytest.mark.parametrize("outermost", [1, 16])
 def test_lp_search_finds_the_same_whatever_it_rules_out_early(grid: Grid, outermost: int) -> None:
     x = torch.cat([heavy_tails(6, 300), torch.zeros(1, 300), torch.randn(2, 300) + 4])

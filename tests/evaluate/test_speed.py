@@ -99,3 +99,16 @@ def test_wrong_requests_are_named(pipeline: DDIMPipeline) -> None:
         benchmark(pipeline, baselines=("fp64 eager",), batches=(1,))
     with pytest.raises(EvaluationError, match="positive"):
         benchmark(pipeline, batches=(0,))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_baselines_come_in_the_type_that_the_machine_multiplies(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "multiplies_bf16", lambda device: native)
+    monkeypatch.setattr(speed, "peers_installed", lambda: True)
+    expected = {
+        True: ("fp32 eager", "bf16 eager", "bf16 compiled", "OpenVINO bf16", "OpenVINO INT8"),
+        False: ("fp32 eager", "fp32 compiled", "OpenVINO fp32", "OpenVINO INT8"),
+    }
+    assert speed.baselines_here() == expected[native]

@@ -126,7 +126,7 @@ def benchmark(
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Time one call of the denoiser, in turns with fp32, bf16 and compiled bf16; keeps it in DIR/results.json."""
+    """Time one call of the denoiser, in turns with float ones, eager and compiled; keeps it in DIR/results.json."""
     from stepquant.evaluate import benchmark as time_float
     from stepquant.evaluate.speed import baselines_here
     from stepquant.job.results import benchmark_artifact

@@ -1,4 +1,4 @@
-"""Peers to be measured against: OpenVINO in bf16, and in INT8 through NNCF. Needs `pip install stepquant[bench]`."""
+"""Peers to be measured against: OpenVINO in float, and in INT8 through NNCF. Needs `pip install stepquant[bench]`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stepquant.calib.calibset import flatten, unflatten
 
 HINTS = ("LATENCY", "THROUGHPUT")
+PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 Arguments = Mapping[str, Any]
 Call = Callable[[], Any]
 
@@ -67,11 +68,11 @@ def quantized(converted: Any, data: Sequence[Arguments]) -> Any:
         return nncf.quantize(converted, nncf.Dataset(calls), subset_size=len(calls))
 
 
-def caller(converted: Any, arguments: Arguments, threads: int, hint: str) -> Call:
-    """One synchronous inference in bf16 where the graph is not integer."""
+def caller(converted: Any, arguments: Arguments, dtype: torch.dtype, threads: int, hint: str) -> Call:
+    """One synchronous inference, in `dtype` where the graph is not integer."""
     openvino = importlib.import_module("openvino")
     settings = {
-        "INFERENCE_PRECISION_HINT": "bf16",
+        "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
         "PERFORMANCE_HINT": hint,
         "INFERENCE_NUM_THREADS": threads,
     }
@@ -81,10 +82,14 @@ def caller(converted: Any, arguments: Arguments, threads: int, hint: str) -> Cal
 
 
 def openvino_calls(
-    model: nn.Module, arguments: Arguments, data: Sequence[Arguments] | None, threads: int
+    model: nn.Module,
+    arguments: Arguments,
+    dtype: torch.dtype,
+    data: Sequence[Arguments] | None,
+    threads: int,
 ) -> dict[str, Call]:
     """Ways to run the float model (no data) or its INT8 form, by performance hint."""
     converted = convert(model, arguments)
     if data is not None:
         converted = quantized(converted, data)
-    return {hint.lower(): caller(converted, arguments, threads, hint) for hint in HINTS}
+    return {hint.lower(): caller(converted, arguments, dtype, threads, hint) for hint in HINTS}

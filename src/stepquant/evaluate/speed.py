@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from stepquant.calib.record import Enough, listening
+from stepquant.core.precision import multiplies_bf16
 from stepquant.errors import EvaluationError
 from stepquant.evaluate.peers import openvino_calls, peers_installed
 from stepquant.models.denoiser import Denoiser
@@ -25,8 +26,6 @@ from stepquant.progress import Progress, Silent
 
 REFERENCE = "fp32 eager"
 QUANTIZED = "stepquant"
-BASELINES = ("fp32 eager", "bf16 eager", "bf16 compiled")
-PEERS = ("OpenVINO bf16", "OpenVINO INT8")  # joined where OpenVINO and NNCF are installed
 Call = Callable[[], Any]
 
 
@@ -145,14 +144,16 @@ def in_layouts(model: nn.Module, arguments: Mapping[str, Any], dtype: torch.dtyp
     return out
 
 
-def compiled_in_layouts(model: nn.Module, arguments: Mapping[str, Any]) -> list[Contender]:
-    """The bf16 model through torch.compile with frozen weights, in both layouts."""
+def compiled_in_layouts(
+    model: nn.Module, arguments: Mapping[str, Any], dtype: torch.dtype
+) -> list[Contender]:
+    """The model in `dtype` through torch.compile with frozen weights, in both layouts."""
     out = []
     for layout in (torch.contiguous_format, torch.channels_last):
-        twin = twin_of(model, torch.bfloat16, layout)
+        twin = twin_of(model, dtype, layout)
         compiled = torch.compile(twin, dynamic=False, options={"freezing": True})
         name = "channels-last" if layout == torch.channels_last else "channels-first"
-        out.append(Contender(name, calling(compiled, cast(arguments, torch.bfloat16, layout)), name))
+        out.append(Contender(name, calling(compiled, cast(arguments, dtype, layout)), name))
     return out
 
 
@@ -187,16 +188,27 @@ def trajectory(
 
 
 def peer(
-    model: nn.Module, arguments: Mapping[str, Any], data: Sequence[Mapping[str, Any]] | None
+    model: nn.Module,
+    arguments: Mapping[str, Any],
+    dtype: torch.dtype,
+    data: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[Contender]:
-    """OpenVINO on the float model, or on its INT8 form calibrated with `data`."""
-    calls = openvino_calls(model, arguments, data, torch.get_num_threads())
+    """OpenVINO on the float model in `dtype`, or on its INT8 form calibrated with `data` and in `dtype` elsewhere."""
+    calls = openvino_calls(model, arguments, dtype, data, torch.get_num_threads())
     return [Contender(hint, call, hint) for hint, call in calls.items()]
 
 
+def fastest_type() -> torch.dtype:
+    """The float type in which this machine's baselines are at their best."""
+    return torch.bfloat16 if multiplies_bf16(torch.device("cpu")) else torch.float32
+
+
 def baselines_here() -> tuple[str, ...]:
-    """What can be timed on this machine."""
-    return BASELINES + PEERS if peers_installed() else BASELINES
+    """What is worth timing on this machine: fp32 eager, and all others in its fastest type."""
+    fast = "bf16" if fastest_type() == torch.bfloat16 else "fp32"
+    eager = dict.fromkeys((REFERENCE, f"{fast} eager"))
+    peers = (f"OpenVINO {fast}", "OpenVINO INT8") if peers_installed() else ()
+    return (*eager, f"{fast} compiled", *peers)
 
 
 def contenders(
@@ -210,9 +222,11 @@ def contenders(
     makers: dict[str, Callable[[], list[Contender]]] = {
         "fp32 eager": lambda: in_layouts(model, arguments, torch.float32),
         "bf16 eager": lambda: in_layouts(model, arguments, torch.bfloat16),
-        "bf16 compiled": lambda: compiled_in_layouts(model, arguments),
-        "OpenVINO bf16": lambda: peer(model, arguments, None),
-        "OpenVINO INT8": lambda: peer(model, arguments, trajectory(pipeline, batch, prompts)),
+        "fp32 compiled": lambda: compiled_in_layouts(model, arguments, torch.float32),
+        "bf16 compiled": lambda: compiled_in_layouts(model, arguments, torch.bfloat16),
+        "OpenVINO fp32": lambda: peer(model, arguments, torch.float32),
+        "OpenVINO bf16": lambda: peer(model, arguments, torch.bfloat16),
+        "OpenVINO INT8": lambda: peer(model, arguments, fastest_type(), trajectory(pipeline, batch, prompts)),
     }
     unknown = sorted(set(baselines) - set(makers))
     if unknown:

@@ -1,0 +1,204 @@
+"""Two well-known U-Nets with random weights, in integers against float and OpenVINO: only the speed means anything.
+
+    python -m benchmarks.architectures ddpm --batch 1,8,32
+    python -m benchmarks.architectures latent --batch 1,2 --size 32
+
+Ranges come from two random calls. Contenders take turns; ratios are to fp32 eager in its better layout. With one thread
+the clock is processor time, which a busy machine disturbs least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import Tensor
+
+from stepquant.artifact import Artifact, freeze
+from stepquant.core.affine import scale_and_zero
+from stepquant.core.ranges import minmax
+from stepquant.evaluate.peers import peers_installed
+from stepquant.evaluate.speed import (
+    Contender,
+    best,
+    calling,
+    compiled_in_layouts,
+    fastest_type,
+    in_layouts,
+    peer,
+)
+from stepquant.fit.ranges import set_weight_ranges
+from stepquant.models.denoiser import Denoiser
+from stepquant.quant.insert import insert
+from stepquant.quant.quantizer import Quantizer
+from stepquant.quant.schemes import scheme
+from stepquant.runtime.coverage import coverage
+from stepquant.runtime.lower import lower
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a network is made and called; `text` is how many tokens of what width it reads, if any."""
+
+    kind: type[Any]
+    config: dict[str, Any]
+    channels: int
+    text: tuple[int, int] | None = None
+
+    def arguments(self, batch: int, size: int, seed: int = 0) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed)
+        given = {
+            "sample": torch.randn(batch, self.channels, size, size, generator=generator),
+            "timestep": torch.tensor(501),
+        }
+        if self.text is not None:
+            given["encoder_hidden_states"] = torch.randn(batch, *self.text, generator=generator)
+        return given
+
+
+ARCHITECTURES = {
+    # google/ddpm-cifar10-32
+    "ddpm": Architecture(
+        UNet2DModel,
+        {
+            "sample_size": 32,
+            "block_out_channels": (128, 256, 256, 256),
+            "layers_per_block": 2,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": None,
+            "downsample_padding": 0,
+            "flip_sin_to_cos": False,
+            "freq_shift": 1,
+            "norm_eps": 1e-6,
+        },
+        channels=3,
+    ),
+    # Stable Diffusion 1.5's block structure at a quarter of its width
+    "latent": Architecture(
+        UNet2DConditionModel,
+        {
+            "sample_size": 64,
+            "block_out_channels": (80, 160, 320, 320),
+            "layers_per_block": 2,
+            "attention_head_dim": 2,  # heads, by its old name: each 40 wide at the top, as in the original
+            "cross_attention_dim": 192,
+            "norm_num_groups": 16,
+        },
+        channels=4,
+        text=(77, 192),
+    ),
+}
+
+
+def calibrated(model: Any, calls: list[dict[str, Any]]) -> Artifact:
+    """w8a8 with the extremes of these calls as ranges."""
+    ends: dict[Quantizer, tuple[Tensor, Tensor]] = {}
+
+    def observe(quantizer: Quantizer, seen: Tensor) -> None:
+        low, high = ends.get(quantizer, (seen.min(), seen.max()))
+        ends[quantizer] = low, high = torch.minimum(low, seen.min()), torch.maximum(high, seen.max())
+        quantizer.set_range(*scale_and_zero(low, high, quantizer.grid))
+
+    with torch.no_grad(), insert(Denoiser(model), scheme("w8a8"), split=False) as network:
+        set_weight_ranges(network, minmax)
+        for quantizer in network.quantizers():
+            quantizer.observer = observe if quantizer.site.port != "weight" else None
+        network.switch(weights=True, inputs=True)
+        for arguments in calls:
+            model(**arguments)
+        for quantizer in network.quantizers():
+            quantizer.observer = None
+        return freeze(network)
+
+
+def turns(
+    calls: dict[str, Callable[[], Any]], seconds: float, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    while len(next(iter(taken.values()))) < 5 or time.perf_counter() < end:
+        for name, call in calls.items():
+            start = clock()
+            call()
+            taken[name].append(clock() - start)
+    return taken
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("name", choices=ARCHITECTURES)
+    add("--batch", default="1,2", help="batch sizes")
+    add("--size", type=int, help="pixels or latents of a side; its own by default")
+    add("--seconds", type=float, default=20.0, help="for each batch size")
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    return parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    one = ARCHITECTURES[options.name]
+    size = options.size or one.config["sample_size"]
+    model = one.kind(**one.config).eval().requires_grad_(False)
+    lowered = lower(
+        copy.deepcopy(model), calibrated(model, [one.arguments(1, size, seed) for seed in (1, 2)])
+    )
+    found = coverage(lowered, one.arguments(1, size))
+    print(f"{found.macs / 1e9:.2f} G multiplications, {found.share_of_all:.1%} of them in integers")
+    for batch in map(int, options.batch.split(",")):
+        arguments = one.arguments(batch, size)
+        entered = baselines(model, arguments, options.compile)
+        if peers_installed():
+            entered += peers(model, arguments, [one.arguments(batch, size, seed) for seed in (1, 2)])
+        calls = {entry.name: entry.call for entry in entered if entry.call is not None}
+        calls["stepquant"] = calling(lowered, arguments)
+        for call in calls.values():
+            call(), call(), call()
+        taken = turns(
+            calls, options.seconds, time.process_time if options.threads == 1 else time.perf_counter
+        )
+        for name, times in taken.items():
+            ratios = [own / reference for own, reference in zip(taken["fp32 eager"], times)]
+            low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+            print(
+                f"batch {batch}  {name:14s} {1000 * statistics.median(times):9.1f} ms  "
+                f"{middle:5.2f} ({low:.2f} to {high:.2f}) times fp32"
+            )
+        for entry in entered:
+            if entry.call is None:
+                print(f"batch {batch}  {entry.name}: {entry.unavailable}")
+
+
+def baselines(model: Any, arguments: dict[str, Any], compiled: bool) -> list[Contender]:
+    """fp32 eager, and torch in this machine's fastest type."""
+    fast = fastest_type()
+    entered = [best("fp32 eager", lambda: in_layouts(model, arguments, torch.float32))]
+    if fast != torch.float32:
+        entered.append(best("bf16 eager", lambda: in_layouts(model, arguments, fast)))
+    if compiled:
+        entered.append(best("compiled", lambda: compiled_in_layouts(model, arguments, fast)))
+    return entered
+
+
+def peers(model: Any, arguments: dict[str, Any], data: list[dict[str, Any]]) -> list[Contender]:
+    fast = fastest_type()
+    return [
+        best("OpenVINO float", lambda: peer(model, arguments, fast)),
+        best("OpenVINO INT8", lambda: peer(model, arguments, fast, data)),
+    ]
+
+
+if __name__ == "__main__":
+    main(read_options())
