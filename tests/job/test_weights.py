@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -153,7 +152,7 @@ def test_page_and_tables_name_the_network_or_what_to_give(cells: Make, files: Pa
     page, words = ((tmp_path / "b" / f"compare.{kind}").read_text() for kind in ("html", "md"))
     assert "- LPIPS unavailable: give --lpips PATH" in words
     assert "LPIPS (float, same seeds)" not in words
-    assert re.search(r"LPIPS ↓</button><small>unavailable: give --lpips PATH</small>", page)
+    assert 'LPIPS ↓</button><small class="why">unavailable: give --lpips PATH</small>' in page
     known = cells()[0].model_dump(mode="json") | {"scheme": ""}
     rows = [cell_row("x", known, found) for found in (given, bare)]
     assert rows[0]["lpips_float"] == by_name(given)["LPIPS"]["value"]

@@ -138,32 +138,24 @@ def compare(
     from stepquant.job.results import DATA
 
     screen = Screen(quiet, brief=True)
-    chosen: dict[str, Any] = {
-        "images": images,
-        "steps": steps,
-        "batch": batch,
-        "sampler": sampler,
-        "speed": speed,
-    }
+    chosen = {"images": images, "steps": steps, "batch": batch, "sampler": sampler, "speed": speed}
+    measuring = {"data": data or DATA.get(model), "weights": Weights(inception, lpips, clip)}
+    recipe = {"sampler": sampler, "prompts": read_prompts(prompts), "device": device}
     cells = grid(
         model,
         read_variants(read_names(methods), variant or []),
         read_names(schemes),
         range(seeds),
-        Evaluation.of(**chosen, data=data or DATA.get(model), weights=Weights(inception, lpips, clip)),
+        Evaluation.of(**chosen, **measuring),
         settings=read_settings(settings or []),
         steps=calibration_steps or steps,
-        sampler=sampler,
-        prompts=read_prompts(prompts),
-        device=device,
+        **recipe,
     )
     screen.warn_if_plain()
     kept = f"finished cells are kept in {store or out}; run the same command to go on"
-    with keeping(kept), screen.reporter:
-        worked = choose_executor(executor, workers, threads, address, screen.reporter)
-        compared = compare(
-            cells, store or out, out=out, executor=worked, any_code=any_code, progress=screen.reporter
-        )
+    with keeping(kept), screen.reporter as bars:
+        worked = choose_executor(executor, workers, threads, address, bars)
+        compared = compare(cells, store or out, out=out, executor=worked, any_code=any_code, progress=bars)
     show(screen, compared, json)
 
 
