@@ -16,9 +16,12 @@ PROMPTS = ["a cat", "the dog runs"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clip(tmp_path_factory.mktemp("clip"))
+
+
+def make_clip(where: Path) -> Path:
     """A CLIP model with random weights as transformers saves it."""
     torch.manual_seed(0)
-    where = tmp_path_factory.mktemp("clip")
     vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1}
     for letter in "abcdefghijklmnopqrstuvwxyz":
         vocabulary |= {letter: len(vocabulary), f"{letter}</w>": len(vocabulary) + 1}
@@ -58,6 +61,15 @@ def test_score_is_the_cosine_of_the_two_towers(clip: ClipScore) -> None:
             assert float(found[row]) == pytest.approx(100 * max(cosine, 0), abs=1e-3)
     assert clip.resize == "bicubic to 24"
     assert len(clip.digest) == 12
+
+
+def test_the_digest_is_that_of_all_that_decides_the_score(folder: Path, tmp_path: Path) -> None:
+    digest = load_clip(folder).digest
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert load_clip(tmp_path).digest == digest
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+    assert load_clip(tmp_path).digest != digest
 
 
 def test_images_are_resized_as_pillow_does_and_cut_in_the_middle(clip: ClipScore) -> None:

@@ -104,6 +104,15 @@ def test_paired_interval_knows_that_images_come_from_the_same_seeds() -> None:
     assert paired[1] - paired[0] < 1e-6 < 1e-2 < loose[1] - loose[0]
 
 
+@pytest.mark.parametrize("sizes", [(640,), (639, 1)])
+@pytest.mark.parametrize("width", [6, 2048])
+def test_one_block_has_no_interval(sizes: tuple[int, ...], width: int) -> None:
+    """A width of zero would claim that the distance is known exactly."""
+    blocks = tuple(Statistics.of(part) for part in gaussian(640, 6, 5).split(list(sizes)))
+    wide = tuple(Statistics(b.count, b.total.new_zeros(width), b.outer) for b in blocks)
+    assert frechet_interval(wide, wide, paired=True) == (None, None)
+
+
 def test_wide_features_keep_few_blocks() -> None:
     assert [most_blocks(width) for width in (16, 256, 2048, 10_000)] == [64, 64, 8, 8]
     rows = gaussian(60, 2048, 1)

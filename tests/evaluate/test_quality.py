@@ -24,7 +24,7 @@ class Wide:
 
     def read(self, images: Tensor) -> dict[str, Tensor]:
         rows = images.flatten(1)
-        return {"FID": rows[:, :6], "sFID": rows[:, 6:9], "IS": rows[:, :5]}
+        return {"FID": rows[:, :6].clone(), "sFID": rows[:, 6:9].clone(), "IS": rows[:, :5].clone()}
 
 
 class Likeness:

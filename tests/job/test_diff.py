@@ -12,7 +12,7 @@ from PIL import Image
 from stepquant.core.grid import Grid
 from stepquant.errors import StepquantError
 from stepquant.job.compare import Evaluation, Inline, Variant, compare, grid
-from stepquant.job.diff import Side, diff, draw
+from stepquant.job.diff import Side, diff, draw, quality_rows
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +71,18 @@ def layer_integers(side: Side, path: str) -> torch.Tensor:
 def test_what_was_measured(made: dict[str, Path], tmp_path: Path) -> None:
     found = diff(made["minmax-w8a8"], made["minmax-w4a8"])
     ratio = next(row for row in found["quality"] if row["name"] == "PSNR")
-    assert ratio["a"] > ratio["b"]
+    assert ratio["a"] > ratio["b"] > ratio["floor"]
     assert len(found["images"]["seeds"]) == 2
     draw(made["minmax-w8a8"], made["minmax-w4a8"], tmp_path / "three.png")
     with Image.open(tmp_path / "three.png") as image:
         assert image.height > image.width  # three rows of two
+
+
+def test_numbers_of_different_networks_are_not_laid_side_by_side() -> None:
+    number = {"name": "FID", "against": "data", "value": 1.0, "n": 9, "resize": "", "extractor": "one"}
+    a, b = ({"quality": [number | {"extractor": name}]} for name in ("one", "two"))
+    assert [row["floor"] for row in quality_rows(a, a)] == [None]
+    assert quality_rows(a, b) == []
 
 
 def test_without_images(made: dict[str, Path], tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ def store(cells: Cells, tmp_path: Path) -> Path:
         ("FD-C10", "CIFAR-10 test", "fd_c10_data"),
         ("KD-C10", "float, other seeds", "kd_c10_others"),
         ("CLIP score", "prompts", "clip_score_prompts"),
+        ("IS", "classes of ImageNet", "is_classes"),
+        ("precision (Inception)", "images in photos", "precision_inception_data"),
     ],
 )
 def test_columns_say_what_against_what(name: str, against: str, column: str) -> None:

@@ -97,8 +97,16 @@ def test_page_has_all_runs_floors_and_failures(many: list[dict[str, Any]], tmp_p
     assert len(drawn) == 2 * (2 + 1)  # size, time and one scheme, wide and narrow
     for svg in drawn:
         ElementTree.fromstring(svg)
-    lines = (tmp_path / "compare.md").read_text().splitlines()
+    table, notes = (tmp_path / "compare.md").read_text().split("\n\n")
+    lines = table.splitlines()
     assert len(lines) == 2 + 2 + 3
+    assert notes.splitlines() == [
+        "- PSNR: 64 images, ddim, 3 calls",
+        "- FD-C10: 64 images, ddim, 3 calls, network abc123",
+        "- FID unavailable: needs weights",
+    ]
+    for text in ("64 images, ddim, 3 calls, network abc123", "unavailable: needs weights"):
+        assert text in words
     assert "failed: NaN" in lines[-1]
     assert {line.count("|") for line in lines} == {10}
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stepquant.cli.interrupt import keeping
 from stepquant.cli.options import (
     DEFAULT_MODEL,
+    Clip,
     Device,
+    Inception,
     Json,
+    Lpips,
     Model,
     Prompts,
     Quiet,
@@ -24,6 +27,9 @@ from stepquant.cli.options import (
 from stepquant.cli.screen import Screen
 from stepquant.errors import StepquantError, UnknownNameError
 from stepquant.progress import Progress
+
+if TYPE_CHECKING:
+    from stepquant.job.compare import Compared
 
 EXECUTORS = ("processes", "inline", "ray")
 
@@ -56,7 +62,9 @@ CalibrationSteps = Annotated[
 Data = Annotated[
     str | None,
     typer.Option(
-        metavar="FOLDER", help="Real images to compare with, or cifar10.", show_default="what the model saw"
+        metavar="DATA",
+        help="Folder of real images, statistics (.npz with mu and sigma), or cifar10.",
+        show_default="what the model saw",
     ),
 ]
 Speed = Annotated[
@@ -105,6 +113,9 @@ def compare(
     sampler: Sampler = None,
     settings: Settings = None,
     data: Data = None,
+    inception: Inception = None,
+    lpips: Lpips = None,
+    clip: Clip = None,
     speed: Speed = 3.0,
     prompts: Prompts = None,
     out: Out = Path("runs/compare"),
@@ -122,34 +133,30 @@ def compare(
 
     Run the same command again to go on: finished cells are kept, failed ones are tried again.
     """
+    from stepquant.evaluate.instruments import Weights
     from stepquant.job.compare import Evaluation, compare, grid
     from stepquant.job.results import DATA
 
     screen = Screen(quiet, brief=True)
     chosen = {"images": images, "steps": steps, "batch": batch, "sampler": sampler, "speed": speed}
+    measuring = {"data": data or DATA.get(model), "weights": Weights(inception, lpips, clip)}
+    recipe = {"sampler": sampler, "prompts": read_prompts(prompts), "device": device}
     cells = grid(
         model,
         read_variants(read_names(methods), variant or []),
         read_names(schemes),
         range(seeds),
-        Evaluation.of(data=data or DATA.get(model), **chosen),
+        Evaluation.of(**chosen, **measuring),
         settings=read_settings(settings or []),
         steps=calibration_steps or steps,
-        sampler=sampler,
-        prompts=read_prompts(prompts),
-        device=device,
+        **recipe,
     )
     screen.warn_if_plain()
-    place = store or out
-    with keeping(f"finished cells are kept in {place}; run the same command to go on"), screen.reporter:
-        worked = choose_executor(executor, workers, threads, address, screen.reporter)
-        compared = compare(
-            cells, place, out=out, executor=worked, any_code=any_code, progress=screen.reporter
-        )
-    show(screen, compared.results)
-    counts = f"{compared.made} made, {compared.found} found, {compared.failed} failed"
-    screen.show(f"\n{compared.page}: {len(cells)} cells, {counts}")
-    screen.finish(json, {"page": str(compared.page), "cells": list(compared.results)})
+    kept = f"finished cells are kept in {store or out}; run the same command to go on"
+    with keeping(kept), screen.reporter as bars:
+        worked = choose_executor(executor, workers, threads, address, bars)
+        compared = compare(cells, store or out, out=out, executor=worked, any_code=any_code, progress=bars)
+    show(screen, compared, json)
 
 
 def results(
@@ -196,12 +203,18 @@ def choose_executor(
     return Cluster(address, workers, threads or 1)
 
 
-def show(screen: Screen, results: Sequence[Mapping[str, Any]]) -> None:
-    """The table of compare.md, narrower."""
-    from stepquant.job.compare.pages import summary
+def show(screen: Screen, compared: Compared, json: Path | None) -> None:
+    """The table of compare.md, narrower, and what its numbers were measured on."""
+    from stepquant.job.compare.pages import circumstances, summary
 
-    header, *rows = summary(results)
+    header, *rows = summary(compared.results)
     screen.table("", header, rows)
+    screen.show()
+    for line in circumstances(compared.results):
+        screen.show(line)
+    counts = f"{compared.made} made, {compared.found} found, {compared.failed} failed"
+    screen.show(f"\n{compared.page}: {len(compared.results)} cells, {counts}")
+    screen.finish(json, {"page": str(compared.page), "cells": list(compared.results)})
 
 
 def read_names(text: str) -> list[str]:

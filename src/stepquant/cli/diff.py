@@ -50,8 +50,9 @@ def diff(
     show_layers(screen, found, layers)
     if found["quality"]:
         screen.show()
-        rows = [(row["name"], row["against"], row["a"], row["b"], pair(row["n"])) for row in found["quality"]]
-        screen.table("measured", ("metric", "against", "a", "b", "n"), rows)
+        shown = ("name", "against", "a", "b", "floor")
+        rows = [(*(row[key] for key in shown), pair(row["n"])) for row in found["quality"]]
+        screen.table("measured", ("metric", "against", "a", "b", "floor", "n"), rows)
     if found["images"]:
         screen.show(
             f"\nPSNR between the {len(found['images']['seeds'])} images of both: {found['images']['psnr']:.1f} dB"

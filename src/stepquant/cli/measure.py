@@ -12,8 +12,11 @@ from stepquant import hub
 from stepquant.cli.options import (
     AnyModel,
     ArtifactFolder,
+    Clip,
     Device,
+    Inception,
     Json,
+    Lpips,
     Prompts,
     Quiet,
     Sampler,
@@ -40,20 +43,6 @@ Data = Annotated[
         help="Folder of real images, statistics (.npz with mu and sigma), or cifar10.",
         show_default="what the model saw",
     ),
-]
-Inception = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="PATH", help="InceptionV3 (safetensors), for FID, sFID, KID, IS.", show_default=False
-    ),
-]
-Lpips = Annotated[
-    Path | None,
-    typer.Option(metavar="PATH", help="AlexNet or VGG16 with LPIPS heads (safetensors).", show_default=False),
-]
-Clip = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="CLIP model (transformers folder), for its score.", show_default=False),
 ]
 
 

@@ -40,6 +40,20 @@ Sampler = Annotated[
 Prompts = Annotated[
     Path | None, typer.Option(metavar="FILE", help="One prompt per line, for models that take text.")
 ]
+Inception = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH", help="InceptionV3 (safetensors), for FID, sFID, KID, IS.", show_default=False
+    ),
+]
+Lpips = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="AlexNet or VGG16 with LPIPS heads (safetensors).", show_default=False),
+]
+Clip = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="CLIP model (transformers folder), for its score.", show_default=False),
+]
 Method = Annotated[str, typer.Option(metavar="NAME", help="See `stepquant methods`.")]
 Scheme = Annotated[
     str | None,

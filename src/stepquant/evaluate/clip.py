@@ -14,11 +14,12 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 
-from stepquant.core.digest import tensors_digest
+from stepquant.core.digest import tensors_digest, value_digest
 from stepquant.errors import EvaluationError
 
 # Of the published preprocessing, where the folder does not say.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+TEXTS = ("*.json", "*.txt")
 
 
 @dataclass(frozen=True)
@@ -81,4 +82,11 @@ def load_clip(folder: Path) -> ClipScore:
     model = model.float().eval().requires_grad_(False)
     side = int(model.config.vision_config.image_size)
     mean, std = (tuple(asked.get(key, usual)) for key, usual in (("image_mean", MEAN), ("image_std", STD)))
-    return ClipScore(model, tokenizer, tensors_digest(model.state_dict())[:12], side, mean, std)
+    return ClipScore(model, tokenizer, digest_of(model, folder), side, mean, std)
+
+
+def digest_of(model: Any, folder: Path) -> str:
+    """Over the weights and all that says how they are used: the network's configuration, tokens, preprocessing."""
+    texts = sorted(file for pattern in TEXTS for file in folder.glob(pattern))
+    said = [[file.name, file.read_text(encoding="utf-8")] for file in texts]
+    return value_digest([tensors_digest(model.state_dict()), said])[:12]

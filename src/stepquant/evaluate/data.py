@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import platform
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stepquant.core.digest import value_digest
 from stepquant.errors import EvaluationError
 from stepquant.evaluate.features import Reader, Statistics, frechet, read_reference
 from stepquant.evaluate.inception import SPATIAL_WIDTH, WIDTH
@@ -39,9 +42,28 @@ def read_data(
         )
     if source == CIFAR10:
         return shipped(reader)
-    if Path(source).suffix == ".npz":
+    if is_statistics(source):
         return read_moments(Path(source), reader)
     return from_folder(Path(source), reader, size)
+
+
+def is_statistics(source: str) -> bool:
+    return Path(source).suffix == ".npz"
+
+
+def data_digest(source: str) -> str:
+    """Of a file of statistics by its bytes; of a folder of images by their names and sizes, as it may be large."""
+    if is_statistics(source):
+        return file_digest(Path(source))
+    files = image_files(Path(source))
+    return value_digest([[str(file.relative_to(source)), file.stat().st_size] for file in files])
+
+
+def file_digest(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise EvaluationError(f"cannot read the statistics: {error}", where=str(file)) from error
 
 
 def shipped(reader: Reader) -> dict[str, Target]:
@@ -125,13 +147,23 @@ def moments_target(file: Path, mean: Tensor, covariance: Tensor | None, width: i
 
 def folder_images(folder: Path, batch: int = 256) -> Iterator[Tensor]:
     """Batches (n, 3, h, w) in [0, 1] of the images in a folder, in the order of their names."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        expected = f"a folder with {', '.join(IMAGE_SUFFIXES)}, a file of statistics (.npz), or '{CIFAR10}'"
-        raise EvaluationError("no images to compare with", where=str(folder), expected=expected)
+    files = image_files(folder)
     size = read_image(files[0], None).shape[1:]
     for start in range(0, len(files), batch):
         yield torch.stack([read_image(file, size) for file in files[start : start + batch]])
+
+
+def image_files(folder: Path) -> list[Path]:
+    """In the order of their names; a folder without any is an error."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    if files:
+        return files
+    raise EvaluationError(
+        "no images to compare with",
+        where=str(folder),
+        got="nothing of that kind" if folder.is_dir() else f"no such folder on '{platform.node()}'",
+        expected=f"a folder with {', '.join(IMAGE_SUFFIXES)}, a file of statistics (.npz), or '{CIFAR10}'",
+    )
 
 
 def read_image(file: Path, size: torch.Size | None) -> Tensor:

@@ -124,6 +124,9 @@ class Statistics:
         return (self.outer - torch.outer(self.total, self.mean)) / (self.count - 1)
 
 
+Interval = tuple[float, float] | tuple[None, None]
+
+
 def merge(blocks: Sequence[Statistics]) -> Statistics:
     return reduce(Statistics.__add__, blocks)
 
@@ -154,14 +157,16 @@ def frechet(a: Statistics, b: Statistics) -> float:
 
 def frechet_interval(
     a: Sequence[Statistics], b: Sequence[Statistics], *, paired: bool, resamples: int = 100, seed: int = 0
-) -> tuple[float, float]:
-    """A 95 % interval around the distance: blocks of images are drawn again with replacement.
+) -> Interval:
+    """A 95 % interval around the distance: blocks of images are drawn again with replacement; none of one block.
 
     A resample holds fewer distinct images and so lies higher: the spread is kept and centred on the distance.
     `paired` draws the same blocks of both, whose images come from the same seeds.
     """
     if paired and len(a) != len(b):
         raise EvaluationError("paired statistics need the same blocks", got=len(b), expected=len(a))
+    if merge(a).count - max(block.count for block in a) < 2:  # without one block hardly anything is left
+        return None, None
     value = frechet(merge(a), merge(b))
     if most_blocks(len(a[0].total)) < MOST_BLOCKS:
         return jackknife_interval(value, a, b, paired=paired)
@@ -185,8 +190,6 @@ def jackknife_interval(
 
     Unpaired, only the blocks of `a` are: those of `b` are many more, or are one.
     """
-    if len(a) < 2:
-        return value, value
     without = lambda blocks, i: merge([block for j, block in enumerate(blocks) if j != i])  # noqa: E731
     whole = merge(b)
     left = torch.tensor([frechet(without(a, i), without(b, i) if paired else whole) for i in range(len(a))])

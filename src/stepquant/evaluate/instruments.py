@@ -28,6 +28,10 @@ class Weights:
     lpips: Path | None = None  # safetensors
     clip: Path | None = None  # folder
 
+    def given(self) -> dict[str, Path]:
+        """The files and folders that there are, by the name of their network."""
+        return {name: path for name, path in vars(self).items() if path is not None}
+
 
 @dataclass(frozen=True)
 class Networks:
@@ -36,6 +40,10 @@ class Networks:
     inception: Reader | None
     lpips: Lpips | None
     clip: ClipScore | None
+
+    def digests(self) -> dict[str, str]:
+        """Of the networks that there are, by name."""
+        return {name: network.digest for name, network in vars(self).items() if network is not None}
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from stepquant.job.store import weights_bytes
 from stepquant.models.denoiser import Denoiser
 from stepquant.report.images import grid
 
+SAME = ("name", "against", "extractor", "resize")  # without which two numbers do not compare
 INSIDE = "artifact"  # of a folder in a run store
 
 
@@ -176,9 +177,9 @@ def product_rows(a: Side, b: Side) -> Iterator[dict[str, Any]]:
 
 
 def quality_rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Numbers that both have."""
+    """Numbers that both have, by the same network; the noise floor is that of the first."""
     found = [
-        {(q["name"], q["against"]): q for q in side.get("quality", ()) if q["value"] is not None}
+        {tuple(q.get(part) for part in SAME): q for q in side.get("quality", ()) if q["value"] is not None}
         for side in (a, b)
     ]
     return [
@@ -187,6 +188,7 @@ def quality_rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, A
             "against": key[1],
             "a": q["value"],
             "b": found[1][key]["value"],
+            "floor": q.get("floor"),
             "n": [q["n"], found[1][key]["n"]],
         }
         for key, q in found[0].items()

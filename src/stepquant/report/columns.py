@@ -12,14 +12,18 @@ from stepquant.report import tables
 from stepquant.report.page import best_speed
 from stepquant.report.schema import Number, Report
 
-# In this order; metrics that nobody measured have no column.
+# In this order, then all others.
 METRICS = (
     "PSNR",
     "SSIM",
     "LPIPS",
     "FID",
     "FD-C10",
+    "CLIP score",
+    "sFID",
+    "KID",
     "KD-C10",
+    "IS",
     "precision",
     "recall",
     "density",
@@ -86,7 +90,7 @@ def group(results: Sequence[Mapping[str, Any]]) -> list[Entry]:
 
 
 def find_columns(entries: Sequence[Entry]) -> list[Column]:
-    """Cost first, then every metric that some run has, in the order of METRICS."""
+    """Cost first, then every metric that some run has."""
     reports = [run for entry in entries for run in entry.runs]
     out = [
         Column("size", "of fp32", "lower", lambda r: r.size.ratio if r.size else None, "{:.3f}".format),
@@ -99,8 +103,29 @@ def find_columns(entries: Sequence[Entry]) -> list[Column]:
     ]
     out = [column for column in out if any(column.find(report) is not None for report in reports)]
     kinds = {(x.name, x.against): x for report in reports for x in report.quality if x.value is not None}
-    known = [key for name in METRICS for key in kinds if key[0] == name]
-    return out + [metric_column(kinds[key]) for key in known] + error_columns(reports)
+    return out + [metric_column(kinds[key]) for key in sorted(kinds, key=place)] + error_columns(reports)
+
+
+def place(kind: tuple[str, str]) -> int:
+    """Of a metric among the columns, whatever it is against and whoever's features it looks at."""
+    name = kind[0].partition(" (")[0]
+    return METRICS.index(name) if name in METRICS else len(METRICS)
+
+
+def absent_columns(entries: Sequence[Entry]) -> list[Column]:
+    """Metrics that no run has, each with what it takes to have it."""
+    numbers = [number for entry in entries for run in entry.runs for number in run.quality]
+    measured = {(number.name, number.against) for number in numbers if number.value is not None}
+    kinds = {
+        (number.name, number.against): number
+        for number in numbers
+        if number.unavailable and (number.name, number.against) not in measured
+    }
+    return [absent_column(kinds[key]) for key in sorted(kinds, key=place)]
+
+
+def absent_column(number: Number) -> Column:
+    return Column(number.name, f"unavailable: {number.unavailable}", number.better, lambda _: None, str)
 
 
 def peak_megabytes(report: Report) -> float | None:

@@ -15,12 +15,14 @@ from stepquant.report.columns import (
     Cell,
     Column,
     Entry,
+    absent_columns,
     baseline_rows,
     find_columns,
     group,
     mean_of,
     table_cells,
 )
+from stepquant.report.conditions import conditions, sentences, unavailable
 from stepquant.report.heat import heat_maps
 from stepquant.report.images import decode, encode, grid
 from stepquant.report.page import ARROWS, read, replace_text, template
@@ -30,7 +32,7 @@ from stepquant.report.tables import QUANTIZED, by_batch, markdown_row
 FAILED = "failed"
 HEADLINES = ("size", "speed", "made in", "peak memory", "PSNR", "FID", "FD-C10", "noise error")
 STYLES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-SHOWN_FIRST = (*HEADLINES, "SSIM", "LPIPS")
+SHOWN_FIRST = (*HEADLINES, "SSIM", "LPIPS", "CLIP score")
 
 
 def compare(
@@ -52,12 +54,11 @@ def render(entries: Sequence[Entry], sensitivity: Sequence[Mapping[str, Any]] = 
     done = [entry for entry in entries if entry.runs]
     columns = find_columns(done)
     main = [column for column in columns if column.title in SHOWN_FIRST]
+    others = [column for column in columns if column not in main] + absent_columns(done)
     return template("compare.html").render(
         style=Markup(read("style.css")),
         first=done[0].runs[0] if done else None,
-        tables=[
-            Table.of(entries, done, some) for some in (main, [c for c in columns if c not in main]) if some
-        ],
+        tables=[Table.of(entries, done, some) for some in (main, others) if some],
         arrows=ARROWS,
         entries=len(entries),
         runs=sum(len(entry.runs) for entry in entries),
@@ -68,6 +69,8 @@ def render(entries: Sequence[Entry], sensitivity: Sequence[Mapping[str, Any]] = 
         curves=[(scheme, names, Markup(drawn)) for scheme, names, drawn in step_curves(done)],
         strips=strips(done),
         heats=heat_maps(sensitivity),
+        conditions=conditions(done),
+        unavailable=unavailable(done),
     )
 
 
@@ -173,13 +176,20 @@ def summary(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     entries = group(results)
     done = [entry for entry in entries if entry.runs]
     columns = [column for column in find_columns(done) if column.title in HEADLINES]
-    out = [("", *(f"{column.title} {ARROWS[column.better]}" for column in columns))]
+    titles = [column.title for column in columns]
+    heads = [x.title if titles.count(x.title) == 1 else f"{x.title} to {x.against}" for x in columns]
+    out = [("", *(f"{head} {ARROWS[column.better]}" for head, column in zip(heads, columns)))]
     out += [(title, *(with_spread(cell) for cell in cells)) for title, cells in baseline_rows(done, columns)]
     for entry in entries:
         failed = f" ({FAILED}: {entry.errors[0].splitlines()[0]})" if entry.errors else ""
         cells = table_cells(entry, done, columns)
         out.append((entry.name + failed, *(with_spread(cell) for cell in cells)))
     return out
+
+
+def measured_on(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What every number was measured on, and what could not be measured, as lines of text."""
+    return sentences([entry for entry in group(results) if entry.runs])
 
 
 def with_spread(cell: Cell) -> str:
@@ -199,4 +209,5 @@ def compare_markdown(entries: Sequence[Entry]) -> str:
         shown = [f"{'**' * cell.best}{cell.text}{'**' * cell.best} {cell.spread}".strip() for cell in cells]
         failed = f" ({FAILED}: {'; '.join(entry.errors)})" if entry.errors else ""
         lines.append(markdown_row([entry.name + failed.replace("\n", " "), *shown]))
+    lines += ["", *(f"- {sentence}" for sentence in sentences(done))] if done else []
     return "\n".join(lines) + "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,8 +14,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import stepquant
+from stepquant.calib.record import trajectory_seed
 from stepquant.core.digest import value_digest
 from stepquant.errors import StepquantError
+from stepquant.evaluate.data import CIFAR10, data_digest, is_statistics
+from stepquant.evaluate.instruments import Weights, load_networks
+from stepquant.evaluate.results import FIRST_SEED
 from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import scheduler_of
@@ -39,6 +43,7 @@ class Evaluation(BaseModel):
     speed: float = Field(3.0, ge=0)  # seconds of timing beside float; 0: none
     shown: int = Field(16, ge=1)
     probed: int = Field(16, ge=1)  # trajectories that are followed step by step
+    weights: Weights = Weights()  # of the networks that measure
 
     @classmethod
     def of(cls, **fields: Any) -> Evaluation:
@@ -49,6 +54,32 @@ class Evaluation(BaseModel):
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
             raise StepquantError(f"'{name}' of the evaluation: {first['msg']}", got=first["input"]) from error
+
+    @property
+    def batches(self) -> int:
+        return -(-self.images // self.batch)
+
+    def seeds(self, seed: int, number: int) -> list[int]:
+        """Of one batch's trajectories: cut at fixed places, so that nobody's images depend on who made which of them."""
+        places = range(number * self.batch, min((number + 1) * self.batch, self.images))
+        return [trajectory_seed(seed, FIRST_SEED + place) for place in places]
+
+    def files(self) -> dict[str, Path]:
+        """What a worker needs to measure, by name: networks, and data that are one file."""
+        one = self.data is not None and is_statistics(self.data)
+        return self.weights.given() | ({"data": Path(str(self.data))} if one else {})
+
+    def reading(self, files: Mapping[str, Path]) -> Evaluation:
+        """The same with these files in place of its own."""
+        found = {name: files[name] for name in self.files()}
+        data = str(found.pop("data", self.data)) if self.data is not None else None
+        return self.model_copy(update={"weights": Weights(**found), "data": data})
+
+    def instruments(self, *, prompted: bool) -> dict[str, Any]:
+        """Digests of what measures and of the data, by name; what cannot be read is an error."""
+        own = load_networks(self.weights, prompted=prompted).digests()
+        asked = self.data not in (None, CIFAR10)
+        return own | ({"data": data_digest(str(self.data))} if asked else {})
 
 
 class Cell(BaseModel):
@@ -70,8 +101,12 @@ class Cell(BaseModel):
 
     @property
     def other_seed(self) -> int:
-        """Whose float images are the noise floor: a neighbour's, so that few sets serve many seeds."""
-        return self.recipe.seed - 1 if self.recipe.seed else 1
+        return other_seed(self.recipe.seed)
+
+
+def other_seed(seed: int) -> int:
+    """Whose float images are the noise floor: a neighbour's, so that few sets serve many seeds."""
+    return seed - 1 if seed else 1
 
 
 @dataclass(frozen=True)
@@ -80,13 +115,17 @@ class Origin:
 
     digest: str
     schedulers: Mapping[str, Any]
+    instruments: Mapping[Evaluation, Mapping[str, Any]]
     pipeline: Any
 
     @classmethod
-    def of(cls, pipeline: Any, samplers: Iterable[str | None]) -> Origin:
+    def of(cls, pipeline: Any, cells: Sequence[Cell]) -> Origin:
+        samplers = {name for cell in cells for name in (cell.recipe.sampler, cell.evaluation.sampler)}
         made = {str(name): scheduler_of(pipeline, name) for name in samplers}
         known = {name: [type(one).__name__, dict(one.config)] for name, one in made.items()}
-        return cls(Denoiser.of(pipeline).digest(), known, pipeline)
+        prompted = all(cell.recipe.prompts for cell in cells)
+        tools = {one: one.instruments(prompted=prompted) for one in {cell.evaluation for cell in cells}}
+        return cls(Denoiser.of(pipeline).digest(), known, tools, pipeline)
 
     def artifact_key(self, cell: Cell) -> str:
         """Of all that decides the bytes of the artifact."""
@@ -103,7 +142,9 @@ class Origin:
 
     def cell_key(self, cell: Cell, artifact: str) -> str:
         """Of all that decides what is measured of the artifact with that name."""
-        asked = cell.evaluation.model_dump(mode="json") | self.sampling(cell)
+        asked = cell.evaluation.model_dump(mode="json", exclude={"weights"}) | self.sampling(cell)
+        # Where files lie decides nothing.
+        asked |= self.instruments[cell.evaluation]
         return key_of(asked | {"artifact": artifact}, MEASURE_CODE)
 
     def sampling(self, cell: Cell) -> dict[str, Any]:

@@ -27,8 +27,16 @@ from stepquant.job.compare.tasks import Quantize, Task, read_task
 from stepquant.progress import Silent
 
 Files = Mapping[str, bytes]
-LOADED = ("model", "artifact")  # folders that a worker keeps: it loads them once
+LOADED = (
+    "model",
+    "artifact",
+    "inception",
+    "lpips",
+    "clip",
+    "data",
+)  # what a worker keeps: it loads them once
 NOT_SHIPPED = (".lock", "log.txt", WORK)
+ALONE = "."
 RETRIES = 5  # of a task whose node dies
 SECONDS_TO_CONNECT = 5.0
 
@@ -50,11 +58,11 @@ class Cluster:
     def start(self, task: Task) -> None:
         remote = self.once if isinstance(task, Quantize) else self.often
         sent = [self.ship(path, keep=name in LOADED) for name, path in task.reads.items()]
-        places = [(name, path.name) for name, path in task.reads.items()]
+        places = [(name, path.resolve().name) for name, path in task.reads.items()]
         self.running[remote.remote(task.model_dump_json(), places, self.threads, *sent)] = task
 
     def ship(self, folder: Path, *, keep: bool) -> Any:
-        """A folder in the cluster's memory; models and artifacts are put there once."""
+        """A folder or file in the cluster's memory; models, artifacts and weights are put there once."""
         if folder in self.shipped:
             return self.shipped[folder]
         sent = self.ray.put(pack(folder))
@@ -148,7 +156,7 @@ def worker_folder() -> Path:
 
 
 def kept(called: str, files: Files) -> Path:
-    """A folder by its content: the same one is the same path, so that it is loaded once."""
+    """A folder or file by its content: the same one is the same path, so that it is loaded once."""
     total = hashlib.sha256()
     for name in sorted(files):
         total.update(f"|{name}|".encode() + hashlib.sha256(files[name]).digest())
@@ -161,14 +169,19 @@ def kept(called: str, files: Files) -> Path:
 
 
 def pack(folder: Path) -> dict[str, bytes]:
-    """Path -> bytes of the files in a folder."""
+    """Path -> bytes of the files in a folder; a single file is ALONE."""
+    if folder.is_file():
+        return {ALONE: folder.read_bytes()}
     files = (file for file in sorted(folder.rglob("*")) if file.is_file())
     named = ((file.relative_to(folder), file) for file in files)
     return {str(name): file.read_bytes() for name, file in named if name.parts[0] not in NOT_SHIPPED}
 
 
 def unpack(files: Files, folder: Path) -> Path:
-    """The folder with these files, those that say that the others are finished last."""
+    """The folder with these files, those that say that the others are finished last; or the one file."""
+    if set(files) == {ALONE}:
+        atomically(folder, methodcaller("write_bytes", files[ALONE]))
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     if any(name.startswith(f"{ARTIFACT}/") for name in files):
         shutil.rmtree(folder / ARTIFACT, ignore_errors=True)

@@ -25,7 +25,7 @@ from stepquant.job.compare.store import (
     take_lock,
     write_json,
 )
-from stepquant.job.compare.tasks import Generate, Measure, Quantize, Task, batch_file, batches_of
+from stepquant.job.compare.tasks import Generate, Measure, Quantize, Task, batch_file
 from stepquant.models import zoo
 
 MOST_ENDS = 3  # of one task without what it should have made, before its cells are given up
@@ -79,7 +79,7 @@ class Job:
             recipe=cell.recipe,
             evaluation=cell.evaluation,
             label=cell.label,
-            reads=self.reads | sets | {"artifact": places.artifact},
+            reads=self.reads | sets | {"artifact": places.artifact} | cell.evaluation.files(),
             out=places.cell,
         )
 
@@ -174,7 +174,7 @@ class Drive:
             sets.append((places.images, cell.recipe.seed))
         complete = quantized
         for folder, seed in sets:
-            for first, last in self.missing(folder, batches_of(cell.evaluation)):
+            for first, last in self.missing(folder, cell.evaluation.batches):
                 complete = False
                 yield job.generate(folder, seed, first, last)
         if complete:

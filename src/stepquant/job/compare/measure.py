@@ -13,11 +13,12 @@ from torch import Tensor
 from stepquant.errors import StepquantError
 from stepquant.evaluate import benchmark, evaluate
 from stepquant.evaluate.metrics import Batch
-from stepquant.job.compare.cell import Evaluation
+from stepquant.job.compare.cell import Evaluation, other_seed
 from stepquant.job.compare.store import ARTIFACT, QUANTIZED, read_json
 from stepquant.job.pipelines import load
 from stepquant.job.recipe import Recipe
 from stepquant.job.results import describe_artifact
+from stepquant.models.sampling import prompts_of
 from stepquant.progress import Progress
 
 BASELINE = ("fp32 eager",)
@@ -32,12 +33,15 @@ class Sets:
     other: Path
     count: int  # files in each
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self, recipe: Recipe, chosen: Evaluation) -> Iterator[Batch]:
+        """With the prompts that they were made of, where there are any."""
         for number in range(self.count):
             name = f"{number:05d}.safetensors"
             folders = (self.source, self.quantized, self.other)
             source, quantized, other = (read_images(folder / name) for folder in folders)
-            yield Batch(source, quantized, other)
+            seeds = [chosen.seeds(seed, number) for seed in (recipe.seed, other_seed(recipe.seed))]
+            ours, others = (prompts_of(some, recipe.prompts) if recipe.prompts else () for some in seeds)
+            yield Batch(source, quantized, other, ours, others)
 
 
 def read_images(file: Path) -> Tensor:
@@ -71,7 +75,8 @@ def measure_cell(
         data=chosen.data,
         shown=chosen.shown,
         probed=chosen.probed,
-        stored=progress.track(sets.batches(), "measuring images", sets.count),
+        weights=chosen.weights,
+        stored=progress.track(sets.batches(recipe, chosen), "measuring images", sets.count),
     )
     found |= describe_artifact(source, quantized, folder, artifact.name) | {"making": making(artifact)}
     if chosen.speed:

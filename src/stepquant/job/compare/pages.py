@@ -11,6 +11,7 @@ from stepquant.job.compare.query import write_parquet
 from stepquant.job.compare.store import SENSITIVITY, read_json
 from stepquant.job.files import writing
 from stepquant.report import compare as write_page
+from stepquant.report.compare import measured_on
 from stepquant.report.compare import summary as report_summary
 
 SITE_KEYS = {"path", "role", "bits", "metric", "value"}
@@ -39,6 +40,11 @@ def for_page(found: Mapping[str, Any]) -> dict[str, Any]:
 def summary(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The headline columns of every row, for a terminal; first row the header."""
     return report_summary([for_page(found) for found in results])
+
+
+def circumstances(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the numbers were measured on, and what could not be measured, for a terminal."""
+    return measured_on([for_page(found) for found in results])
 
 
 def sensitivity_rows(store: Path) -> list[Mapping[str, Any]]:

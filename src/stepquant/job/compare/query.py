@@ -13,15 +13,26 @@ from typing import Any
 
 from stepquant.calib.cache import atomically
 from stepquant.errors import StepquantError
+from stepquant.evaluate.instruments import PROMPTS
+from stepquant.evaluate.metrics import OTHER_SEEDS
+from stepquant.evaluate.sets import CLASSES
 from stepquant.job.compare.store import CELL, ERROR, RESULTS, Store, read_json
 
 Row = Mapping[str, Any]
-TEXT = ("cell", "label", "method", "settings", "scheme", "model", "sampler", "state", "error")
-NUMBER = ("name", "against", "n", "value", "low", "high", "reference", "floor", "better", "unit", "extractor")
+TEXT = ("cell", "label", "method", "settings", "scheme", "model", "sampler", "state", "error", "unavailable")
+NUMBER = (
+    *("name", "against", "n", "value", "low", "high", "reference", "floor", "better", "unit"),
+    *("extractor", "resize", "unavailable"),
+)
+BESIDE = ("reference", "floor", "extractor", "unavailable")  # a number, in columns of their own
+SIDES = (
+    *((OTHER_SEEDS, "others"), ("float", "float")),
+    *((name, name.split()[0]) for name in (CLASSES, PROMPTS)),
+)
 CELL_KEYS = {"label", "scheme", "recipe", "evaluation"}
 HEADLINES = (
-    *("label", "scheme", "seed", "bytes", "seconds", "peak_bytes", "psnr_float"),
-    *("fd_c10_float", "fd_c10_data", "noise_error", "error"),
+    *("label", "scheme", "seed", "bytes", "seconds", "peak_bytes", "psnr_float", "psnr_float_floor"),
+    *("fd_c10_float", "fd_c10_float_floor", "fd_c10_data", "fd_c10_data_floor", "noise_error", "error"),
 )
 
 
@@ -43,8 +54,9 @@ def read_tables(store: Store) -> Tables:
             continue
         failed = (read_json(folder / ERROR) or {}).get("error")
         results.append(cell_row(folder.name, cell, found, failed))
+        sampled = sampling(found or {})
         for number in (found or {}).get("quality", ()):
-            numbers.append({"cell": folder.name} | {name: number.get(name) for name in NUMBER})
+            numbers.append({"cell": folder.name} | {name: number.get(name) for name in NUMBER} | sampled)
         steps += [{"cell": folder.name} | step for step in (found or {}).get("steps", ())]
     return Tables(tuple(results), tuple(numbers), tuple(steps))
 
@@ -69,8 +81,17 @@ def cell_row(name: str, cell: Row, found: Row | None, failed: str | None = None)
     return row | (measured(found) if found else {})
 
 
+def sampling(found: Row) -> dict[str, Any]:
+    """The sampler that was really used, and how often it called the denoiser for an image."""
+    known = found.get("sampling") or {}
+    return {name: known[name] for name in ("sampler", "calls") if name in known}
+
+
 def measured(found: Row) -> dict[str, Any]:
-    """Size, cost of making, speed, and a column for each number: `psnr_float`, `fd_c10_data` and its floor."""
+    """Size, cost of making, speed, and a column for each number: `psnr_float`, `fd_c10_data`, its floor and its network.
+
+    What could not be measured has a column that says why: `fid_float_unavailable`.
+    """
     size, making = found.get("size") or {}, found.get("making") or {}
     steps = [step["relative"] for step in found.get("steps", ())]
     speed = [row["ratio"] for row in (found.get("speed") or {}).get("rows", ()) if row["name"] == "stepquant"]
@@ -83,25 +104,16 @@ def measured(found: Row) -> dict[str, Any]:
         "noise_error": statistics.fmean(steps) if steps else None,
     }
     for number in found.get("quality", ()):
-        if number["value"] is not None:
-            name = column_name(number["name"], number["against"])
-            row |= {name: number["value"]}
-            row |= {f"{name}_{key}": number[key] for key in ("reference", "floor") if number[key] is not None}
-    return row
+        name = column_name(number["name"], number["against"])
+        row[name] = number["value"]
+        row |= {f"{name}_{key}": number[key] for key in BESIDE if number.get(key) not in (None, "")}
+    return row | sampling(found)
 
 
 def column_name(name: str, against: str) -> str:
     """`FD-C10` against `float, same seeds` is fd_c10_float; against other seeds fd_c10_others; against data fd_c10_data."""
-    side = (
-        "others"
-        if "other seeds" in against
-        else "float"
-        if against.startswith("float")
-        else against
-        if against in ("prompts", "classes")
-        else "data"
-    )
-    return re.sub(r"\W+", "_", f"{name}_{side}".lower())
+    side = next((short for start, short in SIDES if against.startswith(start)), "data")
+    return re.sub(r"\W+", "_", f"{name} {side}".lower())
 
 
 def arrow_table(rows: Sequence[Row]) -> Any:

@@ -90,8 +90,7 @@ def find_origin(cells: Sequence[Cell]) -> Origin:
     pipeline = load(models[0])
     if hub.config_of(Denoiser.of(pipeline).model) is not None:
         raise StepquantError(f"'{models[0]}' is quantized itself", fix="compare on the float model")
-    samplers = {name for cell in cells for name in (cell.recipe.sampler, cell.evaluation.sampler)}
-    return Origin.of(pipeline, samplers)
+    return Origin.of(pipeline, cells)
 
 
 def read_all(jobs: Sequence[Job]) -> list[dict[str, Any]]:

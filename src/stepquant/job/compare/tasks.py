@@ -14,9 +14,7 @@ from torch import Tensor
 
 from stepquant import hub
 from stepquant.calib.cache import atomically
-from stepquant.calib.record import trajectory_seed
 from stepquant.core.digest import tensors_digest
-from stepquant.evaluate.results import FIRST_SEED
 from stepquant.job.compare.cell import Evaluation
 from stepquant.job.compare.measure import Sets, measure_cell
 from stepquant.job.compare.memory import peak_bytes, reset_peak, resident_bytes
@@ -50,7 +48,7 @@ class Task(BaseModel, ABC):
 
     title: str
     recipe: Recipe
-    reads: dict[str, Path] = Field(default_factory=dict)  # folders; "model" where it is not an embedded one
+    reads: dict[str, Path] = Field(default_factory=dict)  # by name; "model" where it is not an embedded one
     out: Path  # the folder that it writes into
 
     @property
@@ -132,12 +130,12 @@ class Measure(Task):
         return f"measure {self.out}"
 
     def perform(self, progress: Progress) -> None:
-        images, count = self.reads["images"], batches_of(self.evaluation)
+        images, count = self.reads["images"], self.evaluation.batches
         fields = self.model_dump(include={"title", "recipe", "reads", "evaluation"})
         Generate(**fields, seed=self.recipe.seed, last=count, out=images).perform(progress)
         sets = Sets(self.reads["source"], images, self.reads["other"], count)
-        artifact = self.reads["artifact"]
-        found = measure_cell(self.model, artifact, self.recipe, self.evaluation, sets, progress)
+        artifact, chosen = self.reads["artifact"], self.evaluation.reading(self.reads)
+        found = measure_cell(self.model, artifact, self.recipe, chosen, sets, progress)
         samples = grid(decode(found["images"]["quantized"]))
         atomically(self.out / SAMPLES, partial(samples.save, format="PNG"))
         write_json(self.out / RESULTS, found | {"label": self.label})
@@ -157,18 +155,12 @@ def open_once(folder: str, device: str) -> Any:
     return load(folder, device)
 
 
-def batches_of(evaluation: Evaluation) -> int:
-    return -(-evaluation.images // evaluation.batch)
-
-
 def batch_file(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.safetensors"
 
 
 def make_batch(pipeline: Any, recipe: Recipe, evaluation: Evaluation, seed: int, number: int) -> Tensor:
-    """Batches are cut at fixed places, so that nobody's images depend on who made which of them."""
-    places = range(number * evaluation.batch, min((number + 1) * evaluation.batch, evaluation.images))
-    seeds = [trajectory_seed(seed, FIRST_SEED + place) for place in places]
+    seeds = evaluation.seeds(seed, number)
     return run(pipeline, seeds, evaluation.steps, evaluation.sampler, recipe.prompts)
 
 
