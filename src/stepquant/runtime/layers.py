@@ -15,12 +15,13 @@ from stepquant.core.pack import packed_bytes, unpack
 from stepquant.runtime import ops
 from stepquant.runtime.cpu import ConvKernel, Geometry, LinearKernel, PackedKernel, why_no_integers
 from stepquant.runtime.reference import Code
+from stepquant.runtime.stored import Stored
 
 WEIGHT_ONLY = "weight-only: dequantized at every call, which saves memory and not time"
 HELD = "weight-only: dequantized once, because it is small and often read"
 
 
-class IntegerLayer(nn.Module, ABC):
+class IntegerLayer(Stored, ABC):
     """The buffers of one quantized layer and the choice of how to compute with them.
 
     `emit` is the dtype of the output; None means that of the input. `reason` says why the layer does not multiply
@@ -189,13 +190,7 @@ class IntegerLayer(nn.Module, ABC):
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
     def _apply(self, fn: Any, recurse: bool = True) -> IntegerLayer:
-        """Moves go through; scales stay in float32 when a model is cast."""
-        former = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, value in former.items():
-            now = self._buffers[name]
-            if value is not None and now is not None and now.dtype != value.dtype:
-                self._buffers[name] = value.to(now.device)
         self.forget()
         return self
 

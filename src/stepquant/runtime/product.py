@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepquant.artifact import ProductSpec
 from stepquant.runtime import ops
 from stepquant.runtime.layers import forget_loaded
 from stepquant.runtime.reference import Code
+from stepquant.runtime.stored import Stored
 
 PORTS = ("query", "key", "value", "probabilities")
 
 
-class IntegerProduct(nn.Module):
+class IntegerProduct(Stored):
     """softmax(Q K^T) V over (batch, heads, tokens, width); `reason` says why it does not multiply integers."""
 
     def __init__(self, spec: ProductSpec, device: torch.device, groups: int = 1) -> None:
@@ -96,13 +96,6 @@ class IntegerProduct(nn.Module):
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         out = centred(scores.softmax(-1), probabilities) @ values * (probabilities.scale * value.scale)
         return out.to(q.dtype)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> IntegerProduct:
-        """Moves go through; scales stay in float32 when a model is cast."""
-        former = dict(self._buffers)
-        super()._apply(fn, recurse)
-        self._buffers.update({name: value.to(self._buffers[name].device) for name, value in former.items()})  # type: ignore[union-attr]
-        return self
 
 
 def centred(x: Tensor, code: Code) -> Tensor:

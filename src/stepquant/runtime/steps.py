@@ -17,9 +17,10 @@ from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import adds_noise
 from stepquant.runtime.layers import IntegerLayer
 from stepquant.runtime.product import IntegerProduct
+from stepquant.runtime.stored import Stored
 
 
-class StepTensors(nn.Module):
+class StepTensors(Stored):
     """The tables of an artifact as buffers, in the dtypes they have on disk whatever the model is cast to."""
 
     def __init__(self, spec: StepSpec, device: torch.device) -> None:
@@ -52,13 +53,6 @@ class StepTensors(nn.Module):
             return scheduler
         known = self.times()
         return (absorb if correction.noise == "absorb" else sample)(scheduler, correction, known)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> StepTensors:
-        """Moves go through, casts do not."""
-        former = dict(self._buffers)
-        super()._apply(fn, recurse)
-        self._buffers.update({name: value.to(self._buffers[name].device) for name, value in former.items()})  # type: ignore[union-attr]
-        return self
 
 
 class StepForward:
