@@ -9,7 +9,7 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-constexpr int64_t least_patches = 4;  // fewer do not repay the transform of the weight
+constexpr int64_t least_patches = 8;  // fewer do not repay the transform of the weight
 
 int64_t groups_of(int64_t outs) {
   return (outs + convolve_group - 1) / convolve_group;

@@ -50,8 +50,7 @@ STEPQUANT_INLINE Patch patch_of(const ConvolveTask& task, int64_t index) {
   return {index / (high * wide), index / wide % high * 2, index % wide * 2};
 }
 
-STEPQUANT_INLINE void transform_codes(const ConvolveTask& task, int64_t index, int16_t* to, int64_t step) {
-  const Patch patch = patch_of(task, index);
+STEPQUANT_INLINE void transform_codes(const ConvolveTask& task, const Patch& patch, int16_t* to, int64_t step) {
   const auto height = static_cast<uint64_t>(task.height << task.doubled);
   const auto width = static_cast<uint64_t>(task.width << task.doubled);
   const uint8_t* from[4][4];
@@ -161,12 +160,16 @@ void convolve_patches(const ConvolveTask& task, int64_t begin, int64_t end) {
   const int64_t parts = (groups + convolve_part_groups - 1) / convolve_part_groups;
   Scratch scratch(PatchPlaces::bytes(channels));
   const PatchPlaces places(scratch, channels);
+  Patch patches[convolve_chunk_patches];
   int64_t ready = -1;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t chunk = item / parts, first = chunk * convolve_chunk_patches, part = item % parts;
     const int64_t left = task.patches - first, count = left < convolve_chunk_patches ? left : convolve_chunk_patches;
     if (chunk != ready) {
-      for (int64_t p = 0; p < count; ++p) transform_codes(task, first + p, places.codes + p * channels, places.code_step);
+      for (int64_t p = 0; p < count; ++p) {
+        patches[p] = patch_of(task, first + p);
+        transform_codes(task, patches[p], places.codes + p * channels, places.code_step);
+      }
       ready = chunk;
     }
     const int64_t stop = (part + 1) * convolve_part_groups < groups ? (part + 1) * convolve_part_groups : groups;
@@ -181,10 +184,9 @@ void convolve_patches(const ConvolveTask& task, int64_t begin, int64_t end) {
         }
       }
       for (int64_t p = 0; p < count; ++p) {
-        const Patch patch = patch_of(task, first + p);
         for (int64_t v = 0; v < convolve_group; v += lanes) {
           const int64_t channel = group * convolve_group + v;
-          if (channel < task.out_channels) emit_patch(task, patch, channel, places.sums + p * convolve_group + v);
+          if (channel < task.out_channels) emit_patch(task, patches[p], channel, places.sums + p * convolve_group + v);
         }
       }
     }
