@@ -1,7 +1,8 @@
 """Each operation against the torch calls it replaces, interleaved: python benchmarks/kernels.py [threads].
 
 With one thread the clock is processor time, which a busy machine disturbs least; with more it is wall time and the best
-round counts. GB/s counts the bytes of inputs and outputs once, TOPS two operations per product of attention.
+round counts. GB/s counts the bytes of inputs and outputs once, TOPS two operations per product. Convolutions stand against
+float32, whose codes are made already.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ NORMS = [
 NORMS += [(1, 80, 64, 64), (32, 128, 32, 32)]
 ATTENTIONS = [(1, 2, 4096, 4096, 40), (1, 2, 1024, 1024, 80), (8, 1, 256, 256, 256), (8, 4, 64, 64, 64)]
 ATTENTIONS += [(1, 2, 4096, 77, 40), (1, 8, 4096, 4096, 64)]
+# batch, inputs, outputs, height and width, kernel
+CONVOLUTIONS = [(1, 64, 64, 32, 3), (1, 128, 128, 16, 3), (1, 256, 256, 8, 3), (1, 256, 256, 4, 3)]
+CONVOLUTIONS += [(8, 64, 64, 32, 3), (8, 128, 128, 16, 3), (8, 256, 256, 8, 3), (8, 64, 128, 32, 1)]
+CONVOLUTIONS += [(32, 128, 128, 16, 3)]
 
 
 def best_times(
@@ -127,6 +132,19 @@ def attention_calls(sizes: tuple[int, ...]) -> list[Callable[[], object]]:
     ]
 
 
+def convolution_calls(sizes: tuple[int, ...]) -> list[Callable[[], object]]:
+    batch, inputs, outputs, size, kernel = sizes
+    codes = ops.quantize(image(batch, inputs, size, size), CODE)
+    x, sides = codes.float(), (kernel // 2,) * 4
+    weight = torch.randint(-127, 128, (outputs, inputs, kernel, kernel), dtype=torch.int8)
+    product = ops.Product.of(weight, torch.full((outputs,), 1e-3), torch.zeros(outputs))
+    floats = weight.float().contiguous(memory_format=torch.channels_last)
+    return [
+        lambda: ops.convolve(codes, CODE, product, torch.bfloat16, None, sides=sides),
+        lambda: F.conv2d(x, floats, None, 1, kernel // 2),
+    ]
+
+
 def main(threads: int) -> None:
     torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter
@@ -147,6 +165,10 @@ def main(threads: int) -> None:
         row(f"group_norm + silu {'x'.join(map(str, shape))}", norm_calls(shape), numbers * 3e-9, "GB/s")
     for name, (size, calls) in pointwise_calls().items():
         row(name, calls, size * 1e-9, "GB/s")
+    for sizes in CONVOLUTIONS:
+        batch, inputs, outputs, size, kernel = sizes
+        amount = 2e-12 * batch * inputs * outputs * size**2 * kernel**2
+        row(f"convolve {sizes}", convolution_calls(sizes), amount, "TOPS")
     for sizes in ATTENTIONS:
         batch, heads, queries, keys, width = sizes
         row(

@@ -1,6 +1,6 @@
-// The integer products of attention: rows of words by columns of words, summed in 32 bits.
+// Integer products: rows of words by columns of words, summed in 32 bits.
 //
-// `scores` multiplies rows of the query by tiles of 64 packed keys and remembers each row's largest; `products`
+// Those of attention: `scores` multiplies rows of the query by tiles of 64 packed keys and remembers each row's largest; `products`
 // multiplies rows of probabilities by packed values. Rows come in multiples of `rows`.
 #pragma once
 
@@ -48,6 +48,8 @@ struct Bytes {
   static STEPQUANT_INLINE Ints value_dot(Ints sum, Ints probabilities, Ints values) {
     return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)probabilities, (__m512i)values);
   }
+  // A vector of words from signed bytes.
+  static STEPQUANT_INLINE Ints weights(const int8_t* from) { return load_words(from); }
 };
 
 #else
@@ -79,6 +81,17 @@ struct Shorts {
     return sum + (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
     return sum + (Ints)((Words)a << 16) / 65536 * ((Ints)((Words)b << 16) / 65536) + (a >> 16) * (b >> 16);
+#endif
+  }
+  static STEPQUANT_INLINE Ints weights(const int16_t* from) { return load_words(from); }
+  static STEPQUANT_INLINE Ints weights(const int8_t* from) {
+#if defined(__AVX2__)
+    return (Ints)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
+#else
+    STEPQUANT_VECTOR(int8_t, 2 * lanes) bytes;
+    typedef STEPQUANT_VECTOR(int16_t, 2 * lanes) Wide;
+    std::memcpy(&bytes, from, sizeof(bytes));
+    return (Ints)__builtin_convertvector(bytes, Wide);
 #endif
   }
 };

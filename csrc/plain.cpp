@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "group_norm.h"
 #include "layer_norm.h"
+#include "patches.h"
 #include "quantize.h"
 #include "upsample.h"
 
@@ -14,7 +15,7 @@ extern const Kernels plain_kernels = {
     layer_norm,
     upsample,
     {packed_bytes<VectorDot<Shorts>>, pack<VectorDot<Shorts>>, attend<VectorDot<Shorts>>},
-    nullptr,
+    {2, groups_per_block, convolve, convolve_patches},
 };
 
 }  // namespace stepquant

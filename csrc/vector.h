@@ -110,9 +110,13 @@ STEPQUANT_INLINE Floats load(const float* from) {
 }
 
 STEPQUANT_INLINE Floats load(const bf16* from) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+#else
   Halves h;
   std::memcpy(&h, from, sizeof(h));
   return (Floats)(__builtin_convertvector(h, Words) << 16);
+#endif
 }
 
 STEPQUANT_INLINE void store(float* to, Floats x) {
@@ -127,8 +131,14 @@ STEPQUANT_INLINE void store(bf16* to, Floats x) {
   const Words w = (Words)x;
   const Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
   const Words quiet = (w >> 16) | 0x40;  // what is not a number stays so
-  const Halves h = __builtin_convertvector((Words)(x == x ? (Ints)rounded : (Ints)quiet), Halves);
+  const Ints kept = x == x ? (Ints)rounded : (Ints)quiet;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m128i high = _mm256_extracti128_si256((__m256i)kept, 1);
+  _mm_storeu_si128((__m128i*)to, _mm_packus_epi32(_mm256_castsi256_si128((__m256i)kept), high));
+#else
+  const Halves h = __builtin_convertvector((Words)kept, Halves);
   std::memcpy(to, &h, sizeof(h));
+#endif
 }
 
 STEPQUANT_INLINE void store(int16_t* to, Ints x) {
