@@ -40,20 +40,24 @@ Sampler = Annotated[
 Prompts = Annotated[
     Path | None, typer.Option(metavar="FILE", help="One prompt per line, for models that take text.")
 ]
-Inception = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="PATH", help="InceptionV3 (safetensors), for FID, sFID, KID, IS.", show_default=False
-    ),
-]
-Lpips = Annotated[
-    Path | None,
-    typer.Option(metavar="PATH", help="AlexNet or VGG16 with LPIPS heads (safetensors).", show_default=False),
-]
-Clip = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="CLIP model (transformers folder), for its score.", show_default=False),
-]
+
+
+def weights(metavar: str, text: str) -> Any:
+    """The option for a network that measures."""
+    return typer.Option(
+        metavar=metavar, help=f"{text} Or hub:OWNER/NAME[/FILE].", show_default=False, parser=fetched
+    )
+
+
+def fetched(where: str) -> Path:
+    from stepquant.evaluate.weights import local
+
+    return local(where)
+
+
+Inception = Annotated[Path | None, weights("PATH", "InceptionV3 (safetensors), for FID, sFID, KID, IS.")]
+Lpips = Annotated[Path | None, weights("PATH", "AlexNet or VGG16 with LPIPS heads (safetensors).")]
+Clip = Annotated[Path | None, weights("DIR", "CLIP model (transformers folder), for its score.")]
 Method = Annotated[str, typer.Option(metavar="NAME", help="See `stepquant methods`.")]
 Scheme = Annotated[
     str | None,

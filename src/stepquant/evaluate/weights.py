@@ -1,4 +1,4 @@
-"""Weights of measuring networks, from a file of the user's: safetensors only, every name and shape checked."""
+"""Weights of measuring networks, from a file of the user's or of the hub: safetensors only, every name and shape checked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -14,6 +16,37 @@ from stepquant.errors import EvaluationError
 
 # How a zip archive and a pickle begin: what torch.save writes.
 PICKLED = (b"PK\x03\x04", b"\x80")
+HUB = "hub:"
+# What a folder of the hub is fetched for: never a pickle.
+SAFE = ["*.safetensors", "*.json", "*.txt"]
+
+
+def local(where: str) -> Path:
+    """A path as it is; hub:OWNER/NAME/FILE, or hub:OWNER/NAME for all that is safe there, fetched once."""
+    if not where.startswith(HUB):
+        return Path(where)
+    owner, _, rest = where.removeprefix(HUB).partition("/")
+    name, _, file = rest.partition("/")
+    if not owner or not name:
+        raise EvaluationError(
+            "this names nothing on the hub",
+            got=where,
+            expected="hub:OWNER/NAME/FILE, or hub:OWNER/NAME for a folder",
+        )
+    try:
+        found = (
+            hf_hub_download(f"{owner}/{name}", file)
+            if file
+            else snapshot_download(f"{owner}/{name}", allow_patterns=SAFE)
+        )
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise EvaluationError(
+            "the hub did not give these weights",
+            where=where,
+            got=(str(error).strip().splitlines() or [type(error).__name__])[0][:300],
+            fix="check the name and the network, or fetch the file by hand and give its path",
+        ) from error
+    return Path(found)
 
 
 def read_weights(
