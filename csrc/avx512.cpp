@@ -1,4 +1,5 @@
 // The kernels with AVX-512 instructions; attention needs more of them and has its own files.
+#include "convolve.h"
 #include "group_norm.h"
 #include "layer_norm.h"
 #include "quantize.h"
@@ -13,7 +14,7 @@ extern const Kernels avx512_kernels = {
     layer_norm,
     upsample,
     {},
-    nullptr,
+    convolve_kernel,
 };
 
 }  // namespace stepquant

@@ -10,8 +10,6 @@ extern const AttentionKernels avx512vnni_attention = {
     attend<VectorDot<Bytes>>,
 };
 
-void convolve_vnni(const ConvolveTask& task, int64_t begin, int64_t end) {
-  convolve(task, begin, end);
-}
+extern const ConvolveKernel avx512vnni_convolve = convolve_kernel;
 
 }  // namespace stepquant

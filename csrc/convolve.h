@@ -1,5 +1,5 @@
 // Integer convolution without an im2col: rows of output pixels by vectors of output channels stay in registers while
-// the taps and the words of four input channels pass by. Pixels are found through pointers, so stride, dilation,
+// the taps and the words of four or two input channels pass by. Pixels are found through pointers, so stride, dilation,
 // borders and doubled pixels cost nothing in memory. A linear layer is a convolution of 1 x 1.
 //
 // Activations are unsigned codes with zero point z, weights signed bytes: sum (q - z) w = sum q w - z sum w.
@@ -7,19 +7,32 @@
 
 #include <utility>
 
-#include "vector.h"
+#include "dot.h"
 
 namespace stepquant {
 namespace {
 
+#if defined(__AVX512VNNI__)
+using Word = Bytes;
+#else
+using Word = Shorts;
+#endif
+
+constexpr int64_t groups_per_block = lanes == 16 ? 4 : 1;
+
 // Rows whose sums fill the registers beside that many vectors of weights; divides the pixels of an item.
 constexpr int64_t tile_rows(int64_t vectors) {
+  if (lanes < 16) return 12 / vectors;
   return vectors == 4 ? 6 : 8;
 }
 
 // What product and bias give must be rounded in between, as the specification says.
 STEPQUANT_INLINE Floats rounded(Floats x) {
+#if defined(__x86_64__)
   __asm__("" : "+v"(x));
+#else
+  __asm__("" : "+m"(x));
+#endif
   return x;
 }
 
@@ -73,20 +86,19 @@ STEPQUANT_INLINE void point(
 
 template <int64_t rows, int64_t vectors>
 STEPQUANT_INLINE void accumulate(
-    const uint8_t* const* pixels, int64_t words, const int8_t* weight, __m512i (&sum)[rows][vectors]) {
+    const uint8_t* const* pixels, int64_t words, const int8_t* weight, Ints (&sum)[rows][vectors]) {
+  constexpr int64_t bytes = lanes * Word::per_word;  // of a vector of weights
   const uint8_t* from[rows];
   for (int64_t r = 0; r < rows; ++r) from[r] = pixels[r];
   for (int64_t w = 0; w < words; ++w) {
-    __m512i b[vectors];
+    Ints b[vectors];
 #pragma GCC unroll 4
-    for (int64_t v = 0; v < vectors; ++v) b[v] = _mm512_loadu_si512(weight + (w * vectors + v) * 64);
+    for (int64_t v = 0; v < vectors; ++v) b[v] = Word::weights(weight + (w * vectors + v) * bytes);
 #pragma GCC unroll 8
     for (int64_t r = 0; r < rows; ++r) {
-      int32_t word;
-      std::memcpy(&word, from[r] + 4 * w, 4);
-      const __m512i a = _mm512_set1_epi32(word);
+      const Ints a = repeat_word(from[r] + 4 * w);
 #pragma GCC unroll 4
-      for (int64_t v = 0; v < vectors; ++v) sum[r][v] = _mm512_dpbusd_epi32(sum[r][v], a, b[v]);
+      for (int64_t v = 0; v < vectors; ++v) sum[r][v] = Word::value_dot(sum[r][v], a, b[v]);
     }
   }
 }
@@ -127,18 +139,18 @@ void convolve_tile(const ConvolveTask& task, const int8_t* weight, int64_t pixel
   Tile tile;
   locate(task, pixel, rows, tile);
   const uint8_t* pixels[rows];
-  __m512i sum[rows][vectors];
+  Ints sum[rows][vectors];
 #pragma GCC unroll 8
   for (int64_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-    for (int64_t v = 0; v < vectors; ++v) sum[r][v] = _mm512_setzero_si512();
+    for (int64_t v = 0; v < vectors; ++v) sum[r][v] = Ints{};
   }
-  const int64_t words = task.channels / 4;
+  const int64_t words = task.channels / Word::per_word;
   for (int64_t ky = 0; ky < task.kernel_height; ++ky) {
     for (int64_t kx = 0; kx < task.kernel_width; ++kx) {
       point<rows>(task, tile, ky * task.dilation_y, kx * task.dilation_x, pixels);
       accumulate<rows, vectors>(pixels, words, weight, sum);
-      weight += words * vectors * 64;
+      weight += task.channels * vectors * lanes;
     }
   }
 #pragma GCC unroll 4
@@ -147,7 +159,7 @@ void convolve_tile(const ConvolveTask& task, const int8_t* weight, int64_t pixel
     if (c >= task.out_channels) break;
     Ints sums[rows];
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < rows; ++r) sums[r] = (Ints)sum[r][v];
+    for (int64_t r = 0; r < rows; ++r) sums[r] = sum[r][v];
     if (task.type == Type::bf16) {
       emit_sums<bf16, rows>(task, pixel, c, sums);
     } else {
@@ -176,21 +188,28 @@ void convolve_chunk(const ConvolveTask& task, const int8_t* weight, int64_t begi
 // Items are chunks of pixels, within blocks of output channels: neighbours share their weights.
 void convolve(const ConvolveTask& task, int64_t begin, int64_t end) {
   const int64_t chunks = (task.pixels + convolve_chunk_pixels - 1) / convolve_chunk_pixels;
-  const ConvolveBlocks blocks(task.out_channels);
-  const int64_t depth = task.kernel_height * task.kernel_width * task.channels / 4 * 64;
+  const ConvolveBlocks blocks(task.out_channels, groups_per_block);
+  const int64_t depth = task.kernel_height * task.kernel_width * task.channels * convolve_group;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t block = item / chunks, first = item % chunks * convolve_chunk_pixels;
     const int64_t last = first + convolve_chunk_pixels < task.pixels ? first + convolve_chunk_pixels : task.pixels;
-    const int64_t vector = blocks.first(block), channel = vector * lanes;
-    const int8_t* weight = task.weight + vector * depth;
-    switch (blocks.vectors(block)) {
-      case 4: convolve_chunk<4>(task, weight, first, last, channel); break;
-      case 3: convolve_chunk<3>(task, weight, first, last, channel); break;
-      case 2: convolve_chunk<2>(task, weight, first, last, channel); break;
-      default: convolve_chunk<1>(task, weight, first, last, channel); break;
+    const int64_t group = blocks.first(block), channel = group * convolve_group;
+    const int8_t* weight = task.weight + group * depth;
+    constexpr int64_t vectors = convolve_group / lanes;
+    if constexpr (groups_per_block == 1) {
+      convolve_chunk<vectors>(task, weight, first, last, channel);
+    } else {
+      switch (blocks.groups(block)) {
+        case 4: convolve_chunk<4 * vectors>(task, weight, first, last, channel); break;
+        case 3: convolve_chunk<3 * vectors>(task, weight, first, last, channel); break;
+        case 2: convolve_chunk<2 * vectors>(task, weight, first, last, channel); break;
+        default: convolve_chunk<vectors>(task, weight, first, last, channel); break;
+      }
     }
   }
 }
+
+constexpr ConvolveKernel convolve_kernel = {Word::per_word, groups_per_block, convolve};
 
 }  // namespace
 }  // namespace stepquant

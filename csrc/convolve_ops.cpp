@@ -9,27 +9,34 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-bool convolves() {
-  return kernels().convolve != nullptr;
+int64_t groups_of(int64_t outs) {
+  return (outs + convolve_group - 1) / convolve_group;
 }
 
-// Signed bytes (out, in, height, width) as [block][tap][word of four inputs][output of the block][byte].
+// Input channels as they are packed: filled up to whole words of every kernel.
+int64_t filled(int64_t channels) {
+  return (channels + 3) / 4 * 4;
+}
+
+// Signed bytes (out, in, height, width) as [block][tap][word of inputs][output of the block][byte].
 Tensor pack_weight(const Tensor& weight) {
   const at::AutoDispatchBelowAutograd guard;
   TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == at::kChar, "expected signed bytes (out, in, height, width)");
-  TORCH_CHECK(weight.size(1) % 4 == 0, "input channels must be a multiple of 4, got ", weight.size(1));
+  const ConvolveKernel& kernel = kernels().convolve;
   const Tensor held = weight.contiguous();
-  const int64_t outs = held.size(0), ins = held.size(1), taps = held.size(2) * held.size(3);
-  const ConvolveBlocks blocks(outs);
-  Tensor packed = at::detail::empty_cpu({(outs + 15) / 16 * 16 * ins * taps}, at::kChar);
+  const int64_t outs = held.size(0), ins = held.size(1), taps = held.size(2) * held.size(3), depth = filled(ins);
+  const ConvolveBlocks blocks(outs, kernel.groups_per_block);
+  Tensor packed = at::detail::empty_cpu({groups_of(outs) * convolve_group * depth * taps}, at::kChar);
   int8_t* to = packed.mutable_data_ptr<int8_t>();
   const int8_t* from = held.const_data_ptr<int8_t>();
   for (int64_t block = 0; block < blocks.count(); ++block) {
-    const int64_t first = blocks.first(block) * 16, width = blocks.vectors(block) * 16;
+    const int64_t first = blocks.first(block) * convolve_group, width = blocks.groups(block) * convolve_group;
     for (int64_t tap = 0; tap < taps; ++tap) {
-      for (int64_t in = 0; in < ins; in += 4) {
+      for (int64_t in = 0; in < depth; in += kernel.per_word) {
         for (int64_t out = first; out < first + width; ++out) {
-          for (int64_t k = in; k < in + 4; ++k) *to++ = out < outs ? from[(out * ins + k) * taps + tap] : int8_t{0};
+          for (int64_t k = in; k < in + kernel.per_word; ++k) {
+            *to++ = out < outs && k < ins ? from[(out * ins + k) * taps + tap] : int8_t{0};
+          }
         }
       }
     }
@@ -47,11 +54,10 @@ struct Product {
 };
 
 void check(const Product& product, int64_t taps, int64_t channels, at::ScalarType type) {
-  TORCH_CHECK(convolves(), "no integer convolution on this processor");
-  const int64_t outs = product.weight_scale.numel(), padded = (outs + 15) / 16 * 16;
-  TORCH_CHECK(channels % 4 == 0 && outs > 0, "input channels must be a multiple of 4, got ", channels);
+  const int64_t outs = product.weight_scale.numel(), padded = groups_of(outs) * convolve_group;
+  TORCH_CHECK(channels > 0 && outs > 0, "a product has inputs and outputs, got ", channels, " and ", outs);
   TORCH_CHECK(
-      product.weight.numel() == padded * channels * taps && product.weight.is_contiguous() &&
+      product.weight.numel() == padded * filled(channels) * taps && product.weight.is_contiguous() &&
           product.weight.scalar_type() == at::kChar,
       "the packed weight does not fit ", channels, " channels");
   TORCH_CHECK(
@@ -62,12 +68,59 @@ void check(const Product& product, int64_t taps, int64_t channels, at::ScalarTyp
   TORCH_CHECK(type == at::kBFloat16 || type == at::kFloat, "results are bfloat16 or float32");
 }
 
-void run(ConvolveTask& task, const Product& product, at::ScalarType type, Tensor& out) {
+template <class T>
+void copy_pixels(const ConvolveTask& task, T* to, int64_t begin, int64_t end) {
+  const int64_t plane = task.height * task.width, depth = filled(task.channels);
+  int64_t sample = begin / plane, row = begin % plane / task.width, column = begin % task.width;
+  for (to += begin * depth; begin < end; ++begin, to += depth) {
+    const uint8_t* from = task.x + sample * task.image_stride + row * task.row_stride + column * task.pixel_stride;
+    for (int64_t c = 0; c < task.channels; ++c) to[c] = from[c];
+    for (int64_t c = task.channels; c < depth; ++c) to[c] = 0;
+    if (++column == task.width) {
+      column = 0;
+      if (++row == task.height) row = 0, ++sample;
+    }
+  }
+}
+
+// Lets the task read whole words; returns the copy that this may take.
+Tensor to_words(ConvolveTask& task, int64_t images) {
+  const int64_t depth = filled(task.channels), size = 4 / kernels().convolve.per_word;
+  if (size == 1 && depth == task.channels) return {};
+  const int64_t pixels = images * task.height * task.width;
+  Tensor words = at::detail::empty_cpu({pixels * depth}, size == 1 ? at::kByte : at::kShort);
+  for_items(pixels, depth, [&](int64_t begin, int64_t end) {
+    if (size == 1) {
+      copy_pixels(task, static_cast<uint8_t*>(words.mutable_data_ptr()), begin, end);
+    } else {
+      copy_pixels(task, static_cast<int16_t*>(words.mutable_data_ptr()), begin, end);
+    }
+  });
+  task.x = static_cast<const uint8_t*>(words.const_data_ptr());
+  task.channels = depth;
+  task.pixel_stride = depth * size;
+  task.row_stride = task.width * task.pixel_stride;
+  task.image_stride = task.height * task.row_stride;
+  return words;
+}
+
+// A pixel of zero points in the words of the kernel.
+Tensor border_of(int64_t channels, int64_t zero_point) {
+  const bool bytes = kernels().convolve.per_word == 4;
+  Tensor border = at::detail::empty_cpu({channels}, bytes ? at::kByte : at::kShort);
+  if (bytes) {
+    std::memset(border.mutable_data_ptr(), static_cast<int>(zero_point), static_cast<size_t>(channels));
+  } else {
+    std::fill_n(static_cast<int16_t*>(border.mutable_data_ptr()), channels, static_cast<int16_t>(zero_point));
+  }
+  return border;
+}
+
+void run(ConvolveTask& task, const Product& product, int64_t images, at::ScalarType type, Tensor& out) {
   const int64_t outs = task.out_channels;
   const Numbers scales(product.weight_scale, 1, outs), biases(product.bias, 1, outs);
-  const Tensor border = at::detail::empty_cpu({task.channels}, at::kByte);
-  std::memset(border.mutable_data_ptr(), static_cast<int>(product.zero_point), static_cast<size_t>(task.channels));
-  task.border = border.const_data_ptr<uint8_t>();
+  const Tensor words = to_words(task, images), border = border_of(task.channels, product.zero_point);
+  task.border = static_cast<const uint8_t*>(border.const_data_ptr());
   task.weight = product.weight.const_data_ptr<int8_t>();
   task.weight_scale = scales.data();
   task.weight_sum = product.weight_sum.const_data_ptr<int32_t>();
@@ -77,10 +130,11 @@ void run(ConvolveTask& task, const Product& product, at::ScalarType type, Tensor
   task.type = type == at::kBFloat16 ? Type::bf16 : Type::f32;
   task.out = out.mutable_data_ptr();
   const int64_t chunks = (task.pixels + convolve_chunk_pixels - 1) / convolve_chunk_pixels;
-  const int64_t blocks = ConvolveBlocks(outs).count(), depth = product.weight.numel() / std::max<int64_t>(outs, 1);
+  const ConvolveKernel& kernel = kernels().convolve;
+  const int64_t blocks = ConvolveBlocks(outs, kernel.groups_per_block).count(), depth = product.weight.numel() / std::max<int64_t>(outs, 1);
   // A word of four products costs about as much as a quarter of a number elsewhere.
   for_items(blocks * chunks, task.pixels * outs / (blocks * chunks) * depth / 16,
-            [&](int64_t begin, int64_t end) { kernels().convolve(task, begin, end); });
+            [&](int64_t begin, int64_t end) { kernel.run(task, begin, end); });
 }
 
 Tensor convolve(
@@ -119,7 +173,7 @@ Tensor convolve(
     added = (add->scalar_type() == type ? *add : add->to(type)).contiguous(at::MemoryFormat::ChannelsLast);
     task.add = added.const_data_ptr(), task.add_stride = task.out_channels;
   }
-  run(task, product, type, out);
+  run(task, product, x.size(0), type, out);
   return out;
 }
 
@@ -147,7 +201,7 @@ Tensor linear(
     if (added.stride(1) != 1 && added.size(1) != 1) added = added.contiguous();
     task.add = added.const_data_ptr(), task.add_stride = added.stride(0);
   }
-  run(task, product, type, out);
+  run(task, product, 1, type, out);
   return out;
 }
 
@@ -155,10 +209,6 @@ TORCH_LIBRARY_IMPL(stepquant, CPU, library) {
   library.impl("pack_weight", pack_weight);
   library.impl("convolve", convolve);
   library.impl("linear", linear);
-}
-
-TORCH_LIBRARY_FRAGMENT(stepquant, library) {
-  library.def("convolves() -> bool", convolves);
 }
 
 }  // namespace

@@ -34,7 +34,7 @@ Kernels choose() {
   if (__builtin_cpu_supports("avx512vnni")) {
     const bool tiles = tiles_granted();
     chosen.name = tiles ? "amx" : "avx512vnni";
-    chosen.convolve = convolve_vnni;
+    chosen.convolve = avx512vnni_convolve;
     chosen.attention = tiles ? amx_attention : avx512vnni_attention;
   }
   return chosen;

@@ -110,19 +110,20 @@ struct AttentionKernels {
   void (*attend)(const AttentionTask& task, int64_t begin, int64_t end);  // items are (batch, head, query block)
 };
 
-// A convolution of bytes (batch, height, width, channels) with signed bytes, packed by blocks of output channels.
+// A convolution of codes (batch, height, width, channels), as bytes or shorts, with signed bytes, packed by blocks of
+// output channels.
 struct ConvolveTask {
   const uint8_t* x;
   int64_t image_stride, row_stride, pixel_stride;  // bytes
-  int64_t height, width, channels;  // of the input; channels are a multiple of 4
+  int64_t height, width, channels;  // of the input; channels come in whole words
   int64_t doubled;  // 1: every pixel counts twice in both directions, else 0
   int64_t out_height, out_width, out_channels;
   int64_t pixels;  // of the output, of all images
   int64_t kernel_height, kernel_width, stride_y, stride_x, top, left, dilation_y, dilation_x;
-  const uint8_t* border;  // as many zero points as channels
+  const uint8_t* border;  // a pixel of zero points
   const int8_t* weight;
   const float* weight_scale;  // per output channel
-  const int32_t* weight_sum;  // per output channel, padded with zeros to whole vectors
+  const int32_t* weight_sum;  // per output channel, padded with zeros to whole groups
   const float* bias;  // per output channel, or null
   float scale;
   int32_t zero_point;
@@ -132,17 +133,33 @@ struct ConvolveTask {
   void* out;
 };
 
-// Output channels as blocks of one to four vectors of 16, as equal as possible, the larger first.
+constexpr int64_t convolve_chunk_pixels = 24;  // of the output in one item
+constexpr int64_t convolve_group = 16;  // output channels that are packed together, the last filled up
+
+namespace {
+
+// Output channels as blocks of at most so many groups, as equal as possible, the larger first.
 class ConvolveBlocks {
  public:
-  explicit ConvolveBlocks(int64_t out_channels)
-      : total_((out_channels + 15) / 16), count_((total_ + 3) / 4), least_(total_ / count_), larger_(total_ % count_) {}
+  ConvolveBlocks(int64_t out_channels, int64_t most)
+      : total_((out_channels + convolve_group - 1) / convolve_group),
+        count_((total_ + most - 1) / most),
+        least_(total_ / count_),
+        larger_(total_ % count_) {}
   int64_t count() const { return count_; }
-  int64_t vectors(int64_t block) const { return least_ + (block < larger_ ? 1 : 0); }
+  int64_t groups(int64_t block) const { return least_ + (block < larger_ ? 1 : 0); }
   int64_t first(int64_t block) const { return block * least_ + (block < larger_ ? block : larger_); }
 
  private:
   int64_t total_, count_, least_, larger_;
+};
+
+}  // namespace
+
+struct ConvolveKernel {
+  int64_t per_word;  // codes in a word of 32 bits: four bytes or two shorts
+  int64_t groups_per_block;  // at most
+  void (*run)(const ConvolveTask& task, int64_t begin, int64_t end);  // items are (block, chunk)
 };
 
 struct Kernels {
@@ -152,18 +169,15 @@ struct Kernels {
   void (*layer_norm)(const LayerNormTask& task, int64_t begin, int64_t end);  // items are rows
   void (*upsample)(const UpsampleTask& task, int64_t begin, int64_t end);  // items are input rows of all images
   AttentionKernels attention;  // those of AVX-512 come from a file of their own
-  void (*convolve)(const ConvolveTask& task, int64_t begin, int64_t end);  // items are (block, chunk); null without VNNI
+  ConvolveKernel convolve;
 };
-
-constexpr int64_t convolve_chunk_pixels = 24;  // of the output in one item
-
 
 extern const Kernels plain_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 extern const AttentionKernels avx512vnni_attention;
 extern const AttentionKernels amx_attention;
-void convolve_vnni(const ConvolveTask& task, int64_t begin, int64_t end);
+extern const ConvolveKernel avx512vnni_convolve;
 
 const Kernels& kernels();
 

@@ -1,5 +1,6 @@
 // The kernels with the instructions that every machine has.
 #include "attention.h"
+#include "convolve.h"
 #include "group_norm.h"
 #include "layer_norm.h"
 #include "quantize.h"
@@ -14,7 +15,7 @@ extern const Kernels plain_kernels = {
     layer_norm,
     upsample,
     {packed_bytes<VectorDot<Shorts>>, pack<VectorDot<Shorts>>, attend<VectorDot<Shorts>>},
-    nullptr,
+    convolve_kernel,
 };
 
 }  // namespace stepquant

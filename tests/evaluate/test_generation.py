@@ -36,7 +36,7 @@ def test_a_breakdown_names_what_ran(pipeline: DDIMPipeline) -> None:
     assert found["ceilings"]["gigabytes_per_second"] > 0
 
 
-@pytest.mark.skipif(not ops.convolves(), reason="no kernel of this package for this processor")
+@pytest.mark.skipif(not ops.compiled(), reason="the extension stepquant._C was not built")
 def test_integer_products_are_counted() -> None:
     product = ops.Product.of(torch.ones(48, 8, 3, 3, dtype=torch.int8), torch.ones(48), None)
     codes = torch.ones(1, 8, 6, 6, dtype=torch.uint8)

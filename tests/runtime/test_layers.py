@@ -11,7 +11,8 @@ from stepquant.runtime.lower import integer_layer
 from stepquant.runtime.reference import Code
 from tests.runtime.synthetic import expected, filled, grids, integer_sums
 
-needs_integers = pytest.mark.skipif(cpu.why_no_integers() is not None, reason=str(cpu.why_no_integers()))
+needs_integers = pytest.mark.skipif(cpu.why_no_integers(1) is not None, reason=str(cpu.why_no_integers(1)))
+needs_groups = pytest.mark.skipif(cpu.why_no_integers(2) is not None, reason=str(cpu.why_no_integers(2)))
 
 GEOMETRIES = {
     "3x3": (lambda: nn.Conv2d(16, 32, 3, padding=1), (2, 16, 8, 8)),
@@ -48,14 +49,17 @@ def test_every_geometry_agrees_with_exact_sums(name: str, dtype: torch.dtype) ->
     make, shape = GEOMETRIES[name]
     layer = make()
     new, x = filled(layer, grids("int8/channel uint8/tensor"), -1.3, 2.9), torch.randn(shape).to(dtype)
-    out = new(x)
-    assert new.integer, new.reason
+    out, reason = new(x), cpu.why_no_integers(getattr(layer, "groups", 1))
+    assert new.reason == reason
     assert out.dtype == dtype
-    close(out, expected(layer, new, x))
+    if reason is None or dtype == torch.float32:
+        close(out, expected(layer, new, x))
 
 
 @needs_integers
-@pytest.mark.parametrize("name", ["odd", "depthwise", "uneven border", "linear"])
+@pytest.mark.parametrize(
+    "name", ["odd", pytest.param("depthwise", marks=needs_groups), "uneven border", "linear"]
+)
 def test_sums_are_the_same_integers(name: str) -> None:
     """With scales of one and no bias the output is the sum itself, which float32 holds exactly."""
     torch.manual_seed(0)
@@ -172,12 +176,23 @@ def test_other_paddings_run_in_float(mode: str) -> None:
 
 
 def test_a_cpu_that_saturates_runs_in_float_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "why_no_integers", lambda: "products saturate")
+    monkeypatch.setattr(layers, "why_no_integers", lambda groups: "products saturate")
     layer, x = nn.Linear(8, 4), torch.randn(3, 8)
     new = filled(layer, grids("int8/channel uint8/tensor"), -2.0, 2.0)
     assert not new.integer
     assert new.reason == "products saturate"
     close(new(x), expected(layer, new, x))
+
+
+@pytest.mark.skipif(not layers.ops.compiled(), reason="the extension stepquant._C was not built")
+def test_where_onednn_saturates_only_groups_run_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "why_not_onednn", lambda: "products saturate")
+    spec = grids("int8/channel uint8/tensor")
+    whole, grouped = (
+        filled(nn.Conv2d(8, 8, 3, groups=groups), spec, -2.0, 2.0).prepared() for groups in (1, 2)
+    )
+    assert whole.integer
+    assert grouped.reason == "products saturate, and own kernels take no groups"
 
 
 def test_the_self_check_sees_saturation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +204,7 @@ def test_the_self_check_sees_saturation(monkeypatch: pytest.MonkeyPatch) -> None
         return pairs.sum(-1).to(dtype)
 
     monkeypatch.setattr(cpu.LinearKernel, "__call__", clipped)
-    assert "saturate" in cpu.why_no_integers.__wrapped__()
+    assert "saturate" in cpu.why_not_onednn.__wrapped__()
 
 
 @pytest.mark.parametrize("grid", ["int8/channel", "int4/channel", "int3/group9", "uint8/channel"])

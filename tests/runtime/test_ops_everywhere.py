@@ -72,10 +72,11 @@ def test_compiles_into_one_graph() -> None:
 def test_lesser_processors_keep_the_contract(capability: str, kernels: str) -> None:
     """The contract once more in a process that is told to have fewer instructions."""
     chosen = "widths or zero_points or grids or straddles or layer_norm_quantize or activation or length or saturates"
+    chosen += " or bytes_of_the_specification or extreme_sums or layouts"
     script = BARE + (
         "import pytest; from stepquant.runtime import ops\n"
         f"assert ops.capability() == {kernels!r}, ops.capability()\n"
-        "files = ['test_ops.py', 'test_ops_attention.py']\n"
+        "files = ['test_ops.py', 'test_ops_attention.py', 'test_ops_convolve.py']\n"
         f"sys.exit(pytest.main(['-q', '-x', '--noconftest', '-p', 'no:cacheprovider', '-k', {chosen!r}, *files]))\n"
     )
     environment = os.environ | {

@@ -20,7 +20,7 @@ from stepquant.runtime.cpu import ConvKernel, LinearKernel, why_no_integers
 from tests.models.tiny import unconditional
 from tests.runtime.synthetic import quantized
 
-pytestmark = pytest.mark.skipif(why_no_integers() is not None, reason=str(why_no_integers()))
+pytestmark = pytest.mark.skipif(why_no_integers(1) is not None, reason=str(why_no_integers(1)))
 FLOAT_OPS = (
     "aten::conv2d",
     "aten::convolution",
@@ -87,7 +87,7 @@ def test_the_trace_of_a_lowered_network_holds_integer_operations_only(
 def test_a_silent_float_fallback_fails_the_proof(
     frozen: tuple[UNet2DModel, Artifact], x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "why_no_integers", lambda: "told to")
+    monkeypatch.setattr(layers, "why_no_integers", lambda groups: "told to")
     model = lowered(frozen)
     with pytest.raises(AssertionError):
         prove(model, frozen[1], x)
@@ -112,7 +112,7 @@ def test_onednn_reports_kernels_on_bytes_where_it_computes(
     """The library's own log says which implementation ran, with the data types it was given."""
     script = (
         "import torch; from torch import nn\n"
-        "from stepquant.runtime import ops; ops.convolves = lambda: False\n"
+        "from stepquant.runtime.cpu import PackedKernel; PackedKernel.make_product = lambda self: None\n"
         "from tests.runtime.synthetic import filled, grids\n"
         "spec = grids('int8/channel uint8/tensor')\n"
         "filled(nn.Conv2d(16, 16, 3, padding=1), spec, -1., 1.)(torch.randn(1, 16, 8, 8))\n"
@@ -140,7 +140,7 @@ def test_coverage_counts_every_multiplication(frozen: tuple[UNet2DModel, Artifac
     found = coverage(model, {"sample": x, "timestep": 5})
     lines = {(line.path, line.kind): line for line in found.lines}
     assert lines["conv_in", "layer"].macs == 2 * 16 * 16 * 16 * 3 * 9
-    assert lines["conv_in", "layer"].kernel == ConvKernel.name  # three channels do not fill a word
+    assert lines["conv_in", "layer"].kernel == (ConvKernel.own_name if ops.compiled() else ConvKernel.name)
     attention = lines["mid_block.attentions.0", "product"]
     assert attention.macs == 2 * 2 * 4 * (8 * 8) ** 2 * 8
     assert attention.integer == ops.compiled()

@@ -99,7 +99,7 @@ def ceilings() -> dict[str, float]:
 
 def integer_product() -> tuple[Callable[[], Any], int] | None:
     """A product of bytes large enough to hide what surrounds it."""
-    if not ops.convolves():
+    if not ops.compiled():
         return None
     rows, width = 4096, 512
     weight = torch.ones(width, width, 1, 1, dtype=torch.int8)

@@ -1,7 +1,7 @@
 """Integer convolutions and linears: bytes times signed bytes, summed in 32 bits, without error.
 
-Where the processor has VNNI they run in this package's own kernels, which start sooner; elsewhere, and for shapes that
-those do not take, in oneDNN's. Both give the same sums.
+They run in this package's own kernels, which start sooner and never saturate; without the extension, and with groups,
+in oneDNN's, if those give the same sums on this processor.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ class PackedKernel(ABC):
     def product(self) -> ops.Product | None:
         """The weight for the own kernel, which leaves what it adds as it was; None where it cannot take this layer."""
         if not self.products:
-            self.products.append(self.make_product() if ops.convolves() else None)
+            self.products.append(self.make_product() if ops.compiled() else None)
         return self.products[0]
 
     def make_product(self) -> ops.Product | None:
-        weight = self.weight()
-        if self.geometry.groups > 1 or weight.shape[1] % 4:
+        if self.geometry.groups > 1:
             return None
+        weight = self.weight()
         image = weight if weight.dim() == 4 else weight[:, :, None, None]
         return ops.Product.of(image, self.scales, self.bias)
 
@@ -188,11 +188,19 @@ def joined(kernels: Sequence[LinearKernel]) -> LinearKernel:
     return LinearKernel(weight, scales, torch.cat(biases), kernels[0].code, kernels[0].geometry)
 
 
-@cache
-def why_no_integers() -> str | None:
-    """None if u8 x s8 products are summed without error here; otherwise what stands in the way.
+def why_no_integers(groups: int) -> str | None:
+    """None if products in so many groups are summed without error here; otherwise what stands in the way."""
+    if ops.compiled() and groups == 1:
+        return None
+    reason = why_not_onednn()
+    return f"{reason}, and own kernels take no groups" if reason and ops.compiled() else reason
 
-    Without VNNI the products are added in pairs in 16 bits, where 2 * 255 * 127 saturates.
+
+@cache
+def why_not_onednn() -> str | None:
+    """None if oneDNN sums u8 x s8 products without error here.
+
+    Without VNNI it adds them in pairs in 16 bits, where 2 * 255 * 127 saturates.
     """
     width = 128
     codes, weight = (
@@ -200,13 +208,14 @@ def why_no_integers() -> str | None:
         torch.full((16, width), 127, dtype=torch.int8),
     )
     code, ones = Code(1.0, 0), torch.ones(16)
+    linear = LinearKernel(lambda: weight, ones, None, code, Geometry())
+    conv = ConvKernel(lambda: weight.reshape(16, width, 1, 1), ones, None, code, Geometry())
+    linear.products = conv.products = [None]
+    image = codes.reshape(16, width, 1, 1).to(memory_format=torch.channels_last)
     try:
-        linear = LinearKernel(lambda: weight, ones, None, code, Geometry())(codes, torch.float32)
-        image = codes.reshape(16, width, 1, 1).to(memory_format=torch.channels_last)
-        filters = weight.reshape(16, width, 1, 1)
-        conv = ConvKernel(lambda: filters, ones, None, code, Geometry())(image, torch.float32)
+        outs = (linear(codes, torch.float32), conv(image, torch.float32))
     except (AttributeError, RuntimeError) as error:
         return f"this build of torch has no oneDNN integer kernels ({str(error).splitlines()[0][:80]})"
-    if all((out == 255 * 127 * width).all() for out in (linear, conv)):
+    if all((out == 255 * 127 * width).all() for out in outs):
         return None
-    return "u8 x s8 products saturate on this CPU (it has no VNNI)"
+    return "oneDNN's u8 x s8 products saturate on this CPU (it has no VNNI)"

@@ -101,8 +101,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *codes: f
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    vectors = (weight.shape[0] + 15) // 16
-    return weight.new_empty(16 * vectors * weight[0].numel())
+    outputs, inputs = ((size + unit - 1) // unit * unit for size, unit in zip(weight.shape, (16, 4)))
+    return weight.new_empty(outputs * inputs * weight[0, 0].numel())
 
 
 def convolve(

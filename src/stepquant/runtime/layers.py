@@ -136,7 +136,7 @@ class IntegerLayer(nn.Module, ABC):
         centred = integers - zero_point
         if centred.min() < -128 or centred.max() > 127:
             return "weights minus their zero point need more than a signed byte"
-        return self.geometry_reason() or why_no_integers()
+        return self.geometry_reason() or why_no_integers(self.geometry().groups)
 
     def geometry_reason(self) -> str | None:
         return None

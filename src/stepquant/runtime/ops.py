@@ -24,7 +24,6 @@ __all__ = [
     "attention",
     "compiled",
     "convolve",
-    "convolves",
     "group_norm",
     "group_norm_quantize",
     "layer_norm_quantize",
@@ -174,23 +173,17 @@ class Product(NamedTuple):
 
     weight: Tensor  # packed
     scale: Tensor  # per output channel
-    sums: Tensor  # of each output channel's bytes, padded to whole vectors
+    sums: Tensor  # of each output channel's bytes, padded to whole groups of 16
     bias: Tensor | None
     kernel: tuple[int, int]
 
     @classmethod
     def of(cls, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Product:
-        """Of signed bytes (out, in, height, width); input channels come in fours."""
+        """Of signed bytes (out, in, height, width)."""
         sums = torch.zeros((weight.shape[0] + 15) // 16 * 16, dtype=torch.int32)
         sums[: weight.shape[0]] = weight.sum((1, 2, 3), dtype=torch.int32)
         packed = torch.ops.stepquant.pack_weight.default(weight)
         return cls(packed, scale.float(), sums, bias, (weight.shape[2], weight.shape[3]))
-
-
-@cache
-def convolves() -> bool:
-    """Whether this processor has the instructions of `convolve` and `linear`."""
-    return _COMPILED and bool(torch.ops.stepquant.convolves())
 
 
 def convolve(
