@@ -1,8 +1,8 @@
 // The kernels with AVX2 instructions.
 #include "attention.h"
-#include "convolve.h"
 #include "group_norm.h"
 #include "layer_norm.h"
+#include "patches.h"
 #include "quantize.h"
 #include "upsample.h"
 
@@ -15,7 +15,7 @@ extern const Kernels avx2_kernels = {
     layer_norm,
     upsample,
     {packed_bytes<VectorDot<Shorts>>, pack<VectorDot<Shorts>>, attend<VectorDot<Shorts>>},
-    convolve_kernel,
+    {2, groups_per_block, convolve, convolve_patches},
 };
 
 }  // namespace stepquant

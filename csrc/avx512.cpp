@@ -1,5 +1,4 @@
-// The kernels with AVX-512 instructions; attention needs more of them and has its own files.
-#include "convolve.h"
+// The kernels with AVX-512 instructions; integer products need more of them.
 #include "group_norm.h"
 #include "layer_norm.h"
 #include "quantize.h"
@@ -14,7 +13,7 @@ extern const Kernels avx512_kernels = {
     layer_norm,
     upsample,
     {},
-    convolve_kernel,
+    {},
 };
 
 }  // namespace stepquant

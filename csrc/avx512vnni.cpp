@@ -10,6 +10,6 @@ extern const AttentionKernels avx512vnni_attention = {
     attend<VectorDot<Bytes>>,
 };
 
-extern const ConvolveKernel avx512vnni_convolve = convolve_kernel;
+extern const ConvolveKernel avx512vnni_convolve = {4, groups_per_block, convolve, nullptr};
 
 }  // namespace stepquant

@@ -84,16 +84,16 @@ STEPQUANT_INLINE void point(
   }
 }
 
-template <int64_t rows, int64_t vectors>
+template <int64_t rows, int64_t vectors, class Weight>
 STEPQUANT_INLINE void accumulate(
-    const uint8_t* const* pixels, int64_t words, const int8_t* weight, Ints (&sum)[rows][vectors]) {
-  constexpr int64_t bytes = lanes * Word::per_word;  // of a vector of weights
+    const uint8_t* const* pixels, int64_t words, const Weight* weight, Ints (&sum)[rows][vectors]) {
+  constexpr int64_t size = lanes * Word::per_word;  // of a vector of weights
   const uint8_t* from[rows];
   for (int64_t r = 0; r < rows; ++r) from[r] = pixels[r];
   for (int64_t w = 0; w < words; ++w) {
     Ints b[vectors];
 #pragma GCC unroll 4
-    for (int64_t v = 0; v < vectors; ++v) b[v] = Word::weights(weight + (w * vectors + v) * bytes);
+    for (int64_t v = 0; v < vectors; ++v) b[v] = Word::weights(weight + (w * vectors + v) * size);
 #pragma GCC unroll 8
     for (int64_t r = 0; r < rows; ++r) {
       const Ints a = repeat_word(from[r] + 4 * w);
@@ -134,6 +134,15 @@ STEPQUANT_INLINE void emit_sums(const ConvolveTask& task, int64_t pixel, int64_t
   }
 }
 
+template <int64_t rows>
+STEPQUANT_INLINE void emit_rows(const ConvolveTask& task, int64_t pixel, int64_t channel, const Ints* sums) {
+  if (task.type == Type::bf16) {
+    emit_sums<bf16, rows>(task, pixel, channel, sums);
+  } else {
+    emit_sums<float, rows>(task, pixel, channel, sums);
+  }
+}
+
 template <int64_t rows, int64_t vectors>
 void convolve_tile(const ConvolveTask& task, const int8_t* weight, int64_t pixel, int64_t channel) {
   Tile tile;
@@ -160,11 +169,7 @@ void convolve_tile(const ConvolveTask& task, const int8_t* weight, int64_t pixel
     Ints sums[rows];
 #pragma GCC unroll 8
     for (int64_t r = 0; r < rows; ++r) sums[r] = sum[r][v];
-    if (task.type == Type::bf16) {
-      emit_sums<bf16, rows>(task, pixel, c, sums);
-    } else {
-      emit_sums<float, rows>(task, pixel, c, sums);
-    }
+    emit_rows<rows>(task, pixel, c, sums);
   }
 }
 
@@ -208,8 +213,6 @@ void convolve(const ConvolveTask& task, int64_t begin, int64_t end) {
     }
   }
 }
-
-constexpr ConvolveKernel convolve_kernel = {Word::per_word, groups_per_block, convolve};
 
 }  // namespace
 }  // namespace stepquant

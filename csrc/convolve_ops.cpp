@@ -9,6 +9,8 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
+constexpr int64_t least_patches = 4;  // fewer do not repay the transform of the weight
+
 int64_t groups_of(int64_t outs) {
   return (outs + convolve_group - 1) / convolve_group;
 }
@@ -116,6 +118,13 @@ Tensor border_of(int64_t channels, int64_t zero_point) {
   return border;
 }
 
+// Whether patches of 2 x 2 outputs need fewer products.
+bool in_patches(const ConvolveTask& task) {
+  return kernels().convolve.run_patches && task.kernel_height == 3 && task.kernel_width == 3 && task.stride_y == 1 &&
+      task.stride_x == 1 && task.dilation_y == 1 && task.dilation_x == 1 && task.channels % 16 == 0 &&
+      task.channels <= patches_most_channels && task.patches >= least_patches;
+}
+
 void run(ConvolveTask& task, const Product& product, int64_t images, at::ScalarType type, Tensor& out) {
   const int64_t outs = task.out_channels;
   const Numbers scales(product.weight_scale, 1, outs), biases(product.bias, 1, outs);
@@ -129,12 +138,18 @@ void run(ConvolveTask& task, const Product& product, int64_t images, at::ScalarT
   task.zero_point = static_cast<int32_t>(product.zero_point);
   task.type = type == at::kBFloat16 ? Type::bf16 : Type::f32;
   task.out = out.mutable_data_ptr();
-  const int64_t chunks = (task.pixels + convolve_chunk_pixels - 1) / convolve_chunk_pixels;
   const ConvolveKernel& kernel = kernels().convolve;
-  const int64_t blocks = ConvolveBlocks(outs, kernel.groups_per_block).count(), depth = product.weight.numel() / std::max<int64_t>(outs, 1);
+  task.patches = images * ((task.out_height + 1) / 2) * ((task.out_width + 1) / 2);
+  const bool patches = in_patches(task);
+  const int64_t chunk = patches ? convolve_chunk_patches : convolve_chunk_pixels;
+  const int64_t chunks = ((patches ? task.patches : task.pixels) + chunk - 1) / chunk;
+  const int64_t blocks = patches ? (groups_of(outs) + convolve_part_groups - 1) / convolve_part_groups
+                                 : ConvolveBlocks(outs, kernel.groups_per_block).count();
+  const int64_t depth = product.weight.numel() / std::max<int64_t>(outs, 1);
   // A word of four products costs about as much as a quarter of a number elsewhere.
-  for_items(blocks * chunks, task.pixels * outs / (blocks * chunks) * depth / 16,
-            [&](int64_t begin, int64_t end) { kernel.run(task, begin, end); });
+  for_items(blocks * chunks, task.pixels * outs / (blocks * chunks) * depth / 16, [&](int64_t begin, int64_t end) {
+    (patches ? kernel.run_patches : kernel.run)(task, begin, end);
+  });
 }
 
 Tensor convolve(

@@ -75,9 +75,7 @@ struct Shorts {
   }
   static STEPQUANT_INLINE Ints key_dot(Ints sum, Ints query, Ints keys) { return value_dot(sum, query, keys); }
   static STEPQUANT_INLINE Ints value_dot(Ints sum, Ints a, Ints b) {
-#if defined(__AVX512BW__)
-    return sum + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
     return sum + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
     return sum + (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
@@ -85,10 +83,9 @@ struct Shorts {
     return sum + (Ints)((Words)a << 16) / 65536 * ((Ints)((Words)b << 16) / 65536) + (a >> 16) * (b >> 16);
 #endif
   }
+  static STEPQUANT_INLINE Ints weights(const int16_t* from) { return load_words(from); }
   static STEPQUANT_INLINE Ints weights(const int8_t* from) {
-#if defined(__AVX512BW__)
-    return (Ints)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
     return (Ints)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
 #else
     STEPQUANT_VECTOR(int8_t, 2 * lanes) bytes;
