@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from stepquant.artifact import Artifact
 from stepquant.models.structure import structure
 from stepquant.quant.schemes import scheme
+from stepquant.runtime import ops
+from stepquant.runtime.coverage import coverage
 from stepquant.runtime.fused import Chain, Up
 from stepquant.runtime.lower import lower, prepare
 from stepquant.runtime.texts import Texts
@@ -86,6 +88,18 @@ def test_the_fused_network_is_as_near_to_float_as_the_unfused(variant: str, dtyp
     unfused = prepare(lowered, dtype, fuse=False)(x, 100, words()).sample
     assert relative(fused[0], true) < 1.2 * relative(unfused, true)
     assert relative(fused[0], unfused) < 0.05
+
+
+@torch.no_grad()
+def test_every_layer_of_a_fused_block_is_seen_at_work() -> None:
+    model = make()
+    lowered = lower(model, artifact_of(model))
+    arguments = {"sample": X, "timestep": torch.tensor(5), "encoder_hidden_states": words()}
+    lowered(**arguments)
+    found = coverage(lowered, arguments)
+    assert all(line.macs for line in found.lines), [line.path for line in found.lines if not line.macs]
+    assert found.share_of_planned == 1.0 or not ops.compiled()
+    assert all(one.joins for block in blocks(lowered) for one in block.joints)
 
 
 def test_what_is_declared() -> None:
