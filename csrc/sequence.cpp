@@ -44,6 +44,7 @@ class Sequence : public torch::CustomClassHolder {
   void push_device(c10::Device value) { push(value); }
   void push_ints(std::vector<int64_t> value) { push(std::move(value)); }
   void push_floats(std::vector<double> value) { push(std::move(value)); }
+  void push_no_numbers() { push(c10::List<std::optional<at::Scalar>>()); }
   void push_tensor(Tensor value) { push(std::move(value)); }
   void push_slot(int64_t slot) { last().arguments.push_back({IValue(), {known(slot)}}); }
   void push_slots(std::vector<int64_t> slots) {
@@ -143,6 +144,7 @@ TORCH_LIBRARY_FRAGMENT(stepquant, library) {
       .def("push_device", &Sequence::push_device)
       .def("push_ints", &Sequence::push_ints)
       .def("push_floats", &Sequence::push_floats)
+      .def("push_no_numbers", &Sequence::push_no_numbers)
       .def("push_tensor", &Sequence::push_tensor)
       .def("push_slot", &Sequence::push_slot)
       .def("push_slots", &Sequence::push_slots)

@@ -191,12 +191,11 @@ STEPQUANT_INLINE void store_first(T* to, Vector x, int64_t count) {
   std::memcpy(to, part, static_cast<size_t>(count) * sizeof(T));
 }
 
-// 2^x to 8e-8 relative; x below -126 counts as -126, x above 127 as 127.
-STEPQUANT_INLINE Floats exp2(Floats x) {
+// 2^x to 8e-8 relative for x from -126 to 127.
+STEPQUANT_INLINE Floats exp2_inside(Floats x) {
 #if defined(__AVX512F__)
   const Floats whole = (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  x = smaller(larger(x, splat(-126.0f)), splat(127.0f));
   const Floats shift = splat(12582912.0f);
   const Floats shifted = x + shift;
   const Floats whole = shifted - shift;
@@ -211,6 +210,15 @@ STEPQUANT_INLINE Floats exp2(Floats x) {
   return (Floats)_mm512_scalef_ps((__m512)p, (__m512)whole);
 #else
   return (Floats)(bits_of(p) + ((bits_of(shifted) - bits_of(shift)) << 23));
+#endif
+}
+
+// The same; x below -126 counts as -126, x above 127 as 127.
+STEPQUANT_INLINE Floats exp2(Floats x) {
+#if defined(__AVX512F__)
+  return exp2_inside(x);
+#else
+  return exp2_inside(smaller(larger(x, splat(-126.0f)), splat(127.0f)));
 #endif
 }
 

@@ -19,6 +19,7 @@ from stepquant.quant.insert import Inserted, insert
 from stepquant.quant.plan import Plan
 from stepquant.quant.quantizer import Quantizer
 from stepquant.quant.schemes import scheme
+from stepquant.runtime.fused import Chain, Done, NormOut
 from stepquant.runtime.layers import IntegerLayer
 from stepquant.runtime.lower import integer_layer
 from tests.models.tiny import unconditional
@@ -133,6 +134,35 @@ def relative(got: Tensor, want: Tensor) -> float:
 def calling(model: nn.Module, batch: int = 2) -> Callable[[int], Tensor]:
     inputs = inputs_of(model, batch)
     return lambda t: model(timestep=torch.tensor(t), **inputs).sample
+
+
+def check_blocks(lowered: nn.Module) -> list[type[Chain]]:
+    """From now on every fused block is compared with the forward of its class, over the same layers and input."""
+    seen: list[type[Chain]] = []
+    given: dict[nn.Module, Tensor] = {}
+
+    def first(args: tuple, kwargs: dict) -> Tensor:
+        return args[0] if args else kwargs["hidden_states"]
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given[module] = first(args, kwargs).clone()
+
+    def check(module: nn.Module, args: tuple, kwargs: dict, out: Tensor | tuple[Tensor, ...]) -> None:
+        got = out if isinstance(out, Tensor) else out[0]
+        if got.dtype == torch.uint8 or isinstance(module.forward, Done | NormOut):
+            return
+        assert torch.equal(first(args, kwargs), given[module]), "the input was written to: it may be a skip"
+        skip = kwargs.pop("skip", None)
+        args = args if skip is None else (torch.cat([args[0], skip], 1), *args[1:])
+        want = type(module).forward(module, *args, **kwargs)
+        assert relative(got, want if isinstance(want, Tensor) else want[0]) < 4e-3, type(module)
+        seen.append(type(module.forward))
+
+    for module in lowered.modules():
+        if isinstance(module.__dict__.get("forward"), Chain):
+            module.register_forward_pre_hook(keep, with_kwargs=True)
+            module.register_forward_hook(check, with_kwargs=True)
+    return seen
 
 
 def artifact_of(model: nn.Module, split: bool = False) -> Artifact:

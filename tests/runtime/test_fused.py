@@ -6,11 +6,13 @@ from torch import Tensor, nn
 
 from stepquant.models.structure import structure
 from stepquant.runtime import fused
+from stepquant.runtime.attend import Attention
 from stepquant.runtime.lower import lower
 from tests.runtime.synthetic import (
     VARIANTS,
     artifact_of,
     calling,
+    check_blocks,
     make,
     noise,
     relative,
@@ -24,28 +26,7 @@ def test_every_fused_block_computes_what_its_own_class_computes(variant: str, sp
     """Each block alone, on the same input: the fused forward against the forward of its class over the same layers."""
     model = make(**VARIANTS[variant])
     lowered = lower(model, artifact_of(model, split), torch.float32)
-    seen: list[str] = []
-    given: dict[nn.Module, Tensor] = {}
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        given[module] = args[0].clone()
-
-    def check(module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
-        if not isinstance(out, Tensor) or out.dtype == torch.uint8:
-            return
-        assert torch.equal(args[0], given[module]), "the input was written to: it may be a skip"
-        skip = kwargs.pop("skip", None)
-        args = args if skip is None else (torch.cat([args[0], skip], 1), *args[1:])
-        want = type(module).forward(module, *args, **kwargs)
-        assert relative(out, want) < 4e-3, type(module)
-        seen.append(type(module).__name__)
-
-    for module in lowered.modules():
-        if isinstance(module.__dict__.get("forward"), fused.Chain) and not isinstance(
-            module.forward, fused.Up
-        ):
-            module.register_forward_pre_hook(keep, with_kwargs=True)
-            module.register_forward_hook(check, with_kwargs=True)
+    seen = check_blocks(lowered)
     calling(lowered)(100)
     assert seen or variant in ("scale and shift",)
 
@@ -54,7 +35,7 @@ def test_every_fused_block_computes_what_its_own_class_computes(variant: str, sp
 def test_which_blocks_are_fused() -> None:
     model = make(downsample_padding=0)
     lowered = lower(model, artifact_of(model))
-    kinds = dict.fromkeys((fused.Residual, fused.Attention, fused.Resample, fused.Up, fused.NormOut), 0)
+    kinds = dict.fromkeys((fused.Residual, Attention, fused.Resample, fused.Up, fused.NormOut), 0)
     for module in lowered.modules():
         forward = module.__dict__.get("forward")
         if type(forward) in kinds:

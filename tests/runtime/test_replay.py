@@ -216,6 +216,22 @@ def test_what_depends_on_values_or_chance_is_refused(function) -> None:
         record(function, noise(2, 3))
 
 
+def test_products_of_onednn_with_their_empty_list_of_numbers() -> None:
+    weight = torch.arange(512).remainder(101).sub(50).to(torch.int8).reshape(16, 32)
+    packed, scales = torch.ops.onednn.qlinear_prepack(weight, [2, 32]), torch.full((16,), 0.1)
+
+    def product(codes: Tensor) -> Tensor:
+        return torch.ops.onednn.qlinear_pointwise.default(
+            codes, 0.5, 3, packed, scales, torch.zeros(16, dtype=torch.int32), None,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+
+    out, sequence = record(product, torch.arange(64, dtype=torch.uint8).reshape(2, 32))
+    other = torch.arange(64, 128, dtype=torch.uint8).reshape(2, 32)
+    assert torch.equal(sequence.run([other])[0], product(other))
+    assert not torch.equal(product(other), out)
+
+
 def test_what_no_output_needs_is_left_out() -> None:
     _, sequence = record(lambda x: (x.exp(), x + 1)[1], noise(2, 3))
     assert sequence.size() == 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffusers.models import attention_processor, downsampling, resnet, upsampling
-from diffusers.models.unets import unet_2d_blocks
+from diffusers.models import activations, attention, attention_processor, downsampling, resnet, upsampling
+from diffusers.models.transformers import transformer_2d
+from diffusers.models.unets import unet_2d_blocks, unet_2d_condition
 from torch import nn
 
 from stepquant.errors import UnknownNameError
@@ -37,6 +38,25 @@ class AttentionUnit:
 
 
 @dataclass(frozen=True)
+class TransformerUnit:
+    """Group norm -> proj_in -> blocks over the pixels of an image -> proj_out (+ input)."""
+
+    path: str
+    linear: bool  # the projections are linears over pixels, otherwise convolutions over the image
+
+
+@dataclass(frozen=True)
+class TextBlock:
+    """Layer norm -> self-attention (+ input), layer norm -> attention to a text (+), layer norm -> GEGLU -> out (+)."""
+
+    path: str
+    heads: tuple[int, int]  # of the first and of the second attention
+    unless: tuple[str, ...] = (
+        "_chunk_size",
+    )  # attributes that change what the block computes once they are set
+
+
+@dataclass(frozen=True)
 class Resampler:
     """A convolution that reads the raw stream, before which pixels are doubled or a border is added."""
 
@@ -56,19 +76,26 @@ class UpBlock:
     attentions: tuple[str | None, ...]
     upsamplers: tuple[str, ...]
     sized: bool  # hands the upsampler a size
+    textual: bool  # hands the attention units a text
     unless: tuple[str, ...] = ()  # attributes that change what the block computes once they are set
 
 
 @dataclass(frozen=True)
 class Structure:
-    """All chains of one model. `tail` is norm -> SiLU -> head; `time` is projection -> embedding of t alone."""
+    """All chains of one model. `tail` is norm -> SiLU -> head; `time` is projection -> embedding of t alone.
+
+    `text` is the argument that reaches every text block as it is.
+    """
 
     residuals: tuple[ResidualUnit, ...] = ()
     attentions: tuple[AttentionUnit, ...] = ()
+    transformers: tuple[TransformerUnit, ...] = ()
+    text_blocks: tuple[TextBlock, ...] = ()
     resamplers: tuple[Resampler, ...] = ()
     up_blocks: tuple[UpBlock, ...] = ()
     tail: tuple[str, str, str] | None = None
     time: tuple[str, str] | None = None
+    text: str | None = None
 
     def time_layers(self) -> list[str]:
         """The layers between the time projection and what each residual unit adds."""
@@ -84,10 +111,13 @@ def structure(model: nn.Module) -> Structure:
     return Structure(
         residuals=tuple(residual_unit(p, m) for p, m in named if is_plain_residual(m)),
         attentions=tuple(attention_unit(p, m) for p, m in named if is_plain_attention(m)),
+        transformers=tuple(transformer_unit(p, m) for p, m in named if is_plain_transformer(m)),
+        text_blocks=tuple(text_block(p, m) for p, m in named if is_plain_text_block(m)),
         resamplers=tuple(resampler(p, m) for p, m in named if is_plain_resampler(m)),
         up_blocks=tuple(up_block(p, m) for p, m in named if is_plain_up_block(m)),
         tail=tail(model),
         time=time_path(model),
+        text=text_argument(model),
     )
 
 
@@ -123,18 +153,25 @@ def residual_unit(path: str, module: nn.Module) -> ResidualUnit:
     return ResidualUnit(path, float(module.output_scale_factor), timed, shortcut, width)  # type: ignore[arg-type]
 
 
-def is_plain_attention(module: nn.Module) -> bool:
-    """Self-attention over an image with the default processor and nothing between its projections and its product."""
+def is_default_attention(module: nn.Module | None) -> bool:
+    """Attention with the default processor and nothing between its projections and its product."""
     return (
         type(module) is attention_processor.Attention
-        and module._from_deprecated_attn_block
         and (type(module.processor) is attention_processor.AttnProcessor2_0 or hasattr(module, "product"))
-        and not module.is_cross_attention
         and module.added_kv_proj_dim is None
         and not module.fused_projections
         and all(
             getattr(module, name, None) is None for name in ("spatial_norm", "norm_q", "norm_k", "norm_cross")
         )
+    )
+
+
+def is_plain_attention(module: nn.Module) -> bool:
+    """Self-attention over an image."""
+    return bool(
+        is_default_attention(module)
+        and module._from_deprecated_attn_block
+        and not module.is_cross_attention
         and (module.group_norm is None or isinstance(module.group_norm, nn.GroupNorm))
     )
 
@@ -147,6 +184,50 @@ def attention_unit(path: str, module: nn.Module) -> AttentionUnit:
         residual=bool(module.residual_connection),
         divisor=float(module.rescale_output_factor),  # type: ignore[arg-type]
     )
+
+
+def is_plain_transformer(module: nn.Module) -> bool:
+    return (
+        type(module) is transformer_2d.Transformer2DModel
+        and bool(module.is_input_continuous)
+        and type(module.norm) is nn.GroupNorm
+    )
+
+
+def transformer_unit(path: str, module: nn.Module) -> TransformerUnit:
+    return TransformerUnit(path, linear=bool(module.use_linear_projection))
+
+
+def is_plain_text_block(module: nn.Module) -> bool:
+    return (
+        type(module) is attention.BasicTransformerBlock
+        and module.norm_type == "layer_norm"
+        and module.pos_embed is None
+        and not module.only_cross_attention
+        and all(type(norm) is nn.LayerNorm for norm in (module.norm1, module.norm2, module.norm3))
+        and is_bare_attention(module.attn1)
+        and is_bare_attention(module.attn2)
+        and not module.attn1.is_cross_attention
+        and bool(module.attn2.is_cross_attention)  # type: ignore[union-attr]
+        and type(module.ff) is attention.FeedForward
+        and [type(part) for part in module.ff.net][:2] == [activations.GEGLU, nn.Dropout]
+        and all(type(part) is nn.Dropout for part in module.ff.net[3:])
+    )
+
+
+def is_bare_attention(module: nn.Module | None) -> bool:
+    """Attention over rows of tokens, whose surroundings normalize and add."""
+    return bool(
+        is_default_attention(module)
+        and module.group_norm is None  # type: ignore[union-attr]
+        and not module.residual_connection  # type: ignore[union-attr]
+        and module.rescale_output_factor == 1.0  # type: ignore[union-attr]
+        and module.inner_kv_dim == module.inner_dim  # type: ignore[union-attr]
+    )
+
+
+def text_block(path: str, module: nn.Module) -> TextBlock:
+    return TextBlock(path, (int(module.attn1.heads), int(module.attn2.heads)))  # type: ignore[union-attr, arg-type]
 
 
 def is_plain_resampler(module: nn.Module) -> bool:
@@ -169,6 +250,7 @@ def resampler(path: str, module: nn.Module) -> Resampler:
 FREE_U = ("s1", "s2", "b1", "b2")
 UP_BLOCKS: dict[type[nn.Module], tuple[str, ...]] = {
     unet_2d_blocks.UpBlock2D: FREE_U,
+    unet_2d_blocks.CrossAttnUpBlock2D: FREE_U,
     unet_2d_blocks.AttnUpBlock2D: (),
 }
 
@@ -184,9 +266,15 @@ def up_block(path: str, module: nn.Module) -> UpBlock:
         tuple(f"{path}.{kind}.{i}" for i in range(len(getattr(module, kind, None) or ())))
         for kind in ("resnets", "attentions", "upsamplers")
     )
-    sized = type(module) is unet_2d_blocks.UpBlock2D
+    kind = type(module)
     return UpBlock(
-        path, residuals, attentions or (None,) * len(residuals), upsamplers, sized, UP_BLOCKS[type(module)]
+        path,
+        residuals,
+        attentions or (None,) * len(residuals),
+        upsamplers,
+        sized=kind is not unet_2d_blocks.AttnUpBlock2D,
+        textual=kind is unet_2d_blocks.CrossAttnUpBlock2D,
+        unless=UP_BLOCKS[kind],
     )
 
 
@@ -203,3 +291,9 @@ def tail(model: nn.Module) -> tuple[str, str, str] | None:
 def time_path(model: nn.Module) -> tuple[str, str] | None:
     names = ("time_proj", "time_embedding")
     return names if all(isinstance(getattr(model, name, None), nn.Module) for name in names) else None
+
+
+def text_argument(model: nn.Module) -> str | None:
+    """The argument that every text block reads unchanged."""
+    plain = type(model) is unet_2d_condition.UNet2DConditionModel and model.encoder_hid_proj is None
+    return "encoder_hidden_states" if plain else None

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepquant.models.parts import LEAVES, PRODUCTS
 from stepquant.runtime.cpu import ConvKernel, LinearKernel
-from stepquant.runtime.fused import Attention
+from stepquant.runtime.fused import Chain
 from stepquant.runtime.layers import IntegerLayer
-from stepquant.runtime.lower import forget_times
+from stepquant.runtime.lower import forget_kept
 from stepquant.runtime.product import IntegerProduct
 
 INTEGER_OPS = tuple(name for kind in (ConvKernel, LinearKernel) for name in (kind.own_name, kind.name))
@@ -70,7 +70,7 @@ class Coverage:
 
 def coverage(model: nn.Module, arguments: Mapping[str, Any]) -> Coverage:
     """Run `model(**arguments)` once and see which kernels each layer and product reached."""
-    forget_times(model)
+    forget_kept(model)
     with Trace(model) as trace, torch.no_grad():
         model(**arguments)
     return Coverage(tuple(trace.lines()))
@@ -93,7 +93,7 @@ class Trace(TorchDispatchMode):
             if isinstance(module, IntegerLayer):
                 self.stack.enter_context(self.watched(path, module, "from_codes"))
                 self.stack.enter_context(self.watched(path, module, "float_forward"))
-            elif isinstance(module.__dict__.get("forward"), Attention):
+            elif isinstance(module.__dict__.get("forward"), Chain):
                 self.stack.enter_context(apart(module.forward))
             if isinstance(module, (*LEAVES, IntegerProduct, *PRODUCTS)):
                 self.stack.enter_context(self.watched(path, module, "forward"))
@@ -177,13 +177,15 @@ class Trace(TorchDispatchMode):
 
 
 @contextmanager
-def apart(attention: Attention) -> Iterator[None]:
+def apart(chain: Chain) -> Iterator[None]:
     """While open, layers that share one product have one each, so that each can be seen."""
-    attention.joins = False
+    for joint in chain.joints:
+        joint.joins = False
     try:
         yield
     finally:
-        attention.joins = True
+        for joint in chain.joints:
+            joint.joins = True
 
 
 def multiplications(module: nn.Module, args: tuple[Any, ...], out: Any) -> int:

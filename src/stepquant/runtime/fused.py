@@ -15,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepquant.models.split import SplitLayer
-from stepquant.models.structure import AttentionUnit, Resampler, ResidualUnit, UpBlock
+from stepquant.models.structure import Resampler, ResidualUnit, UpBlock
 from stepquant.runtime import ops
-from stepquant.runtime.cpu import LinearKernel, joined
 from stepquant.runtime.layers import IntegerLayer
 from stepquant.runtime.times import TimeRows
 
 
 class Chain(ABC):
     """What stands in for the forward of `module`."""
+
+    joints: Sequence[Any] = ()  # groups of its layers that share one product
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -49,27 +50,14 @@ class NormThen:
     def __call__(
         self, x: Tensor, add: Tensor | None = None, skip: Tensor | None = None, into: Tensor | None = None
     ) -> Tensor:
-        kernel = kernel_of(self.layer)
+        return run(self.layer, self.normed(x, add, skip), x.dtype, into)
+
+    def normed(self, x: Tensor, add: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        """What the layer reads: codes, or floats if it computes in float."""
+        kernel, norming = kernel_of(self.layer), (x, self.weight, self.bias, self.groups, self.eps)
         if kernel is None:
-            y = ops.group_norm(
-                x, self.weight, self.bias, self.groups, self.eps, self.activation, add, None, None, skip
-            )
-            y = self.layer(y)
-            return y if into is None else y + into
-        codes = ops.group_norm_quantize(
-            x,
-            self.weight,
-            self.bias,
-            self.groups,
-            self.eps,
-            kernel.code,
-            self.activation,
-            add,
-            None,
-            None,
-            skip,
-        )
-        return self.layer.from_codes(codes, x.dtype, into)
+            return ops.group_norm(*norming, self.activation, add, None, None, skip)
+        return ops.group_norm_quantize(*norming, kernel.code, self.activation, add, None, None, skip)
 
 
 class Residual(Chain):
@@ -97,80 +85,6 @@ class Residual(Chain):
         if row is None:
             return self.module.time_emb_proj(F.silu(temb))
         return row if batch == 1 else row.expand(batch, -1)
-
-
-class Attention(Chain):
-    """Self-attention over the pixels of an image; q, k and v read one tensor, quantized once if they agree on how."""
-
-    def __init__(self, module: Any, unit: AttentionUnit) -> None:
-        super().__init__(module)
-        self.unit = unit
-        self.readers = (module.to_q, module.to_k, module.to_v)
-        self.widths = [layer.out_features for layer in self.readers]
-        self.joins = True
-        self.joint: tuple[tuple[LinearKernel, ...], LinearKernel] | None = None
-        self.norm = module.group_norm
-        self.out = module.to_out[0]
-        self.product = getattr(module, "product", None)
-        self.processor = module.processor
-
-    def __call__(
-        self,
-        x: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        changed = self.module.processor is not self.processor
-        if changed or encoder_hidden_states is not None or attention_mask is not None or x.dim() != 4:
-            return self.unfused(x, encoder_hidden_states, attention_mask, **kwargs)
-        batch, channels, height, width = x.shape
-        q, k, v = (
-            y.view(batch, height * width, self.unit.heads, -1).transpose(1, 2) for y in self.project(x)
-        )
-        mixed = self.product(q, k, v) if self.product is not None else F.scaled_dot_product_attention(q, k, v)
-        rows = mixed.transpose(1, 2).reshape(batch * height * width, -1)
-        out = self.finish(rows, x.permute(0, 2, 3, 1).reshape(rows.shape[0], channels))
-        out = out.view(batch, height, width, -1).permute(0, 3, 1, 2)
-        return out if self.unit.divisor == 1.0 else out / self.unit.divisor
-
-    def state(self) -> list[Any]:
-        return [self.module.processor, self.joins]
-
-    def project(self, x: Tensor) -> Sequence[Tensor]:
-        """Query, key and value, each (pixels, width)."""
-        norm, kernels = self.norm, tuple(kernel_of(layer) for layer in self.readers)
-        if kernels[0] is None or any(kernel is None or kernel.code != kernels[0].code for kernel in kernels):
-            y = x if norm is None else ops.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
-            return [layer(pixels(y)) for layer in self.readers]
-        code = kernels[0].code
-        if norm is None:
-            codes = ops.quantize(x, code)
-        else:
-            codes = ops.group_norm_quantize(x, norm.weight, norm.bias, norm.num_groups, norm.eps, code)
-        if not self.joins:
-            return [layer.from_codes(pixels(codes), x.dtype) for layer in self.readers]
-        return self.joint_kernel(kernels)(pixels(codes), x.dtype).split(self.widths, 1)
-
-    def joint_kernel(self, kernels: tuple[LinearKernel, ...]) -> LinearKernel:
-        """One product of all three widths, made again when a layer has made its own kernel again."""
-        code = kernels[0].code
-        if self.joint is None or any(a.packed is not b.packed for a, b in zip(self.joint[0], kernels)):
-            self.joint = (kernels, joined(kernels))
-        if self.joint[1].code != code:
-            self.joint = (kernels, self.joint[1].with_code(code))
-        return self.joint[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"joint": None}
-
-    def finish(self, rows: Tensor, residual: Tensor) -> Tensor:
-        kernel = kernel_of(self.out)
-        if kernel is None:
-            out = self.out(rows)
-            return out + residual if self.unit.residual else out
-        codes = ops.quantize(rows, kernel.code)
-        return self.out.from_codes(codes, rows.dtype, residual if self.unit.residual else None)
 
 
 class Resample(Chain):
@@ -206,13 +120,12 @@ class Up(Chain):
         hidden_states: Tensor,
         res_hidden_states_tuple: Sequence[Tensor],
         temb: Tensor | None = None,
-        upsample_size: Any = None,
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        if any(getattr(self.module, name, None) for name in self.unit.unless):
-            return self.unfused(hidden_states, res_hidden_states_tuple, temb, upsample_size, *args, **kwargs)
-        x = hidden_states
+        if args or any(getattr(self.module, name, None) for name in self.unit.unless):
+            return self.unfused(hidden_states, res_hidden_states_tuple, temb, *args, **kwargs)
+        x, size = hidden_states, kwargs.pop("upsample_size", None)
         for residual, attention, skip in zip(
             self.residuals, self.attentions, reversed(res_hidden_states_tuple)
         ):
@@ -220,9 +133,12 @@ class Up(Chain):
                 x = residual(x, temb, skip=skip)
             else:
                 x = residual(torch.cat([x, skip], dim=1), temb)
-            x = x if attention is None else attention(x)
+            if self.unit.textual:
+                x = attention(x, **kwargs, return_dict=False)[0]
+            elif attention is not None:
+                x = attention(x)
         for upsampler in self.upsamplers:
-            x = upsampler(x, upsample_size) if self.unit.sized else upsampler(x)
+            x = upsampler(x, size) if self.unit.sized else upsampler(x)
         return x
 
     def state(self) -> list[Any]:
@@ -258,6 +174,20 @@ def kernel_of(layer: Any) -> Any:
     return (layer.kernel or layer.prepared().kernel) if isinstance(layer, IntegerLayer) else None
 
 
+def codes_for(layer: Any, x: Tensor) -> Tensor:
+    """`x` as `layer` reads it: codes, or as it is."""
+    kernel = kernel_of(layer)
+    return x if kernel is None else ops.quantize(x, kernel.code)
+
+
+def run(layer: Any, x: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    """`layer` on codes, put out in `dtype`, or on floats; added to `into`, which may be consumed."""
+    if x.dtype == torch.uint8:
+        return layer.from_codes(x, dtype, into)  # type: ignore[no-any-return]
+    y = layer(x)
+    return y if into is None else y + into  # type: ignore[no-any-return]
+
+
 def read_raw(layer: Any, x: Tensor, skip: Tensor | None) -> Tensor:
     """`layer` on concat(x, skip), quantized without concatenating floats, in memory that may be written to."""
     if skip is None:
@@ -267,15 +197,8 @@ def read_raw(layer: Any, x: Tensor, skip: Tensor | None) -> Tensor:
         return layer.from_codes(ops.quantize_concat(x, skip, kernel.code), x.dtype)
     if isinstance(layer, SplitLayer) and layer.widths == (x.shape[1], skip.shape[1]):
         first, second = layer.children()
-        return add_layer(second, skip, first(x))
+        return run(second, codes_for(second, skip), x.dtype, first(x))
     return layer(torch.cat([x, skip], dim=1))
-
-
-def add_layer(layer: Any, x: Tensor, into: Tensor) -> Tensor:
-    kernel = kernel_of(layer)
-    return (
-        layer(x) + into if kernel is None else layer.from_codes(ops.quantize(x, kernel.code), x.dtype, into)
-    )
 
 
 def addable(x: Tensor, layer: Any) -> Tensor:

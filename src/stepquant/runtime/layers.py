@@ -42,6 +42,7 @@ class IntegerLayer(Stored, ABC):
         self.spec, self.weight_shape = spec, torch.Size(weight.shape)
         self.row = 0  # of the input's ranges, where there is one for every step
         self.kernels: dict[int, PackedKernel] = {}
+        self.codes: dict[int, Code] = {}
         self.emit: torch.dtype | None = None
         self.reason: str | None = "not prepared"
         self.kernel: PackedKernel | None = None
@@ -68,8 +69,10 @@ class IntegerLayer(Stored, ABC):
     def code(self) -> Code:
         """Where an input number lands in a byte. The only reader of the input's range."""
         assert self.spec.input is not None, "a weight-only layer has no input code"
-        scale, zero_point = self.input_scale[self.row].item(), self.input_zero_point[self.row].item()
-        return Code.of_grid(self.spec.input, scale, int(zero_point))
+        if self.row not in self.codes:
+            scale, zero_point = self.input_scale[self.row].item(), self.input_zero_point[self.row].item()
+            self.codes[self.row] = Code.of_grid(self.spec.input, scale, int(zero_point))
+        return self.codes[self.row]
 
     @property
     def stepped(self) -> bool:
@@ -111,8 +114,8 @@ class IntegerLayer(Stored, ABC):
     def forget(self) -> None:
         """Drop what was derived from the buffers; the next call derives it again."""
         self.kernel, self.ready = None, False
-        self.held.clear()
-        self.kernels.clear()
+        for derived in (self.held, self.kernels, self.codes):
+            derived.clear()
 
     def prepared(self) -> IntegerLayer:
         if not self.ready:
@@ -196,7 +199,7 @@ class IntegerLayer(Stored, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights are opaque to copy and pickle, and are derived again when needed.
-        return self.__dict__ | {"kernel": None, "ready": False, "held": {}, "kernels": {}}
+        return self.__dict__ | {"kernel": None, "ready": False, "held": {}, "kernels": {}, "codes": {}}
 
     def extra_repr(self) -> str:
         inputs = f", input {self.spec.input}" if self.spec.input else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,15 @@ from stepquant.models.denoiser import family_of
 from stepquant.models.split import split_concats
 from stepquant.models.structure import Structure, roles, structure
 from stepquant.runtime import ops
-from stepquant.runtime.fused import Attention, Chain, Done, NormOut, Resample, Residual, Up
+from stepquant.runtime.attend import Attention, Readers
+from stepquant.runtime.fused import Chain, Done, NormOut, Resample, Residual, Up
 from stepquant.runtime.layers import IntegerConv1d, IntegerConv2d, IntegerLayer, IntegerLinear
 from stepquant.runtime.product import IntegerProduct
 from stepquant.runtime.replay import Replay
 from stepquant.runtime.steps import StepForward, StepTensors
+from stepquant.runtime.texts import Texts
 from stepquant.runtime.times import Tabled, TimeRows, TimeTable
+from stepquant.runtime.transformer import Block, Transformer
 
 # Layers whose output meets the stream inside the model; all others emit the dtype that they receive.
 INTO_STREAM = ("stem", "modulate", "context", "k_text", "v_text", "k_added", "v_added", "q_added")
@@ -108,9 +111,9 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
         ):
             bind(module, FloatLayer(module, emit))
     if fuse:
-        times = install(model, chains)
+        times, texts = install(model, chains)
         if ops.compiled() and is_denoiser(model):
-            bind(model, Replay(model, times))
+            bind(model, Replay(model, times, texts, chains.text))
     tensors = getattr(model, "steps", None)
     if isinstance(tensors, StepTensors):
         bind(model, StepForward(model, tensors, model.__dict__.get("forward")))
@@ -131,12 +134,15 @@ def unbind(model: nn.Module) -> None:
             del module.forward
 
 
-def forget_times(model: nn.Module) -> None:
-    """Let the next call compute the rows of its t anew."""
+def forget_kept(model: nn.Module) -> None:
+    """Let the next call compute what it kept of t and of texts anew."""
     for module in model.modules():
-        times = getattr(module.__dict__.get("forward"), "__self__", None)
+        forward = module.__dict__.get("forward")
+        times = getattr(forward, "__self__", None)
         if isinstance(times, TimeRows):
             times.rows.clear()
+        elif isinstance(forward, Block):
+            forward.texts.kept.clear()
 
 
 class Reload:
@@ -175,27 +181,33 @@ def is_denoiser(model: nn.Module) -> bool:
     return True
 
 
-def install(model: nn.Module, chains: Structure) -> TimeRows | None:
-    """Rebind the forwards of the blocks that the structure declares; returns what holds the rows of t."""
+def install(model: nn.Module, chains: Structure) -> tuple[TimeRows | None, Texts]:
+    """Rebind the forwards of the blocks that the structure declares; returns what holds the rows of t and of texts."""
     times = install_times(model, chains)
-    timed = [unit.path for unit in chains.residuals if unit.timed]
     found: dict[str, Chain] = {}
+    timed = [unit.path for unit in chains.residuals if unit.timed]
     for residual in chains.residuals:
         index = timed.index(residual.path) if residual.timed else -1
         found[residual.path] = Residual(model.get_submodule(residual.path), residual, times, index)
-    for attention in chains.attentions:
-        found[attention.path] = Attention(model.get_submodule(attention.path), attention)
-    for resampler in chains.resamplers:
-        found[resampler.path] = Resample(model.get_submodule(resampler.path), resampler)
-    for up in chains.up_blocks:
-        found[up.path] = Up(model.get_submodule(up.path), up)
+    simple: tuple[tuple[Any, Sequence[Any]], ...] = (
+        (Attention, chains.attentions),
+        (Transformer, chains.transformers),
+        (Resample, chains.resamplers),
+        (Up, chains.up_blocks),
+    )
+    for kind, units in simple:
+        found |= {unit.path: kind(model.get_submodule(unit.path), unit) for unit in units}
+    blocks: list[Any] = [model.get_submodule(unit.path) for unit in chains.text_blocks]
+    texts = Texts([Readers(block.attn2.to_k, block.attn2.to_v) for block in blocks])
+    for index, (block, unit) in enumerate(zip(blocks, chains.text_blocks)):
+        found[unit.path] = Block(block, unit, texts, index)
     if chains.tail is not None:
         norm, activation, head = chains.tail
         found[norm] = NormOut(model.get_submodule(norm), model.get_submodule(head))
         found[activation] = Done(model.get_submodule(activation))
     for path, chain in found.items():
         bind(model.get_submodule(path), chain)
-    return times
+    return times, texts
 
 
 def bind(module: Any, forward: Callable[..., Any]) -> None:
@@ -207,7 +219,9 @@ def install_times(model: nn.Module, chains: Structure) -> TimeRows | None:
     if chains.time is None:
         return None
     projection, embedding = (model.get_submodule(path) for path in chains.time)
-    blocks = [model.get_submodule(f"{unit.path}.time_emb_proj") for unit in chains.residuals if unit.timed]
+    blocks: list[Any] = [
+        model.get_submodule(f"{unit.path}.time_emb_proj") for unit in chains.residuals if unit.timed
+    ]
     tensors = getattr(model, "steps", None)
     if isinstance(tensors, StepTensors) and tensors.spec.table:
         widths = [unit.width for unit in chains.residuals if unit.timed]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -44,6 +43,8 @@ def _load() -> bool:
 
 
 _COMPILED = _load()
+# Asked once, because torch.compile follows what returns a tensor and no text.
+_CAPABILITY: str = torch.ops.stepquant.capability() if _COMPILED else "none"
 
 
 def compiled() -> bool:
@@ -51,10 +52,9 @@ def compiled() -> bool:
     return _COMPILED
 
 
-@cache
 def capability() -> str:
     """The instruction set the kernels were dispatched to: amx, avx512vnni, avx512, avx2, plain, or none if not compiled."""
-    return torch.ops.stepquant.capability() if _COMPILED else "none"
+    return _CAPABILITY
 
 
 def quantize(x: Tensor, code: Code) -> Tensor:

@@ -129,6 +129,10 @@ def push(made: Any, kind: str, value: Any) -> None:
         made.push_text(value)
     elif isinstance(value, torch.device):
         made.push_device(value)
+    elif kind == "List[Optional[number]]":
+        if value:
+            raise UnrecordableError("an argument is a list of numbers of any kind")
+        made.push_no_numbers()
     elif isinstance(value, (tuple, list)):
         made.push_floats(list(value)) if any(isinstance(v, float) for v in value) else made.push_ints(
             list(value)

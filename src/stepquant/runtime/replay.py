@@ -22,6 +22,7 @@ from stepquant.models.denoiser import family_of
 from stepquant.runtime.fused import Chain
 from stepquant.runtime.layers import IntegerLayer
 from stepquant.runtime.recording import Recording, UnrecordableError
+from stepquant.runtime.texts import Texts
 from stepquant.runtime.times import Row, TimeRows
 
 KEPT_KINDS = 64
@@ -31,8 +32,9 @@ KNOWN_VALUES = (bool, int, float, str, type(None))
 class Replay:
     """Takes the place of a model's forward; its prediction comes from a recorded sequence where there is one."""
 
-    def __init__(self, model: nn.Module, times: TimeRows | None) -> None:
+    def __init__(self, model: nn.Module, times: TimeRows | None, texts: Texts, text: str | None) -> None:
         self.model, self.times = model, times
+        self.texts, self.text = texts, text  # by the name of the argument
         self.sequences: OrderedDict[Any, Any] = OrderedDict()  # None: seen once; False: cannot be recorded
         self.rests_on: State | None = None
         self.output: type | None = None  # what the model wraps its prediction in
@@ -72,9 +74,10 @@ class Replay:
         if self.rests_on is not None and not self.rests_on.still(watch):
             self.sequences.clear()
             self.rests_on = None
-        row = self.row_of(arguments[family.t])
-        inputs = tensors if row is None else [*tensors, row.projection, row.embedding, *row.blocks]
-        key = (kind, row is None, watch.stepped[0].row if watch.stepped else 0)
+        row, pairs = self.row_of(arguments[family.t]), self.pairs_of(arguments)
+        known = () if row is None else (row.projection, row.embedding, *row.blocks)
+        inputs = [*tensors, *known, *(rows for pair in pairs or () for rows in pair)]
+        key = (kind, row is None, pairs is None, watch.stepped[0].row if watch.stepped else 0)
         if key not in self.sequences:
             self.keep(key, None)
             return None
@@ -90,6 +93,9 @@ class Replay:
 
     def row_of(self, t: Tensor) -> Row | None:
         return None if self.times is None else self.times.row_of(t.reshape(-1))
+
+    def pairs_of(self, arguments: dict[str, Any]) -> tuple[tuple[Tensor, ...], ...] | None:
+        return self.texts.of(arguments.get(self.text)) if self.text is not None else None
 
     def record(self, key: Any, arguments: dict[str, Any], inputs: list[Tensor]) -> Tensor | None:
         """Run the model's own forward and remember what it did, if that can be done again."""

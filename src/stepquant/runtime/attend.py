@@ -1,0 +1,114 @@
+"""Attention run as one: what several projections read is quantized once, and they multiply as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stepquant.models.structure import AttentionUnit
+from stepquant.runtime import ops
+from stepquant.runtime.cpu import LinearKernel, joined
+from stepquant.runtime.fused import Chain, codes_for, kernel_of, pixels, run
+from stepquant.runtime.reference import Code
+
+
+class Readers:
+    """Linears that read one tensor: one product of all their widths, if they agree on the codes of it."""
+
+    def __init__(self, *layers: Any) -> None:
+        self.layers = layers
+        self.widths = [layer.out_features for layer in layers]
+        self.joins = True
+        self.joint: tuple[tuple[LinearKernel, ...], LinearKernel] | None = None
+
+    def kernels(self) -> tuple[Any, ...]:
+        return tuple(kernel_of(layer) for layer in self.layers)
+
+    def code(self) -> Code | None:
+        """The code that all of them read; None if they read floats."""
+        first, *others = self.kernels()
+        agree = first is not None and all(other is not None and other.code == first.code for other in others)
+        return first.code if agree else None
+
+    def __call__(self, rows: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+        """What each makes of rows of `code`, or of floats where there is none."""
+        if len(self.layers) == 1 or not self.joins or rows.dtype != torch.uint8:
+            return [run(layer, rows, dtype) for layer in self.layers]
+        return self.joint_kernel(self.kernels())(rows, dtype).split(self.widths, 1)
+
+    def joint_kernel(self, kernels: tuple[LinearKernel, ...]) -> LinearKernel:
+        """Made again when a layer has made its own kernel again."""
+        code = kernels[0].code
+        if self.joint is None or any(a.packed is not b.packed for a, b in zip(self.joint[0], kernels)):
+            self.joint = (kernels, joined(kernels))
+        if self.joint[1].code != code:
+            self.joint = (kernels, self.joint[1].with_code(code))
+        return self.joint[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"joint": None}
+
+
+class Mix:
+    """The product of one attention over rows of (batch * tokens, width), and the layer behind it."""
+
+    def __init__(self, module: Any, heads: int) -> None:
+        self.module, self.heads = module, heads
+        self.product = getattr(module, "product", None) or F.scaled_dot_product_attention
+        self.out = module.to_out[0]
+        self.processor = module.processor
+
+    def changed(self) -> bool:
+        """Whether somebody gave the attention another processor."""
+        return self.module.processor is not self.processor
+
+    def __call__(self, operands: Sequence[Tensor], batch: int, residual: Tensor | None) -> Tensor:
+        """Of query, key and value, added to `residual`."""
+        count = len(operands[0])
+        shape = (batch, -1, self.heads, operands[0].shape[1] // self.heads)
+        q, k, v = (rows.view(shape).transpose(1, 2) for rows in operands)
+        mixed = self.product(q, k, v)
+        rows = mixed.transpose(1, 2).reshape(count, -1)
+        return run(self.out, codes_for(self.out, rows), rows.dtype, residual)
+
+
+class Attention(Chain):
+    """Self-attention over the pixels of an image."""
+
+    def __init__(self, module: Any, unit: AttentionUnit) -> None:
+        super().__init__(module)
+        self.unit, self.norm = unit, module.group_norm
+        self.readers = Readers(module.to_q, module.to_k, module.to_v)
+        self.mix = Mix(module, unit.heads)
+        self.joints = (self.readers,)
+
+    def __call__(
+        self,
+        x: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        changed = self.mix.changed()
+        if changed or encoder_hidden_states is not None or attention_mask is not None or x.dim() != 4:
+            return self.unfused(x, encoder_hidden_states, attention_mask, **kwargs)
+        batch, channels, height, width = x.shape
+        residual = x.permute(0, 2, 3, 1).reshape(-1, channels) if self.unit.residual else None
+        out = self.mix(self.readers(pixels(self.normed(x)), x.dtype), batch, residual)
+        out = out.view(batch, height, width, -1).permute(0, 3, 1, 2)
+        return out if self.unit.divisor == 1.0 else out / self.unit.divisor
+
+    def state(self) -> list[Any]:
+        return [self.mix.module.processor, self.readers.joins]
+
+    def normed(self, x: Tensor) -> Tensor:
+        """What the projections read, as codes if they agree on them."""
+        norm, code = self.norm, self.readers.code()
+        if norm is None:
+            return x if code is None else ops.quantize(x, code)
+        norming = (x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+        return ops.group_norm(*norming) if code is None else ops.group_norm_quantize(*norming, code)

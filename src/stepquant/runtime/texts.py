@@ -1,0 +1,67 @@
+"""Keys and values of a text: the same at every step of a generation, so they are made once for each text."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stepquant.runtime import ops
+from stepquant.runtime.attend import Readers
+
+KEPT_TEXTS = 2  # one with a prompt and one without may take turns
+
+
+class Kept(NamedTuple):
+    text: weakref.ref[Tensor]
+    version: int
+    pairs: tuple[tuple[Tensor, ...], ...]
+
+
+class Texts:
+    """What every attention to a text makes of it, kept while that very tensor comes back as it was."""
+
+    def __init__(self, readers: Sequence[Readers]) -> None:
+        self.readers = readers
+        self.keeps = not any(getattr(layer, "stepped", False) for one in readers for layer in one.layers)
+        self.kept: list[Kept] = []
+
+    def of(self, text: Any) -> tuple[tuple[Tensor, ...], ...] | None:
+        """Keys and values for each attention; None if they cannot be kept for another call."""
+        if not self.keeps or not isinstance(text, Tensor) or not keepable(text):
+            return None
+        version = text._version
+        for found in self.kept:
+            if found.text() is text and found.version == version:
+                return found.pairs
+        with torch.inference_mode(False), torch.no_grad():
+            pairs = tuple(tuple(project(one, text)) for one in self.readers)
+        self.kept = [Kept(weakref.ref(text), version, pairs), *self.kept[: KEPT_TEXTS - 1]]
+        return pairs
+
+    def pair(self, index: int, text: Tensor) -> Sequence[Tensor]:
+        pairs = self.of(text)
+        return project(self.readers[index], text) if pairs is None else pairs[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"kept": []}
+
+
+def keepable(text: Tensor) -> bool:
+    return (
+        type(text) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not text.is_inference()
+        and not (text.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def project(readers: Readers, text: Tensor) -> Sequence[Tensor]:
+    """Key and value of a text, as rows."""
+    rows, code = text.reshape(-1, text.shape[-1]), readers.code()
+    dtype = getattr(readers.layers[0], "emit", None) or text.dtype
+    return readers(rows if code is None else ops.quantize(rows, code), dtype)
