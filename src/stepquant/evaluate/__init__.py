@@ -37,7 +37,8 @@ but `speed` and `size`, which the caller adds; the report leaves out what is mis
     plan         [{path, role, port, grid, reason}]: grid null where the site stays float
 """
 
+from stepquant.evaluate.disk import size
 from stepquant.evaluate.results import evaluate
-from stepquant.evaluate.speed import benchmark, size
+from stepquant.evaluate.speed import benchmark
 
 __all__ = ["benchmark", "evaluate", "size"]

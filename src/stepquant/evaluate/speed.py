@@ -1,4 +1,4 @@
-"""Time per call of the denoiser, interleaved so that a busy machine slows all contenders alike; size on disk."""
+"""Time per call of the denoiser, interleaved so that a busy machine slows all contenders alike."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -285,17 +284,3 @@ def row(batch: int, one: Contender, rounds: Sequence[Mapping[str, float]]) -> di
         | empty
         | measured
     )
-
-
-def size(float_pipeline: Any, folder: Path) -> dict[str, Any]:
-    """Bytes of the quantized denoiser's weight files, against four bytes for each number of the float one."""
-    denoiser = Denoiser.of(float_pipeline)
-    inside = Path(folder) / denoiser.component
-    files = sorted((inside if inside.is_dir() else Path(folder)).glob("*.safetensors"))
-    if not files:
-        raise EvaluationError(
-            "no weight files to measure", where=str(folder), expected="a saved pipeline or model"
-        )
-    float_bytes = sum(4 * value.numel() for value in denoiser.model.state_dict().values())
-    stored = sum(file.stat().st_size for file in files)
-    return {"float_bytes": float_bytes, "bytes": stored, "ratio": stored / float_bytes}

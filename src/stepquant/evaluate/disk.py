@@ -1,0 +1,23 @@
+"""Size on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stepquant.errors import EvaluationError
+from stepquant.models.denoiser import Denoiser
+
+
+def size(float_pipeline: Any, folder: Path) -> dict[str, Any]:
+    """Bytes of the quantized denoiser's weight files, against four bytes for each number of the float one."""
+    denoiser = Denoiser.of(float_pipeline)
+    inside = Path(folder) / denoiser.component
+    files = sorted((inside if inside.is_dir() else Path(folder)).glob("*.safetensors"))
+    if not files:
+        raise EvaluationError(
+            "no weight files to measure", where=str(folder), expected="a saved pipeline or model"
+        )
+    float_bytes = sum(4 * value.numel() for value in denoiser.model.state_dict().values())
+    stored = sum(file.stat().st_size for file in files)
+    return {"float_bytes": float_bytes, "bytes": stored, "ratio": stored / float_bytes}
