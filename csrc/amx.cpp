@@ -129,6 +129,6 @@ struct TileDot : Bytes {
 
 }  // namespace
 
-extern const AttentionKernels amx_attention = {packed_bytes<TileDot>, pack<TileDot>, attend<TileDot>};
+extern const AttentionKernels amx_attention = {packed_bytes<TileDot>, pack<TileDot>, attend<TileDot>, TileDot::rows};
 
 }  // namespace stepquant

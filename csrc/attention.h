@@ -13,7 +13,8 @@ namespace stepquant {
 namespace {
 
 constexpr int64_t tile_keys = 64;
-constexpr int32_t never = -(1 << 30);  // the score of a key that only fills the last tile
+constexpr int64_t step_keys = 4 * lanes;  // what the softmax takes at once; divides a tile
+constexpr int32_t never = -(1 << 30);  // the score of a key that only fills the last step
 
 constexpr int64_t round_up(int64_t count, int64_t multiple) {
   return (count + multiple - 1) / multiple * multiple;
@@ -22,16 +23,16 @@ constexpr int64_t round_up(int64_t count, int64_t multiple) {
 // Sizes of the packed operands of one (batch, head); counts are in words unless they say otherwise.
 template <class Dot>
 struct Layout {
-  int64_t keys;         // rounded up to whole tiles
+  int64_t keys;         // rounded up to whole steps
   int64_t score_words;  // per token, along the width
   int64_t value_words;  // per group of Dot::per_word keys, one for each (padded) channel
 
   Layout(int64_t key_count, int64_t width)
-      : keys(round_up(key_count, tile_keys)),
+      : keys(round_up(key_count, step_keys)),
         score_words(round_up(width, Dot::per_word) / Dot::per_word),
         value_words(round_up(width, lanes)) {}
 
-  int64_t key_bytes() const { return keys * score_words * 4; }
+  int64_t key_bytes() const { return round_up(keys, tile_keys) * score_words * 4; }
   int64_t correction_bytes() const { return keys * 4; }
   int64_t value_bytes() const { return keys / Dot::per_word * value_words * 4; }
   int64_t bytes() const { return round_up(key_bytes() + correction_bytes() + value_bytes(), 64); }
@@ -122,7 +123,7 @@ void pack(const AttentionTask& task, int64_t begin, int64_t end) {
 STEPQUANT_INLINE float exponentiate(int32_t* scores, int64_t keys, int32_t largest, float factor) {
   const float top = static_cast<float>(largest) * factor;
   Floats sum[4] = {};
-  for (int64_t i = 0; i < keys; i += 4 * lanes) {
+  for (int64_t i = 0; i < keys; i += step_keys) {
     for (int64_t v = 0; v < 4; ++v) {
       int32_t* at = scores + i + v * lanes;
       const Floats e = exp2_coarse(__builtin_convertvector(load_words(at), Floats) * factor - top);
@@ -139,7 +140,7 @@ STEPQUANT_INLINE int32_t normalize(
     const int32_t* scores, int64_t keys, float factor, const Code& code, typename Dot::Element* probabilities) {
   const float* exponentials = reinterpret_cast<const float*>(scores);
   Ints sum{};
-  for (int64_t i = 0; i < keys; i += 4 * lanes) {
+  for (int64_t i = 0; i < keys; i += step_keys) {
     Floats p[4];
     for (int64_t v = 0; v < 4; ++v) p[v] = load(exponentials + i + v * lanes) * factor;
     sum += Dot::store_probabilities(probabilities + i, p, code);

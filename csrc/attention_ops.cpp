@@ -7,8 +7,6 @@
 namespace stepquant {
 namespace {
 
-constexpr int64_t query_block = 16;
-
 Tensor operand_tensor(const Tensor& x, at::ScalarType type) {
   TORCH_CHECK(x.dim() == 4, "expected (batch, heads, tokens, width), got ", x.sizes());
   const Tensor held = x.scalar_type() == type ? x : x.to(type);
@@ -42,19 +40,19 @@ Tensor attention(
   task.queries = queries;
   task.keys = keys;
   task.width = width;
-  task.block = query_block;
   task.factor = single(query_scale) * single(key_scale) * single(scale) * 1.4426950408889634f;
   task.result_scale = single(probabilities_scale) * single(value_scale);
   task.probabilities = to_code(probabilities_scale, 0, 0, probabilities_high);
   const AttentionKernels& kernel = kernels().attention;
+  task.block = kernel.block;
   task.packed_bytes = kernel.packed_bytes(keys, width);
   const Tensor packed = at::detail::empty_cpu({batch * heads * task.packed_bytes}, at::kByte);
   task.packed = packed.mutable_data_ptr<uint8_t>();
   const Tensor out = at::detail::empty_cpu({batch, queries, heads, width}, type);
   task.out = out.mutable_data_ptr();
-  const int64_t blocks = (queries + query_block - 1) / query_block;
+  const int64_t blocks = (queries + kernel.block - 1) / kernel.block;
   for_items(batch * heads, keys * width, [&](int64_t begin, int64_t end) { kernel.pack(task, begin, end); });
-  for_items(batch * heads * blocks, query_block * keys,
+  for_items(batch * heads * blocks, kernel.block * keys,
             [&](int64_t begin, int64_t end) { kernel.attend(task, begin, end); });
   return (type == query.scalar_type() ? out : out.to(query.scalar_type())).transpose(1, 2);
 }

@@ -8,6 +8,7 @@ extern const AttentionKernels avx512vnni_attention = {
     packed_bytes<VectorDot<Bytes>>,
     pack<VectorDot<Bytes>>,
     attend<VectorDot<Bytes>>,
+    VectorDot<Bytes>::block,
 };
 
 extern const ConvolveKernel avx512vnni_convolve = {4, groups_per_block, convolve, nullptr};

@@ -1,7 +1,7 @@
 // Integer products: rows of words by columns of words, summed in 32 bits.
 //
 // Those of attention: `scores` multiplies rows of the query by tiles of 64 packed keys and remembers each row's largest; `products`
-// multiplies rows of probabilities by packed values. Rows come in multiples of `rows`.
+// multiplies rows of probabilities by packed values. Rows come in multiples of `rows`, a block of queries has `block`.
 #pragma once
 
 #include "emit.h"
@@ -100,8 +100,10 @@ struct Shorts {
 
 template <class Word>
 struct VectorDot : Word {
-  static constexpr int64_t rows = 4;
-  static constexpr int64_t columns = 4;  // vectors whose sums stay in registers
+  // Rows and vectors whose sums fill 32 registers, or 16.
+  static constexpr int64_t rows = lanes == 16 ? 4 : 6;
+  static constexpr int64_t columns = lanes == 16 ? 4 : 2;
+  static constexpr int64_t block = lanes == 16 ? 16 : 18;
 
   // What must be switched on around the products; nothing here.
   struct Unit {
@@ -117,18 +119,25 @@ struct VectorDot : Word {
       for (int64_t key = 0; key < key_count; key += columns * lanes) {
         const int32_t* tile = keys + key / 64 * 64 * words + key % 64;
         Ints sum[rows][columns];
+#pragma GCC unroll 6
         for (int64_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
           for (int64_t c = 0; c < columns; ++c) sum[r][c] = load_words(correction + key + c * lanes);
         }
         for (int64_t w = 0; w < words; ++w) {
+          Ints k[columns];
+#pragma GCC unroll 4
+          for (int64_t c = 0; c < columns; ++c) k[c] = load_words(tile + w * 64 + c * lanes);
+#pragma GCC unroll 6
           for (int64_t r = 0; r < rows; ++r) {
             const Ints q = repeat_word(query + (row + r) * words + w);
-            for (int64_t c = 0; c < columns; ++c) {
-              sum[r][c] = Word::key_dot(sum[r][c], q, load_words(tile + w * 64 + c * lanes));
-            }
+#pragma GCC unroll 4
+            for (int64_t c = 0; c < columns; ++c) sum[r][c] = Word::key_dot(sum[r][c], q, k[c]);
           }
         }
+#pragma GCC unroll 6
         for (int64_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
           for (int64_t c = 0; c < columns; ++c) {
             store(scores + (row + r) * key_count + key + c * lanes, sum[r][c]);
             high[r] = larger(high[r], sum[r][c]);
@@ -144,9 +153,13 @@ struct VectorDot : Word {
       int64_t row_count, int32_t* products) {
     for (int64_t row = 0; row < row_count; row += rows) {
       int64_t c = 0;
-      for (; c + 4 * lanes <= width; c += 4 * lanes) multiply<4>(probabilities, key_count, values, width, row, c, products);
-      if (width - c == 3 * lanes) multiply<3>(probabilities, key_count, values, width, row, c, products);
-      if (width - c == 2 * lanes) multiply<2>(probabilities, key_count, values, width, row, c, products);
+      for (; c + columns * lanes <= width; c += columns * lanes) {
+        multiply<columns>(probabilities, key_count, values, width, row, c, products);
+      }
+      if constexpr (columns > 2) {
+        if (width - c == 3 * lanes) multiply<3>(probabilities, key_count, values, width, row, c, products);
+        if (width - c == 2 * lanes) multiply<2>(probabilities, key_count, values, width, row, c, products);
+      }
       if (width - c == 1 * lanes) multiply<1>(probabilities, key_count, values, width, row, c, products);
     }
   }
@@ -157,11 +170,16 @@ struct VectorDot : Word {
       int64_t row, int64_t column, int32_t* products) {
     constexpr int64_t step = Word::per_word;
     Ints sum[rows][vectors] = {};
-    for (int64_t key = 0; key < key_count; key += step) {
-      const int32_t* line = values + key / step * width + column;
+    const int32_t* line = values + column;
+    for (int64_t key = 0; key < key_count; key += step, line += width) {
+      Ints x[vectors];
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < vectors; ++v) x[v] = load_words(line + v * lanes);
+#pragma GCC unroll 6
       for (int64_t r = 0; r < rows; ++r) {
         const Ints p = repeat_word(probabilities + (row + r) * key_count + key);
-        for (int64_t v = 0; v < vectors; ++v) sum[r][v] = Word::value_dot(sum[r][v], p, load_words(line + v * lanes));
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < vectors; ++v) sum[r][v] = Word::value_dot(sum[r][v], p, x[v]);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {

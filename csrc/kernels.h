@@ -95,7 +95,7 @@ struct AttentionTask {
   int64_t queries;
   int64_t keys;
   int64_t width;
-  int64_t block;  // queries per item
+  int64_t block;  // queries per item, as the kernels say
   float factor;  // from integer scores to the exponent of 2
   float result_scale;
   Code probabilities;
@@ -108,6 +108,7 @@ struct AttentionKernels {
   int64_t (*packed_bytes)(int64_t keys, int64_t width);
   void (*pack)(const AttentionTask& task, int64_t begin, int64_t end);  // items are (batch, head)
   void (*attend)(const AttentionTask& task, int64_t begin, int64_t end);  // items are (batch, head, query block)
+  int64_t block;  // queries per item of attend
 };
 
 // A convolution of codes (batch, height, width, channels), as bytes or shorts, with signed bytes, packed by blocks of

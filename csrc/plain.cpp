@@ -14,7 +14,7 @@ extern const Kernels plain_kernels = {
     group_norm,
     layer_norm,
     upsample,
-    {packed_bytes<VectorDot<Shorts>>, pack<VectorDot<Shorts>>, attend<VectorDot<Shorts>>},
+    {packed_bytes<VectorDot<Shorts>>, pack<VectorDot<Shorts>>, attend<VectorDot<Shorts>>, VectorDot<Shorts>::block},
     {2, groups_per_block, convolve, convolve_patches},
 };
 

@@ -141,8 +141,14 @@ STEPQUANT_INLINE void store(bf16* to, Floats x) {
 #endif
 }
 
+// Shorts of numbers that they hold.
 STEPQUANT_INLINE void store(int16_t* to, Ints x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m128i high = _mm256_extracti128_si256((__m256i)x, 1);
+  _mm_storeu_si128((__m128i*)to, _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), high));
+#else
   for (int64_t i = 0; i < lanes; ++i) to[i] = static_cast<int16_t>(x[i]);
+#endif
 }
 
 // Bytes of numbers that lie within 0 to 255; AVX-512 keeps the low byte of others too.
@@ -222,7 +228,7 @@ STEPQUANT_INLINE Floats exp2(Floats x) {
 #endif
 }
 
-// 2^x for x of at most 0, to 3e-6 relative.
+// 2^x for x of at most 0, to 3e-6 relative; x below -100 may count as -100.
 STEPQUANT_INLINE Floats exp2_coarse(Floats x) {
 #if defined(__AVX512DQ__)
   // The scaling takes the floor of x by itself.
@@ -233,7 +239,14 @@ STEPQUANT_INLINE Floats exp2_coarse(Floats x) {
   p = p * f + 1.0000026226043701f;
   return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
-  return exp2(x);
+  const Floats shift = splat(12582912.0f), kept = larger(x, splat(-100.0f)), shifted = kept + shift;
+  const Floats f = kept - (shifted - shift);
+  Floats p = f * 0.009570102207362652f + 0.05591785907745361f;
+  p = p * f + 0.240247443318367f;
+  p = p * f + 0.6931217908859253f;
+  p = p * f + 0.9999992847442627f;
+  // The shift's own bits leave at the top.
+  return (Floats)((Words)p + ((Words)shifted << 23));
 #endif
 }
 

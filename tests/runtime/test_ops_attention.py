@@ -55,7 +55,7 @@ def test_widths(width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "queries, keys", [(1, 1), (1, 77), (16, 64), (17, 65), (64, 4), (130, 257), (5, 1030)]
+    "queries, keys", [(1, 1), (1, 77), (16, 64), (17, 65), (19, 33), (64, 4), (130, 257), (5, 1030)]
 )
 def test_token_counts(queries: int, keys: int) -> None:
     q, k, v = (
