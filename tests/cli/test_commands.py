@@ -22,25 +22,38 @@ def run(tmp_path: Path, *words: object) -> Any:
     return json.loads(file.read_text())
 
 
+COMMANDS = (
+    "demo",
+    "quantize",
+    "generate",
+    "evaluate",
+    "benchmark",
+    "compare",
+    "results",
+    "diff",
+    "inspect",
+    "report",
+    "methods",
+    "schemes",
+    "models",
+    "sensitivity",
+    "layers",
+    "allocate",
+)
+
+
 def test_help_names_every_command(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capfd.readouterr().out
-    commands = [
-        "demo",
-        "quantize",
-        "generate",
-        "evaluate",
-        "benchmark",
-        "compare",
-        "results",
-        "diff",
-        "inspect",
-        "report",
-        "methods",
-        "schemes",
-        "models",
-    ]
-    assert all(command in shown for command in commands)
+    assert all(command in shown for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    shown = capfd.readouterr()
+    assert f"stepquant {command}" in shown.out
+    assert not shown.err
 
 
 def test_version(capfd: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from stepquant import methods
 from stepquant.artifact import Artifact
-from stepquant.calib.pick import one_each
+from stepquant.calib.pick import Pick, one_each
 from stepquant.calib.record import Source
 from stepquant.core.affine import scale_and_zero
 from stepquant.core.ranges import lp_search
@@ -28,17 +28,32 @@ def same(first: Artifact, second: Artifact) -> bool:
     return all(torch.equal(value, second.tensors[name]) for name, value in first.tensors.items())
 
 
-def test_one_record_per_trajectory_at_normal_steps(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Facts of the paper: N records from N float trajectories, biased towards the clean image."""
-    asked: list = []
+def picks(source: Source, monkeypatch: pytest.MonkeyPatch, **settings: object) -> list[Pick]:
+    """What the method asks to have recorded."""
+    asked: list[Pick] = []
     monkeypatch.setattr(
         Source, "record", lambda self, picks: asked.extend(picks) or (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
-        run(replace(source, steps=100), samples=2000, mean=0.3, std=0.2)
-    assert len({pick.trajectory for pick in asked}) == len(asked) == 2000
+        run(replace(source, steps=100), samples=1024, mean=0.3, std=0.2, **settings)
     levels = 1 - torch.tensor([float(pick.step) for pick in asked]) / 100
     assert levels.mean().item() == pytest.approx(0.3, abs=0.05)
+    return asked
+
+
+def test_one_record_per_trajectory_at_normal_steps(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Facts of the paper: N records from N float trajectories, biased towards the clean image."""
+    asked = picks(source, monkeypatch, preset="paper")
+    assert len({pick.trajectory for pick in asked}) == len(asked) == 1024
+
+
+def test_the_fast_preset_takes_the_same_steps_from_fewer_trajectories(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, paper = picks(source, monkeypatch), picks(source, monkeypatch, preset="paper")
+    assert len({pick.trajectory for pick in asked}) == 64
+    assert len(set(asked)) == len(asked) == 1024
+    assert sorted(pick.step for pick in asked) == sorted(pick.step for pick in paper)
 
 
 def test_weight_ranges_minimise_the_two_point_four_norm(source: Source) -> None:

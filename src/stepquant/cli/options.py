@@ -44,9 +44,8 @@ Prompts = Annotated[
 
 def weights(metavar: str, text: str) -> Any:
     """The option for a network that measures."""
-    return typer.Option(
-        metavar=metavar, help=f"{text} Or hub:OWNER/NAME[/FILE].", show_default=False, parser=fetched
-    )
+    where = "hub:OWNER/NAME" if metavar == "DIR" else "hub:OWNER/NAME/FILE"
+    return typer.Option(metavar=metavar, help=f"{text} Or {where}.", show_default=False, parser=fetched)
 
 
 def fetched(where: str) -> Path:
