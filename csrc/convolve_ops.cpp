@@ -125,6 +125,14 @@ bool in_patches(const ConvolveTask& task) {
       task.channels <= patches_most_channels && task.patches >= least_patches;
 }
 
+// How many groups of outputs an item of patches takes: few enough that all threads have as much to do.
+int64_t part_groups(int64_t groups, int64_t chunks) {
+  const int64_t threads = at::get_num_threads();
+  int64_t parts = (groups + convolve_part_groups - 1) / convolve_part_groups;
+  while (parts < groups && chunks * parts < 4 * threads && chunks * parts % threads) ++parts;
+  return (groups + parts - 1) / parts;
+}
+
 void run(ConvolveTask& task, const Product& product, int64_t images, at::ScalarType type, Tensor& out) {
   const int64_t outs = task.out_channels;
   const Numbers scales(product.weight_scale, 1, outs), biases(product.bias, 1, outs);
@@ -143,7 +151,8 @@ void run(ConvolveTask& task, const Product& product, int64_t images, at::ScalarT
   const bool patches = in_patches(task);
   const int64_t chunk = patches ? convolve_chunk_patches : convolve_chunk_pixels;
   const int64_t chunks = ((patches ? task.patches : task.pixels) + chunk - 1) / chunk;
-  const int64_t blocks = patches ? (groups_of(outs) + convolve_part_groups - 1) / convolve_part_groups
+  task.part_groups = part_groups(groups_of(outs), chunks);
+  const int64_t blocks = patches ? (groups_of(outs) + task.part_groups - 1) / task.part_groups
                                  : ConvolveBlocks(outs, kernel.groups_per_block).count();
   const int64_t depth = product.weight.numel() / std::max<int64_t>(outs, 1);
   // A word of four products costs about as much as a quarter of a number elsewhere.

@@ -121,6 +121,7 @@ struct ConvolveTask {
   int64_t out_height, out_width, out_channels;
   int64_t pixels;  // of the output, of all images
   int64_t patches;  // of 2 x 2 pixels, the last of rows and columns perhaps in part
+  int64_t part_groups;  // groups of output channels in an item of patches
   int64_t kernel_height, kernel_width, stride_y, stride_x, top, left, dilation_y, dilation_x;
   const uint8_t* border;  // a pixel of zero points
   const int8_t* weight;
@@ -137,7 +138,7 @@ struct ConvolveTask {
 
 constexpr int64_t convolve_chunk_pixels = 24;  // of the output in one item
 constexpr int64_t convolve_chunk_patches = 64;  // of 2 x 2 outputs in one item
-constexpr int64_t convolve_part_groups = 4;  // in such an item
+constexpr int64_t convolve_part_groups = 4;  // at most, in such an item
 constexpr int64_t patches_most_channels = ((int64_t{1} << 31) - 1) / (4 * 255 * 9 * 128);
 constexpr int64_t convolve_group = 16;  // output channels that are packed together, the last filled up
 

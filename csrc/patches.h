@@ -157,7 +157,7 @@ void convolve_patches(const ConvolveTask& task, int64_t begin, int64_t end) {
   constexpr int64_t most = tile_rows(patch_vectors);
   constexpr auto each = std::make_integer_sequence<int64_t, most>();
   const int64_t channels = task.channels, groups = (task.out_channels + convolve_group - 1) / convolve_group;
-  const int64_t parts = (groups + convolve_part_groups - 1) / convolve_part_groups;
+  const int64_t parts = (groups + task.part_groups - 1) / task.part_groups;
   Scratch scratch(PatchPlaces::bytes(channels));
   const PatchPlaces places(scratch, channels);
   Patch patches[convolve_chunk_patches];
@@ -172,8 +172,8 @@ void convolve_patches(const ConvolveTask& task, int64_t begin, int64_t end) {
       }
       ready = chunk;
     }
-    const int64_t stop = (part + 1) * convolve_part_groups < groups ? (part + 1) * convolve_part_groups : groups;
-    for (int64_t group = part * convolve_part_groups; group < stop; ++group) {
+    const int64_t stop = (part + 1) * task.part_groups < groups ? (part + 1) * task.part_groups : groups;
+    for (int64_t group = part * task.part_groups; group < stop; ++group) {
       const int64_t tap = channels * convolve_group;
       transform_weight(task.weight + group * 9 * tap, tap, places.weight, places.weight_step);
       for (int64_t at = 0; at < positions; ++at) {

@@ -128,20 +128,21 @@ def test_extreme_sums_are_exact(inputs: int, size: int, value: int, sign: int) -
         assert (got == want).all()
 
 
-def test_thread_counts_give_the_same_bytes() -> None:
-    codes, weight = channels_last(random_bytes(3, 64, 13, 11)), random_weight(144, 64, 3, 3)
-    product = Product.of(weight, torch.rand(144, generator=generator()), None)
-    former, results = torch.get_num_threads(), []
+@pytest.mark.parametrize("images, outputs", [(3, 144), (1, 104), (1, 40)])
+def test_thread_counts_give_the_same_bytes(images: int, outputs: int) -> None:
+    """However the output channels of few patches are dealt out."""
+    codes, weight = channels_last(random_bytes(images, 64, 13, 11)), random_weight(outputs, 64, 3, 3)
+    scale = torch.rand(outputs, generator=generator())
+    want = reference.convolve(codes, 0.1, 9, weight, scale, None, torch.bfloat16, sides=(1, 1, 1, 1))
+    former = torch.get_num_threads()
     try:
-        for threads in (1, 2, 4):
+        for threads in (1, 2, 3, 4, 16):
             torch.set_num_threads(threads)
-            results.append(
-                ops.convolve(codes, Code(0.1, 9), product, torch.bfloat16, None, sides=(1, 1, 1, 1))
-            )
+            product = Product.of(weight, scale, None)
+            got = ops.convolve(codes, Code(0.1, 9), product, torch.bfloat16, None, sides=(1, 1, 1, 1))
+            assert torch.equal(got, want), threads
     finally:
         torch.set_num_threads(former)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
 
 
 def test_operations_refuse_what_would_read_beyond_memory() -> None:
