@@ -8,13 +8,12 @@ Differs from the released code, which mislabels what it records:
   quantizes layer outputs and leaves attention in float.
 - grids come from the plan: zero points for activations, where the code spends half its levels on values that
   never occur after SiLU.
-- fast preset: a trajectory gives several records, at different steps; the paper's gives one each.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -26,18 +25,21 @@ from stepquant.calib.record import Source
 from stepquant.calib.synthetic import from_images, from_noise
 from stepquant.core.ranges import lp_search, lp_search_binned
 from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
-from stepquant.methods.method import PresetMethod
+from stepquant.methods.method import Method
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 
 
-class PTQ4DM(PresetMethod):
+class PTQ4DM(Method):
     """Normally distributed time-step calibration and least 2.4-norm ranges."""
 
-    paper: ClassVar[dict[str, Any]] = {"trajectories": 1024}
     samples: int = Field(1024, gt=0, description="N: calibration records")
-    trajectories: int = Field(64, gt=0, description="trajectories that the records come from")
+    trajectories: int = Field(
+        1024,
+        gt=0,
+        description="trajectories that the records come from; as many as samples: one each, as published",
+    )
     mean: float = Field(
         0.4, ge=0, le=0.5, description="mean noise level, as fraction of the schedule (mu <= T/2)"
     )
