@@ -20,7 +20,7 @@ from pydantic import Field
 
 from stepquant.artifact import Artifact, freeze
 from stepquant.calib.calibset import CalibSet
-from stepquant.calib.pick import normal, single, spread, uniform
+from stepquant.calib.pick import normal, one_each, single, spread, uniform
 from stepquant.calib.record import Source
 from stepquant.calib.synthetic import from_images, from_noise
 from stepquant.core.ranges import lp_search, lp_search_binned
@@ -89,7 +89,8 @@ class PTQ4DM(Method):
 
     def collect(self, source: Source, steps: torch.Tensor) -> CalibSet:
         if self.data == "denoising":
-            return source.record(spread(steps, self.trajectories))
+            few = self.trajectories < self.samples
+            return source.record(spread(steps, self.trajectories) if few else one_each(steps))
         if self.data == "noise":
             return from_noise(source, steps)
         return from_images(source, steps, self.images, diffused=self.data == "diffused")
