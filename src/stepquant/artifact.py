@@ -115,9 +115,8 @@ def freeze(network: Inserted, time_table: Tensor | None = None) -> Artifact:
     for path, layer in network.layers.items():
         if layer.weight_quantizer is None:
             continue
-        layers[path] = LayerSpec(
-            layer.weight_quantizer.grid, layer.input_quantizer and layer.input_quantizer.grid
-        )
+        inputs = layer.input_quantizer.grid if layer.input_quantizer else None
+        layers[path] = LayerSpec(layer.weight_quantizer.grid, inputs)
         tensors |= {f"{path}.{name}": value for name, value in packed_tensors(layer).items()}
     for path, product in network.products.items():
         grids = {port: quantizer.grid for port, quantizer in product.ports().items()}

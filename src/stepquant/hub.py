@@ -50,7 +50,7 @@ class StepquantConfig(QuantizationConfigMixin):
             )
         if kwargs.get("digest", value_digest(dict(digests or {}))) != value_digest(dict(digests or {})):
             raise ArtifactError("the digests in config.json were edited", fix="fetch the whole folder again")
-        self.quant_method = Name.STEPQUANT
+        self.quant_method = Name.STEPQUANT  # type: ignore[assignment]
         self.layers, self.products, self.splits = dict(layers), dict(products or {}), dict(splits or {})
         self.steps = dict(steps) if steps else None
         self.recipe, self.format = dict(recipe or {}), format
@@ -91,6 +91,7 @@ class StepquantConfig(QuantizationConfigMixin):
 class StepquantQuantizer(DiffusersQuantizer):
     """Loads packed integers exactly as they are stored, checks every one of them, and starts the integer runtime."""
 
+    quantization_config: StepquantConfig
     requires_calibration = True
 
     def __init__(self, quantization_config: StepquantConfig, **kwargs: Any) -> None:
@@ -122,7 +123,7 @@ class StepquantQuantizer(DiffusersQuantizer):
         self.keys, self.files = list(loaded_keys), [str(file) for file in checkpoint_files]
         return loaded_keys
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
         skeleton(
             model, config.layer_specs(), config.product_specs(), config.split_widths(), config.step_spec()
@@ -154,7 +155,7 @@ class StepquantQuantizer(DiffusersQuantizer):
     ) -> bool:
         return True
 
-    def create_quantized_param(
+    def create_quantized_param(  # type: ignore[override]
         self,
         model: nn.Module,
         param_value: Tensor,

@@ -125,6 +125,17 @@ def test_synthetic_records(source: Source, tmp_path: Path) -> None:
         from_images(source, steps, str(tmp_path / "none"), diffused=False)
 
 
+def test_synthetic_records_of_a_model_that_is_not_square(source: Source, tmp_path: Path) -> None:
+    model = source.pipeline.unet
+    model.register_to_config(sample_size=(8, 16))
+    Image.new("RGB", (40, 20)).save(tmp_path / "wide.png")
+    steps = torch.tensor([9, 2])
+    for data in (from_noise(source, steps), from_images(source, steps, str(tmp_path), diffused=True)):
+        arguments = data.take(range(2)).arguments
+        assert arguments["sample"].shape == (2, 3, 8, 16)
+        assert Denoiser(model).predict(arguments).shape == (2, 3, 8, 16)
+
+
 def test_guidance_branches_are_kept_apart(text_pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
     source = Source(text_pipeline, steps=3, batch=2, cache=tmp_path, prompts=("a b", "c"))
     data = source.record(every(2, (0, 2)))

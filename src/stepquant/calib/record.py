@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def record(source: Source, picks: Sequence[Pick]) -> CalibSet:
     todo = [(shard, batch) for shard, batch in zip(shards, batches) if not is_intact(shard)]
     for shard, batch in source.progress.track(todo, "recording trajectories", len(todo)):
         columns = record_batch(source, denoiser, batch)
-        atomically(shard, lambda temporary, columns=columns: save_file(columns, temporary))
+        atomically(shard, partial(save_file, columns))
     rows = [(number, row) for number, shard in enumerate(shards) for row in range(count_rows(shard))]
     origin = {
         "steps": source.steps,

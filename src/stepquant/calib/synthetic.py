@@ -29,8 +29,7 @@ def from_noise(source: Source, steps: Tensor) -> CalibSet:
 
 def from_images(source: Source, steps: Tensor, folder: str | None, *, diffused: bool) -> CalibSet:
     """Images of a folder, clean or with the noise of their step as in training, q(x_t | x_0)."""
-    model = Denoiser.of(source.pipeline).model
-    images = read_images(folder, model.config.sample_size, len(steps))
+    images = read_images(folder, Denoiser.of(source.pipeline).shape[1:], len(steps))
     if not diffused:
         return stored(source, images, steps, "images")
     scheduler = scheduler_of(source.pipeline, source.sampler)
@@ -40,10 +39,8 @@ def from_images(source: Source, steps: Tensor, folder: str | None, *, diffused: 
 
 
 def gaussian(source: Source, count: int) -> Tensor:
-    model = Denoiser.of(source.pipeline).model
-    size = model.config.sample_size
+    shape = Denoiser.of(source.pipeline).shape
     seeds = (trajectory_seed(source.seed, i) for i in range(count))
-    shape = (model.config.in_channels, size, size)
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
@@ -66,7 +63,7 @@ def stored(source: Source, x: Tensor, steps: Tensor, kind: str) -> CalibSet:
     return CalibSet((shard,), rows, family.x, family.t, {"kind": kind, "steps": source.steps})
 
 
-def read_images(folder: str | None, size: int, count: int) -> Tensor:
+def read_images(folder: str | None, size: tuple[int, int], count: int) -> Tensor:
     """`count` images of a folder in [-1, 1], in order of their names, again from the start when they run out."""
     files: Sequence[Path] = ()
     if folder is not None and Path(folder).is_dir():
@@ -78,8 +75,8 @@ def read_images(folder: str | None, size: int, count: int) -> Tensor:
             expected=f"a folder with {', '.join(SUFFIXES)} files",
             fix="--set images=FOLDER",
         )
+    height, width = size
     chosen = [files[i % len(files)] for i in range(count)]
-    arrays = [
-        np.asarray(Image.open(file).convert("RGB").resize((size, size)), dtype=np.float32) for file in chosen
-    ]
+    images = (Image.open(file).convert("RGB").resize((width, height)) for file in chosen)
+    arrays = [np.asarray(image, dtype=np.float32) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from stepquant.evaluate.probe import removing
 from stepquant.models.denoiser import Denoiser
 from stepquant.runtime.layers import IntegerLayer
-from stepquant.runtime.lower import runtime_modules
 from stepquant.runtime.product import IntegerProduct
 from stepquant.runtime.times import Tabled
 
@@ -65,7 +64,11 @@ def coverage(source: Denoiser, quantized: Denoiser, arguments: Mapping[str, Any]
     """A row for every layer and product: its work, its grids, and whether integers multiplied."""
     macs = count_macs(source, arguments)
     roles = source.sites() | dict.fromkeys(source.products(), "product")
-    running = runtime_modules(quantized.model)
+    running = {
+        path: module
+        for path, module in quantized.model.named_modules()
+        if isinstance(module, IntegerLayer | IntegerProduct)
+    }
     tabled = {path for path, module in quantized.model.named_modules() if isinstance(module, Tabled)}
     rows = []
     for path, role in roles.items():

@@ -73,7 +73,8 @@ def load_networks(weights: Weights, *, prompted: bool) -> Networks:
 
 def fit(networks: Networks, size: tuple[int, int], data: str | None, *, prompted: bool) -> Instruments:
     """The instruments for images of this height and width; a folder of data that was asked for must fit them."""
-    readers, missing = [], []
+    readers: list[Reader] = []
+    missing = []
     try:
         own = embedded_extractor()
         if tuple(size) != (own.size, own.size):

@@ -155,13 +155,9 @@ def follow(
     exact.set_timesteps(source.steps), other.set_timesteps(source.steps)
     if bias:
         check_repeats(source)
-    model = denoiser.model
-    size = model.config.sample_size
     seeds = [trajectory_seed(source.seed, number) for number in range(samples)]
-    shape = (
-        (model.config.in_channels, size, size) if isinstance(size, int) else (model.config.in_channels, *size)
-    )
-    x = torch.stack([torch.randn(shape, generator=g) for g in generators(seeds)]) * exact.init_noise_sigma
+    x = torch.stack([torch.randn(denoiser.shape, generator=g) for g in generators(seeds)])
+    x = x * exact.init_noise_sigma
     y, scales, biases = x.clone(), [], []
     for t in source.progress.track(exact.timesteps, "correcting steps", len(exact.timesteps)):
         there = {denoiser.family.x: exact.scale_model_input(x, t), denoiser.family.t: t}

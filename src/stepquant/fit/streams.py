@@ -230,10 +230,13 @@ def find_pieces(network: Inserted, probes: Sequence[Mapping[str, Any]]) -> list[
     lost = [path for path in modules if path not in seen[0]]
     if lost:
         raise MethodError(f"'{lost[0]}' is not called by the model", fix="keep it in float with a plan rule")
-    return [
-        Piece(path, modules[path], *(shape_of(a, b) for a, b in zip(trees, seen[1][path])))
-        for path, trees in seen[0].items()
-    ]
+    return [piece_of(path, modules[path], trees, seen[1][path]) for path, trees in seen[0].items()]
+
+
+def piece_of(path: str, module: nn.Module, trees: Sequence[Any], others: Sequence[Any]) -> Piece:
+    """What two passes of different batch size show of a module: which arguments and results have a row a sample."""
+    arguments, results = (shape_of(tree, other) for tree, other in zip(trees, others))
+    return Piece(path, module, arguments, results)
 
 
 def watch(

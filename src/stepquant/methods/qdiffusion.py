@@ -66,12 +66,12 @@ class QDiffusion(BlockMethod):
 
             # Second stage: ranges of the activations as moving averages, then their steps by gradient.
             self.set_input_ranges(network, data, source)
-            steps = self.schedule(
+            schedule = self.schedule(
                 iterations=self.step_iterations,
                 rounding_rate=0,
                 step_rate=self.step_rate,
                 last=0.0,
                 loss=BlockLoss(self.p),
             )
-            reconstruct(steps, stage="steps", activations=True)
+            reconstruct(schedule, stage="steps", activations=True)
             return freeze(network)

@@ -58,8 +58,8 @@ def rebound(processor: Any, product: Product, site: str) -> Any:
         kwargs = {
             k: v for k, v in kwargs.items() if k not in ("attention_kwargs", "backend", "parallel_config")
         }
-        swapped = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        return attend(*swapped, *args, **kwargs).transpose(1, 2)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return attend(query, key, value, *args, **kwargs).transpose(1, 2)
 
     name = f"stepquant_attention_{next(serial)}"
     world: Any = module_like(name, call.__globals__)
@@ -67,7 +67,7 @@ def rebound(processor: Any, product: Product, site: str) -> Any:
     world.F.scaled_dot_product_attention, world.dispatch_attention_fn = attend, dispatch
     bound = FunctionType(call.__code__, vars(world), call.__name__, call.__defaults__, call.__closure__)
     bound.__kwdefaults__ = call.__kwdefaults__
-    kind = type(type(processor).__name__, (type(processor),), {"__call__": bound})
+    kind: Any = type(type(processor).__name__, (type(processor),), {"__call__": bound})
     new = kind.__new__(kind)
     new.__dict__.update(processor.__dict__)
     return new

@@ -53,6 +53,14 @@ class Denoiser:
     def component(self) -> str:
         return "unet" if self.family.walk == "unet" else "transformer"
 
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what is denoised."""
+        config: Any = self.model.config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return config.in_channels, height, width
+
     def sites(self) -> dict[str, str]:
         """Path -> role of every convolution and linear, in module order; exactly one declaration may claim each."""
         leaves = [name for name, module in self.model.named_modules() if isinstance(module, LEAVES)]
@@ -83,7 +91,9 @@ class Denoiser:
         if self.family.walk == "unet":
             return list(unet.walk(self.model))
         stems = [pattern.partition(".*")[0] for pattern in self.family.walk]
-        return [f"{stem}.{i}" for stem in stems for i in range(len(self.model.get_submodule(stem)))]
+        return [
+            f"{stem}.{i}" for stem in stems for i, _ in enumerate(self.model.get_submodule(stem).children())
+        ]
 
     def deepest(self) -> str:
         """The unit whose input features say most about a sample as a whole."""
@@ -125,7 +135,8 @@ class Denoiser:
 
     def digest(self) -> str:
         """SHA-256 of class, configuration and weights: the name of this model in every cache."""
-        config = {k: v for k, v in dict(self.model.config).items() if not k.startswith("_")}
+        settings: Any = self.model.config
+        config = {k: v for k, v in settings.items() if not k.startswith("_")}
         kind = [type(self.model).__name__, sorted(config.items())]
         return value_digest([kind, tensors_digest(self.model.state_dict())])
 

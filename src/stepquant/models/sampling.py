@@ -57,16 +57,12 @@ def denoise(
 
     The loop is that of diffusers' unconditional pipelines, for any of its schedulers; `stop` ends it early.
     """
-    model, scheduler = Denoiser.of(pipeline).model, scheduler_of(pipeline, sampler)
+    denoiser, scheduler = Denoiser.of(pipeline), scheduler_of(pipeline, sampler)
+    model: Any = denoiser.model
     scheduler.set_timesteps(steps)
-    size = model.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    noise = generators(seeds)
-    shape = (len(seeds), model.config.in_channels, height, width)
-    x = (
-        randn_tensor(shape, generator=noise, device=model.device, dtype=model.dtype)
-        * scheduler.init_noise_sigma
-    )
+    noise, shape = generators(seeds), (len(seeds), *denoiser.shape)
+    x = randn_tensor(shape, generator=noise, device=model.device, dtype=model.dtype)
+    x = x * scheduler.init_noise_sigma
     takes = set(inspect.signature(scheduler.step).parameters)
     extra = {"generator": noise} if "generator" in takes else {}
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class SplitLayer(nn.Module):
         return total  # type: ignore[no-any-return]
 
 
-def split_layer(layer: nn.Module, widths: tuple[int, ...], path: str) -> SplitLayer:
+def split_layer(layer: Any, widths: tuple[int, ...], path: str) -> SplitLayer:
     """`layer` as a `SplitLayer` with copies of its weights (on the meta device: their shapes)."""
     conv = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     if not (conv or isinstance(layer, nn.Linear)) or getattr(layer, "groups", 1) != 1:
@@ -52,7 +53,7 @@ def split_layer(layer: nn.Module, widths: tuple[int, ...], path: str) -> SplitLa
     return SplitLayer(parts, widths, 1 if conv else -1)
 
 
-def part_like(layer: nn.Module, weight: Tensor, bias: bool) -> nn.Module:
+def part_like(layer: Any, weight: Tensor, bias: bool) -> nn.Module:
     """A layer of the geometry of `layer` over the input channels of `weight`."""
     has_bias = bias and layer.bias is not None
     with torch.device("meta"):

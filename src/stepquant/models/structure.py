@@ -124,7 +124,7 @@ def structure(model: nn.Module) -> Structure:
 def roles(model: nn.Module) -> dict[str, str]:
     """Path -> role wherever a declaration names one; unlike `Denoiser.sites` also when layers were replaced."""
     paths = {path for path, _ in model.named_modules()}
-    found = {}
+    found: dict[str, str] = {}
     for path, module in model.named_modules():
         found |= {f"{path}.{child}" if path else child: role for child, role in part_roles(module).items()}
     try:

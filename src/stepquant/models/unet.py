@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -80,7 +81,7 @@ def concats(model: nn.Module) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     hidden = 0
     for unit in walk(model):
-        block = model.get_submodule(unit)
+        block: Any = model.get_submodule(unit)
         first = getattr(block, "conv1", None)
         if first is None:
             continue
