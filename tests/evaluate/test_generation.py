@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMPipeline
 from PIL import Image
 
+from stepquant.evaluate import speed
 from stepquant.evaluate.breakdown import breakdown
 from stepquant.evaluate.generation import generation
 from stepquant.evaluate.speed import calling, first_arguments
@@ -17,9 +18,13 @@ from stepquant.report.bars import write_bars
 from stepquant.runtime import ops
 
 
-def test_generations_have_a_row_for_everyone(pipeline: DDIMPipeline) -> None:
+@pytest.mark.parametrize("bf16", [True, False])
+def test_generations_have_a_row_for_everyone(
+    pipeline: DDIMPipeline, monkeypatch: pytest.MonkeyPatch, bf16: bool
+) -> None:
+    monkeypatch.setattr(speed, "multiplies_bf16", lambda _: bf16)
     found = generation(pipeline, pipeline, batches=(1, 2), steps=2, seconds=0.0, count=1)
-    names = ["fp32 eager", "bf16 eager", "stepquant"]
+    names = ["fp32 eager", "bf16 eager", "stepquant"] if bf16 else ["fp32 eager", "stepquant"]
     assert [(row["batch"], row["name"]) for row in found["rows"]] == [(b, n) for b in (1, 2) for n in names]
     assert all(row["milliseconds"] > 0 for row in found["rows"])
     assert [row["ratio"] for row in found["rows"] if row["name"] == "fp32 eager"] == [1.0, 1.0]

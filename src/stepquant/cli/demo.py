@@ -16,7 +16,7 @@ from stepquant.cli.options import DEFAULT_MODEL, Device, Json, Quiet, Seed
 from stepquant.cli.screen import Screen
 from stepquant.job import Recipe, quantize_to
 
-# Sized for five minutes on two cores; the defaults of the other commands are more thorough.
+# Sized for five minutes on two quick cores; the defaults of the other commands are more thorough.
 SAMPLES, CALIBRATION_STEPS, IMAGES, STEPS, BATCHES, SECONDS = 256, 50, 192, 50, (1, 8), 5.0
 
 
@@ -29,7 +29,7 @@ def demo(
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize the embedded model with PTQ4DM at w8a8, and measure quality, size and speed: at most five minutes."""
+    """Quantize the embedded model with PTQ4DM at w8a8, and measure quality, size and speed: a few minutes."""
     screen = Screen(quiet)
     screen.warn_if_plain()
     screen.say(

@@ -216,6 +216,7 @@ def contenders(
     batch: int,
     baselines: Sequence[str],
     prompts: Sequence[str] | None = None,
+    progress: Progress | None = None,
 ) -> list[Contender]:
     model = Denoiser.of(pipeline).model
     makers: dict[str, Callable[[], list[Contender]]] = {
@@ -230,7 +231,11 @@ def contenders(
     unknown = sorted(set(baselines) - set(makers))
     if unknown:
         raise EvaluationError(f"unknown baseline '{unknown[0]}'", expected=", ".join(makers))
-    return [best(name, makers[name]) for name in baselines]
+    entered = []
+    for name in baselines:
+        (progress or Silent()).note(f"batch {batch}: preparing {name}")
+        entered.append(best(name, makers[name]))
+    return entered
 
 
 def benchmark(
@@ -252,14 +257,15 @@ def benchmark(
         raise EvaluationError("batch sizes are positive numbers", got=list(batches))
     baselines = baselines_here() if baselines is None else baselines
     rows: list[dict[str, Any]] = []
-    played = 0
+    played, progress = 0, progress or Silent()
     with threads(count) as used:
-        for batch in (progress or Silent()).track(batches, "timing", len(batches)):
+        for batch in progress.track(batches, "timing", len(batches)):
             arguments = first_arguments(float_pipeline, batch, prompts, quantized_pipeline)
-            entered = contenders(float_pipeline, arguments, batch, baselines, prompts)
+            entered = contenders(float_pipeline, arguments, batch, baselines, prompts, progress)
             if quantized_pipeline is not None:
                 other = Denoiser.of(quantized_pipeline).model
                 entered.append(Contender(QUANTIZED, calling(other, arguments)))
+            progress.note(f"batch {batch}: taking turns")
             rounds = play(entered, seconds)
             played = max(played, len(rounds))
             rows += [row(batch, one, rounds) for one in entered]
