@@ -14,8 +14,9 @@ def test_strided_equals_counting_back_from_the_last_step() -> None:
     assert strided(10, 5) == (1, 3, 5, 7, 9)
     assert strided(10, 10) == tuple(range(10))
     assert strided(7, 3)[-1] == 6
+    assert strided(5, 6) == tuple(range(5))
     with pytest.raises(MethodError):
-        strided(5, 6)
+        strided(5, 0)
 
 
 def test_normal_levels_follow_the_truncated_normal_distribution() -> None:

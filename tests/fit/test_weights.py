@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from stepquant.calib.pick import every
+from stepquant.calib.record import Source
 from stepquant.errors import CalibrationError
-from stepquant.fit.blocks import reconstruct_blocks
+from stepquant.fit.blocks import hold_out, of_last_trajectories, reconstruct_blocks
 from stepquant.fit.journal import Journal
 from stepquant.fit.learner import Schedule
 from stepquant.fit.weights import (
@@ -178,8 +180,19 @@ def test_groups_are_contiguous_steps() -> None:
         [6, 7],
         [8, 9],
     ]
-    with pytest.raises(CalibrationError, match="too few validation records"):
-        step_groups(steps, torch.tensor([3]), 5)
+    uneven = step_groups(torch.tensor([0, 1, 2, 50, 90, 99, 99]), torch.arange(7), 3)
+    assert [group.tolist() for group in uneven] == [[0, 1], [2, 3], [4, 5, 6]], "by place, not by distance"
+    with pytest.raises(CalibrationError, match="5 groups of steps cannot be compared"):
+        step_groups(steps, torch.tensor([3, 3, 0]), 5)
+
+
+def test_validation_records_are_as_many_of_every_step(source: Source) -> None:
+    data = source.record(every(10, (0, 4, 9)))
+    held = of_last_trajectories(data, 0.2)
+    assert data.steps()[held].bincount().tolist() == [2, 0, 0, 0, 2, 0, 0, 0, 0, 2]
+    train, kept = hold_out(len(data), held)
+    assert sorted([*train.tolist(), *kept.tolist()]) == list(range(30))
+    assert not set(data.trajectories()[train].tolist()) & set(data.trajectories()[kept].tolist())
 
 
 def test_a_block_gets_weights_with_mean_one(bench: Bench) -> None:

@@ -23,7 +23,7 @@ FEW: dict[str, dict[str, Any]] = {
     "brecq": {"samples": 24, "trajectories": 6, "iterations": 12, "step_iterations": 4},
     "qdiffusion": {"trajectories": 6, "at_steps": 4, "iterations": 12, "step_iterations": 4},
     "eda_dm": {"samples": 24, "trajectories": 6, "chunk": 3, "iterations": 12},
-    "gac": {"trajectories": 12, "iterations": 12, "meta_steps": 2, "meta_batch": 4, "validation": 0.25},
+    "gac": {"trajectories": 6, "iterations": 12, "time_iterations": 12, "meta_steps": 2, "meta_batch": 4},
 }
 
 
@@ -146,6 +146,6 @@ def test_uniform_steps_are_another_result_than_tdac(source: Source) -> None:
     assert sorted(picks[0].tolist()) != sorted(picks[1].tolist())
 
 
-def test_too_few_validation_records_are_one_clear_error(source: Source) -> None:
-    with pytest.raises(CalibrationError, match="too few validation records"):
-        run(source, "gac", trajectories=2, validation=0.01)
+def test_more_groups_than_recorded_steps_are_one_clear_error(source: Source) -> None:
+    with pytest.raises(CalibrationError, match="5 groups of steps cannot be compared"):
+        run(source, "gac", at_steps=4)

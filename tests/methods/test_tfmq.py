@@ -26,7 +26,7 @@ from tests.conftest import make_unet
 TINY = {
     "trajectories": 2,
     "range_trajectories": 1,
-    "every_steps": 5,
+    "at_steps": 2,
     "iterations": 2,
     "batch": 4,
     "intervals": 2,

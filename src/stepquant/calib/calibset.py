@@ -80,6 +80,10 @@ class CalibSet:
         """The step of every record."""
         return torch.cat([batch.step for batch in self.batches(256)])
 
+    def trajectories(self) -> Tensor:
+        """The trajectory of every record."""
+        return torch.cat([batch.trajectory for batch in self.batches(256)])
+
 
 def flatten(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
     """Tensors of nested arguments under dotted names."""

@@ -38,8 +38,9 @@ def every(trajectories: int, steps: Iterable[int]) -> tuple[Pick, ...]:
 
 
 def strided(steps: int, count: int) -> tuple[int, ...]:
-    """`count` steps at equal distances, the last one included."""
-    check(1 <= count <= steps, f"cannot pick {count} of {steps} steps")
+    """`count` steps at equal distances, the last one included; all of them where there are fewer."""
+    check(count >= 1, f"a choice of {count} steps")
+    count = min(count, steps)
     return tuple(steps - 1 - math.floor(i * steps / count) for i in reversed(range(count)))
 
 

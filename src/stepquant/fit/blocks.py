@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from stepquant.calib.calibset import CalibSet
 from stepquant.errors import CalibrationError
 from stepquant.fit.journal import Journal
 from stepquant.fit.learner import Sample, Schedule, watch_layers, watched_layers
@@ -32,7 +33,7 @@ def reconstruct_blocks(
     stage: str,
     activations: bool,
     seed: int = 0,
-    held: float = 1 / 16,
+    held: float | Tensor = 1 / 16,
     weigh: Weigh | None = None,
     progress: Progress | None = None,
 ) -> list[Report]:
@@ -62,12 +63,12 @@ def fit_blocks(
     stage: str,
     activations: bool,
     seed: int = 0,
-    held: float = 1 / 16,
+    held: float | Tensor = 1 / 16,
     progress: Progress | None = None,
 ) -> list[Report]:
     """Every block is fitted with inputs from the quantized blocks before it, and with the float model's outputs.
 
-    `activations` says whether activations are quantized meanwhile; `held` is the share of records kept for judging.
+    `activations` says whether activations are quantized meanwhile; `held` are the records kept for judging, or their share.
     """
     network, progress = streams.network, progress or Silent()
     train, kept = hold_out(streams.records, held)
@@ -109,8 +110,12 @@ def layer_targets(streams: Streams, piece: Piece, floats: Table) -> Table | None
     return table.table()
 
 
-def hold_out(records: int, share: float) -> tuple[Tensor, Tensor]:
-    """Record numbers to learn from and to judge by; records come shuffled."""
+def hold_out(records: int, share: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Record numbers to learn from and to judge by: the last ones, as records come shuffled, or those given."""
+    if isinstance(share, Tensor):
+        others = torch.ones(records, dtype=torch.bool)
+        others[share] = False
+        return others.nonzero().flatten(), share
     kept = max(round(records * share), 1)
     if kept >= records:
         raise CalibrationError(
@@ -121,6 +126,14 @@ def hold_out(records: int, share: float) -> tuple[Tensor, Tensor]:
         )
     numbers = torch.arange(records)
     return numbers[:-kept], numbers[-kept:]
+
+
+def of_last_trajectories(data: CalibSet, share: float) -> Tensor:
+    """The records of a share of the trajectories, so that every step that was recorded has as many of them."""
+    trajectories = data.trajectories()
+    known = trajectories.unique()
+    _, kept = hold_out(len(known), share)
+    return torch.isin(trajectories, known[kept]).nonzero().flatten()
 
 
 def describe(report: Report) -> str:

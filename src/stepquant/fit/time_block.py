@@ -51,6 +51,14 @@ def time_chains(denoiser: Denoiser) -> Structure:
     return chains
 
 
+def has_time_block(denoiser: Denoiser) -> bool:
+    try:
+        time_chains(denoiser)
+    except MethodError:
+        return False
+    return True
+
+
 def reconstruct_time(
     network: Inserted, chains: Structure, times: Tensor, schedule: Schedule, seed: int
 ) -> Report:

@@ -38,6 +38,7 @@ class Weighing:
     cosine: bool = True  # measure alignment by angle instead of by raw inner product
     groups: int = 5
     group_batch: int = 8
+    without: tuple[str, ...] = ()  # roles whose layers stay as they are
 
 
 def learn_weights(
@@ -138,19 +139,16 @@ def misalignment(pulls: Tensor) -> Tensor:
 
 
 def step_groups(steps: Tensor, records: Tensor, count: int) -> list[Tensor]:
-    """The records in groups of neighbouring steps, each with the same share of the range of steps."""
-    chosen = steps[records].double()
-    low, high = chosen.aminmax()
-    group = ((chosen - low) / (high - low + 1) * count).long()
-    groups = [records[group == number] for number in range(count)]
-    groups = [members for members in groups if len(members)]
-    if len(groups) < 2:
+    """The records in `count` groups of neighbouring steps, each with as many of the steps that were recorded."""
+    recorded, place = steps[records].unique(return_inverse=True)
+    if len(recorded) < count:
         raise CalibrationError(
-            "too few validation records to compare groups of steps",
-            got=f"{len(records)} records",
-            fix="raise samples or validation",
+            f"{count} groups of steps cannot be compared",
+            got=f"validation records of {len(recorded)} steps",
+            fix="--set groups=N for fewer groups, or calibrate over more --steps",
         )
-    return groups
+    group = place * count // len(recorded)
+    return [records[group == number] for number in range(count)]
 
 
 class Displaced:
@@ -175,7 +173,8 @@ def weigh_block(
     """One weight per record, mean 1 over the training records, learnt on this block's roundings."""
     weights = torch.ones(len(steps))
     generator = Generator().manual_seed(seed)
-    learner = Learner(network, piece, Schedule(iterations=0, rounding_rate=0), generator)
+    schedule = Schedule(iterations=0, rounding_rate=0, without=settings.without)
+    learner = Learner(network, piece, schedule, generator)
     layers = [layer for layer in learner.layers.values() if layer.weight_quantizer is not None]
     if not settings.rounds or not layers:
         return weights

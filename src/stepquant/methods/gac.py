@@ -7,7 +7,7 @@ No code was released; where the paper leaves a choice open, it is a field here. 
 - alignment is measured by angle (`cosine`), because raw inner products are unbounded below; raw is an option.
 - d/d omega is computed from the gradients of single samples, which equals differentiating through the inner step.
 - a block keeps rounding to nearest where that does better on held-out records.
-- activations have one range for all steps; per-step ranges are a method of their own.
+- activations have one range for all steps; the per-step ranges of its base are a method of their own (`tfmq`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from pydantic import Field
 from stepquant.artifact import Artifact, freeze
 from stepquant.calib.pick import every, strided
 from stepquant.calib.record import Source
+from stepquant.core.steps import StepTable
+from stepquant.fit.blocks import of_last_trajectories
 from stepquant.fit.streams import Streams
+from stepquant.fit.time_block import ROLES, has_time_block, reconstruct_time, time_chains
 from stepquant.fit.weights import Weighing, weigh_block
 from stepquant.methods.method import BlockMethod
 from stepquant.models.denoiser import Denoiser
@@ -33,23 +36,26 @@ class GAC(BlockMethod):
 
     paper: ClassVar[dict[str, Any]] = {
         "trajectories": 256,
-        "every_steps": 5,
         "batch": 32,
         "iterations": 20000,
+        "time_iterations": 20000,
         "rounding_rate": 1e-3,
         "last_rate": 1.0,
         "penalty": 0.01,
         "meta_steps": 50,
     }
     trajectories: int = Field(32, gt=0, description="trajectories that records are taken from")
-    every_steps: int = Field(5, gt=0, description="interval between the steps that are recorded")
+    at_steps: int = Field(20, gt=0, description="how many steps are recorded, at equal distances")
+    time_iterations: int = Field(500, ge=0, description="for the time block")
     momentum: float = Field(
         0.95, ge=0, lt=1, description="of the moving average of activation ranges over batches"
     )
     meta_steps: int = Field(
         12, ge=0, description="updates of the sample weights per block; 0: uniform weights (ablation)"
     )
-    meta_batch: int = Field(16, gt=0, description="training records per update")
+    meta_batch: int = Field(
+        16, gt=0, description="training records per update; a record that no update visits keeps its score"
+    )
     meta_rate: float = Field(0.1, ge=0, description="change of a record's score per update")
     inner: float = Field(
         0.1,
@@ -59,7 +65,7 @@ class GAC(BlockMethod):
     temperature: float = Field(1.0, gt=0, description="tau of the softmax over records")
     groups: int = Field(5, ge=2, description="groups of neighbouring steps whose gradients are aligned")
     validation: float = Field(
-        0.05, gt=0, lt=1, description="share of the records that judge weights and roundings"
+        0.05, gt=0, lt=1, description="share of the trajectories whose records judge weights and roundings"
     )
     alignment: float = Field(
         1.0, ge=0, description="weight of the alignment term; 0: validation loss alone (ablation)"
@@ -67,25 +73,33 @@ class GAC(BlockMethod):
     cosine: bool = Field(True, description="align angles instead of raw gradients")
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
-        # Training and validation records: every few steps of the float model's trajectories.
-        steps = strided(source.steps, max(source.steps // self.every_steps, 1))
-        data = source.record(every(self.trajectories, steps))
+        chains = time_chains(denoiser) if has_time_block(denoiser) else None
+
+        # Training and validation records: the same steps of the float model's trajectories in both.
+        data = source.record(every(self.trajectories, strided(source.steps, self.at_steps)))
+        held = of_last_trajectories(data, self.validation)
 
         with insert(denoiser, plan) as network, Streams(network, data, source.cache) as streams:
             reconstruct = self.reconstructing(streams, data, source)
             self.set_weight_ranges(network, source)
 
+            # The base's time-information block, where the model has one: fitted alone, and left as it is from then on.
+            if chains is not None:
+                times = StepTable.of(source.times()).times.float()
+                alone = self.schedule(iterations=self.time_iterations)
+                reconstruct_time(network, chains, times, alone, source.seed)
+
             # Algorithm 1, for each block: (a) weights omega by the bi-level problem, (b) weighted reconstruction.
-            weigh = partial(weigh_block, steps=data.steps(), settings=self.weighing())
-            reconstruct(
-                self.schedule(), stage="weights", activations=False, held=self.validation, weigh=weigh
-            )
+            apart = ROLES if chains is not None else ()
+            weigh = partial(weigh_block, steps=data.steps(), settings=self.weighing(apart))
+            schedule = self.schedule(without=apart)
+            reconstruct(schedule, stage="weights", activations=False, held=held, weigh=weigh)
 
             # Activations: moving averages of their ranges, nothing is learnt.
             self.set_input_ranges(network, data, source)
             return freeze(network)
 
-    def weighing(self) -> Weighing:
+    def weighing(self, apart: tuple[str, ...]) -> Weighing:
         return Weighing(
             rounds=self.meta_steps,
             batch=self.meta_batch,
@@ -95,4 +109,5 @@ class GAC(BlockMethod):
             alignment=self.alignment,
             cosine=self.cosine,
             groups=self.groups,
+            without=apart,
         )

@@ -50,8 +50,7 @@ class QDiffusion(BlockMethod):
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         # Algorithm 1: intermediate inputs at fixed intervals over all time steps, both guidance branches.
-        steps = strided(source.steps, min(self.at_steps, source.steps))
-        data = source.record(every(self.trajectories, steps))
+        data = source.record(every(self.trajectories, strided(source.steps, self.at_steps)))
 
         # Eq. 9 and 10: the halves of a concatenated input have their own weight and activation quantizers.
         split = self.split and bool(denoiser.concats())

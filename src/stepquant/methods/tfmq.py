@@ -47,7 +47,7 @@ class TFMQ(BlockMethod):
         20, gt=0, description="groups of neighbouring steps with activation ranges of their own"
     )
     trajectories: int = Field(32, gt=0, description="trajectories that weights are fitted on")
-    every_steps: int = Field(5, gt=0, description="interval between the steps that weights are fitted on")
+    at_steps: int = Field(20, gt=0, description="how many steps weights are fitted on, at equal distances")
     range_trajectories: int = Field(
         12, gt=0, description="trajectories that ranges are set on, at every step"
     )
@@ -60,8 +60,7 @@ class TFMQ(BlockMethod):
         # The finite set: every t that the sampler feeds to the network, in intervals of neighbours.
         chains, times = time_chains(denoiser), source.times()
         steps = StepTable.of(times, self.intervals)
-        fitted = strided(source.steps, max(source.steps // self.every_steps, 1))
-        data = source.record(every(self.trajectories, fitted))
+        data = source.record(every(self.trajectories, strided(source.steps, self.at_steps)))
         table = time_table(denoiser, chains, steps.times.float()) if self.time == "table" else None
         plan = plan if table is None else plan.with_rules([TABLED])
 
