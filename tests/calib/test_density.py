@@ -54,6 +54,8 @@ def test_counts_sum_to_the_samples(steps: int, samples: int, kind: str, variety:
 
 def test_features_that_do_not_vary_give_even_counts() -> None:
     assert counts(torch.ones(4, 2, 3, 2, 2), 10, 1.2).tolist() == [3, 3, 2, 2]
+    same = torch.randn(16, 64, 4, 4, generator=torch.Generator().manual_seed(0)).expand(20, -1, -1, -1, -1)
+    assert counts(same, 500, 1.2).tolist() == [25] * 20, "rounding decides nothing"
     assert normalised(torch.full((3,), 7.0)).tolist() == [0, 0, 0]
 
 

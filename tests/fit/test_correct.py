@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler
 from torch import Tensor
 
 from stepquant.calib.record import Source
@@ -175,11 +175,37 @@ def test_a_deterministic_sampler_refuses_the_variance(source: Source) -> None:
     assert check_noise(noisy, "auto") == "absorb"
 
 
-def test_a_sampler_that_cannot_carry_the_bias_is_named(source: Source) -> None:
-    noisy = Source(source.pipeline, 10, sampler="ddpm", cache=source.cache)
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm++", "unipc"])
+def test_what_a_noisy_schedule_leaves_in_the_configuration_is_no_noise(source: Source, sampler: str) -> None:
+    source.pipeline.scheduler = DDPMScheduler()
+    chosen = Source(source.pipeline, 5, sampler=sampler, cache=source.cache)
+    assert check_noise(chosen, "auto") == "none"
+    denoiser = Denoiser.of(source.pipeline)
+    found, _ = follow(denoiser, denoiser, chosen, 2, lambda q, e: torch.ones(3).double(), True)
+    assert found.bias.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", [DDPMScheduler, EulerAncestralDiscreteScheduler])
+def test_a_sampler_that_cannot_carry_the_bias_is_named(source: Source, kind: type) -> None:
+    source.pipeline.scheduler = kind()
     denoiser = Denoiser.of(source.pipeline)
     with pytest.raises(MethodError, match="cannot be told from the noise"):
-        follow(denoiser, denoiser, noisy, 2, lambda q, e: torch.ones(3).double(), True)
+        follow(denoiser, denoiser, source, 2, lambda q, e: torch.ones(3).double(), True)
+
+
+@pytest.mark.parametrize("kind", [DDPMScheduler, EulerAncestralDiscreteScheduler])
+def test_noisy_trajectories_meet_the_same_noise(source: Source, kind: type) -> None:
+    source.pipeline.scheduler = kind()
+    denoiser = Denoiser.of(source.pipeline)
+    gaps: list[float] = []
+
+    def factor(quantized: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+        gaps.append(float((quantized - exact).abs().max()))
+        return quantized.double().mean((0, 2, 3))
+
+    first, second = (follow(denoiser, denoiser, source, 2, factor, False)[0] for _ in range(2))
+    assert max(gaps) == 0
+    assert torch.equal(first.scale, second.scale)
 
 
 def test_times_are_those_that_the_network_receives(source: Source) -> None:

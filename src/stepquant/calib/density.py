@@ -21,7 +21,9 @@ def squared_distances(features: Tensor) -> Tensor:
     flat = features.flatten(1).double()
     gram = flat @ flat.T
     norms = gram.diagonal()
-    return ((norms[:, None] + norms[None] - 2 * gram) / flat.shape[1]).clamp(min=0)
+    both = norms[:, None] + norms[None]
+    apart = both - 2 * gram
+    return torch.where(apart > 1e-12 * both, apart, 0.0) / flat.shape[1]  # less is rounding
 
 
 def neighbours(features: Tensor, radius: float | None = None) -> Tensor:
@@ -45,17 +47,19 @@ def dissimilarity(features: Tensor, epsilon: float = 1e-6) -> Tensor:
     return (places - gram).sum(1) - (places - gram.diagonal())
 
 
-def normalised(values: Tensor) -> Tensor:
-    """Stretched to [0, 1]; values that are all the same say nothing and become 0."""
+def normalised(values: Tensor, scale: float = 1.0) -> Tensor:
+    """Stretched to [0, 1]; values that differ by rounding alone, as sums of terms up to `scale` do, become 0."""
     low, high = values.aminmax()
-    if high - low <= 1e-12 * high.abs().clamp(min=1e-300):
+    if high - low <= 1e-9 * scale:
         return torch.zeros_like(values)
     return (values - low) / (high - low)
 
 
 def counts(features: Tensor, samples: int, variety: float, radius: float | None = None) -> Tensor:
     """Records per step, in proportion to density + `variety` * dissimilarity; they sum to `samples` exactly."""
-    score = normalised(neighbours(features, radius)) + variety * normalised(dissimilarity(features))
+    terms = features.numel() / features.shape[2]  # cosines in each sum
+    apart = normalised(dissimilarity(features), terms)
+    score = normalised(neighbours(features, radius)) + variety * apart
     return share_out(score, samples)
 
 

@@ -32,8 +32,7 @@ def from_images(source: Source, steps: Tensor, folder: str | None, *, diffused: 
     images = read_images(folder, Denoiser.of(source.pipeline).shape[1:], len(steps))
     if not diffused:
         return stored(source, images, steps, "images")
-    scheduler = scheduler_of(source.pipeline, source.sampler)
-    scheduler.set_timesteps(source.steps)
+    scheduler = scheduler_of(source.pipeline, source.sampler, source.steps)
     noisy = scheduler.add_noise(images, gaussian(source, len(steps)), scheduler.timesteps[steps])
     return stored(source, noisy, steps, "diffused")
 
@@ -46,8 +45,7 @@ def gaussian(source: Source, count: int) -> Tensor:
 
 def stored(source: Source, x: Tensor, steps: Tensor, kind: str) -> CalibSet:
     denoiser = Denoiser.of(source.pipeline)
-    scheduler = scheduler_of(source.pipeline, source.sampler)
-    scheduler.set_timesteps(source.steps)
+    scheduler = scheduler_of(source.pipeline, source.sampler, source.steps)
     family = denoiser.family
     columns = {
         family.x: x.contiguous(),

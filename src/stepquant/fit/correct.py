@@ -17,7 +17,7 @@ from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import MethodError
 from stepquant.fit.ranges import by_row
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sampling import adds_noise, generators, is_unconditional, scheduler_of
+from stepquant.models.sampling import adds_noise, advance, generators, is_unconditional, scheduler_of
 from stepquant.progress import Progress
 
 Step = Callable[[Tensor], Tensor]  # prediction -> state after the step
@@ -97,7 +97,7 @@ def check_noise(source: Source, wanted: str) -> str:
     if wanted != "auto":
         return wanted
     if not carried:
-        source.progress.note("the sampler is deterministic: the variance of the error is left where it is")
+        source.progress.note("no noise of the sampler's can take in the variance of the error: it stays")
     return "absorb" if carried else "none"
 
 
@@ -128,10 +128,11 @@ def by_channel(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(1, -1, *[1] * (like.ndim - 2)).to(like.dtype)
 
 
-def check_repeats(source: Source) -> None:
+def check_repeats(denoiser: Denoiser, source: Source) -> None:
     """A state can be steered by the prediction only where a step gives the same twice."""
-    scheduler = scheduler_of(source.pipeline, source.sampler)
-    if adds_noise(scheduler):
+    scheduler = scheduler_of(source.pipeline, source.sampler, source.steps)
+    x = torch.ones(1, *denoiser.shape)
+    if not torch.equal(*(try_step(scheduler, scheduler.timesteps[0], x, x) for _ in range(2))):
         raise MethodError(
             "the bias of the state cannot be told from the noise of this sampler",
             got=type(scheduler).__name__,
@@ -151,14 +152,16 @@ def follow(
             "a correction along the quantized trajectory needs an unconditional pipeline",
             fix="choose a correction that is fitted on recorded states, as d2dpm",
         )
-    exact, other = (scheduler_of(source.pipeline, source.sampler) for _ in range(2))
-    exact.set_timesteps(source.steps), other.set_timesteps(source.steps)
+    exact, other = (scheduler_of(source.pipeline, source.sampler, source.steps) for _ in range(2))
     if bias:
-        check_repeats(source)
+        check_repeats(denoiser, source)
     seeds = [trajectory_seed(source.seed, number) for number in range(samples)]
-    x = torch.stack([torch.randn(denoiser.shape, generator=g) for g in generators(seeds)])
-    x = x * exact.init_noise_sigma
-    y, scales, biases = x.clone(), [], []
+    drawn, again = generators(seeds), generators(seeds)  # both trajectories meet the same noise
+    x, y = (
+        torch.stack([torch.randn(denoiser.shape, generator=g) for g in noise]) * exact.init_noise_sigma
+        for noise in (drawn, again)
+    )
+    scales, biases = [], []
     for t in source.progress.track(exact.timesteps, "correcting steps", len(exact.timesteps)):
         there = {denoiser.family.x: exact.scale_model_input(x, t), denoiser.family.t: t}
         here = {denoiser.family.x: other.scale_model_input(y, t), denoiser.family.t: t}
@@ -167,21 +170,16 @@ def follow(
             scale = factor(got, denoiser.predict(here))
         corrected = got * by_channel(scale, got)
         shift = torch.zeros_like(scale)
-        x = advance(exact, wanted, t, x)
+        x = advance(exact, wanted, t, x, drawn)
         if bias:
             trial = partial(try_step, other, t, y)
             shift = shift_of(trial, corrected, x)
             corrected = corrected + by_channel(shift, corrected)
-        y = advance(other, corrected, t, y)
+        y = advance(other, corrected, t, y, again)
         scales.append(scale)
         biases.append(shift)
     scale, shift = torch.stack(scales).float(), torch.stack(biases).float()
     return StepCorrection(scale, shift, torch.zeros_like(scale)), StepTable.of(exact.timesteps)
-
-
-def advance(scheduler: Any, predicted: Tensor, t: Tensor, x: Tensor) -> Tensor:
-    out: Tensor = scheduler.step(predicted, t, x, return_dict=False)[0]
-    return out
 
 
 def try_step(scheduler: Any, t: Tensor, x: Tensor, predicted: Tensor) -> Tensor:

@@ -25,10 +25,10 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def scheduler_of(pipeline: Any, sampler: str | None) -> Any:
-    """A fresh scheduler of that name with the noise schedule of the pipeline's own; None keeps the pipeline's class.
+def scheduler_of(pipeline: Any, sampler: str | None, steps: int | None = None) -> Any:
+    """A fresh scheduler of that name with the noise schedule of the pipeline's own, ready for so many steps.
 
-    A quantized model may carry a change of the sampler's noise, which is made here.
+    None keeps the pipeline's class. A quantized model may carry a change of the sampler's noise, which is made here.
     """
     if sampler is None:
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
@@ -37,13 +37,37 @@ def scheduler_of(pipeline: Any, sampler: str | None) -> Any:
         scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config, **options)
     else:
         raise UnknownNameError("sampler", sampler, SAMPLERS)
+    if steps is not None:
+        most = scheduler.config.num_train_timesteps
+        if not 1 <= steps <= most:
+            raise ModelError(
+                "no such number of sampling steps",
+                got=steps,
+                expected=f"1 to {most}",
+                fix="give another --steps",
+            )
+        scheduler.set_timesteps(steps)
     tables = getattr(Denoiser.of(pipeline).model, "steps", None)
     return scheduler if tables is None else tables.carry(scheduler)
 
 
 def adds_noise(scheduler: Any) -> bool:
-    """Whether a scheduler adds noise of its own at every step, whose size can be changed."""
-    return scheduler.config.get("variance_type") in ("fixed_small", "fixed_large")
+    """Whether a scheduler adds noise of its own at every step, whose size can be changed.
+
+    Others may have the same configuration: what they do not use stays in it.
+    """
+    sized = scheduler.config.get("variance_type") in ("fixed_small", "fixed_large")
+    return sized and isinstance(scheduler, diffusers.DDPMScheduler)
+
+
+def advance(
+    scheduler: Any, predicted: Tensor, t: Tensor, x: Tensor, noise: list[torch.Generator] | None = None
+) -> Tensor:
+    """The state after a step; each row draws from its own generator where the sampler adds noise."""
+    takes = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": noise} if takes else {}
+    out: Tensor = scheduler.step(predicted, t, x, return_dict=False, **extra)[0]
+    return out
 
 
 def generators(seeds: Sequence[int], device: Any = "cpu") -> list[torch.Generator]:
@@ -57,20 +81,17 @@ def denoise(
 
     The loop is that of diffusers' unconditional pipelines, for any of its schedulers; `stop` ends it early.
     """
-    denoiser, scheduler = Denoiser.of(pipeline), scheduler_of(pipeline, sampler)
+    denoiser, scheduler = Denoiser.of(pipeline), scheduler_of(pipeline, sampler, steps)
     model: Any = denoiser.model
-    scheduler.set_timesteps(steps)
     noise, shape = generators(seeds), (len(seeds), *denoiser.shape)
     x = randn_tensor(shape, generator=noise, device=model.device, dtype=model.dtype)
     x = x * scheduler.init_noise_sigma
-    takes = set(inspect.signature(scheduler.step).parameters)
-    extra = {"generator": noise} if "generator" in takes else {}
     with torch.no_grad():
         for index, t in enumerate(scheduler.timesteps):
             if stop is not None and index >= stop:
                 return
             predicted = model(scheduler.scale_model_input(x, t), t, return_dict=False)[0]
-            x = scheduler.step(predicted, t, x, return_dict=False, **extra)[0]
+            x = advance(scheduler, predicted, t, x, noise)
             yield x
 
 
@@ -89,10 +110,6 @@ def run(
     """Images (n, 3, h, w) in [0, 1] of one batch of seeds."""
     if is_unconditional(pipeline):
         x = last(denoise(pipeline, seeds, steps, sampler, stop))
-        if x is None:
-            raise ModelError(
-                "sampling needs at least one step", got=steps, fix="give --steps a positive number"
-            )
         return (decode(pipeline, x).float() / 2 + 0.5).clamp(0, 1)
     return run_prompts(pipeline, seeds, steps, sampler, prompts)
 
@@ -109,9 +126,9 @@ def decode(pipeline: Any, x: Tensor) -> Tensor:
     return pixels
 
 
-def last(states: Iterator[Tensor]) -> Tensor | None:
-    newest = deque(states, maxlen=1)
-    return newest.pop() if newest else None
+def last(states: Iterator[Tensor]) -> Tensor:
+    """The last state, without keeping the others."""
+    return deque(states, maxlen=1).pop()
 
 
 def prompts_of(seeds: Sequence[int], prompts: Sequence[str]) -> list[str]:
@@ -129,7 +146,7 @@ def run_prompts(
             fix="give a file with one prompt per line: --prompts FILE",
         )
     own = pipeline.scheduler
-    pipeline.scheduler = scheduler_of(pipeline, sampler)
+    pipeline.scheduler = scheduler_of(pipeline, sampler, steps)
     pipeline.set_progress_bar_config(disable=True)
     chosen = prompts_of(seeds, prompts)
     try:
