@@ -121,6 +121,8 @@ class StepquantQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self.keys, self.files = list(loaded_keys), [str(file) for file in checkpoint_files]
+        if not all(file.endswith(".safetensors") for file in self.files):
+            raise ArtifactError("an artifact holds no pickled files", where=", ".join(self.files))
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from stepquant import methods
@@ -59,6 +60,30 @@ def test_every_command_explains_itself(command: str, capfd: pytest.CaptureFixtur
 def test_version(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capfd.readouterr().out.startswith("stepquant ")
+
+
+def test_an_artifact_with_tables_by_step_is_sampled_as_it_was_made(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tied"
+    words = ("--method", "minmax+d2dpm", "--set", "d2dpm.trajectories=4", "--sampler", "euler", *QUICK[2:])
+    run(tmp_path, "quantize", tiny, *words, "--out", out)
+    assert run(tmp_path, "generate", out, "--images", 1, "--out", tmp_path / "x.png")["steps"] == 4
+    found = run(tmp_path, "evaluate", out, "--against", tiny, "--images", 2, "--no-floor")
+    assert found["sampling"]["steps"] == 4
+
+
+def test_a_text_model_keeps_its_prompts(
+    text_pipeline: StableDiffusionPipeline, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "text", tmp_path / "text-w8a8"
+    text_pipeline.save_pretrained(source)
+    (tmp_path / "prompts.txt").write_text("a b\nc\n")
+    words = ("--method", "minmax", "--samples", "8", "--steps", "2", "--prompts", tmp_path / "prompts.txt")
+    capfd.readouterr()
+    run(tmp_path, "quantize", source, *words, "--out", out, "--quiet")
+    assert not capfd.readouterr().err
+    assert 'pipe("a prompt", num_inference_steps=2)' in (out / "README.md").read_text()
+    run(tmp_path, "generate", out, "--images", 1, "--steps", 1, "--out", tmp_path / "x.png")
+    run(tmp_path, "evaluate", out, "--against", source, "--images", 2, "--steps", 1, "--no-floor")
 
 
 def test_methods(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -118,3 +118,22 @@ def test_full_bars_of_a_long_job_make_room() -> None:
         abandoned.close()
         assert reporter.bars is not None
         assert [task.description for task in reporter.bars.tasks if task.visible] == ["cells"]
+
+
+def test_notes_are_shown_while_an_item_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(force_terminal=True, file=io.StringIO())
+    with Reporter(console) as reporter:
+        for _ in reporter.track(range(2), "timing"):
+            reporter.note("preparing")
+            assert reporter.bars is not None
+            assert reporter.bars.tasks[0].fields["words"] == "preparing"
+
+    now = [0.0]
+    monkeypatch.setattr("stepquant.cli.reporter.time.monotonic", lambda: now[0])
+    log = io.StringIO()
+    reporter = Reporter(Console(file=log))
+    for item in reporter.track(range(2), "timing"):
+        now[0] += 4
+        reporter.note(f"preparing {item}")
+        now[0] += 4
+    assert log.getvalue().splitlines() == ["timing: 1/2, 12 s left (preparing 1)", "timing: done in 16 s"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from stepquant.cli import main
@@ -60,6 +60,45 @@ def test_an_unknown_command_and_an_unknown_option(fails: Fails) -> None:
 def test_unfit_values(tiny: Path, tmp_path: Path, fails: Fails, words: tuple[str, ...]) -> None:
     assert fails("quantize", tiny, "--method", "minmax", "--out", tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("generate", "--images", "1", "--steps", "2000"), "1 to 1000"),
+        (("generate", "--images", "1", "--steps", "1", "--json", "."), "cannot write '.'"),
+        (("benchmark", "--chart", "bars.txt"), ".svg or .png"),
+        (("evaluate", "--data", "nowhere"), "no such folder"),
+    ],
+)
+def test_unfit_values_are_noticed_before_any_work(
+    artifact: Path, tiny: Path, tmp_path: Path, fails: Fails, words: tuple[str, ...], said: str
+) -> None:
+    command, *rest = words
+    against = () if command == "generate" else ("--against", tiny)
+    out = ("--out", tmp_path / "x.png") if command == "generate" else ()
+    assert said in fails(command, artifact, *rest, *against, *out)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_prompts_for_a_model_without_text(tiny: Path, tmp_path: Path, fails: Fails) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    words = ("--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out")
+    assert "takes no text" in fails("quantize", tiny, *QUICK, *words)
+
+
+def test_pickled_weights_are_not_loaded(pipeline: DDIMPipeline, tmp_path: Path, fails: Fails) -> None:
+    pipeline.save_pretrained(tmp_path / "old", safe_serialization=False)
+    assert "pickled weights (.bin) are never loaded" in fails("generate", tmp_path / "old")
+
+
+def test_models_that_are_not_there_or_not_supported(tmp_path: Path, fails: Fails) -> None:
+    assert "cifar10-features" not in fails("generate", "nowhere")
+    assert "no such artifact" in fails("report", tmp_path / "nowhere")
+    DDIMPipeline(
+        DiTTransformer2DModel(1, 8, 4, num_layers=1, sample_size=4), DDIMScheduler()
+    ).save_pretrained(tmp_path / "dit")
+    assert "DiTTransformer2DModel are not supported" in fails("generate", tmp_path / "dit")
 
 
 def test_a_folder_that_is_no_pipeline(tmp_path: Path, fails: Fails) -> None:

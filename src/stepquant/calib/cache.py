@@ -29,7 +29,7 @@ def atomically(target: Path, write: Callable[[Path], object]) -> None:
         raise StepquantError(
             f"cannot write: {getattr(error, 'strerror', None) or error}",
             where=str(target),
-            fix="free disk space or check permissions, then run again with --resume; finished parts are kept",
+            fix="free disk space or check permissions, then run again, with --resume where there is one; finished parts are kept",
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

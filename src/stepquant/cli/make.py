@@ -33,6 +33,7 @@ from stepquant.cli.options import (
     Scheme,
     Seed,
     Settings,
+    Steps,
     read_prompts,
     read_settings,
 )
@@ -40,6 +41,7 @@ from stepquant.cli.screen import Screen, command_text, size_text
 from stepquant.errors import StepquantError
 from stepquant.job import Outcome, Recipe, load, plan_json, quantize_to
 from stepquant.job.files import writing
+from stepquant.job.pipelines import sampling_of
 from stepquant.models.denoiser import Denoiser
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -104,7 +106,10 @@ def make_artifact(screen: Screen, recipe: Recipe, out: Path, resume: bool) -> di
     seconds = time.monotonic() - start
     screen.show(outcome_text(outcome, seconds))
     if not outcome.found:
-        screen.say(f"next: {command_text(['generate', str(out), '--out', 'grid.png'])}")
+        words = (
+            ["generate", str(out), "--sampler", recipe.sampler] if recipe.sampler else ["generate", str(out)]
+        )
+        screen.say(f"next: {command_text([*words, '--out', 'grid.png'])}")
     return {
         "out": str(out),
         "found": outcome.found,
@@ -139,7 +144,7 @@ def generate(
     images: Annotated[
         int, typer.Option(min=1, metavar="N", help="How many, with seeds SEED, SEED+1, ...")
     ] = 64,
-    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Denoising steps.")] = 50,
+    steps: Steps = None,
     sampler: Sampler = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Image file of the grid.")] = Path("grid.png"),
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 32,
@@ -164,25 +169,16 @@ def generate(
     pipeline = load(model, device)
     if hub.config_of(Denoiser.of(pipeline).model) is not None:
         screen.warn_if_plain()
+    chosen = sampling_of(pipeline, steps, sampler, read_prompts(prompts))
     seeds = range(seed, seed + images)
     start = time.monotonic()
     with screen.reporter as progress:
-        batches = list(
-            sample(
-                pipeline,
-                seeds,
-                steps=steps,
-                sampler=sampler,
-                batch=batch,
-                prompts=read_prompts(prompts),
-                progress=progress,
-            )
-        )
+        batches = list(sample(pipeline, seeds, batch=batch, progress=progress, **chosen))
     seconds = time.monotonic() - start
     with writing(out):
         write_grid(batches, out)
     screen.show(f"wrote {out}: {images} images, seeds {seed} to {seed + images - 1}, {seconds:.1f} s")
-    result = {"out": str(out), "images": images, "seed": seed, "steps": steps, "seconds": seconds}
+    result = {"out": str(out), "images": images, "seed": seed, "steps": chosen["steps"], "seconds": seconds}
     screen.finish(json, result)
 
 

@@ -21,6 +21,7 @@ from stepquant.cli.options import (
     Quiet,
     Sampler,
     Seed,
+    Steps,
     read_counts,
     read_prompts,
 )
@@ -32,7 +33,9 @@ from stepquant.models.denoiser import Denoiser
 Against = Annotated[
     str | None,
     typer.Option(
-        metavar="MODEL", help="The float model it was made of.", show_default="as the artifact says"
+        metavar="MODEL",
+        help="The float model it was made of; a model of your own by its folder.",
+        show_default="the embedded one that the artifact names",
     ),
 ]
 
@@ -52,7 +55,7 @@ def evaluate(
     images: Annotated[
         int, typer.Option(min=2, metavar="N", help="Pairs of images from the same seeds.")
     ] = 1024,
-    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Denoising steps.")] = 50,
+    steps: Steps = None,
     sampler: Sampler = None,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 32,
     data: Data = None,

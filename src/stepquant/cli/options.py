@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +26,21 @@ AnyModel = Annotated[
 ArtifactFolder = Annotated[
     Path, typer.Argument(metavar="DIR", help="Artifact that `stepquant quantize` wrote.", show_default=False)
 ]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
+
+
+def writable(file: Path | None) -> Path | None:
+    """Before any work: a file that can be written, in a folder that is there or can be made."""
+    if file is not None:
+        there = next(folder for folder in (file.parent, *file.absolute().parents) if folder.exists())
+        if file.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
+            raise StepquantError(f"cannot write '{file}'", fix="choose another file")
+    return file
+
+
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Also write the result as JSON.", callback=writable),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, results only.")]
 Seed = Annotated[
     int, typer.Option(min=0, metavar="N", help="Seed of all randomness: one per trajectory follows from it.")
@@ -67,6 +82,12 @@ OutFolder = Annotated[
 ]
 CalibrationSteps = Annotated[
     int, typer.Option(min=1, metavar="N", help="Denoising steps of the calibration trajectories.")
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Denoising steps.", show_default="50, or those that the artifact knows"
+    ),
 ]
 Samples = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Calibration records.", show_default="the method's own")

@@ -4,15 +4,40 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass
+class Line:
+    """A job that is told of in lines."""
+
+    label: str
+    total: int | None
+    start: float
+    last: float  # when it was told of
+    done: int = 0
+
+    def text(self, words: str) -> str:
+        left = ""
+        if self.total and self.done:
+            left = f", {clock((time.monotonic() - self.start) / self.done * (self.total - self.done))} left"
+        return f"{self.label}: {self.done}/{self.total or '?'}{left}{words and f' ({words})'}"
 
 
 class Reporter:
@@ -22,6 +47,8 @@ class Reporter:
         self.console, self.quiet = console, quiet
         self.brief = brief  # bars vanish when they are full: for jobs with hundreds of them
         self.bars: Bars | None = None
+        self.tasks: list[TaskID] = []
+        self.lines: list[Line] = []
         self.words = ""
 
     def __enter__(self) -> Reporter:
@@ -57,26 +84,41 @@ class Reporter:
 
     def note(self, words: str) -> None:
         self.words = words
+        if self.bars is not None and self.tasks:
+            self.bars.update(self.tasks[-1], words=words)
+        elif self.lines:
+            self.tell(self.lines[-1])
+
+    def tell(self, line: Line) -> None:
+        """Not more often than every few seconds."""
+        now = time.monotonic()
+        if now - line.last >= SECONDS_BETWEEN_LINES and line.done != line.total:
+            self.say(line.text(self.words))
+            line.last = now
 
     def draw(self, bars: Bars, items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
         task = bars.add_task(label, total=total, words="")
+        self.tasks.append(task)
         try:
             for item in items:
                 yield item
-                bars.update(task, advance=1, words=self.words)
+                bars.update(task, advance=1)
         finally:
+            self.tasks.remove(task)
             bars.update(task, words="", visible=not self.brief)
         self.words = ""
 
     def write(self, items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
-        start = last = time.monotonic()
-        for done, item in enumerate(items, 1):
-            yield item
-            now = time.monotonic()
-            if now - last >= SECONDS_BETWEEN_LINES and done != total:
-                left = f", {clock((now - start) / done * (total - done))} left" if total else ""
-                self.say(f"{label}: {done}/{total or '?'}{left}{self.words and f' ({self.words})'}")
-                last = now
+        start = time.monotonic()
+        line = Line(label, total, start, start)
+        self.lines.append(line)
+        try:
+            for item in items:
+                yield item
+                line.done += 1
+                self.tell(line)
+        finally:
+            self.lines.remove(line)
         self.say(f"{label}: done in {clock(time.monotonic() - start)}")
         self.words = ""
 

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from stepquant import hub
+from stepquant.cli.options import writable
 from stepquant.cli.screen import Screen
+from stepquant.errors import StepquantError
 from stepquant.job import load
 from stepquant.models.denoiser import Denoiser
 
@@ -24,7 +26,18 @@ Generation = Annotated[
     ),
 ]
 Profile = Annotated[bool, typer.Option("--profile", help="Also show where one call spends its time.")]
-Chart = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw bars into an .svg or .png file.")]
+
+
+def drawable(file: Path | None) -> Path | None:
+    if file is not None and file.suffix.lower() not in (".svg", ".png"):
+        raise StepquantError(f"cannot draw '{file.name}'", expected="a name that ends in .svg or .png")
+    return writable(file)
+
+
+Chart = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Draw bars into an .svg or .png file.", callback=drawable),
+]
 
 
 def beside_calls(

@@ -145,6 +145,12 @@ def moments_target(file: Path, mean: Tensor, covariance: Tensor | None, width: i
     )
 
 
+def check_data(data: str | None) -> None:
+    """Before anything slow begins: a place that does not exist is an error."""
+    if data not in (None, CIFAR10) and not Path(data).exists():
+        image_files(Path(data))
+
+
 def folder_images(folder: Path, batch: int = 256) -> Iterator[Tensor]:
     """Batches (n, 3, h, w) in [0, 1] of the images in a folder, in the order of their names."""
     files = image_files(folder)
@@ -161,7 +167,7 @@ def image_files(folder: Path) -> list[Path]:
     raise EvaluationError(
         "no images to compare with",
         where=str(folder),
-        got="nothing of that kind" if folder.is_dir() else f"no such folder on '{platform.node()}'",
+        got="nothing of that kind" if folder.is_dir() else f"no such folder on {platform.node()}",
         expected=f"a folder with {', '.join(IMAGE_SUFFIXES)}, a file of statistics (.npz), or '{CIFAR10}'",
     )
 

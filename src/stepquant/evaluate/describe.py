@@ -49,7 +49,9 @@ def describe_quantized(pipeline: Any) -> dict[str, Any]:
     config = hub.config_of(model)
     if config is None:
         return found
-    recipe = {key: value for key, value in config.recipe.items() if key not in ("plan", "prompts")}
+    recipe = {key: value for key, value in config.recipe.items() if key != "plan"}
+    if recipe.get("prompts"):
+        recipe["prompts"] = len(recipe["prompts"])
     named = {key: str(recipe.get(key) or "") for key in ("method", "scheme")}
     return found | named | {"digest": config.digest[:12], "recipe": recipe}
 

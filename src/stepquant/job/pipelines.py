@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline
-from diffusers.utils import logging
+from diffusers.utils import is_transformers_available, logging
 from safetensors import SafetensorError
 
 from stepquant import hub
@@ -41,13 +41,13 @@ def rename(pipeline: Any, name: str) -> None:
 
 
 def find_folder(name: str) -> Path:
-    folder = zoo.path(name) if name.startswith(zoo.PREFIX) else Path(name)
+    folder = zoo.path(name) if name in zoo.names() else Path(name)
     if not folder.exists():
-        near = UnknownNameError("model", name, zoo.names())
+        near = UnknownNameError("model", name, zoo.pipelines())
         hub_id = f"fetch it first: hf download {name} --local-dir DIR" if name.count("/") == 1 else None
         raise ModelError(
             f"there is no model '{name}'",
-            expected=f"a diffusers pipeline folder, or one of {', '.join(zoo.names())}",
+            expected=f"a diffusers pipeline folder, or one of {', '.join(zoo.pipelines())}",
             fix=near.fix or hub_id or "check the path",
         )
     if not (folder / "model_index.json").is_file():
@@ -63,29 +63,59 @@ def find_folder(name: str) -> Path:
 def open_pipeline(folder: Path) -> Any:
     try:
         with without_bars():
-            return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+            return DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except StepquantError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         words = str(error).strip().splitlines() or [type(error).__name__]
+        pickled = any(folder.rglob("*.bin"))
         raise ModelError(
             "diffusers cannot load this pipeline",
             where=str(folder),
             got=words[0][:300],
-            fix="check that every file is complete",
+            fix="pickled weights (.bin) are never loaded: load them with diffusers where you trust them, and save_pretrained again"
+            if pickled
+            else "check that every file is there and complete",
         ) from error
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """diffusers draws a bar while it loads, even for a fraction of a second."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    """diffusers and transformers draw a bar while they load and save, even for a fraction of a second."""
+    libraries = [logging]
+    if is_transformers_available():
+        from transformers.utils import logging as transformers_logging
+
+        libraries.append(transformers_logging)
+    shown = [(library, library.is_progress_bar_enabled(), library.get_verbosity()) for library in libraries]
+    for library in libraries:
+        library.disable_progress_bar()
+        library.set_verbosity_error()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        for library, bars, verbosity in shown:
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()
+
+
+# Denoising steps where nobody asks for another number.
+STEPS = 50
+
+
+def sampling_of(
+    pipeline: Any, steps: int | None, sampler: str | None, prompts: Sequence[str] | None
+) -> dict[str, Any]:
+    """How to sample: what is given, or what suits an artifact; one with tables by step has those steps only."""
+    config = hub.config_of(Denoiser.of(pipeline).model)
+    recipe = {} if config is None else config.recipe
+    tied = recipe if config is not None and config.steps else {}
+    return {
+        "steps": steps or tied.get("steps", STEPS),
+        "sampler": sampler or tied.get("sampler"),
+        "prompts": prompts or recipe.get("prompts"),
+    }
 
 
 def move(pipeline: Any, device: str) -> Any:

@@ -15,11 +15,12 @@ from stepquant.calib.cache import atomically
 from stepquant.errors import ArtifactError, StepquantError
 from stepquant.evaluate import benchmark, evaluate, size
 from stepquant.evaluate.cost import coverage
+from stepquant.evaluate.data import check_data
 from stepquant.evaluate.describe import describe_float, describe_plan, describe_quantized, environment
 from stepquant.evaluate.results import FORMAT
 from stepquant.evaluate.speed import first_arguments
 from stepquant.job.files import writing
-from stepquant.job.pipelines import load
+from stepquant.job.pipelines import load, sampling_of
 from stepquant.models import zoo
 from stepquant.models.denoiser import Denoiser
 from stepquant.progress import Progress
@@ -142,6 +143,9 @@ def evaluate_artifact(
     config = artifact_config(quantized, folder)
     source = load_twin(config, against, device)
     sampling.setdefault("data", DATA.get(config.recipe.get("model", "")))
+    check_data(sampling["data"])
+    asked = {name: sampling.pop(name, None) for name in ("steps", "sampler", "prompts")}
+    sampling |= sampling_of(quantized, **asked)
     measured = evaluate(source, quantized, progress=progress, **sampling)
     return update_results(folder, source, quantized, measured)
 
@@ -156,13 +160,17 @@ def benchmark_artifact(
 ) -> dict[str, Any]:
     """Time an artifact beside the float model it was made of; `options` as in `stepquant.evaluate`."""
     quantized = load(folder, device)
-    source = load_twin(artifact_config(quantized, folder), against, device)
+    config = artifact_config(quantized, folder)
+    source = load_twin(config, against, device)
+    options["prompts"] = options.get("prompts") or config.recipe.get("prompts")
     speed = benchmark(source, quantized, progress=progress, **options)
     return update_results(folder, source, quantized, {"speed": speed, "environment": environment()})
 
 
 def report_artifact(folder: Path, out: Path | None = None) -> tuple[Path, dict[str, Any]]:
     """Write the page about an artifact from what was measured so far."""
+    if not folder.is_dir():
+        raise StepquantError("there is no such artifact", where=str(folder), fix="check the path")
     results = read_results(folder)
     if not results:
         raise StepquantError(

@@ -13,7 +13,7 @@ from stepquant import hub
 from stepquant.errors import ArtifactError, StepquantError
 from stepquant.job.files import new_folder, writing
 from stepquant.job.inplace import run
-from stepquant.job.pipelines import load
+from stepquant.job.pipelines import load, without_bars
 from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import sample
@@ -55,7 +55,7 @@ def quantize_to(
         return Outcome(target, found, weights_bytes(target), float_bytes, found=True)
     with new_folder(target) as folder:
         hub.attach(Denoiser.of(pipeline).model, run(pipeline, recipe, progress))
-        with writing(target):
+        with writing(target), without_bars():
             pipeline.save_pretrained(folder)
         illustrate(pipeline, recipe, folder, target, progress)
     return Outcome(target, provenance, weights_bytes(target), float_bytes, found=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.core.digest import tensors_digest, value_digest
-from stepquant.errors import ModelError, UnknownNameError
+from stepquant.errors import ModelError
 from stepquant.models import unet
 from stepquant.models.family import Family, matches
 from stepquant.models.parts import LEAVES, PRODUCTS, part_roles
@@ -26,7 +26,8 @@ def family_of(model: nn.Module) -> Family:
     for family in FAMILIES:
         if name in family.models:
             return family
-    raise UnknownNameError("model class", name, [m for f in FAMILIES for m in f.models])
+    known = ", ".join(sorted(model for family in FAMILIES for model in family.models))
+    raise ModelError(f"models of class {name} are not supported", expected=known)
 
 
 class Denoiser:

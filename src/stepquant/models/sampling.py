@@ -109,6 +109,8 @@ def run(
 ) -> Tensor:
     """Images (n, 3, h, w) in [0, 1] of one batch of seeds."""
     if is_unconditional(pipeline):
+        if prompts:
+            raise ModelError("this model takes no text", got="prompts", fix="leave --prompts out")
         x = last(denoise(pipeline, seeds, steps, sampler, stop))
         return (decode(pipeline, x).float() / 2 + 0.5).clamp(0, 1)
     return run_prompts(pipeline, seeds, steps, sampler, prompts)

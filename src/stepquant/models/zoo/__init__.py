@@ -16,6 +16,11 @@ def names() -> list[str]:
     return [PREFIX + folder.name.replace("_", "-") for folder in folders]
 
 
+def pipelines() -> list[str]:
+    """Those that make images."""
+    return [name for name in names() if (path(name) / "model_index.json").is_file()]
+
+
 def path(name: str) -> Path:
     """The folder of an embedded model."""
     if name not in names():
