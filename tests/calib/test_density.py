@@ -5,9 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepquant.calib.density import (
+    Likeness,
     counts,
     dissimilarity,
     features_by_step,
+    likeness_of_steps,
     neighbours,
     normalised,
     share_out,
@@ -24,17 +26,20 @@ def test_distances_and_cosines_equal_the_double_loop() -> None:
     f = features(6)
     for i in range(6):
         expected = torch.stack([(f[i] - f[j]).square().mean() for j in range(6)]).double()
-        torch.testing.assert_close(squared_distances(f)[i], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(squared_distances(Likeness.of(f))[i], expected, rtol=1e-5, atol=1e-6)
         cosines = [torch.cosine_similarity(f[i], f[j], dim=1, eps=1e-6) for j in range(6) if j != i]
         torch.testing.assert_close(
-            dissimilarity(f)[i], sum((1 - c).sum() for c in cosines).double(), rtol=1e-5, atol=1e-5
+            dissimilarity(Likeness.of(f))[i],
+            sum((1 - c).sum() for c in cosines).double(),
+            rtol=1e-5,
+            atol=1e-5,
         )
 
 
 def test_neighbours_lie_within_the_radius() -> None:
     f = torch.tensor([0.0, 1.0, 1.1, 5.0]).reshape(4, 1, 1, 1, 1)
-    assert neighbours(f, radius=0.02).tolist() == [0, 1, 1, 0]
-    assert neighbours(f, radius=1.5).tolist() == [2, 2, 2, 0]
+    assert neighbours(Likeness.of(f), radius=0.02).tolist() == [0, 1, 1, 0]
+    assert neighbours(Likeness.of(f), radius=1.5).tolist() == [2, 2, 2, 0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -47,15 +52,15 @@ def test_counts_sum_to_the_samples(steps: int, samples: int, kind: str, variety:
         f = torch.ones_like(f)
     elif kind == "ties":
         f = f[torch.arange(steps) // 2]
-    shares = counts(f, samples, variety)
+    shares = counts(Likeness.of(f), samples, variety)
     assert int(shares.sum()) == samples
     assert (shares >= 0).all()
 
 
 def test_features_that_do_not_vary_give_even_counts() -> None:
-    assert counts(torch.ones(4, 2, 3, 2, 2), 10, 1.2).tolist() == [3, 3, 2, 2]
+    assert counts(Likeness.of(torch.ones(4, 2, 3, 2, 2)), 10, 1.2).tolist() == [3, 3, 2, 2]
     same = torch.randn(16, 64, 4, 4, generator=torch.Generator().manual_seed(0)).expand(20, -1, -1, -1, -1)
-    assert counts(same, 500, 1.2).tolist() == [25] * 20, "rounding decides nothing"
+    assert counts(Likeness.of(same), 500, 1.2).tolist() == [25] * 20, "rounding decides nothing"
     assert normalised(torch.full((3,), 7.0)).tolist() == [0, 0, 0]
 
 
@@ -65,6 +70,13 @@ def test_shares_follow_the_score() -> None:
 
 def test_features_are_those_of_the_deepest_block(source: Source) -> None:
     """mid_block.attentions.0 of the small model receives 32 channels of 4 x 4 pixels."""
-    found = features_by_step(source, 2)
+    found = features_by_step(source, range(2))
     assert found.shape == (source.steps, 2, 32, 4, 4)
-    assert squared_distances(found)[0, 1:].min() > 0
+    assert squared_distances(Likeness.of(found))[0, 1:].min() > 0
+
+
+def test_many_trajectories_are_seen_a_few_at_a_time(source: Source) -> None:
+    whole, parts = Likeness.of(features_by_step(source, range(11))), likeness_of_steps(source, 11)
+    assert (whole.elements, whole.places) == (parts.elements, parts.places)
+    torch.testing.assert_close(squared_distances(whole), squared_distances(parts), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(dissimilarity(whole), dissimilarity(parts), rtol=1e-4, atol=1e-4)

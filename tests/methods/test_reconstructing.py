@@ -15,6 +15,7 @@ from stepquant.core.affine import fake_quantize, scale_and_zero
 from stepquant.core.grid import Grid
 from stepquant.core.ranges import lp_search, minmax
 from stepquant.errors import CalibrationError, MethodError
+from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser
 from stepquant.progress import Silent
 from stepquant.quant.schemes import scheme
@@ -120,9 +121,31 @@ def test_a_model_without_skip_concatenations_is_quantized_whole_and_that_is_said
 ) -> None:
     monkeypatch.setattr(Denoiser, "concats", lambda _: {})
     ears = Listening()
-    artifact = run(replace(source, progress=ears), "qdiffusion", iterations=0, step_iterations=0, split=split)
+    asked = {} if split else {"split": False}  # what is the default, or what is given
+    artifact = run(replace(source, progress=ears), "qdiffusion", iterations=0, step_iterations=0, **asked)
     assert not artifact.splits
     assert any("nothing to split" in words for words in ears.heard) == split
+
+
+@pytest.mark.parametrize("name", ["qdiffusion", "gptq"])
+def test_a_split_that_was_asked_for_and_cannot_be_is_an_error(
+    source: Source, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(Denoiser, "concats", lambda _: {})
+    method = methods.build(name, {"split": True})
+    with pytest.raises(MethodError, match="no skip concatenations"):
+        method(Denoiser.of(source.pipeline), scheme("w4a8"), source)
+
+
+def test_published_rates_depend_on_the_bits_of_the_weights() -> None:
+    rates = {}
+    for name in ("w8a8", "w4a8"):
+        recipe = Recipe.of(method="eda_dm", scheme=name, settings={"preset": "paper"})
+        method = recipe.build_method()
+        rates[name] = (method.rounding_rate, method.step_rate)  # type: ignore[attr-defined]
+    assert rates == {"w8a8": (0.05, 1e-3), "w4a8": (0.5, 5e-4)}
+    given = Recipe.of(method="eda_dm", settings={"preset": "paper", "step_rate": 2e-3}).build_method()
+    assert given.step_rate == 2e-3  # type: ignore[attr-defined]
 
 
 def test_other_settings_start_over_and_the_same_go_on(source: Source) -> None:

@@ -5,6 +5,10 @@ Steps whose features have many close neighbours stand for many steps; steps whos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -15,36 +19,54 @@ from stepquant.errors import MethodError
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import run
 
+TOGETHER = 8  # trajectories
 
-def squared_distances(features: Tensor) -> Tensor:
-    """Mean squared difference between the features (steps, ...) of all pairs of steps, by their Gram matrix."""
-    flat = features.flatten(1).double()
-    gram = flat @ flat.T
+
+@dataclass(frozen=True)
+class Likeness:
+    """Inner products of the features of all pairs of steps, and of their directions over channels: sums over records."""
+
+    gram: Tensor
+    directions: Tensor
+    elements: int  # of one step
+    places: int  # records times pixels
+
+    @classmethod
+    def of(cls, features: Tensor, epsilon: float = 1e-6) -> Likeness:
+        """Of features (steps, batch, channels, ...)."""
+        values = features.double()
+        flat = values.flatten(1)
+        unit = (values / values.norm(dim=2, keepdim=True).clamp(min=epsilon)).flatten(1)
+        elements = features[0].numel()
+        return cls(flat @ flat.T, unit @ unit.T, elements, elements // features.shape[2])
+
+    def __add__(self, other: Likeness) -> Likeness:
+        """Over the records of both."""
+        return Likeness(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def squared_distances(likeness: Likeness) -> Tensor:
+    """Mean squared difference between the features of all pairs of steps."""
+    gram = likeness.gram
     norms = gram.diagonal()
     both = norms[:, None] + norms[None]
     apart = both - 2 * gram
-    return torch.where(apart > 1e-12 * both, apart, 0.0) / flat.shape[1]  # less is rounding
+    return torch.where(apart > 1e-12 * both, apart, 0.0) / likeness.elements  # less is rounding
 
 
-def neighbours(features: Tensor, radius: float | None = None) -> Tensor:
+def neighbours(likeness: Likeness, radius: float | None = None) -> Tensor:
     """For every step, how many others lie within `radius`; None stands for the lower quartile of all distances."""
-    distances = squared_distances(features)
-    others = ~torch.eye(len(features), dtype=torch.bool)
+    distances = squared_distances(likeness)
+    others = ~torch.eye(len(distances), dtype=torch.bool)
     if radius is None:
         radius = float(distances[others].quantile(0.25)) if others.any() else 0.0
     return ((distances <= radius) & others).sum(1).double()
 
 
-def dissimilarity(features: Tensor, epsilon: float = 1e-6) -> Tensor:
-    """For every step, the sum of 1 - cosine over channels (the third axis) to all other steps, records and pixels.
-
-    Features are (steps, batch, channels, ...).
-    """
-    norms = features.double().norm(dim=2, keepdim=True).clamp(min=epsilon)
-    unit = (features.double() / norms).flatten(1)
-    places = features[0].numel() // features.shape[2]
-    gram = unit @ unit.T
-    return (places - gram).sum(1) - (places - gram.diagonal())
+def dissimilarity(likeness: Likeness) -> Tensor:
+    """For every step, the sum of 1 - cosine over channels to all other steps, records and pixels."""
+    apart = likeness.places - likeness.directions
+    return apart.sum(1) - apart.diagonal()
 
 
 def normalised(values: Tensor, scale: float = 1.0) -> Tensor:
@@ -55,11 +77,10 @@ def normalised(values: Tensor, scale: float = 1.0) -> Tensor:
     return (values - low) / (high - low)
 
 
-def counts(features: Tensor, samples: int, variety: float, radius: float | None = None) -> Tensor:
+def counts(likeness: Likeness, samples: int, variety: float, radius: float | None = None) -> Tensor:
     """Records per step, in proportion to density + `variety` * dissimilarity; they sum to `samples` exactly."""
-    terms = features.numel() / features.shape[2]  # cosines in each sum
-    apart = normalised(dissimilarity(features), terms)
-    score = normalised(neighbours(features, radius)) + variety * apart
+    terms = likeness.places * len(likeness.gram)  # cosines in each sum
+    score = normalised(neighbours(likeness, radius)) + variety * normalised(dissimilarity(likeness), terms)
     return share_out(score, samples)
 
 
@@ -73,7 +94,17 @@ def share_out(score: Tensor, samples: int) -> Tensor:
     return whole
 
 
-def features_by_step(source: Source, trajectories: int) -> Tensor:
+def likeness_of_steps(source: Source, trajectories: int) -> Likeness:
+    """How alike the steps of so many trajectories of the float model are, a few of them in memory at a time."""
+    starts = range(0, trajectories, TOGETHER)
+    parts = (
+        Likeness.of(features_by_step(source, range(start, min(start + TOGETHER, trajectories))))
+        for start in source.progress.track(starts, "features by step", len(starts))
+    )
+    return reduce(add, parts)
+
+
+def features_by_step(source: Source, trajectories: Sequence[int]) -> Tensor:
     """What the deepest block receives at every step of the float model, (steps, batch, channels, ...)."""
     denoiser = Denoiser.of(source.pipeline)
     block: nn.Module = denoiser.model.get_submodule(denoiser.deepest())
@@ -83,7 +114,7 @@ def features_by_step(source: Source, trajectories: int) -> Tensor:
         seen.append((args[0] if args else next(iter(kwargs.values()))).detach().float().cpu())
 
     handle = block.register_forward_pre_hook(listen, with_kwargs=True)
-    seeds = [trajectory_seed(source.seed, trajectory) for trajectory in range(trajectories)]
+    seeds = [trajectory_seed(source.seed, trajectory) for trajectory in trajectories]
     try:
         with torch.no_grad():
             run(source.pipeline, seeds, source.steps, source.sampler, source.prompts)

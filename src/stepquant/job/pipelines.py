@@ -17,6 +17,7 @@ from stepquant import hub
 from stepquant.errors import ModelError, StepquantError, UnknownNameError
 from stepquant.models import zoo
 from stepquant.models.denoiser import Denoiser, check_finite
+from stepquant.models.sampling import SAMPLERS
 
 
 def load(model: str | os.PathLike[str], device: str = "cpu") -> Any:
@@ -113,7 +114,7 @@ def sampling_of(
     tied = recipe if config is not None and config.steps else {}
     return {
         "steps": steps or tied.get("steps", STEPS),
-        "sampler": sampler or tied.get("sampler"),
+        "sampler": sampler or (tied["sampler"] if tied.get("sampler") in SAMPLERS else None),
         "prompts": prompts or recipe.get("prompts"),
     }
 

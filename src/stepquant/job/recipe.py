@@ -50,7 +50,7 @@ class Recipe(BaseModel):
             raise StepquantError(f"'{field}' of the recipe: {first['msg']}", got=first["input"]) from error
 
     def build_method(self) -> Method:
-        return methods.build(self.method, self.settings)
+        return methods.build(self.method, self.settings, self.build_plan().weight_bits)
 
     def build_plan(self) -> Plan:
         """The plan's rules first, then those of the scheme."""

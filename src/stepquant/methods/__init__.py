@@ -40,8 +40,11 @@ def corrects(name: str) -> bool:
     return issubclass(kind(name), Correction)
 
 
-def build(name: str, settings: Mapping[str, Any] | None = None) -> Method:
-    """The method with these fields, `method` or `method+correction`; unknown or unfit ones are an error."""
+def build(name: str, settings: Mapping[str, Any] | None = None, bits: int | None = None) -> Method:
+    """The method with these fields, `method` or `method+correction`; unknown or unfit ones are an error.
+
+    bits: of the weights, on which published numbers may depend.
+    """
     base, _, last = name.partition(JOINT)
     if last:
         fields = share_out((base, last), dict(settings or {}))
@@ -51,13 +54,13 @@ def build(name: str, settings: Mapping[str, Any] | None = None) -> Method:
                 expected=f"one of {', '.join(n for n in names() if not corrects(n))}, '+', and one of "
                 f"{', '.join(n for n in names() if corrects(n))}",
             )
-        method, correction = (make(part, fields[part]) for part in (base, last))
+        method, correction = (make(part, fields[part], bits) for part in (base, last))
         return Corrected(method=cast(Method, method), correction=cast(Correction, correction))
     if corrects(base):
         raise MethodError(
             f"'{base}' corrects what another method made", fix=f"name both, as --method minmax+{base}"
         )
-    return cast(Method, make(base, dict(settings or {})))
+    return cast(Method, make(base, dict(settings or {}), bits))
 
 
 def share_out(parts: tuple[str, str], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -76,13 +79,13 @@ def share_out(parts: tuple[str, str], settings: Mapping[str, Any]) -> dict[str, 
     return fields
 
 
-def make(name: str, settings: Mapping[str, Any]) -> BaseModel:
+def make(name: str, settings: Mapping[str, Any], bits: int | None = None) -> BaseModel:
     fields = kind(name).model_fields
     for key in settings:
         if key not in fields:
             raise UnknownNameError(f"field of method '{name}'", key, fields)
     try:
-        return kind(name)(**settings)
+        return kind(name).model_validate(dict(settings), context={"bits": bits})
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])

@@ -2,7 +2,7 @@
 
 Differs from the paper and its released code:
 - the block error is not weighted by the Fisher diagonal: a denoiser has no task loss, its target is its own output.
-- activation steps are learnt as factors of their start, so that one rate fits every site.
+- activation steps are learnt as factors of their start, so that one rate fits every site; published rates are absolute.
 - a block keeps rounding to nearest where that does better on held-out records.
 """
 

@@ -9,7 +9,7 @@ Differs from the released code:
 - a trajectory gives several records, so that recording does not take longer than all the rest.
 - fast preset: inputs are the quantized ones. Mixed half and half with float ones, as in the code, a block is fitted to
   half of the error that reaches it, and in few iterations that costs more than the mixing protects from overfitting.
-- activation steps are learnt as factors of their start, so that one rate fits every site.
+- activation steps are learnt as factors of their start, so that one rate fits every site; published rates are absolute.
 - a block keeps rounding to nearest where that does better on held-out records.
 """
 
@@ -21,12 +21,12 @@ import torch
 from pydantic import Field
 
 from stepquant.artifact import Artifact, freeze
-from stepquant.calib.density import counts, features_by_step
+from stepquant.calib.density import counts, likeness_of_steps
 from stepquant.calib.pick import spread, uniform
 from stepquant.calib.record import Source
 from stepquant.core.losses import BlockLoss
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import BlockMethod
+from stepquant.methods.method import BlockMethod, split_here
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
@@ -48,6 +48,7 @@ class EDADM(BlockMethod):
         "penalty": 0.0,
         "mix": 0.5,
     }
+    paper_at: ClassVar[dict[int, dict[str, Any]]] = {8: {"rounding_rate": 0.05, "step_rate": 1e-3}}
     samples: int = Field(512, ge=16, description="N: calibration records")
     trajectories: int = Field(64, gt=0, description="trajectories that the records come from")
     times: Literal["tdac", "uniform"] = Field("tdac", description="how steps are drawn (ablation)")
@@ -71,7 +72,7 @@ class EDADM(BlockMethod):
         # TDAC: steps in proportion to the density and the variety of their features.
         data = source.record(spread(self.draw_steps(source), self.trajectories))
 
-        split = bool(denoiser.concats())
+        split = split_here(True, False, denoiser, source)
         with insert(denoiser, plan, split=split) as network, Streams(network, data, source.cache) as streams:
             reconstruct = self.reconstructing(streams, data, source)
             self.set_weight_ranges(network, source)
@@ -87,5 +88,5 @@ class EDADM(BlockMethod):
     def draw_steps(self, source: Source) -> torch.Tensor:
         if self.times == "uniform":
             return uniform(self.samples, source.steps, torch.Generator().manual_seed(source.seed))
-        shares = counts(features_by_step(source, self.chunk), self.samples, self.variety, self.radius)
+        shares = counts(likeness_of_steps(source, self.chunk), self.samples, self.variety, self.radius)
         return torch.arange(source.steps).repeat_interleave(shares)

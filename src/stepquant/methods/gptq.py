@@ -26,7 +26,7 @@ from stepquant.fit.correct_bias import correct_block, correct_products
 from stepquant.fit.journal import Journal
 from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import Method
+from stepquant.methods.method import Method, split_here
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
@@ -56,7 +56,7 @@ class GPTQ(Method):
         generator = torch.Generator().manual_seed(source.seed)
         data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
 
-        split = self.split and bool(denoiser.concats())
+        split = split_here(self.split, "split" in self.model_fields_set, denoiser, source)
         with insert(denoiser, plan, split=split) as network, Streams(network, data, source.cache) as streams:
             journal = Journal(source.cache, network, data, {"method": "gptq"} | self.model_dump())
             fit = partial(fit_blocks, streams, journal=journal, seed=source.seed, progress=source.progress)

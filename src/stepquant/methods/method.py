@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, model_validator
 
 from stepquant.artifact import Artifact
 from stepquant.calib.calibset import CalibSet
 from stepquant.calib.record import Source
 from stepquant.core.ranges import lp_search, lp_search_binned
 from stepquant.core.steps import StepCorrection, StepTable
+from stepquant.errors import MethodError
 from stepquant.fit.blocks import reconstruct_blocks
 from stepquant.fit.journal import Journal
 from stepquant.fit.learner import Schedule
@@ -45,15 +46,28 @@ class PresetMethod(Method):
     """A method whose own numbers take a day: its fields' defaults are fast ones, and `paper` holds the published."""
 
     paper: ClassVar[dict[str, Any]] = {}
+    paper_at: ClassVar[dict[int, dict[str, Any]]] = {}  # what it has for weights of so many bits
     preset: Literal["fast", "paper"] = Field(
         "fast", description="fast: minutes on two cores; paper: its own numbers"
     )
 
     @model_validator(mode="before")
     @classmethod
-    def fill_preset(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """What is not given comes from the preset."""
-        return {**cls.paper, **fields} if fields.get("preset") == "paper" else fields
+    def fill_preset(cls, fields: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """What is not given comes from the preset; the context may say how many bits weights have."""
+        if fields.get("preset") != "paper":
+            return fields
+        return {**cls.paper, **cls.paper_at.get((info.context or {}).get("bits", 0), {}), **fields}
+
+
+def split_here(wanted: bool, asked: bool, denoiser: Denoiser, source: Source) -> bool:
+    """Whether layers over skip concatenations are split; a model without any is an error where that was asked for."""
+    if not wanted or denoiser.concats():
+        return wanted
+    if asked:
+        raise MethodError("this model has no skip concatenations to split", fix="leave --set split=true out")
+    source.progress.note("no skip concatenations in this model: nothing to split")
+    return False
 
 
 class Correction(BaseModel, ABC):

@@ -3,7 +3,7 @@
 Differs from the released code:
 - the calibration set is recorded here, x with its t and every guidance branch; the code expects a file of them.
 - grids come from the plan, so that layers with 8-bit weights or float inputs are its choice.
-- activation steps are learnt as factors of their start, so that one rate fits every site.
+- activation steps are learnt as factors of their start, so that one rate fits every site; published rates are absolute.
 - a block keeps rounding to nearest where that does better on held-out records.
 """
 
@@ -18,7 +18,7 @@ from stepquant.calib.pick import every, strided
 from stepquant.calib.record import Source
 from stepquant.core.losses import BlockLoss
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import BlockMethod
+from stepquant.methods.method import BlockMethod, split_here
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
@@ -53,9 +53,7 @@ class QDiffusion(BlockMethod):
         data = source.record(every(self.trajectories, strided(source.steps, self.at_steps)))
 
         # Eq. 9 and 10: the halves of a concatenated input have their own weight and activation quantizers.
-        split = self.split and bool(denoiser.concats())
-        if self.split and not split:
-            source.progress.note("no skip concatenations in this model: nothing to split")
+        split = split_here(self.split, "split" in self.model_fields_set, denoiser, source)
         with insert(denoiser, plan, split=split) as network, Streams(network, data, source.cache) as streams:
             reconstruct = self.reconstructing(streams, data, source)
             self.set_weight_ranges(network, source)

@@ -83,6 +83,12 @@ class Plan:
     name: str
     rules: tuple[Rule, ...] = field(default_factory=tuple)
 
+    @property
+    def weight_bits(self) -> int | None:
+        """Of its narrowest weights."""
+        grids = [rule.grid for rule in self.rules if {"*", "weight"} & set(rule.ports)]
+        return min((grid.bits for grid in grids if grid is not None), default=None)
+
     def resolve(self, denoiser: Denoiser) -> dict[tuple[str, Port], Decision]:
         """The decision for every site of the model: first match wins."""
         found: dict[tuple[str, Port], Decision] = {}
