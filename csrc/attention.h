@@ -119,16 +119,19 @@ void pack(const AttentionTask& task, int64_t begin, int64_t end) {
 }
 
 // 2^((score - largest) * factor) in place of the scores; returns their sum. The rounding of largest * factor is the same
-// for the whole row, so it cancels when the row is divided by its sum.
-STEPQUANT_INLINE float exponentiate(int32_t* scores, int64_t keys, int32_t largest, float factor) {
+// for the whole row, so it cancels when the row is divided by its sum. What fills the last step counts nothing, however
+// small the factor makes its distance.
+STEPQUANT_INLINE float exponentiate(int32_t* scores, int64_t keys, int64_t filled, int32_t largest, float factor) {
   const float top = static_cast<float>(largest) * factor;
   Floats sum[4] = {};
   for (int64_t i = 0; i < keys; i += step_keys) {
     for (int64_t v = 0; v < 4; ++v) {
       int32_t* at = scores + i + v * lanes;
-      const Floats e = exp2_coarse(__builtin_convertvector(load_words(at), Floats) * factor - top);
-      store(reinterpret_cast<float*>(at), e);
-      sum[v] += e;
+      float* to = reinterpret_cast<float*>(at);
+      store(to, exp2_coarse(__builtin_convertvector(load_words(at), Floats) * factor - top));
+      const int64_t left = filled - (i + v * lanes);
+      for (int64_t k = left > 0 ? left : 0; k < lanes; ++k) to[k] = 0;
+      sum[v] += load(to);
     }
   }
   return total((sum[0] + sum[1]) + (sum[2] + sum[3]));
@@ -211,7 +214,7 @@ void softmax(Block<Dot>& block) {
   const int64_t keys = block.layout.keys;
   for (int64_t row = 0; row < block.rows; ++row) {
     int32_t* scores = block.scores + row * keys;
-    const float sum = exponentiate(scores, keys, block.largest[row], block.task.factor);
+    const float sum = exponentiate(scores, keys, block.task.keys, block.largest[row], block.task.factor);
     const Code& code = block.task.probabilities;
     block.sums[row] = normalize<Dot>(scores, keys, code.inverse / sum, code, block.probabilities + row * keys);
   }

@@ -9,6 +9,7 @@ trap 'rm -rf "$place"' EXIT
 
 flags="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 build() {
+  rm -f "$place"/stepquant/_C*.so  # a build that fails must not leave the former one to be tested
   STEPQUANT_CXXFLAGS="$flags $1" STEPQUANT_LDFLAGS="-fsanitize=address,undefined" \
     "$python" setup.py -q build_ext --force --build-lib "$place" --build-temp "$place/objects"
   ls "$place"/stepquant/_C*.so  # a failed build is only a warning to setup.py
@@ -25,16 +26,17 @@ check() {
 import sys, pytest
 from stepquant.runtime import ops
 print('sanitizers over the kernels for', ops.capability(), flush=True)
+assert ops.capability() in '$2'.split(), 'expected $2'
 sys.exit(pytest.main(['-q', '--noconftest', '-p', 'no:cacheprovider', *sys.argv[1:]]))
 " tests/runtime/test_ops.py tests/runtime/test_ops_attention.py tests/runtime/test_ops_convolve.py
 }
 has() { grep -qw "$1" /proc/cpuinfo; }  # torch believes ATEN_CPU_CAPABILITY whatever the processor is
-if has avx512bw; then check avx512; fi
-if has avx2; then check avx2; fi
-check default
+if has avx512bw; then check avx512 "avx512 avx512vnni amx"; fi
+if has avx2; then check avx2 avx2; fi
+check default plain
 if has avx512_vnni; then
   build "-DSTEPQUANT_EMULATE_TILES"
-  check avx512
+  check avx512 amx
 else
   echo "left out, for want of AVX-512 VNNI: emulated AMX tiles"
 fi

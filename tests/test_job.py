@@ -51,7 +51,7 @@ class TestLoad:
         assert isinstance(load(saved), DDIMPipeline)
 
     def test_a_misspelt_embedded_model_gets_the_nearest_name(self) -> None:
-        with pytest.raises(UnknownNameError, match="stepquant:cifar10"):
+        with pytest.raises(ModelError, match="did you mean 'stepquant:cifar10'"):
             load("stepquant:cifar01")
 
     def test_an_unknown_model(self) -> None:

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,13 +18,25 @@ from stepquant.cli import main
 
 WORDS = ("--method", "minmax", "--steps", "25", "--samples", "256")
 FIELDS = ("--set", "batch=8", "--set", "trajectories=256")  # recordings in many shards
+# Methods that fit blocks, by the stage that they are killed in.
+BLOCKS = {
+    "steps": ("--method", "brecq", "--set", "step_iterations=3"),
+    "joint": ("--method", "eda_dm", "--set", "chunk=2"),
+}
+FEW = ("--steps", "5", "--samples", "24", "--set", "trajectories=6", "--set", "iterations=3")
 PATIENCE = 120.0  # seconds for a loaded machine
 
 
 class Run:
     """`stepquant quantize` in a process of its own."""
 
-    def __init__(self, tiny: Path, place: Path, limit: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        tiny: Path,
+        place: Path,
+        limit: Callable[[], None] | None = None,
+        chosen: Sequence[str] = (*WORDS, *FIELDS),
+    ) -> None:
         self.cache, self.out = place / "cache", place / "out"
         self.said = place / "said.txt"
         place.mkdir()
@@ -34,8 +47,7 @@ class Run:
             "stepquant",
             "quantize",
             str(tiny),
-            *WORDS,
-            *FIELDS,
+            *chosen,
             "--out",
             str(self.out),
         ]
@@ -61,6 +73,9 @@ class Run:
     def fitting(self) -> bool:
         return "recording trajectories: done" in self.said.read_text()
 
+    def has_fitted(self, stage: str) -> bool:
+        return len(list(self.cache.glob(f"journal/*/{stage}/*.safetensors"))) >= 2
+
     def writing(self) -> bool:
         return bool(list(self.out.parent.glob(".out.*.part/unet/config.json")))
 
@@ -74,8 +89,8 @@ def start(tiny: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Starts a run; none outlives its test."""
     runs: list[Run] = []
 
-    def begin(limit: Callable[[], None] | None = None) -> Run:
-        runs.append(Run(tiny, tmp_path / "place", limit))
+    def begin(*options: Any, **named: Any) -> Run:
+        runs.append(Run(tiny, tmp_path / "place", *options, **named))
         return runs[-1]
 
     yield begin
@@ -84,8 +99,10 @@ def start(tiny: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
         run.process.wait()
 
 
-def quantize(tiny: Path, out: Path, *more: str) -> dict[str, bytes]:
-    assert main(["quantize", str(tiny), *WORDS, *FIELDS, "--out", str(out), "--quiet", *more]) == 0
+def quantize(
+    tiny: Path, out: Path, *more: str, chosen: Sequence[str] = (*WORDS, *FIELDS)
+) -> dict[str, bytes]:
+    assert main(["quantize", str(tiny), *chosen, "--out", str(out), "--quiet", *more]) == 0
     return contents(out)
 
 
@@ -117,6 +134,23 @@ def test_kill_and_resume(
     assert quantize(tiny, run.out, "--resume") == uninterrupted
     assert {file: file.stat().st_mtime_ns for file in recorded} == recorded  # not recorded again
     assert not list(run.out.parent.glob(".out*"))
+
+
+@pytest.mark.parametrize("stage", BLOCKS)
+def test_kill_between_blocks_and_resume(
+    stage: str, start: Callable[..., Run], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = (*BLOCKS[stage], *FEW)
+    run = start(chosen=chosen)
+    run.wait_until(lambda: run.has_fitted(stage))
+    assert run.send(signal.SIGKILL) == -signal.SIGKILL
+    fitted = {file: file.stat().st_mtime_ns for file in run.cache.glob("journal/**/*.safetensors")}
+
+    monkeypatch.setenv("STEPQUANT_CACHE", str(run.cache))
+    resumed = quantize(tiny, run.out, "--resume", chosen=chosen)
+    assert {file: file.stat().st_mtime_ns for file in fitted} == fitted  # not fitted again
+    monkeypatch.setenv("STEPQUANT_CACHE", str(tmp_path / "undisturbed"))
+    assert resumed == quantize(tiny, tmp_path / "out", chosen=chosen)
 
 
 def test_ctrl_c_says_what_is_kept_and_how_to_go_on(start: Callable[..., Run]) -> None:

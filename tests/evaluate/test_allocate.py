@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DDIMPipeline
 
-from stepquant import methods
+from stepquant import hub, methods
 from stepquant.calib.record import Source
 from stepquant.errors import EvaluationError, UnknownNameError
 from stepquant.evaluate.allocate import allocate, read_sensitivity
@@ -16,6 +18,8 @@ from stepquant.evaluate.sites import StudiedSite
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.plan import Plan
 from stepquant.quant.schemes import scheme
+from stepquant.runtime.lower import prepare
+from tests.runtime.test_steps import noise, stepped
 
 BITS = (2, 4, 8)
 
@@ -152,10 +156,6 @@ def test_the_plan_gives_every_site_its_bits(pipeline: DDIMPipeline, source: Sour
 
 
 def test_layers_are_timed_one_by_one(pipeline: DDIMPipeline, source: Source) -> None:
-    import copy
-
-    from stepquant import hub
-
     other = copy.deepcopy(pipeline)
     hub.attach(
         other.unet, methods.build("minmax", {"samples": 2})(Denoiser.of(pipeline), scheme("w8a8"), source)
@@ -175,3 +175,20 @@ def test_layers_are_timed_one_by_one(pipeline: DDIMPipeline, source: Source) -> 
     ):
         with pytest.raises(EvaluationError):
             read_times(wrong)
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_layers_of_an_artifact_that_knows_some_times_only(source: Source, table: bool) -> None:
+    artifact, _, _ = stepped(source, groups=2, table=table)
+    other = copy.deepcopy(source.pipeline)
+    hub.attach(other.unet, artifact)
+    t = source.times()[1]
+    other.unet = prepare(other.unet, torch.float32)
+    with torch.no_grad():
+        fused = other.unet(noise(2), t).sample
+        apart = prepare(copy.deepcopy(other.unet), torch.float32, fuse=False)(noise(2), t).sample
+    torch.testing.assert_close(apart, fused, rtol=0.02, atol=0.02)
+    times = read_times(layer_times(source.pipeline, other, batch=2, rounds=2))
+    integer = {path for path, whole in times if whole}
+    assert ("time_embedding.linear_1" in integer) != table
+    assert "conv_in" in integer

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,10 @@ def test_a_file_of_moments_stands_for_the_images_it_was_made_of(tmp_path: Path) 
         ({"mu": np.zeros(9), "sigma": np.eye(9)}, "not the mean and covariance"),
         ({"mu": np.zeros(4)}, "not the mean and covariance"),
         ({"mu": np.array([{"a": 1}], dtype=object), "sigma": np.eye(4)}, "cannot read the statistics"),
+        ({"mu": np.full(4, np.nan), "sigma": np.eye(4)}, "not finite"),
+        ({"mu": np.zeros(4), "sigma": np.diag([1, 1, 1, np.inf])}, "not finite"),
+        ({"mu": np.zeros(4, complex), "sigma": np.eye(4)}, "cannot read the statistics"),
+        ({"mu": np.array(["a"] * 4), "sigma": np.eye(4)}, "cannot read the statistics"),
         (None, "cannot read the statistics"),
     ],
 )
@@ -93,3 +98,41 @@ def test_data_of_another_size_are_refused(tmp_path: Path) -> None:
         read_data(str(tmp_path), Small(), (16, 12))
     assert "8x8" in str(error.value)
     assert "12x16" in str(error.value)
+
+
+def test_one_array_under_the_name_of_statistics(tmp_path: Path) -> None:
+    file = tmp_path / "array.npz"
+    with file.open("wb") as stream:
+        np.save(stream, np.zeros(4))
+    with pytest.raises(EvaluationError, match="cannot read the statistics"):
+        read_data(str(file), Small())
+
+
+def test_an_image_too_large_to_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_images(tmp_path, 1, size=64)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(EvaluationError, match="cannot read the image"):
+        list(data.folder_images(tmp_path))
+
+
+def test_the_first_images_of_a_folder_are_of_all_its_classes(tmp_path: Path) -> None:
+    for name in ("cat", "dog", "horse", "ship"):
+        (tmp_path / name).mkdir()
+        save_images(tmp_path / name, 50)
+    files = data.image_files(tmp_path)
+    assert len(files) == len(set(files)) == 200
+    shares = Counter(file.parent.name for file in files[:80])
+    assert len(shares) == 4
+    assert min(shares.values()) >= 10
+    moved = tmp_path.with_name("moved")
+    tmp_path.rename(moved)
+    assert [file.relative_to(moved) for file in data.image_files(moved)] == [
+        file.relative_to(tmp_path) for file in files
+    ]
+
+
+def test_the_digest_of_a_folder_tells_other_pixels_of_the_same_size(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png", compress_level=0)
+    before = data.data_digest(str(tmp_path))
+    Image.fromarray(np.ones((8, 8, 3), np.uint8)).save(tmp_path / "a.png", compress_level=0)
+    assert data.data_digest(str(tmp_path)) != before

@@ -56,13 +56,21 @@ def test_benchmark_has_a_row_for_everyone(pipeline: DDIMPipeline) -> None:
     assert found["rows"][0]["layout"] in ("channels-first", "channels-last")
 
 
-def test_a_baseline_that_cannot_run_is_a_row_with_a_reason() -> None:
+@pytest.mark.parametrize(
+    "words, shown",
+    [
+        ("no compiler\nlong trace", "no compiler"),
+        ("it raised:\nno file\ntrace", "it raised: no file"),
+        ("", ""),
+    ],
+)
+def test_a_baseline_that_cannot_run_is_a_row_with_a_reason(words: str, shown: str) -> None:
     def broken() -> list[speed.Contender]:
-        raise RuntimeError("no compiler\nlong trace")
+        raise RuntimeError(words)
 
     found = best("bf16 compiled", broken)
     assert found.call is None
-    assert found.unavailable == "RuntimeError: no compiler"
+    assert found.unavailable == f"RuntimeError: {shown}"
     assert speed.row(1, found, [])["milliseconds"] is None
 
 

@@ -171,10 +171,20 @@ class TestFinished:
 
 
 class TestDamaged:
-    def test_results_are_measured_again(self, cells: Cells, tmp_path: Path, counted: list[str]) -> None:
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda text: text[:-40],
+            lambda text: "{}",
+            lambda text: text.replace('"quality": [', '"quality": [7, '),
+        ],
+    )
+    def test_results_are_measured_again(
+        self, cells: Cells, tmp_path: Path, counted: list[str], damage: Callable[[str], str]
+    ) -> None:
         first = compare(cells(), tmp_path, executor=Inline())
         file = next(tmp_path.glob("cells/*/results.json"))
-        file.write_text(file.read_text()[:-40])
+        file.write_text(damage(file.read_text()))
         counted.clear()
         again = compare(cells(), tmp_path, executor=Inline())
         assert numbers(again.results) == numbers(first.results)

@@ -81,6 +81,9 @@ def test_waiting_and_failed_cells_have_rows(store: Path) -> None:
     (second / "error.json").write_text('{"error": "no"}')
     (store / "cells" / "strange").mkdir()
     (store / "cells" / "strange" / "cell.json").write_text("{}")
+    (store / "cells" / "stranger").mkdir()
+    damaged = '{"label": "", "scheme": "", "recipe": {}, "evaluation": 3}'
+    (store / "cells" / "stranger" / "cell.json").write_text(damaged)
     found = query.read_tables(query.Store.open(store)).results
     assert [(row["state"], row["error"]) for row in found] == [("waiting", None), ("failed", "no")]
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from stepquant.errors import ModelError, UnknownNameError
+from stepquant.errors import ModelError
 from stepquant.models.denoiser import Denoiser, check_finite
 from stepquant.models.parts import PARTS
 from stepquant.models.split import SplitLayer, split_concats
@@ -25,7 +25,7 @@ def test_splitting_concats_is_exact_and_reversible(name: str) -> None:
 
 
 def test_an_undeclared_class_is_named() -> None:
-    with pytest.raises(UnknownNameError, match="Linear"):
+    with pytest.raises(ModelError, match="Linear"):
         Denoiser(nn.Linear(1, 1))
 
 

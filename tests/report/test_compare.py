@@ -20,7 +20,7 @@ from stepquant.report.columns import (
     spread_of,
     table_cells,
 )
-from stepquant.report.compare import mean_errors, pareto_plots, shapes, strips, summary
+from stepquant.report.compare import mean_errors, pareto_plots, shapes, strips, styles, summary
 from stepquant.report.heat import heat_maps
 from tests.report.conftest import png
 from tests.report.pages import outside, page_words
@@ -87,7 +87,7 @@ def test_page_has_all_runs_floors_and_failures(many: list[dict[str, Any]], tmp_p
         "13.00",
         "± 1.41",
         "NaN at <step> 3",
-        "noise floor",
+        "is noise",
         "11.90",
         "11.75",
     ):
@@ -127,8 +127,8 @@ def test_the_float_row_counts_every_seed_once(many: list[dict[str, Any]]) -> Non
     entries = group(many[:3])
     (column,) = [column for column in find_columns(entries) if column.title == "FD-C10"]
     rows = {title: cells[0] for title, cells in baseline_rows(entries, [column])}
-    assert rows["float, other seeds: the noise floor"].key == pytest.approx(12.1)
-    assert rows["float, other seeds: the noise floor"].spread == "± 0.28"
+    assert rows["float, other seeds"].key == pytest.approx(12.1)
+    assert rows["float, other seeds"].spread == "± 0.28"
 
 
 def test_the_headlines_name_failures(many: list[dict[str, Any]]) -> None:
@@ -136,7 +136,7 @@ def test_the_headlines_name_failures(many: list[dict[str, Any]]) -> None:
     assert header[:2] == ("", "size ↓")
     assert [row[0] for row in rows] == [
         "float, same seeds",
-        "float, other seeds: the noise floor",
+        "float, other seeds",
         "minmax w8a8",
         "ptq4dm w8a8",
         "gac w4a4 (failed: NaN at <step> 3)",
@@ -215,3 +215,11 @@ def test_frontier_is_what_nobody_beats() -> None:
     assert [mark.name for mark in frontier(marks, lower=False)] == ["e"]
     drawn = scatter(marks, "x", "y", "about")
     assert drawn.count("<circle") == 2 * len(marks)
+
+
+def test_no_two_methods_look_the_same() -> None:
+    names = [f"method {index}" for index in range(20)]
+    found = styles(names)
+    assert len(set(found.values())) == 20
+    assert found["method 0"] == "one"
+    assert found["method 10"] == "one again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
+from stepquant.calib.record import Source
+from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import ops
 from stepquant.runtime.coverage import INTEGER_OPS
@@ -61,3 +64,19 @@ def test_a_lowered_model_compiles_whole_to_the_same_numbers(make: Any) -> None:
     assert len(graphs) == 1
     assert not ops.compiled() or graphs[0]["stepquant::attention"] == 4 + 4 * len(others)
     assert not ops.compiled() or sum(graphs[0][name] for name in INTEGER_OPS) > 12
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_a_corrected_model_compiles_whole(source: Source) -> None:
+    torch.manual_seed(0)
+    times = StepTable.of(source.times())
+    shape = (len(times.times), 3)
+    correction = StepCorrection(1 + 0.1 * torch.rand(shape), torch.rand(shape), torch.zeros(shape))
+    model = copy.deepcopy(source.pipeline.unet)
+    plain, _ = quantized(model, scheme("w8a8"), lambda t: model(noise(2, 3, 8, 8), t).sample)
+    lowered = lower(source.pipeline.unet, plain.with_correction(correction, times))
+    compiled = torch.compile(lowered, fullgraph=True, backend="aot_eager")
+    for t in source.times()[2:4]:
+        x = noise(2, 3, 8, 8, seed=int(t))
+        assert torch.equal(compiled(x, t).sample, lowered(x, t).sample)

@@ -64,6 +64,17 @@ def test_token_counts(queries: int, keys: int) -> None:
     check(q, k, v, (SIGNED, SHIFTED, SIGNED, PROBABILITIES), most_doubtful=0.2)
 
 
+@pytest.mark.parametrize("keys", [1, 63, 65, 77])
+def test_keys_that_are_not_there_weigh_nothing_though_all_scores_are_alike(keys: int) -> None:
+    q, k, v = (
+        heads(1, 2, tokens, 40, torch.float32, seed) for seed, tokens in ((1, 5), (2, keys), (3, keys))
+    )
+    flat = Code(1e-5, 128, 0, 255)
+    got = ops.attention(q * 1e-3, k * 1e-3, v, 40**-0.5, flat, flat, SIGNED, PROBABILITIES)
+    want = reference.attention(q * 1e-3, k * 1e-3, v, 40**-0.5, flat, flat, SIGNED, PROBABILITIES)
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=SIGNED.scale)
+
+
 @pytest.mark.parametrize("zero_points", [(0, 0, 0), (255, 255, 255), (0, 255, 128), (255, 0, 3)])
 def test_zero_points_at_both_ends(zero_points: tuple[int, int, int]) -> None:
     q, k, v = (heads(2, 2, 70, 48, torch.float32, seed) for seed in (1, 2, 3))

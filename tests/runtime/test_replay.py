@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stepquant.quant.schemes import scheme
 from stepquant.runtime import lower, ops, replay
 from stepquant.runtime.recording import Recording, UnrecordableError
 from stepquant.runtime.replay import Replay
-from tests.runtime.synthetic import artifact_of, inputs_of, make, noise
+from tests.models.tiny import conditional
+from tests.runtime.synthetic import artifact_of, inputs_of, make, noise, quantized
 
 pytestmark = pytest.mark.skipif(not ops.compiled(), reason="the extension stepquant._C was not built")
 
@@ -71,6 +73,51 @@ def test_t_and_labels_are_read_anew_at_every_call() -> None:
         for _ in range(3):
             assert torch.equal(call(twin, x, t, **inputs), plain(twin, x, t, **inputs))
     assert sequences(own) == 2
+
+
+def test_one_tensor_in_two_places_is_not_taken_for_two() -> None:
+    torch.manual_seed(0)
+    float_model, text = conditional().eval(), noise(1, 7, 32, seed=4)
+    x = noise(1, 4, 16, 16)
+    artifact, _ = quantized(float_model, scheme("w8a8"), lambda t: float_model(x, t, text).sample)
+    twin = lower.lower(float_model, artifact)
+    own = twin.__dict__["forward"]
+    shapes = ((16, 16, 16), (16, 16, 16), (16, 8, 8), (32, 8, 8))
+    middle = noise(1, 32, 8, 8, seed=3)
+    first, second, third, fourth = (noise(1, *shape, seed=7 + i) for i, shape in enumerate(shapes))
+    for residuals in ((first, first, third, fourth), (first, second, third, fourth)):
+        inputs = {
+            "encoder_hidden_states": text,
+            "down_block_additional_residuals": residuals,
+            "mid_block_additional_residual": middle,
+        }
+        for _ in range(4):
+            assert torch.equal(call(twin, x, 5, **inputs), plain(twin, x, 5, **inputs))
+    assert sequences(own) == 2
+
+
+def test_autocast_leaves_nothing_behind(model: nn.Module) -> None:
+    twin, own = fresh(model)
+    x = noise(1, 3, 16, 16)
+    want = call(fresh(model)[0], x, 3)
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            call(twin, x, 3)
+    assert sequences(own) == 0
+    for _ in range(4):
+        assert torch.equal(call(twin, x, 3), want)
+
+
+def test_tensors_loaded_into_a_part_are_seen(model: nn.Module) -> None:
+    twin, _ = fresh(model)
+    x = noise(1, 3, 16, 16)
+    for _ in range(4):
+        before = call(twin, x, 3)
+    part = twin.time_embedding.linear_1
+    part.load_state_dict({name: value.flip(0) for name, value in part.state_dict().items()})
+    after = call(twin, x, 3)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, call(fresh(twin)[0], x, 3))
 
 
 def test_outputs_come_in_the_form_that_was_asked_for(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stepquant.calib.record import Source
-from stepquant.runtime import ops
+from stepquant.runtime import ops, replay
 from stepquant.runtime.lower import lower
 from stepquant.runtime.replay import Replay
 from tests.runtime.test_steps import noise, stepped
@@ -16,7 +16,11 @@ from tests.runtime.test_steps import noise, stepped
 
 @pytest.mark.skipif(not ops.compiled(), reason="the extension stepquant._C was not built")
 @pytest.mark.parametrize("table", [False, True])
-def test_every_row_has_its_own_sequence(source: Source, table: bool) -> None:
+@pytest.mark.parametrize("kept", [1, 64])
+def test_every_row_has_its_own_sequence(
+    source: Source, table: bool, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "KEPT_KINDS", kept)
     artifact, _, _ = stepped(source, groups=2, table=table)
     recorded = lower(copy.deepcopy(source.pipeline.unet), artifact)
     plain = lower(copy.deepcopy(source.pipeline.unet), artifact)

@@ -21,6 +21,7 @@ from stepquant.evaluate.metrics import Sets
 from stepquant.evaluate.sets import Target
 
 CIFAR10, SHIPPED_FOR = "cifar10", "FD-C10"
+SAMPLED = 256  # files of a folder of images whose bytes count in its digest
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 # Names of mean and covariance in the statistics files that evaluators pass on, and their width, by view.
 MOMENTS = {"FID": ("mu", "sigma", WIDTH), "sFID": ("mu_s", "sigma_s", SPATIAL_WIDTH)}
@@ -52,18 +53,24 @@ def is_statistics(source: str) -> bool:
 
 
 def data_digest(source: str) -> str:
-    """Of a file of statistics by its bytes; of a folder of images by their names and sizes, as it may be large."""
+    """Of a file of statistics by its bytes; of a folder of images, which may be large, by all names and sizes and by
+    the bytes of some."""
     if is_statistics(source):
         return file_digest(Path(source))
     files = image_files(Path(source))
-    return value_digest([[str(file.relative_to(source)), file.stat().st_size] for file in files])
+    sizes = [[str(file.relative_to(source)), file.stat().st_size] for file in files]
+    return value_digest([sizes, [file_digest(file) for file in files[:SAMPLED]]])
 
 
 def file_digest(file: Path) -> str:
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
-        raise EvaluationError(f"cannot read the statistics: {error}", where=str(file)) from error
+        raise EvaluationError(f"cannot read the file: {error}", where=str(file)) from error
+
+
+def sha256(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
 
 
 def shipped(reader: Reader) -> dict[str, Target]:
@@ -106,12 +113,12 @@ def read_moments(file: Path, reader: Reader) -> dict[str, Target]:
     try:
         with np.load(file, allow_pickle=False) as stored:
             tensors = {
-                name: torch.from_numpy(np.asarray(stored[name], dtype=np.float64))
+                name: torch.from_numpy(stored[name].astype(np.float64, casting="same_kind"))
                 for *pair, _ in wanted.values()
                 for name in pair
                 if name in stored.files
             }
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise EvaluationError(
             f"cannot read the statistics: {error}",
             where=str(file),
@@ -138,6 +145,8 @@ def moments_target(file: Path, mean: Tensor, covariance: Tensor | None, width: i
             got=f"{tuple(mean.shape)} and {None if covariance is None else tuple(covariance.shape)}",
             expected=f"{(width,)} and {(width, width)}",
         )
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise EvaluationError("the statistics are not finite", where=str(file), fix="make them anew")
     # The distance needs the moments alone; how many images they stand for is not in the file.
     blocks = (Statistics.from_moments(2, mean, covariance),)
     return Target(
@@ -152,7 +161,7 @@ def check_data(data: str | None) -> None:
 
 
 def folder_images(folder: Path, batch: int = 256) -> Iterator[Tensor]:
-    """Batches (n, 3, h, w) in [0, 1] of the images in a folder, in the order of their names."""
+    """Batches (n, 3, h, w) in [0, 1] of the images in a folder."""
     files = image_files(folder)
     size = read_image(files[0], None).shape[1:]
     for start in range(0, len(files), batch):
@@ -160,8 +169,10 @@ def folder_images(folder: Path, batch: int = 256) -> Iterator[Tensor]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """In the order of their names; a folder without any is an error."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    """In an order drawn by their names, so that the first thousands are of every class and not of the first alone; a
+    folder without any is an error."""
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(found, key=lambda file: sha256(file.relative_to(folder).as_posix()))
     if files:
         return files
     raise EvaluationError(
@@ -177,7 +188,7 @@ def read_image(file: Path, size: torch.Size | None) -> Tensor:
     try:
         with Image.open(file) as image:
             pixels = np.array(image.convert("RGB"))
-    except OSError as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise EvaluationError(f"cannot read the image: {error}", where=str(file)) from error
     found = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
     if size is not None and found.shape[1:] != size:

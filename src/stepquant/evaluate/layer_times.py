@@ -36,7 +36,8 @@ def layer_times(
     What fusing saves belongs to no layer alone and is left out, for both.
     """
     source = Denoiser.of(float_pipeline)
-    paths, arguments = tuple(source.sites()), first_arguments(float_pipeline, batch, prompts)
+    paths = tuple(source.sites())
+    arguments = first_arguments(float_pipeline, batch, prompts, quantized_pipeline)
     plain = prepare(copy.deepcopy(Denoiser.of(quantized_pipeline).model), fuse=False)
     models = {False: source.model, True: plain}
     taken: dict[tuple[str, bool], list[float]] = {}

@@ -169,11 +169,16 @@ def best(name: str, make: Callable[[], list[Contender]]) -> Contender:
                 call()
         rounds = interleave(calls, seconds=0.5, fewest=3, most=20)
     except Exception as error:  # a compiler or a type that this machine lacks is a result, not a failure
-        return Contender(
-            name, None, unavailable=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
-        )
+        return Contender(name, None, unavailable=reason(error))
     fastest = min(calls, key=lambda key: statistics.median(taken[key] for taken in rounds))
     return replace(ways[fastest], name=name)
+
+
+def reason(error: BaseException) -> str:
+    """Its first words, in a line; of a compiler's error, which begins with who raised it, those behind that too."""
+    lines = str(error).strip().splitlines() or [""]
+    words = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {words[:200]}"
 
 
 def trajectory(

@@ -9,7 +9,7 @@ from diffusers.models.transformers import transformer_2d
 from diffusers.models.unets import unet_2d_blocks, unet_2d_condition
 from torch import nn
 
-from stepquant.errors import UnknownNameError
+from stepquant.errors import ModelError
 from stepquant.models.denoiser import family_of
 from stepquant.models.family import matches
 from stepquant.models.parts import part_roles
@@ -129,7 +129,7 @@ def roles(model: nn.Module) -> dict[str, str]:
         found |= {f"{path}.{child}" if path else child: role for child, role in part_roles(module).items()}
     try:
         top = family_of(model).top
-    except UnknownNameError:
+    except ModelError:
         top = {}
     found |= {path: role for pattern, role in top.items() for path in paths if matches(pattern, path)}
     halves = {f"{path}.{half}": role for path, role in found.items() for half in (0, 1)}

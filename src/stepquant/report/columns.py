@@ -94,7 +94,13 @@ def find_columns(entries: Sequence[Entry]) -> list[Column]:
     reports = [run for entry in entries for run in entry.runs]
     out = [
         Column("size", "of fp32", "lower", lambda r: r.size.ratio if r.size else None, "{:.3f}".format),
-        Column("BOPs", "one image", "lower", lambda r: r.cost.bops if r.cost else None, tables.with_prefix),
+        Column(
+            "BOPs",
+            "one call, an image",
+            "lower",
+            lambda r: r.cost.bops if r.cost else None,
+            tables.with_prefix,
+        ),
         Column("speed", "fp32 = 1", "higher", speed_ratio, "{:.1f}×".format),
         Column(
             "made in", "seconds", "lower", lambda r: r.making.seconds if r.making else None, "{:.0f}".format
@@ -202,7 +208,7 @@ def baseline_rows(entries: Sequence[Entry], columns: Sequence[Column]) -> list[t
     rows = []
     for title, field in (
         ("float, same seeds", "reference"),
-        ("float, other seeds: the noise floor", "floor"),
+        ("float, other seeds", "floor"),
     ):
         cells = [baseline_cell(entries, column, field) for column in columns]
         if any(cell.key is not None for cell in cells):

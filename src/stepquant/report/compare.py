@@ -96,8 +96,9 @@ def shapes(entries: Sequence[Entry]) -> dict[str, str]:
 
 
 def styles(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each name, the same wherever it is drawn."""
-    return {name: STYLES[index % len(STYLES)] for index, name in enumerate(dict.fromkeys(names))}
+    """A colour for each name, the same wherever it is drawn; when all are taken, they come once more with gaps."""
+    every = (*STYLES, *(f"{style} again" for style in STYLES))
+    return {name: every[index % len(every)] for index, name in enumerate(dict.fromkeys(names))}
 
 
 def pareto_plots(entries: Sequence[Entry]) -> list[tuple[str, str]]:

@@ -47,6 +47,7 @@ class IntegerLayer(Stored, ABC):
         self.reason: str | None = "not prepared"
         self.kernel: PackedKernel | None = None
         self.ready = False
+        self.forgotten = 0  # how often what follows from the buffers was dropped
         self.holds = False  # keep the dequantized weight of a weight-only layer
         self.held: dict[torch.dtype, Tensor] = {}
         rows = to_groups(torch.empty(weight.shape, device="meta"), spec.weight).shape[0]
@@ -114,6 +115,7 @@ class IntegerLayer(Stored, ABC):
     def forget(self) -> None:
         """Drop what was derived from the buffers; the next call derives it again."""
         self.kernel, self.ready = None, False
+        self.forgotten += 1
         for derived in (self.held, self.kernels, self.codes):
             derived.clear()
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.artifact import Artifact, LayerSpec, ProductSpec, StepSpec, check_tensors
-from stepquant.errors import RuntimeSupportError, UnknownNameError
+from stepquant.errors import ModelError, RuntimeSupportError
 from stepquant.models.attention import rebind
 from stepquant.models.denoiser import family_of
 from stepquant.models.split import split_concats
@@ -23,7 +23,7 @@ from stepquant.runtime.product import IntegerProduct
 from stepquant.runtime.replay import Replay
 from stepquant.runtime.steps import StepForward, StepTensors
 from stepquant.runtime.texts import Texts
-from stepquant.runtime.times import Tabled, TimeRows, TimeTable
+from stepquant.runtime.times import TableColumn, Tabled, TimeRows, TimeTable
 from stepquant.runtime.transformer import Block, Transformer
 
 # Layers whose output meets the stream inside the model; all others emit the dtype that they receive.
@@ -114,6 +114,8 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
         times, texts = install(model, chains)
         if ops.compiled() and is_denoiser(model):
             bind(model, Replay(model, times, texts, chains.text))
+    elif chains.time is not None:
+        look_up(model, chains)
     tensors = getattr(model, "steps", None)
     if isinstance(tensors, StepTensors):
         bind(model, StepForward(model, tensors, model.__dict__.get("forward")))
@@ -128,7 +130,7 @@ def unbind(model: nn.Module) -> None:
             del model._load_state_dict_post_hooks[key]
     for module in model.modules():
         forward = module.__dict__.get("forward")
-        if isinstance(forward, Chain | FloatLayer | Replay | StepForward) or isinstance(
+        if isinstance(forward, Chain | FloatLayer | Replay | StepForward | TableColumn) or isinstance(
             getattr(forward, "__self__", None), TimeRows
         ):
             del module.forward
@@ -176,7 +178,7 @@ def is_denoiser(model: nn.Module) -> bool:
     """Whether a family declares how this model is called."""
     try:
         family_of(model)
-    except UnknownNameError:
+    except ModelError:
         return False
     return True
 
@@ -232,6 +234,18 @@ def install_times(model: nn.Module, chains: Structure) -> TimeRows | None:
     bind(projection, times.project)
     bind(embedding, times.embed)
     return times
+
+
+def look_up(model: nn.Module, chains: Structure) -> None:
+    """Without fused blocks: layers that a table stands in for return its rows."""
+    units = [unit.path for unit in chains.residuals if unit.timed]
+    layers = [model.get_submodule(f"{path}.time_emb_proj") for path in units]
+    if not any(isinstance(layer, Tabled) for layer in layers):
+        return
+    times = install_times(model, chains)
+    assert times is not None, "the caller found a time path"
+    for index, layer in enumerate(layers):
+        bind(layer, TableColumn(times, index))
 
 
 def integer_layer(layer: nn.Module, spec: LayerSpec, path: str, groups: int = 1) -> IntegerLayer:

@@ -77,7 +77,10 @@ class Replay:
         row, pairs = self.row_of(arguments[family.t]), self.pairs_of(arguments)
         known = () if row is None else (row.projection, row.embedding, *row.blocks)
         inputs = [*tensors, *known, *(rows for pair in pairs or () for rows in pair)]
-        key = (kind, row is None, pairs is None, watch.stepped[0].row if watch.stepped else 0)
+        # One tensor in two places is another kind: a sequence would take both for the same ever after.
+        seen: dict[int, int] = {}
+        same = tuple(seen.setdefault(id(tensor), place) for place, tensor in enumerate(tensors))
+        key = (kind, same, row is None, pairs is None, watch.stepped[0].row if watch.stepped else 0)
         if key not in self.sequences:
             self.keep(key, None)
             return None
@@ -90,6 +93,12 @@ class Replay:
     @cached_property
     def watch(self) -> Watch:
         return Watch.of(self.model)
+
+    @property
+    def most(self) -> int:
+        """Sequences to keep: a sampler comes by every row of the ranges before it returns to the first."""
+        steps = getattr(self.model, "steps", None)
+        return KEPT_KINDS * (1 if steps is None else int(steps.spec.groups))
 
     def row_of(self, t: Tensor) -> Row | None:
         return None if self.times is None else self.times.row_of(t.reshape(-1))
@@ -114,7 +123,7 @@ class Replay:
 
     def keep(self, key: Any, sequence: Any) -> None:
         self.sequences[key] = sequence
-        if len(self.sequences) > KEPT_KINDS:
+        if len(self.sequences) > self.most:
             self.sequences.popitem(last=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -163,7 +172,7 @@ class State:
 def parts(watch: Watch) -> list[Any]:
     """Things that are equal only if they are the same."""
     found = [attributes.get("forward") for attributes in watch.bound]
-    found += [layer["kernel"] for layer in watch.layers]
+    found += [part for layer in watch.layers for part in (layer["kernel"], layer["forgotten"])]
     found += [layer["kernel"] and layer["kernel"].weight for layer in watch.stepped_layers]
     for state in watch.states:
         found += state()
@@ -183,6 +192,7 @@ def watched() -> bool:
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or nn.modules.module._has_any_global_hook()
+        or torch.is_autocast_enabled("cpu")
     )
 
 

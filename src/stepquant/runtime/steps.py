@@ -65,6 +65,7 @@ class StepForward:
         self, model: nn.Module, tensors: StepTensors, forward: Callable[..., Any] | None = None
     ) -> None:
         self.denoiser, self.tensors = Denoiser(model), tensors
+        self.output = self.denoiser.output  # found before anything is compiled
         self.forward = forward or type(model).forward.__get__(model)
         self.table, self.correction = tensors.times(), tensors.correction()
         self.stepped = list(stepped_modules(model)) if tensors.spec.groups > 1 else []
@@ -74,18 +75,21 @@ class StepForward:
         arguments = denoiser.bind(args, kwargs)
         samples = len(arguments[family.x])
         places = self.places(torch.as_tensor(arguments[family.t]), samples)
-        rows = self.table.rows[places]
-        if not self.stepped or bool((rows == rows[0]).all()):
-            out = self.run(arguments, int(rows[0]))
+        if not self.stepped:
+            out = self.forward(**arguments, return_dict=False)[0]
         else:
-            out = self.by_row(arguments, rows)
+            rows = self.table.rows[places]
+            one = bool((rows == rows[0]).all())
+            out = self.run(arguments, int(rows[0])) if one else self.by_row(arguments, rows)
         if self.correction is not None:
             out = self.correction(out, places)
-        return denoiser.output(sample=out) if return_dict else (out,)
+        return self.output(sample=out) if return_dict else (out,)
 
     def places(self, t: Tensor, samples: int) -> Tensor:
         places = self.table.places(t)
-        if (places < 0).any():
+        if torch.compiler.is_compiling():
+            torch._assert_async((places >= 0).all(), "this artifact has no entry for that t")
+        elif (places < 0).any():
             unknown = t.reshape(-1)[places.argmin()].item()
             raise RuntimeSupportError(
                 f"this artifact has no entry for t = {unknown:g}",

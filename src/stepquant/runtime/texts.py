@@ -55,6 +55,7 @@ def keepable(text: Tensor) -> bool:
         type(text) is Tensor
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
         and not text.is_inference()
         and not (text.requires_grad and torch.is_grad_enabled())
     )

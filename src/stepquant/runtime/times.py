@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.core.steps import StepTable
+from stepquant.runtime.layers import IntegerLayer
 
 KEPT_TIMES = 1024
 
@@ -40,7 +41,14 @@ class TimeRows:
 
     def __init__(self, projection: nn.Module, embedding: nn.Module, blocks: Sequence[nn.Module]) -> None:
         self.projection, self.embedding, self.blocks = projection, embedding, list(blocks)
+        self.layers = [
+            layer
+            for module in (embedding, *blocks)
+            for layer in module.modules()
+            if isinstance(layer, IntegerLayer)
+        ]
         self.rows: OrderedDict[tuple[Any, ...], Row] = OrderedDict()
+        self.rest_on: list[int] = []  # what the layers had forgotten when the rows were made
         self.current: Current | None = None
 
     def project(self, timesteps: Tensor) -> Tensor:
@@ -66,6 +74,12 @@ class TimeRows:
     def row_of(self, timesteps: Tensor) -> Row | None:
         if timesteps.dim() != 1 or not timesteps.is_cpu or torch.compiler.is_compiling():
             return None
+        if torch.is_autocast_enabled("cpu"):
+            return None
+        forgotten = [layer.forgotten for layer in self.layers]
+        if forgotten != self.rest_on:
+            self.rows.clear()
+            self.rest_on = forgotten
         values = timesteps.tolist()
         if values.count(values[0]) != len(values):
             return None
@@ -135,3 +149,13 @@ class TimeTable(TimeRows):
     def block(self, index: int, embedding: Tensor) -> Tensor | None:
         assert self.current is not None, "the projection runs before the blocks"
         return self.current.blocks[index]
+
+
+class TableColumn:
+    """Stands in for the forward of one layer that a table has the outputs of."""
+
+    def __init__(self, times: TimeRows, index: int) -> None:
+        self.times, self.index = times, index
+
+    def __call__(self, embedding: Tensor) -> Tensor | None:
+        return self.times.block(self.index, embedding)

@@ -5,6 +5,7 @@ Ray itself runs a task again whose worker or node has died; what it finds out ab
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import importlib.util
 import os
@@ -12,6 +13,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import lru_cache
 from operator import methodcaller
 from pathlib import Path
@@ -22,7 +24,7 @@ import torch
 from stepquant.calib.cache import atomically
 from stepquant.errors import StepquantError
 from stepquant.job.compare.executor import Finished, failed
-from stepquant.job.compare.store import ARTIFACT, WORK
+from stepquant.job.compare.store import ARTIFACT, WORK, take_lock
 from stepquant.job.compare.tasks import Quantize, Task, read_task
 from stepquant.progress import Silent
 
@@ -39,6 +41,9 @@ NOT_SHIPPED = (".lock", "log.txt", WORK)
 ALONE = "."
 RETRIES = 5  # of a task whose node dies
 SECONDS_TO_CONNECT = 5.0
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"  # RFC 9113, 3.4
+SETTINGS = b"\x04"
+EMPTY_SETTINGS = b"\x00\x00\x00" + SETTINGS + b"\x00" * 5
 
 
 class Cluster:
@@ -46,8 +51,16 @@ class Cluster:
 
     def __init__(self, address: str | None = None, workers: int | None = None, threads: int = 1) -> None:
         self.ray, self.threads = connect(address), threads
-        cores = int(self.ray.cluster_resources().get("CPU", 1)) // threads
-        self.slots = max(workers or cores, 1)
+        cores = [int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes() if node["Alive"]]
+        if threads > max(cores, default=0):
+            self.ray.shutdown()
+            raise StepquantError(
+                "no node of the cluster has that many cores",
+                got=f"{threads} threads a task",
+                expected=f"at most {max(cores, default=0)}",
+                fix="give fewer --threads",
+            )
+        self.slots = max(workers or sum(count // threads for count in cores), 1)
         again = {"max_retries": RETRIES, "num_cpus": threads}
         # A fresh process for each quantization: its peak of memory is a result.
         self.once = self.ray.remote(**again, max_calls=1)(perform_here)
@@ -109,12 +122,15 @@ def connect(address: str | None) -> Any:
 
 
 def check_reachable(address: str) -> None:
-    """Ray itself would try for minutes."""
+    """Ray itself would try for minutes. Its ports speak HTTP/2, whose two sides begin with a frame of settings."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         if not host:
             raise ValueError("no port in it")
-        socket.create_connection((host, int(port)), SECONDS_TO_CONNECT).close()
+        with socket.create_connection((host, int(port)), SECONDS_TO_CONNECT) as connection:
+            connection.sendall(HTTP2_PREFACE + EMPTY_SETTINGS)
+            if connection.recv(9)[3:4] != SETTINGS:
+                raise ValueError("something else answers there")
     except (OSError, ValueError) as error:
         raise unreachable(address, str(error)) from error
 
@@ -134,19 +150,25 @@ def perform_here(
     """On a worker: unpack, perform, and return the files that were made; an error of the task as words."""
     torch.set_num_threads(threads)
     task = read_task(text)
-    with tempfile.TemporaryDirectory(prefix="stepquant-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="stepquant-") as scratch, ExitStack() as held:
         reads = {
             name: (kept(called, files) if name in LOADED else unpack(files, Path(scratch) / name / called))
             for (name, called), files in zip(places, folders)
         }
         out = Path(scratch) / "out" / task.out.name
         out.mkdir(parents=True)
+        lasting = Path(tempfile.gettempdir()) / f"stepquant-{getpass.getuser()}" / task.out.name
+        if isinstance(task, Quantize) and (lock := take_lock(lasting)) is not None:
+            held.enter_context(lock)
+            out = lasting  # what is fitted stays on this node, should the process die
         try:
             task.model_copy(update={"reads": reads, "out": out}).perform(Silent())
         except Exception as error:  # the border of the process
             found = failed(task, error)
             return pack(out), found.error, found.kind
-        return pack(out), "", ""
+        files = pack(out)
+        shutil.rmtree(out)
+        return files, "", ""
 
 
 @lru_cache

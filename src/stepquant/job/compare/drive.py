@@ -16,12 +16,11 @@ from stepquant.job.compare.executor import Executor, Finished
 from stepquant.job.compare.store import (
     CELL,
     ERROR,
-    RESULTS,
     Places,
     Store,
     artifact_intact,
     is_intact,
-    read_json,
+    read_found,
     take_lock,
     write_json,
 )
@@ -50,7 +49,7 @@ class Job:
         return {} if model in zoo.names() else {"model": Path(model)}
 
     def is_done(self) -> bool:
-        return read_json(self.places.cell / RESULTS) is not None
+        return read_found(self.places.cell) is not None
 
     def quantize(self) -> Quantize:
         return Quantize(

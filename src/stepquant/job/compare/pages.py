@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stepquant.job.compare.query import write_parquet
-from stepquant.job.compare.store import SENSITIVITY, read_json
+from stepquant.job.compare.store import ADDED, SENSITIVITY, read_json
 from stepquant.job.files import writing
 from stepquant.report import compare as write_page
 from stepquant.report.compare import measured_on
@@ -16,7 +16,6 @@ from stepquant.report.compare import summary as report_summary
 
 SITE_KEYS = {"path", "role", "bits", "metric", "value"}
 PARQUET = "results.parquet"
-PAGE_KEYS = ("label", "cell")  # ours, not of the schema of results
 
 
 def write_pages(
@@ -33,7 +32,7 @@ def write_pages(
 
 def for_page(found: Mapping[str, Any]) -> dict[str, Any]:
     """Results as the report reads them: the label of the row in the method's place."""
-    kept = {key: value for key, value in found.items() if key not in PAGE_KEYS}
+    kept = {key: value for key, value in found.items() if key not in ADDED}
     return kept | {"quantized": dict(found["quantized"]) | {"method": found["label"]}}
 
 
@@ -52,5 +51,5 @@ def sensitivity_rows(store: Path) -> list[Mapping[str, Any]]:
     rows: list[Mapping[str, Any]] = []
     for file in sorted(store.glob(SENSITIVITY)):
         found = (read_json(file) or {}).get("rows", [])
-        rows += [row for row in found if SITE_KEYS.issubset(row)]
+        rows += [row for row in found if isinstance(row, dict) and SITE_KEYS.issubset(row)]
     return rows

@@ -16,7 +16,7 @@ from stepquant.errors import StepquantError
 from stepquant.evaluate.instruments import PROMPTS
 from stepquant.evaluate.metrics import OTHER_SEEDS
 from stepquant.evaluate.sets import CLASSES
-from stepquant.job.compare.store import CELL, ERROR, RESULTS, Store, read_json
+from stepquant.job.compare.store import CELL, ERROR, Store, read_found, read_json
 
 Row = Mapping[str, Any]
 TEXT = ("cell", "label", "method", "settings", "scheme", "model", "sampler", "state", "error", "unavailable")
@@ -29,7 +29,8 @@ SIDES = (
     *((OTHER_SEEDS, "others"), ("float", "float")),
     *((name, name.split()[0]) for name in (CLASSES, PROMPTS)),
 )
-CELL_KEYS = {"label", "scheme", "recipe", "evaluation"}
+RECIPE_KEYS = {"method", "settings", "seed", "model"}
+EVALUATION_KEYS = {"images", "steps", "sampler"}
 HEADLINES = (
     *("label", "scheme", "seed", "bytes", "seconds", "peak_bytes", "psnr_float", "psnr_float_floor"),
     *("fd_c10_float", "fd_c10_float_floor", "fd_c10_data", "fd_c10_data_floor", "noise_error", "error"),
@@ -49,8 +50,8 @@ def read_tables(store: Store) -> Tables:
     """Of every cell in a store."""
     results, numbers, steps = [], [], []
     for folder in store.cells():
-        cell, found = read_json(folder / CELL), read_json(folder / RESULTS)
-        if cell is None or not CELL_KEYS.issubset(cell):
+        cell, found = read_json(folder / CELL), read_found(folder)
+        if cell is None or not is_cell(cell):
             continue
         failed = (read_json(folder / ERROR) or {}).get("error")
         results.append(cell_row(folder.name, cell, found, failed))
@@ -59,6 +60,18 @@ def read_tables(store: Store) -> Tables:
             numbers.append({"cell": folder.name} | {name: number.get(name) for name in NUMBER} | sampled)
         steps += [{"cell": folder.name} | step for step in (found or {}).get("steps", ())]
     return Tables(tuple(results), tuple(numbers), tuple(steps))
+
+
+def is_cell(found: Row) -> bool:
+    """Whether it can have a row; a damaged file has none, until its cell is asked for again."""
+    recipe, chosen = found.get("recipe"), found.get("evaluation")
+    return (
+        {"label", "scheme"}.issubset(found)
+        and isinstance(recipe, dict)
+        and RECIPE_KEYS.issubset(recipe)
+        and isinstance(chosen, dict)
+        and EVALUATION_KEYS.issubset(chosen)
+    )
 
 
 def cell_row(name: str, cell: Row, found: Row | None, failed: str | None = None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from stepquant.job.compare.executor import Executor
 from stepquant.job.compare.pages import write_pages
 from stepquant.job.compare.processes import Processes
 from stepquant.job.compare.query import cell_row
-from stepquant.job.compare.store import ERROR, RESULTS, Store, read_json
+from stepquant.job.compare.store import ERROR, Store, read_found, read_json
 from stepquant.job.pipelines import load
 from stepquant.models.denoiser import Denoiser
 from stepquant.progress import Progress, Silent
@@ -79,7 +79,7 @@ def row_of(job: Job) -> dict[str, Any]:
     """The cell in one row, as `stepquant results` has it."""
     known = job.cell.model_dump(mode="json") | {"scheme": job.cell.scheme}
     failed = (read_json(job.places.cell / ERROR) or {}).get("error")
-    return cell_row(job.places.cell.name, known, read_json(job.places.cell / RESULTS), failed)
+    return cell_row(job.places.cell.name, known, read_found(job.places.cell), failed)
 
 
 def find_origin(cells: Sequence[Cell]) -> Origin:
@@ -95,7 +95,7 @@ def find_origin(cells: Sequence[Cell]) -> Origin:
 
 def read_all(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """What is known of the cells: results, or an error, or nothing yet."""
-    found = [read_json(job.places.cell / RESULTS) or failure(job) for job in jobs]
+    found = [read_found(job.places.cell) or failure(job) for job in jobs]
     return [
         known | {"label": job.cell.label, "cell": job.places.cell.name}
         for known, job in zip(found, jobs)

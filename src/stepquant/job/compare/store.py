@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 
 from stepquant.calib.cache import atomically
 from stepquant.core.digest import tensors_digest
-from stepquant.errors import StepquantError
+from stepquant.errors import EvaluationError, StepquantError
 from stepquant.job.compare.cell import FORMAT, Cell, Origin
+from stepquant.report.schema import Report
 
 MARKER, QUANTIZED, RESULTS, ERROR, CELL = (
     "store.json",
@@ -32,6 +33,7 @@ MARKER, QUANTIZED, RESULTS, ERROR, CELL = (
 )
 SENSITIVITY = "sensitivity*.json"  # studies of single sites, which the page shows
 ARTIFACT, IMAGES, WORK = "artifact", "images", "work"
+ADDED = ("label", "cell")  # to results, by us
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,18 @@ def read_json(file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def read_found(cell: Path) -> dict[str, Any] | None:
+    """The results of a cell; None where there are none yet, or others than a page can show."""
+    found = read_json(cell / RESULTS)
+    if found is None or "label" not in found:
+        return None
+    try:
+        Report.from_json({key: value for key, value in found.items() if key not in ADDED})
+    except EvaluationError:
+        return None
+    return found
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
