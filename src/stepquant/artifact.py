@@ -122,7 +122,7 @@ def freeze(network: Inserted, time_table: Tensor | None = None) -> Artifact:
         grids = {port: quantizer.grid for port, quantizer in product.ports().items()}
         products[path] = ProductSpec(**grids, shifted=product.shift is not None)
         if product.shift is not None:
-            tensors[f"{path}.product.probabilities_shift"] = product.shift.float().reshape(1)
+            tensors[f"{path}.product.probabilities_shift"] = product.shift.cpu().float().reshape(1)
         for port, quantizer in product.ports().items():
             tensors |= range_tensors(f"{path}.product.{port}", quantizer)
     steps = None
@@ -131,7 +131,7 @@ def freeze(network: Inserted, time_table: Tensor | None = None) -> Artifact:
         tensors |= table_tensors(table)
         steps = StepSpec(len(table.times), table.groups)
         if time_table is not None:
-            tensors["steps.table"] = time_table.detach().float().contiguous()
+            tensors["steps.table"] = time_table.detach().cpu().float().contiguous()
             steps = replace(steps, table=time_table.shape[1])
     return Artifact(layers, products, tensors, dict(network.splits), steps)
 
@@ -144,7 +144,7 @@ def packed_tensors(layer: QuantLayer) -> dict[str, Tensor]:
     quantizer = layer.weight_quantizer
     assert quantizer is not None
     scale, zero_point = quantizer.range()
-    integers = layer.weight_integers()
+    integers = layer.weight_integers().cpu()
     out = {"weight": pack(integers, quantizer.grid), "weight_scale": scale.float()}
     if not quantizer.grid.symmetric:
         out["weight_zero_point"] = zero_point.to(torch.int16)
@@ -152,14 +152,14 @@ def packed_tensors(layer: QuantLayer) -> dict[str, Tensor]:
         out["bias"] = layer.bias.detach().float()
     if layer.input_quantizer is not None:
         out |= range_tensors("input", layer.input_quantizer)
-    return {name: value.detach().clone().contiguous() for name, value in out.items()}
+    return {name: value.detach().cpu().clone().contiguous() for name, value in out.items()}
 
 
 def range_tensors(prefix: str, quantizer: Quantizer) -> dict[str, Tensor]:
     scale, zero_point = quantizer.range()
     return {
-        f"{prefix}_scale": scale.detach().float().reshape(-1).clone(),
-        f"{prefix}_zero_point": zero_point.detach().to(torch.int32).reshape(-1).clone(),
+        f"{prefix}_scale": scale.detach().cpu().float().reshape(-1).clone(),
+        f"{prefix}_zero_point": zero_point.detach().cpu().to(torch.int32).reshape(-1).clone(),
     }
 
 

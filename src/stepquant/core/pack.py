@@ -19,10 +19,10 @@ def pack(q: Tensor, grid: Grid) -> Tensor:
     codes = (q.reshape(-1).to(torch.int16) - grid.qmin).to(torch.uint8)
     if grid.bits == 8:
         return codes.clone()
-    shifts = torch.arange(grid.bits, dtype=torch.uint8)
+    shifts = torch.arange(grid.bits, dtype=torch.uint8, device=codes.device)
     bits = (codes[:, None] >> shifts & 1).reshape(-1)
     bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).reshape(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack(data: Tensor, grid: Grid, count: int) -> Tensor:
@@ -33,8 +33,7 @@ def unpack(data: Tensor, grid: Grid, count: int) -> Tensor:
         )
     if grid.bits == 8:
         return data.reshape(-1).to(torch.int16) + grid.qmin
-    bits = (data.reshape(-1)[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).reshape(-1)
+    places = torch.arange(8, device=data.device)
+    bits = (data.reshape(-1)[:, None] >> places.to(torch.uint8) & 1).reshape(-1)
     bits = bits[: count * grid.bits].reshape(count, grid.bits)
-    return (bits.to(torch.int16) << torch.arange(grid.bits, dtype=torch.int16)).sum(
-        1, dtype=torch.int16
-    ) + grid.qmin
+    return (bits.to(torch.int16) << places[: grid.bits].to(torch.int16)).sum(1, dtype=torch.int16) + grid.qmin

@@ -79,7 +79,7 @@ def measure(
         pairs = []
         with torch.no_grad():
             for part in records.batches(batch):
-                pairs.append([model.predict(part.arguments) for model in (denoiser, quantized)])
+                pairs.append([model.predict(part.arguments).cpu() for model in (denoiser, quantized)])
         found.append(Moments.of(*(torch.cat(side) for side in zip(*pairs))))
     return Moments(*(torch.stack(values) for values in zip(*(vars(m).values() for m in found))))
 
@@ -166,8 +166,8 @@ def follow(
         there = {denoiser.family.x: exact.scale_model_input(x, t), denoiser.family.t: t}
         here = {denoiser.family.x: other.scale_model_input(y, t), denoiser.family.t: t}
         with torch.no_grad():
-            wanted, got = denoiser.predict(there), quantized.predict(here)
-            scale = factor(got, denoiser.predict(here))
+            wanted, got = denoiser.predict(there).cpu(), quantized.predict(here).cpu()
+            scale = factor(got, denoiser.predict(here).cpu())
         corrected = got * by_channel(scale, got)
         shift = torch.zeros_like(scale)
         x = advance(exact, wanted, t, x, drawn)

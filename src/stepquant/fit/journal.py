@@ -60,6 +60,7 @@ class Journal:
         for quantizer in activation_quantizers(self.network, report.path):
             if quantizer.is_set:
                 tensors[f"range|{quantizer.site}"] = torch.stack(quantizer.range())
+        tensors = {name: value.cpu() for name, value in tensors.items()}
         note = {"report": json.dumps(vars(report))}
         atomically(
             self.file(stage, report.path), lambda temporary: save_file(tensors, temporary, metadata=note)
@@ -73,7 +74,8 @@ class Journal:
         try:
             with safe_open(file, "pt") as stored:
                 report = Report(**json.loads(stored.metadata()["report"]))
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                device = self.network.denoiser.device
+                tensors = {name: stored.get_tensor(name).to(device) for name in stored.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise CalibrationError(
                 f"the journal of an earlier run is damaged: {error}",

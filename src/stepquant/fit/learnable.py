@@ -83,7 +83,7 @@ class LearnedStep:
     def __call__(self, quantizer: Quantizer, x: Tensor) -> Tensor:
         chosen = None
         if self.training and self.keep < 1:
-            chosen = draw(x.shape, self.keep, self.generator)
+            chosen = draw(x.shape, self.keep, self.generator).to(x.device)
         return fake_quantize_ste(x, self.scale, self.zero_point, quantizer.grid, chosen)
 
 

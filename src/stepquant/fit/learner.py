@@ -152,7 +152,8 @@ class Learner:
         columns = sample.quants.take(rows)
         if self.schedule.mix < 1:
             quantized = draw(columns[0].shape, self.schedule.mix, self.generator)
-            columns[0] = torch.where(quantized, columns[0], sample.floats.columns[0][rows])
+            floats = sample.floats.columns[0][rows].to(columns[0].device)
+            columns[0] = torch.where(quantized.to(floats.device), columns[0], floats)
         return columns
 
     def multiplying(self, like: Tensor) -> AbstractContextManager[object]:
@@ -161,8 +162,8 @@ class Learner:
         return torch.autocast(like.device.type, torch.bfloat16) if wanted else nullcontext()
 
     def loss(self, sample: Sample, rows: Tensor) -> Tensor:
-        weights = None if sample.weights is None else sample.weights[rows]
         target = self.target(sample, rows)
+        weights = None if sample.weights is None else sample.weights[rows].to(target.block[0].device)
         with self.multiplying(target.block[0]):
             out = self.outputs(self.mixed(sample, rows))
         return self.schedule.loss(out, target, weights)

@@ -56,10 +56,11 @@ class Table:
 
     shape: Shape
     columns: tuple[Tensor, ...]
+    device: torch.device  # where the block is; the columns are on the CPU, whose memory is larger
     memory: int = 0  # bytes of the budget that the columns take
 
     def take(self, rows: Tensor | slice) -> list[Tensor]:
-        return [column[rows] for column in self.columns]
+        return [column[rows].to(self.device) for column in self.columns]
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,8 @@ class Allocation:
             column[rows] = tensor.detach()
 
     def table(self) -> Table:
-        return Table(self.shape, self.columns, self.before - self.streams.left)
+        device = self.streams.network.denoiser.device
+        return Table(self.shape, self.columns, device, self.before - self.streams.left)
 
 
 def replay(outputs: Table, place: Sequence[slice]) -> Callable[..., Any]:

@@ -63,16 +63,17 @@ def reconstruct_time(
     network: Inserted, chains: Structure, times: Tensor, schedule: Schedule, seed: int
 ) -> Report:
     """Fit the time block alone, on every t of the sampler."""
-    block = TimeBlock(network.denoiser.model, chains, network.clock)
+    block, device = TimeBlock(network.denoiser.model, chains, network.clock), network.denoiser.device
+    times = times.to(device)
     network.switch(weights=False, inputs=False)
     with torch.no_grad():
         targets = block(times)
     arguments = shape_of(*({"t": times[:count]} for count in PROBES))
     results = shape_of(*(tuple(target[:count] for target in targets) for count in PROBES))
     piece = Piece("time block", block, arguments, results, tuple(chains.time_layers()))
-    inputs, every = Table(arguments, (times,)), torch.arange(len(times))
+    inputs, every = Table(arguments, (times,), device), torch.arange(len(times))
     network.switch(weights=True, inputs=False)
-    sample = Sample(inputs, inputs, Table(results, tuple(targets)), every, every)
+    sample = Sample(inputs, inputs, Table(results, tuple(targets), device), every, every)
     return reconstruct(network, piece, sample, schedule, seed)
 
 
@@ -87,4 +88,4 @@ def time_table(denoiser: Denoiser, chains: Structure, times: Tensor) -> Tensor:
             fix="--set time=reconstruct",
         )
     with torch.no_grad():
-        return torch.cat(TimeBlock(denoiser.model, chains)(times), dim=1)
+        return torch.cat(TimeBlock(denoiser.model, chains)(times.to(denoiser.device)), dim=1)

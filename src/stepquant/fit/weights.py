@@ -50,7 +50,7 @@ def learn_weights(
     generator: Generator,
 ) -> Tensor:
     """Weights of the records in `train`: never negative, with sum 1."""
-    scores = torch.full((len(train),), 1 / 32, dtype=parameters[0].dtype)
+    scores = torch.full((len(train),), 1 / 32, dtype=parameters[0].dtype, device=parameters[0].device)
     order = torch.randperm(len(train), generator=generator)
     for number in range(settings.rounds):
         places = order[(torch.arange(settings.batch) + number * settings.batch) % len(train)].unique()
@@ -195,5 +195,5 @@ def weigh_block(
     finally:
         for layer in layers:
             layer.rounding = None
-    weights[sample.train] = learnt * len(sample.train)
+    weights[sample.train] = learnt.cpu() * len(sample.train)
     return weights

@@ -12,7 +12,7 @@ from stepquant import hub
 from stepquant.artifact import Artifact
 from stepquant.calib.cache import cache_folder
 from stepquant.calib.record import Source
-from stepquant.errors import ModelError, StepquantError
+from stepquant.errors import ModelError
 from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser, check_finite
 from stepquant.progress import Progress, Silent
@@ -70,7 +70,6 @@ def run(
     if hub.config_of(denoiser.model) is not None:
         raise ModelError("the model is quantized already", fix="start from the float model")
     check_finite(denoiser.model)
-    check_device(denoiser.model)
     denoiser.model.eval()
     source = Source(
         pipeline,
@@ -83,13 +82,3 @@ def run(
     )
     artifact = recipe.build_method()(denoiser, recipe.build_plan(), source)
     return dataclasses.replace(artifact, recipe=recipe.provenance(pipeline))
-
-
-def check_device(model: Any) -> None:
-    """Records and what is learnt from them live on the CPU."""
-    if model.device.type not in ("cpu", "meta"):
-        raise StepquantError(
-            "a model is calibrated and fitted on the CPU",
-            got=f"device '{model.device}'",
-            fix="quantize without --device; generate, evaluate and benchmark take it",
-        )

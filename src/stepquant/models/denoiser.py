@@ -6,10 +6,12 @@ import inspect
 import typing
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from stepquant.core.digest import tensors_digest, value_digest
 from stepquant.errors import ModelError
@@ -121,9 +123,15 @@ class Denoiser:
         }
         return {name: value for name, value in named.items() if value is not None}
 
+    @property
+    def device(self) -> torch.device:
+        return next(chain(self.model.parameters(), self.model.buffers())).device
+
     def predict(self, arguments: Mapping[str, Any]) -> Tensor:
-        """The model's prediction for recorded arguments."""
-        out: Tensor = self.model(**arguments, return_dict=False)[0]
+        """The model's prediction for recorded arguments, which may lie on another device."""
+        device = self.device
+        there = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, dict(arguments))
+        out: Tensor = self.model(**there, return_dict=False)[0]
         return out
 
     @cached_property

@@ -69,8 +69,8 @@ def insert(
         if grid is None:
             return None
         if clock is None or port == "weight":
-            return Quantizer(grid, site).to(device_of(model))
-        return Quantizer(replace(grid, granularity="step"), site, clock).to(device_of(model))
+            return Quantizer(grid, site).to(denoiser.device)
+        return Quantizer(replace(grid, granularity="step"), site, clock).to(denoiser.device)
 
     for path, role in denoiser.sites().items():
         weight, inputs = quantizer(path, role, "weight"), quantizer(path, role, "input")
@@ -112,7 +112,3 @@ def read_clock(denoiser: Denoiser, clock: Clock) -> Any:
         clock.read(torch.as_tensor(arguments[denoiser.family.t]), len(arguments[denoiser.family.x]))
 
     return denoiser.model.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def device_of(model: nn.Module) -> Any:
-    return next(model.parameters()).device

@@ -91,7 +91,8 @@ class Quantizer(nn.Module):
             return
         assert self.clock is not None, "only per-step ranges have rows to set"
         if not self.scale.numel():
-            self.scale, self.zero_point = torch.full((2, self.clock.table.groups), torch.nan)
+            shape = (2, self.clock.table.groups)
+            self.scale, self.zero_point = torch.full(shape, torch.nan, device=scale.device)
         self.scale[row], self.zero_point[row] = scale.item(), zero_point.item()
 
     def range(self) -> tuple[Tensor, Tensor]:

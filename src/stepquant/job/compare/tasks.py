@@ -75,7 +75,7 @@ class Quantize(Task):
 
     def perform(self, progress: Progress) -> None:
         recipe = self.recipe.model_copy(update={"model": self.model})
-        pipeline, work = load(self.model), self.out / WORK  # calibrated on the CPU, measured on the device
+        pipeline, work = load(self.model, recipe.device), self.out / WORK
         denoiser = Denoiser.of(pipeline)
         float_bytes = sum(4 * value.numel() for value in denoiser.model.state_dict().values())
         reset_peak()
