@@ -14,6 +14,7 @@ from stepquant.fit.learnable import FixedRounding, LearnedStep, SoftRounding
 from stepquant.fit.learner import Learner, Sample, Schedule, inside
 from stepquant.fit.ranges import set_input_ranges
 from stepquant.fit.reconstruct import batches, cosine, reconstruct
+from stepquant.fit.streams import Table
 from tests.fit.conftest import Bench
 
 QUICK = Schedule(iterations=40, batch=12, rounding_rate=0.1, penalty=0.1)
@@ -46,6 +47,27 @@ def test_the_reported_loss_is_that_of_the_integers(bench: Bench) -> None:
     assert float(BlockLoss()(out, Outputs(sample.targets.take(sample.held)))) == pytest.approx(
         report.hard, rel=1e-5
     )
+
+
+def test_tables_on_disk_are_read_ahead_and_change_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piece, sample = find(bench, "mid_block.resnets.0")
+    bench.network.switch(weights=True, inputs=False)
+    mapped = replace(sample, quants=replace(sample.quants, mapped=True))
+    touched: list[torch.Tensor] = []
+    monkeypatch.setattr(Table, "touch", lambda self, rows: touched.append(rows))
+    found = []
+    for each in (sample, mapped):
+        reports = reconstruct(bench.network, piece, each, QUICK, seed=0)
+        layers = inside(bench.network.layers, piece.path).values()
+        found.append((reports, [layer.weight_integers() for layer in layers]))
+        for layer in layers:
+            layer.rounding = None
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
+    assert touched
+    assert {int(row) for rows in touched for row in rows} <= set(sample.train.tolist())
 
 
 def test_the_same_seed_gives_the_same_bytes(bench: Bench) -> None:
@@ -131,7 +153,10 @@ def test_inputs_are_mixed_element_by_element(bench: Bench) -> None:
 def test_batches_use_every_record_equally_often() -> None:
     records = torch.arange(10, 17)
     schedule = Schedule(iterations=14, batch=3)
-    drawn = list(batches(records, schedule, Generator().manual_seed(0)))
+    pairs = list(batches(records, schedule, Generator().manual_seed(0)))
+    drawn = [rows for rows, _ in pairs]
+    for (_, coming), rows in zip(pairs, drawn[1:]):
+        assert torch.equal(coming, rows[: len(coming)])  # known early, or not yet drawn
     assert all(len(rows) == 3 for rows in drawn)
     assert torch.cat(drawn).bincount()[10:].tolist() == [6] * 7
 

@@ -73,6 +73,8 @@ def test_a_small_budget_moves_tables_to_disk_and_changes_nothing(
     with Streams(bench.network, bench.data, source.cache, batch=12, budget=budget) as small:
         mapped = small.inputs(next(p for p in small.pieces if p.path == piece.path), quantized=False)
         assert mapped.memory <= budget < whole.memory
+        assert (mapped.mapped, whole.mapped) == (True, False)
+        mapped.touch(torch.tensor([3, 1]))
         for ours, theirs in zip(mapped.columns, whole.columns, strict=True):
             assert torch.equal(ours, theirs)
 

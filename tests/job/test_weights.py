@@ -216,7 +216,7 @@ def is_of(file: Path, cell: Cell) -> bool:
         ({"lpips": "none.safetensors"}, None, "No such file"),
         ({"clip": "clip"}, None, "there are none"),
         ({}, "nowhere", "no images to compare with"),
-        ({}, "none.npz", "cannot read the statistics"),
+        ({}, "none.npz", "cannot read the file"),
     ],
 )
 def test_bad_files_stop_it_before_the_first_cell(

@@ -25,6 +25,7 @@ from stepquant.models.sampling import run
 from stepquant.progress import Progress, Silent
 
 FORMAT = 1
+MEMORY = 4 << 30
 Listener = Callable[[int, dict[str, Any]], None]
 
 
@@ -60,6 +61,9 @@ class Source:
     batch: int = 32
     prompts: tuple[str, ...] | None = None
     cache: Path = field(default_factory=cache_folder)
+    memory: int = (
+        MEMORY  # bytes that a method may keep of what flows through the blocks; the rest goes to disk
+    )
     progress: Progress = field(default_factory=Silent)
 
     def record(self, picks: Sequence[Pick]) -> CalibSet:

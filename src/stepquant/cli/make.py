@@ -12,6 +12,7 @@ import typer
 
 from stepquant import hub
 from stepquant.calib.cache import cache_folder
+from stepquant.calib.record import MEMORY
 from stepquant.cli.explain import explain_plan
 from stepquant.cli.interrupt import keeping
 from stepquant.cli.options import (
@@ -21,6 +22,7 @@ from stepquant.cli.options import (
     Device,
     Explain,
     Json,
+    Memory,
     Method,
     Model,
     OutFolder,
@@ -62,6 +64,7 @@ def quantize(
     resume: Resume = False,
     seed: Seed = 0,
     device: Device = "cpu",
+    memory: Memory = MEMORY / 2**30,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -93,16 +96,18 @@ def quantize(
     if explain:
         result |= explain_plan(screen, Denoiser.of(load(recipe.model)), recipe.build_plan())
     if out is not None:
-        result |= make_artifact(screen, recipe, out, resume)
+        result |= make_artifact(screen, recipe, out, resume, int(memory * 2**30))
     screen.finish(json, result)
 
 
-def make_artifact(screen: Screen, recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
+def make_artifact(
+    screen: Screen, recipe: Recipe, out: Path, resume: bool, memory: int = MEMORY
+) -> dict[str, Any]:
     """Quantize with progress, and say what came out."""
     screen.warn_if_plain()
     start = time.monotonic()
     with keeping(how_to_resume(out)), screen.reporter:
-        outcome = quantize_to(recipe, out, resume=resume, progress=screen.reporter)
+        outcome = quantize_to(recipe, out, resume=resume, memory=memory, progress=screen.reporter)
     seconds = time.monotonic() - start
     screen.show(outcome_text(outcome, seconds))
     if not outcome.found:

@@ -45,6 +45,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, results
 Seed = Annotated[
     int, typer.Option(min=0, metavar="N", help="Seed of all randomness: one per trajectory follows from it.")
 ]
+Memory = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        metavar="GB",
+        help="For what flows through the blocks while they are fitted; the rest goes to disk, the result is the same.",
+    ),
+]
 Device = Annotated[str, typer.Option(metavar="NAME", help="Where torch computes.")]
 Sampler = Annotated[
     str | None,

@@ -55,6 +55,12 @@ class Sample:
     weights: Tensor | None = None  # one per record, mean 1
     layers: Table | None = None  # float outputs of the layers that count in the loss
 
+    @property
+    def mapped(self) -> list[Table]:
+        """What is on disk of the tables that learning reads."""
+        tables = (self.quants, self.targets, self.floats, self.layers)
+        return [table for table in tables if table is not None and table.mapped]
+
     def weighted(self, weights: Tensor) -> Sample:
         return replace(self, weights=weights)
 

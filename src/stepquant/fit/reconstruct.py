@@ -6,7 +6,8 @@ One loop for blocks and for single layers, for every loss, sample weight and cho
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Generator, Tensor
 from stepquant.core.rounding import anneal, indecision
 from stepquant.errors import MethodError
 from stepquant.fit.learner import Learner, Sample, Schedule
-from stepquant.fit.streams import Piece
+from stepquant.fit.streams import Piece, Table
 from stepquant.quant.insert import Inserted
 
 
@@ -74,7 +75,8 @@ def optimise(
     annealed = bool(
         schedule.penalty and learner.roundings
     )  # hard losses fall last, so it has to run to its end
-    for step, rows in enumerate(batches(sample.train, schedule, learner.generator), start=1):
+    rows_by_step = reading_ahead(sample.mapped, batches(sample.train, schedule, learner.generator))
+    for step, rows in enumerate(rows_by_step, start=1):
         optimizer.zero_grad(set_to_none=True)
         loss = learner.loss(sample, rows) + regulariser(learner, step / schedule.iterations)
         check_finite(loss, learner.piece.path, step)
@@ -98,14 +100,35 @@ def cosine(progress: float, last: float) -> float:
     return last + (1 - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def batches(records: Tensor, schedule: Schedule, generator: Generator) -> Iterator[Tensor]:
-    """Batches across shuffled epochs: every record is used equally often, and none is dropped."""
+def batches(records: Tensor, schedule: Schedule, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches across shuffled epochs: every record is used equally often, and none is dropped.
+
+    With each one comes what is known of the next. It is not drawn early: others draw from the generator in between.
+    """
     left = records[:0]
     for _ in range(schedule.iterations):
         while len(left) < schedule.batch:
             left = torch.cat([left, records[torch.randperm(len(records), generator=generator)]])
         rows, left = left[: schedule.batch], left[schedule.batch :]
-        yield rows
+        yield rows, left[: schedule.batch]
+
+
+def reading_ahead(tables: Sequence[Table], batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    """The batches, while a thread reads the next one's rows of tables that are on disk."""
+    if not tables:
+        yield from (rows for rows, _ in batches)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        reading: Future[None] | None = None
+        for rows, coming in batches:
+            if len(coming) and (reading is None or reading.done()):
+                reading = pool.submit(touch, tables, coming)
+            yield rows
+
+
+def touch(tables: Sequence[Table], rows: Tensor) -> None:
+    for table in tables:
+        table.touch(rows)
 
 
 def regulariser(learner: Learner, progress: float) -> Tensor | float:

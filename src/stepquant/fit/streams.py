@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from stepquant.calib.calibset import CalibSet
+from stepquant.calib.record import MEMORY
 from stepquant.errors import CalibrationError, MethodError
 from stepquant.quant.insert import Inserted
 
@@ -58,9 +59,15 @@ class Table:
     columns: tuple[Tensor, ...]
     device: torch.device  # where the block is; the columns are on the CPU, whose memory is larger
     memory: int = 0  # bytes of the budget that the columns take
+    mapped: bool = False  # some of them are on disk
 
     def take(self, rows: Tensor | slice) -> list[Tensor]:
         return [column[rows].to(self.device) for column in self.columns]
+
+    def touch(self, rows: Tensor) -> None:
+        """Read these rows, so that they are in the cache of the system when they are taken."""
+        for column in self.columns:
+            column.index_select(0, rows)
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class Streams:
     """Inputs and outputs of the pieces of `network`, in memory up to `budget` bytes and beyond that in mapped files."""
 
     def __init__(
-        self, network: Inserted, data: CalibSet, folder: Path, *, batch: int = 32, budget: int = 4 << 30
+        self, network: Inserted, data: CalibSet, folder: Path, *, batch: int = 32, budget: int = MEMORY
     ) -> None:
         if len(data) < PROBES[-1]:
             raise CalibrationError(
@@ -194,8 +201,9 @@ class Allocation:
             column[rows] = tensor.detach()
 
     def table(self) -> Table:
-        device = self.streams.network.denoiser.device
-        return Table(self.shape, self.columns, device, self.before - self.streams.left)
+        device, memory = self.streams.network.denoiser.device, self.before - self.streams.left
+        mapped = memory < sum(column.nbytes for column in self.columns)
+        return Table(self.shape, self.columns, device, memory, mapped)
 
 
 def replay(outputs: Table, place: Sequence[slice]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from stepquant import hub
 from stepquant.artifact import Artifact
 from stepquant.calib.cache import cache_folder
-from stepquant.calib.record import Source
+from stepquant.calib.record import MEMORY, Source
 from stepquant.errors import ModelError
 from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser, check_finite
@@ -59,11 +59,16 @@ def plan_json(plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None) ->
 
 
 def run(
-    pipeline: Any, recipe: Recipe, progress: Progress | None = None, cache: Path | None = None
+    pipeline: Any,
+    recipe: Recipe,
+    progress: Progress | None = None,
+    cache: Path | None = None,
+    memory: int = MEMORY,
 ) -> Artifact:
     """What the recipe makes of this pipeline; the pipeline itself stays float.
 
-    `cache` is a folder for recorded trajectories and finished blocks instead of the user's.
+    `cache` is a folder for recorded trajectories and finished blocks instead of the user's. `memory`: bytes of what
+    flows into and out of blocks that are kept in memory; what is more goes to disk, and the result is the same.
     """
     recipe.check()
     denoiser = Denoiser.of(pipeline)
@@ -79,6 +84,7 @@ def run(
         prompts=recipe.prompts,
         progress=progress or Silent(),
         cache=cache or cache_folder(),
+        memory=memory,
     )
     artifact = recipe.build_method()(denoiser, recipe.build_plan(), source)
     return dataclasses.replace(artifact, recipe=recipe.provenance(pipeline))

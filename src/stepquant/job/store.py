@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stepquant import hub
+from stepquant.calib.record import MEMORY
 from stepquant.errors import ArtifactError, StepquantError
 from stepquant.job.files import new_folder, writing
 from stepquant.job.inplace import run
@@ -38,12 +39,17 @@ class Outcome:
 
 
 def quantize_to(
-    recipe: Recipe, out: str | os.PathLike[str], *, resume: bool = False, progress: Progress | None = None
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    memory: int = MEMORY,
+    progress: Progress | None = None,
 ) -> Outcome:
     """Write the artifact of `recipe` to the folder `out`.
 
     With `resume`, a finished artifact of the same recipe is kept as it is, and an interrupted run goes on from the
-    trajectories that it has recorded; the bytes are those of an uninterrupted run.
+    trajectories that it has recorded; the bytes are those of an uninterrupted run. `memory`: see `inplace.run`.
     """
     recipe.check()
     target = Path(out)
@@ -54,7 +60,7 @@ def quantize_to(
         found = existing(target, provenance, resume)
         return Outcome(target, found, weights_bytes(target), float_bytes, found=True)
     with new_folder(target) as folder:
-        hub.attach(Denoiser.of(pipeline).model, run(pipeline, recipe, progress))
+        hub.attach(Denoiser.of(pipeline).model, run(pipeline, recipe, progress, memory=memory))
         with writing(target), without_bars():
             pipeline.save_pretrained(folder)
         illustrate(pipeline, recipe, folder, target, progress)

@@ -47,7 +47,10 @@ class BRECQ(BlockMethod):
         generator = torch.Generator().manual_seed(source.seed)
         data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
 
-        with insert(denoiser, plan) as network, Streams(network, data, source.cache) as streams:
+        with (
+            insert(denoiser, plan) as network,
+            Streams(network, data, source.cache, budget=source.memory) as streams,
+        ):
             reconstruct = self.reconstructing(streams, data, source)
             self.set_weight_ranges(network, source)
 

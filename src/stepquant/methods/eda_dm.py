@@ -73,7 +73,10 @@ class EDADM(BlockMethod):
         data = source.record(spread(self.draw_steps(source), self.trajectories))
 
         split = split_here(True, False, denoiser, source)
-        with insert(denoiser, plan, split=split) as network, Streams(network, data, source.cache) as streams:
+        with (
+            insert(denoiser, plan, split=split) as network,
+            Streams(network, data, source.cache, budget=source.memory) as streams,
+        ):
             reconstruct = self.reconstructing(streams, data, source)
             self.set_weight_ranges(network, source)
             self.set_input_ranges(network, data, source)

@@ -79,7 +79,10 @@ class GAC(BlockMethod):
         data = source.record(every(self.trajectories, strided(source.steps, self.at_steps)))
         held = of_last_trajectories(data, self.validation)
 
-        with insert(denoiser, plan) as network, Streams(network, data, source.cache) as streams:
+        with (
+            insert(denoiser, plan) as network,
+            Streams(network, data, source.cache, budget=source.memory) as streams,
+        ):
             reconstruct = self.reconstructing(streams, data, source)
             self.set_weight_ranges(network, source)
 

@@ -57,7 +57,10 @@ class GPTQ(Method):
         data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
 
         split = split_here(self.split, "split" in self.model_fields_set, denoiser, source)
-        with insert(denoiser, plan, split=split) as network, Streams(network, data, source.cache) as streams:
+        with (
+            insert(denoiser, plan, split=split) as network,
+            Streams(network, data, source.cache, budget=source.memory) as streams,
+        ):
             journal = Journal(source.cache, network, data, {"method": "gptq"} | self.model_dump())
             fit = partial(fit_blocks, streams, journal=journal, seed=source.seed, progress=source.progress)
             set_weight_ranges(network, partial(lp_search, p=self.p), source.progress)

@@ -44,7 +44,7 @@ class MinMax(Method):
                 network, data, search, batch=self.batch, momentum=self.momentum, progress=source.progress
             )
             if self.bias:
-                with Streams(network, data, source.cache) as streams:
+                with Streams(network, data, source.cache, budget=source.memory) as streams:
                     journal = Journal(source.cache, network, data, {"method": "minmax"} | self.model_dump())
                     fit_blocks(
                         streams,

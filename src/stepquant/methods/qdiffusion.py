@@ -54,7 +54,10 @@ class QDiffusion(BlockMethod):
 
         # Eq. 9 and 10: the halves of a concatenated input have their own weight and activation quantizers.
         split = split_here(self.split, "split" in self.model_fields_set, denoiser, source)
-        with insert(denoiser, plan, split=split) as network, Streams(network, data, source.cache) as streams:
+        with (
+            insert(denoiser, plan, split=split) as network,
+            Streams(network, data, source.cache, budget=source.memory) as streams,
+        ):
             reconstruct = self.reconstructing(streams, data, source)
             self.set_weight_ranges(network, source)
 

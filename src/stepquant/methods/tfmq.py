@@ -64,7 +64,10 @@ class TFMQ(BlockMethod):
         table = time_table(denoiser, chains, steps.times.float()) if self.time == "table" else None
         plan = plan if table is None else plan.with_rules([TABLED])
 
-        with insert(denoiser, plan, steps=steps) as network, Streams(network, data, source.cache) as streams:
+        with (
+            insert(denoiser, plan, steps=steps) as network,
+            Streams(network, data, source.cache, budget=source.memory) as streams,
+        ):
             reconstruct = self.reconstructing(streams, data, source)
             self.set_weight_ranges(network, source)
 
