@@ -128,8 +128,13 @@ STEPQUANT_INLINE float exponentiate(int32_t* scores, int64_t keys, int64_t fille
     for (int64_t v = 0; v < 4; ++v) {
       int32_t* at = scores + i + v * lanes;
       float* to = reinterpret_cast<float*>(at);
-      store(to, exp2_coarse(__builtin_convertvector(load_words(at), Floats) * factor - top));
+      const Floats e = exp2_coarse(__builtin_convertvector(load_words(at), Floats) * factor - top);
+      store(to, e);
       const int64_t left = filled - (i + v * lanes);
+      if (left >= lanes) {
+        sum[v] += e;
+        continue;
+      }
       for (int64_t k = left > 0 ? left : 0; k < lanes; ++k) to[k] = 0;
       sum[v] += load(to);
     }
