@@ -1,6 +1,6 @@
 // Attention and convolution with AVX-512 VNNI instructions: four products of bytes in each 32-bit lane.
 #include "attention.h"
-#include "convolve.h"
+#include "patches.h"
 
 namespace stepquant {
 
@@ -11,6 +11,7 @@ extern const AttentionKernels avx512vnni_attention = {
     VectorDot<Bytes>::block,
 };
 
-extern const ConvolveKernel avx512vnni_convolve = {4, groups_per_block, convolve, nullptr};
+extern const ConvolveKernel avx512vnni_convolve = {
+    4, groups_per_block, convolve, patches_scratch, convolve_patches};
 
 }  // namespace stepquant

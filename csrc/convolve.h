@@ -84,7 +84,7 @@ STEPQUANT_INLINE void point(
   }
 }
 
-template <int64_t rows, int64_t vectors, class Weight>
+template <class Word, int64_t rows, int64_t vectors, class Weight>
 STEPQUANT_INLINE void accumulate(
     const uint8_t* const* pixels, int64_t words, const Weight* weight, Ints (&sum)[rows][vectors]) {
   constexpr int64_t size = lanes * Word::per_word;  // of a vector of weights
@@ -158,7 +158,7 @@ void convolve_tile(const ConvolveTask& task, const int8_t* weight, int64_t pixel
   for (int64_t ky = 0; ky < task.kernel_height; ++ky) {
     for (int64_t kx = 0; kx < task.kernel_width; ++kx) {
       point<rows>(task, tile, ky * task.dilation_y, kx * task.dilation_x, pixels);
-      accumulate<rows, vectors>(pixels, words, weight, sum);
+      accumulate<Word, rows, vectors>(pixels, words, weight, sum);
       weight += task.channels * vectors * lanes;
     }
   }

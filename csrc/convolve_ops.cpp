@@ -10,6 +10,7 @@ namespace {
 using Optional = std::optional<Tensor>;
 
 constexpr int64_t least_patches = 8;  // fewer do not repay the transform of the weight
+constexpr int64_t patches_cache = 4 << 20;  // bytes of transformed codes in one item
 
 int64_t groups_of(int64_t outs) {
   return (outs + convolve_group - 1) / convolve_group;
@@ -106,9 +107,8 @@ Tensor to_words(ConvolveTask& task, int64_t images) {
   return words;
 }
 
-// A pixel of zero points in the words of the kernel.
-Tensor border_of(int64_t channels, int64_t zero_point) {
-  const bool bytes = kernels().convolve.per_word == 4;
+// A pixel of zero points, as bytes or as shorts.
+Tensor border_of(int64_t channels, int64_t zero_point, bool bytes) {
   Tensor border = at::detail::empty_cpu({channels}, bytes ? at::kByte : at::kShort);
   if (bytes) {
     std::memset(border.mutable_data_ptr(), static_cast<int>(zero_point), static_cast<size_t>(channels));
@@ -118,25 +118,56 @@ Tensor border_of(int64_t channels, int64_t zero_point) {
   return border;
 }
 
-// Whether patches of 2 x 2 outputs need fewer products.
-bool in_patches(const ConvolveTask& task) {
-  return kernels().convolve.run_patches && task.kernel_height == 3 && task.kernel_width == 3 && task.stride_y == 1 &&
-      task.stride_x == 1 && task.dilation_y == 1 && task.dilation_x == 1 && task.channels % 16 == 0 &&
-      task.channels <= patches_most_channels && task.patches >= least_patches;
+// Whether patches of 4 x 4 outputs need fewer products.
+bool in_patches(const ConvolveTask& task, int64_t images) {
+  if (task.kernel_height != 3 || task.kernel_width != 3 || task.stride_y != 1 || task.stride_x != 1 ||
+      task.dilation_y != 1 || task.dilation_x != 1 || task.channels % 16 || task.out_channels < 16) {
+    return false;
+  }
+  const int64_t patches = images * ((task.out_height + 3) / 4) * ((task.out_width + 3) / 4);
+  return patches >= least_patches && task.pixels >= 10 * patches;
 }
 
-// How many groups of outputs an item of patches takes: few enough that all threads have as much to do.
-int64_t part_groups(int64_t groups, int64_t chunks) {
+// How many patches an item takes: few enough for the cache and for all threads to have as much to do.
+int64_t chunk_of(const ConvolveTask& task, int64_t blocks) {
   const int64_t threads = at::get_num_threads();
-  int64_t parts = (groups + convolve_part_groups - 1) / convolve_part_groups;
-  while (parts < groups && chunks * parts < 4 * threads && chunks * parts % threads) ++parts;
-  return (groups + parts - 1) / parts;
+  const int64_t most = std::clamp<int64_t>(patches_cache / (72 * task.channels), 12, patches_most_chunk);
+  int64_t chunks = (task.patches + most - 1) / most;
+  while (chunks < task.patches && chunks * blocks < 4 * threads && chunks * blocks % threads) ++chunks;
+  return (task.patches + chunks - 1) / chunks;
+}
+
+// Memory that calls of this thread share: fresh pages cost as much as the products that are saved.
+char* workspace(int64_t bytes) {
+  thread_local Tensor held;
+  if (!held.defined() || held.numel() < bytes) {
+    held = Tensor();
+    held = at::detail::empty_cpu({bytes}, at::kByte);
+  }
+  return static_cast<char*>(held.mutable_data_ptr());
+}
+
+void run_patches(ConvolveTask& task, int64_t images) {
+  const ConvolveKernel& kernel = kernels().convolve;
+  const ConvolveBlocks blocks(task.out_channels, kernel.groups_per_block);
+  task.patches = images * ((task.out_height + 3) / 4) * ((task.out_width + 3) / 4);
+  task.chunk_patches = chunk_of(task, blocks.count());
+  const int64_t items = (task.patches + task.chunk_patches - 1) / task.chunk_patches * blocks.count();
+  const int64_t threads = at::get_num_threads(), each = kernel.patches_scratch(task);
+  char* place = workspace(threads * each);
+  for_items(items, task.pixels * task.out_channels / items * task.channels / 8, [&](int64_t begin, int64_t end) {
+    ConvolveTask part = task;
+    part.scratch = place + std::min<int64_t>(at::get_thread_num(), threads - 1) * each;
+    kernel.run_patches(part, begin, end);
+  });
 }
 
 void run(ConvolveTask& task, const Product& product, int64_t images, at::ScalarType type, Tensor& out) {
   const int64_t outs = task.out_channels;
   const Numbers scales(product.weight_scale, 1, outs), biases(product.bias, 1, outs);
-  const Tensor words = to_words(task, images), border = border_of(task.channels, product.zero_point);
+  const bool patches = in_patches(task, images);
+  const Tensor words = patches ? Tensor() : to_words(task, images);
+  const Tensor border = border_of(task.channels, product.zero_point, patches || kernels().convolve.per_word == 4);
   task.border = static_cast<const uint8_t*>(border.const_data_ptr());
   task.weight = product.weight.const_data_ptr<int8_t>();
   task.weight_scale = scales.data();
@@ -146,18 +177,13 @@ void run(ConvolveTask& task, const Product& product, int64_t images, at::ScalarT
   task.zero_point = static_cast<int32_t>(product.zero_point);
   task.type = type == at::kBFloat16 ? Type::bf16 : Type::f32;
   task.out = out.mutable_data_ptr();
-  const ConvolveKernel& kernel = kernels().convolve;
-  task.patches = images * ((task.out_height + 1) / 2) * ((task.out_width + 1) / 2);
-  const bool patches = in_patches(task);
-  const int64_t chunk = patches ? convolve_chunk_patches : convolve_chunk_pixels;
-  const int64_t chunks = ((patches ? task.patches : task.pixels) + chunk - 1) / chunk;
-  task.part_groups = part_groups(groups_of(outs), chunks);
-  const int64_t blocks = patches ? (groups_of(outs) + task.part_groups - 1) / task.part_groups
-                                 : ConvolveBlocks(outs, kernel.groups_per_block).count();
+  if (patches) return run_patches(task, images);
+  const int64_t chunks = (task.pixels + convolve_chunk_pixels - 1) / convolve_chunk_pixels;
+  const int64_t blocks = ConvolveBlocks(outs, kernels().convolve.groups_per_block).count();
   const int64_t depth = product.weight.numel() / std::max<int64_t>(outs, 1);
   // A word of four products costs about as much as a quarter of a number elsewhere.
   for_items(blocks * chunks, task.pixels * outs / (blocks * chunks) * depth / 16, [&](int64_t begin, int64_t end) {
-    (patches ? kernel.run_patches : kernel.run)(task, begin, end);
+    kernels().convolve.run(task, begin, end);
   });
 }
 

@@ -52,7 +52,7 @@ struct Bytes {
   static STEPQUANT_INLINE Ints weights(const int8_t* from) { return load_words(from); }
 };
 
-#else
+#endif
 
 // Words of two shorts: every x86, and plain vectors elsewhere.
 struct Shorts {
@@ -74,8 +74,11 @@ struct Shorts {
     return sum;
   }
   static STEPQUANT_INLINE Ints key_dot(Ints sum, Ints query, Ints keys) { return value_dot(sum, query, keys); }
+  // Sums wrap around.
   static STEPQUANT_INLINE Ints value_dot(Ints sum, Ints a, Ints b) {
-#if defined(__AVX2__)
+#if defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
     return sum + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
     return sum + (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
@@ -85,7 +88,7 @@ struct Shorts {
   }
   static STEPQUANT_INLINE Ints weights(const int16_t* from) { return load_words(from); }
   static STEPQUANT_INLINE Ints weights(const int8_t* from) {
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
     return (Ints)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
 #else
     STEPQUANT_VECTOR(int8_t, 2 * lanes) bytes;
@@ -95,8 +98,6 @@ struct Shorts {
 #endif
   }
 };
-
-#endif
 
 template <class Word>
 struct VectorDot : Word {

@@ -120,8 +120,9 @@ struct ConvolveTask {
   int64_t doubled;  // 1: every pixel counts twice in both directions, else 0
   int64_t out_height, out_width, out_channels;
   int64_t pixels;  // of the output, of all images
-  int64_t patches;  // of 2 x 2 pixels, the last of rows and columns perhaps in part
-  int64_t part_groups;  // groups of output channels in an item of patches
+  int64_t patches;  // of 4 x 4 pixels, the last of rows and columns perhaps in part
+  int64_t chunk_patches;  // in one item
+  void* scratch;  // what an item of patches works in
   int64_t kernel_height, kernel_width, stride_y, stride_x, top, left, dilation_y, dilation_x;
   const uint8_t* border;  // a pixel of zero points
   const int8_t* weight;
@@ -137,9 +138,9 @@ struct ConvolveTask {
 };
 
 constexpr int64_t convolve_chunk_pixels = 24;  // of the output in one item
-constexpr int64_t convolve_chunk_patches = 64;  // of 2 x 2 outputs in one item
-constexpr int64_t convolve_part_groups = 4;  // at most, in such an item
-constexpr int64_t patches_most_channels = ((int64_t{1} << 31) - 1) / (4 * 255 * 9 * 128);
+constexpr int64_t patches_most_chunk = 48;  // of 4 x 4 outputs in one item
+constexpr int64_t patches_at_once = 12;  // whose sums stay in the cache
+constexpr int64_t patches_most_channels = 128;  // at once, for the cache; 9 * 128 * 128 times as much is less than 2^25
 constexpr int64_t convolve_group = 16;  // output channels that are packed together, the last filled up
 
 namespace {
@@ -166,7 +167,8 @@ struct ConvolveKernel {
   int64_t per_word;  // codes in a word of 32 bits: four bytes or two shorts
   int64_t groups_per_block;  // at most
   void (*run)(const ConvolveTask& task, int64_t begin, int64_t end);  // items are (block, chunk)
-  // The same for 3 x 3 taps side by side; items are (chunk of patches, part of the groups). Null where it gains nothing.
+  // The same for 3 x 3 taps side by side; items are (chunk of patches, block).
+  int64_t (*patches_scratch)(const ConvolveTask& task);  // bytes
   void (*run_patches)(const ConvolveTask& task, int64_t begin, int64_t end);
 };
 

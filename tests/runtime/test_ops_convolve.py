@@ -25,11 +25,12 @@ SHAPES = {
     "three inputs": (2, 3, 20, 7, 6, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False),
     "half a word": (3, 66, 33, 5, 3, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), False),
     "one input doubled": (2, 1, 1, 4, 4, (5, 5), (1, 1), (2, 2, 2, 2), (1, 1), True),
-    "odd patches": (3, 48, 21, 7, 5, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False),
-    "patches in chunks and parts": (2, 16, 150, 17, 20, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False),
-    "patches of a wide border": (1, 32, 17, 3, 4, (3, 3), (1, 1), (5, 2, 0, 7), (1, 1), False),
-    "patches doubled": (1, 16, 20, 5, 6, (3, 3), (1, 1), (1, 2, 0, 1), (1, 1), True),
-    "patches without border": (2, 32, 16, 9, 3, (3, 3), (1, 1), (0, 0, 0, 0), (1, 1), False),
+    "odd patches": (3, 48, 21, 7, 7, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False),
+    "patches in chunks and blocks": (2, 16, 150, 17, 20, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False),
+    "patches of a wide border": (2, 32, 17, 3, 4, (3, 3), (1, 1), (5, 2, 0, 7), (1, 1), False),
+    "patches doubled": (1, 16, 20, 5, 7, (3, 3), (1, 1), (1, 2, 0, 1), (1, 1), True),
+    "patches without border": (2, 32, 16, 13, 9, (3, 3), (1, 1), (0, 0, 0, 0), (1, 1), False),
+    "patches of many channels": (2, 272, 20, 8, 9, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False),
     "halving": (2, 16, 80, 9, 8, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1), False),
     "border behind": (2, 16, 32, 8, 8, (3, 3), (2, 2), (0, 1, 0, 1), (1, 1), False),
     "wide border": (1, 4, 17, 3, 4, (3, 3), (1, 1), (5, 2, 0, 7), (1, 1), False),
@@ -117,9 +118,9 @@ def test_linear_gives_the_bytes_of_the_specification(
 
 
 @pytest.mark.parametrize("value, sign", [(255, 127), (255, -128), (0, -128)])
-@pytest.mark.parametrize("inputs, size", [(512, 3), (1824, 8), (1840, 8)])
+@pytest.mark.parametrize("inputs, size", [(512, 3), (128, 14), (144, 14), (1840, 14)])
 def test_extreme_sums_are_exact(inputs: int, size: int, value: int, sign: int) -> None:
-    """Small images, and larger ones around the most channels whose fourfold sums fit 32 bits."""
+    """Small images, and larger ones, whose sums wrap around, with the most channels that are summed at once, and more."""
     codes = torch.full((1, inputs, size, size), value, dtype=torch.uint8)
     weight, scale = torch.full((16, inputs, 3, 3), sign, dtype=torch.int8), torch.ones(16)
     for zero_point in (0, 255):
