@@ -1,5 +1,6 @@
 import copy
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from stepquant.runtime import cpu, layers
 from stepquant.runtime.layers import IntegerLinear
 from stepquant.runtime.lower import integer_layer
 from stepquant.runtime.reference import Code
+from stepquant.runtime.stored import not_needed_soon
 from tests.runtime.synthetic import expected, filled, grids, integer_sums
 
 needs_integers = pytest.mark.skipif(cpu.why_no_integers(1) is not None, reason=str(cpu.why_no_integers(1)))
@@ -134,9 +136,9 @@ def test_batches_of_any_size_one_after_another(onednn: bool) -> None:
     layer = nn.Conv2d(16, 16, 3, padding=1)
     # Small enough that no kernel of any machine saturates.
     new, x = filled(layer, grids("int6/channel uint8/tensor"), -2.0, 2.0), torch.randn(8, 16, 5, 5)
-    whole = new(x)
     if onednn:
-        new.kernel.products = [None]
+        new.prepared().kernel.products = [None]
+    whole = new(x)
     for batch in (1, 8, 1, 3, 2, 5, 1):
         assert torch.equal(new(x[:batch]), whole[:batch])
     assert not onednn or len(new.kernel.packed) == cpu.KEPT_SHAPES
@@ -152,6 +154,33 @@ def test_weights_per_tensor_and_with_zero_points_of_up_to_seven_bits(grid: str) 
     new = filled(layer, grids(f"{grid} uint8/tensor"), -2.0, 2.0)
     assert new.integer, new.reason
     close(new(x), expected(layer, new, x))
+
+
+@needs_integers
+def test_a_stored_byte_beyond_the_grid_is_not_taken_for_a_signed_one() -> None:
+    new = filled(nn.Linear(8, 8), grids("int8/channel uint8/tensor"), -2.0, 2.0)
+    assert new.integer
+    new.weight[3] = 255
+    new.forget()
+    assert "signed byte" in str(new.prepared().reason)
+
+
+def test_signed_bytes_are_the_integers_less_their_zero_points() -> None:
+    for grid in ("int8/channel", "int3/tensor", "uint7/channel"):
+        layer = filled(nn.Linear(16, 12), grids(f"{grid} uint8/tensor"), -2.0, 2.0)
+        integers, zero_point = layer.rows()
+        assert torch.equal(layer.signed_bytes().flatten(), (integers - zero_point).flatten())
+
+
+def test_bytes_that_are_not_needed_soon_stay_true(tmp_path: Path) -> None:
+    """Also those that were written to, which are no longer the file's."""
+    data, file = torch.randint(0, 256, (100_000,), dtype=torch.uint8), tmp_path / "weights"
+    file.write_bytes(data.numpy().tobytes())
+    mapped = torch.from_file(str(file), shared=False, size=data.numel(), dtype=torch.uint8)
+    mapped[20_000:30_000] = data[20_000:30_000] = 7
+    for tensor in (mapped, mapped[1_001:90_000], mapped[::2], mapped[:5], data):
+        not_needed_soon(tensor)
+        assert torch.equal(mapped, data)
 
 
 def test_what_has_no_integer_kernel_says_so_and_computes_the_same_numbers() -> None:

@@ -15,7 +15,7 @@ from stepquant.core.pack import packed_bytes, unpack
 from stepquant.runtime import ops
 from stepquant.runtime.cpu import ConvKernel, Geometry, LinearKernel, PackedKernel, why_no_integers
 from stepquant.runtime.reference import Code
-from stepquant.runtime.stored import Stored
+from stepquant.runtime.stored import Stored, forget_loaded, not_needed_soon
 
 WEIGHT_ONLY = "weight-only: dequantized at every call, which saves memory and not time"
 HELD = "weight-only: dequantized once, because it is small and often read"
@@ -104,6 +104,9 @@ class IntegerLayer(Stored, ABC):
 
     def signed_bytes(self) -> Tensor:
         """q - zero_point in the shape of the weight."""
+        grid = self.spec.weight
+        if grid.signed and grid.symmetric and grid.bits == 8:  # the same without numbers of 16 bits
+            return (self.weight.view(torch.int8) + grid.qmin).reshape(self.weight_shape)
         integers, zero_point = self.rows()
         return (integers - zero_point).to(torch.int8).reshape(self.weight_shape)
 
@@ -135,11 +138,17 @@ class IntegerLayer(Stored, ABC):
             return "no integer kernel sums groups of inputs with a scale each"
         if self.weight.device.type != "cpu":
             return f"no integer kernel on device '{self.weight.device.type}'"
-        integers, zero_point = self.rows()
-        centred = integers - zero_point
-        if centred.min() < -128 or centred.max() > 127:
+        if not self.fits_signed_bytes():
             return "weights minus their zero point need more than a signed byte"
         return self.geometry_reason() or why_no_integers(self.geometry().groups)
+
+    def fits_signed_bytes(self) -> bool:
+        grid = self.spec.weight
+        if grid.signed and grid.symmetric:
+            return grid.bits < 8 or bool(self.weight.max() < 255)
+        integers, zero_point = self.rows()
+        centred = integers - zero_point
+        return bool(centred.min() >= -128 and centred.max() <= 127)
 
     def geometry_reason(self) -> str | None:
         return None
@@ -149,8 +158,10 @@ class IntegerLayer(Stored, ABC):
         return self.kernel_type(self.kernel_weight, scales, self.bias, self.code, self.geometry())
 
     def kernel_weight(self) -> Tensor:
-        """The signed bytes in the shape that the kernel takes."""
-        return self.signed_bytes()
+        """The signed bytes in the shape that the kernel takes, which keeps them in its own order."""
+        weight = self.signed_bytes()
+        not_needed_soon(self.weight)
+        return weight
 
     def geometry(self) -> Geometry:
         return Geometry()
@@ -271,7 +282,7 @@ class IntegerConv1d(IntegerConv2d):
     """A convolution over one dimension, run as one over an image of height one."""
 
     def kernel_weight(self) -> Tensor:
-        return self.signed_bytes().unsqueeze(2)
+        return super().kernel_weight().unsqueeze(2)
 
     def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, *_: Any) -> Tensor:
         rows = None if into is None else into.unsqueeze(2)
@@ -279,11 +290,6 @@ class IntegerConv1d(IntegerConv2d):
 
     def convolve(self, *args: Any) -> Tensor:
         return F.conv1d(*args)
-
-
-def forget_loaded(module: nn.Module, _keys: object) -> None:
-    """What loading a state dict does to what was derived from the former one."""
-    module.forget()  # type: ignore[operator]
 
 
 def plane(values: tuple[int, ...], first: int) -> tuple[int, int]:

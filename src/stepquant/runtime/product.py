@@ -9,9 +9,8 @@ from torch import Tensor
 
 from stepquant.artifact import ProductSpec
 from stepquant.runtime import ops
-from stepquant.runtime.layers import forget_loaded
 from stepquant.runtime.reference import Code
-from stepquant.runtime.stored import Stored
+from stepquant.runtime.stored import Stored, forget_loaded
 
 PORTS = ("query", "key", "value", "probabilities")
 
