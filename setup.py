@@ -17,6 +17,7 @@ INSTRUCTIONS = {
     "avx2": AVX2,
     "avx512": AVX512,
     "avx512vnni": [*AVX512, "-mavx512vnni"],
+    "avx512bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
     "amx": [*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
 }
 COMMON = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-DNDEBUG", "-g0"]

@@ -35,7 +35,7 @@ Kernels choose() {
   if (__builtin_cpu_supports("avx512vnni")) {
     const bool tiles = tiles_granted();
     chosen.name = tiles ? "amx" : "avx512vnni";
-    chosen.convolve = avx512vnni_convolve;
+    chosen.convolve = __builtin_cpu_supports("avx512bf16") ? avx512bf16_convolve : avx512vnni_convolve;
     chosen.attention = tiles ? amx_attention : avx512vnni_attention;
   }
   return chosen;

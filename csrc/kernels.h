@@ -188,6 +188,7 @@ extern const Kernels avx512_kernels;
 extern const AttentionKernels avx512vnni_attention;
 extern const AttentionKernels amx_attention;
 extern const ConvolveKernel avx512vnni_convolve;
+extern const ConvolveKernel avx512bf16_convolve;
 
 const Kernels& kernels();
 

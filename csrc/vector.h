@@ -128,6 +128,13 @@ STEPQUANT_INLINE void store(int32_t* to, Ints x) {
 }
 
 STEPQUANT_INLINE void store(bf16* to, Floats x) {
+#if defined(__AVX512BF16__)
+  constexpr int subnormal = 0x20;  // which the instruction takes for zero
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)x, subnormal) == 0, 1)) {
+    _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+    return;
+  }
+#endif
   const Words w = (Words)x;
   const Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
   const Words quiet = (w >> 16) | 0x40;  // what is not a number stays so

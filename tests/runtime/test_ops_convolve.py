@@ -129,6 +129,22 @@ def test_extreme_sums_are_exact(inputs: int, size: int, value: int, sign: int) -
         assert (got == want).all()
 
 
+@pytest.mark.parametrize("value", [1e-41, 1e-36, float("nan"), float("inf")])
+def test_results_beyond_the_normal_numbers_are_rounded_as_ever(value: float) -> None:
+    """Some processors round to bfloat16 with an instruction that takes subnormal numbers for zero."""
+    codes, weight = random_bytes(2, 16, 9, 9), random_weight(20, 16, 3, 3)
+    scale, bias = torch.full((20,), 1e-44), torch.zeros(20)
+    bias[::3] = value
+    for sides in ((1, 1, 1, 1), (0, 0, 0, 0)):
+        want = reference.convolve(codes, 0.5, 9, weight, scale, bias, torch.bfloat16, None, sides=sides)
+        product = Product.of(weight, scale, bias)
+        got = ops.convolve(channels_last(codes), Code(0.5, 9), product, torch.bfloat16, None, sides=sides)
+        assert torch.equal(got.isnan(), want.isnan())
+        same = got.view(torch.int16) == want.view(torch.int16)
+        assert (same | want.isnan()).all()
+        assert 0 < want[:, 1].abs().max() < 1e-38
+
+
 @pytest.mark.parametrize("images, outputs", [(3, 144), (1, 104), (1, 40)])
 def test_thread_counts_give_the_same_bytes(images: int, outputs: int) -> None:
     """However the output channels of few patches are dealt out."""
