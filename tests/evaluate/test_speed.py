@@ -18,9 +18,22 @@ from stepquant.evaluate.speed import benchmark, best, cast, first_arguments, int
 def test_every_round_calls_everyone_and_another_one_begins() -> None:
     seen: list[str] = []
     calls = {name: lambda name=name: seen.append(name) for name in "abc"}
-    rounds = interleave(calls, seconds=0, fewest=4)
+    rounds = interleave(calls, seconds=0, fewest=4, untimed=0)
     assert "".join(seen) == "abc" + "bca" + "cab" + "abc"
     assert [set(taken) for taken in rounds] == [set("abc")] * 4
+
+
+def test_a_first_call_that_finds_the_traces_of_another_contender_is_not_timed() -> None:
+    seen: list[str] = []
+
+    def call(name: str) -> None:
+        if not seen or seen[-1] != name:
+            time.sleep(0.02)
+        seen.append(name)
+
+    rounds = interleave({"a": lambda: call("a"), "b": lambda: call("b")}, seconds=0, fewest=3)
+    assert "".join(seen) == "aabb" + "bbaa" + "aabb"
+    assert all(taken[name] < 20 for taken in rounds[:1] for name in "ab")
 
 
 def test_time_is_that_of_the_call() -> None:

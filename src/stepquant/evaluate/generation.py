@@ -55,7 +55,7 @@ def generation(
             }
             for call in calls.values():
                 call()
-            rounds = interleave(calls, seconds, fewest=3)
+            rounds = interleave(calls, seconds, fewest=3, untimed=0)
             rows += [row(batch, Contender(name, call), rounds) for name, call in calls.items()]
     return {"threads": used, "steps": steps, "sampler": sampler, "reference": REFERENCE, "rows": rows}
 
