@@ -42,10 +42,11 @@ UNET = {
 SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_schedule": "linear",
-    "prediction_type": "epsilon",
+    "prediction_type": "v_prediction",
     "clip_sample": True,
 }
 BETAS = (0.9, 0.99)
+LOG_SIGMA = (-0.6, 1.4)  # mean and deviation
 CARD = """---
 license: apache-2.0
 library_name: diffusers
@@ -54,10 +55,10 @@ library_name: diffusers
 # CIFAR-10 U-Net
 
 An unconditional DDPM U-Net for 32x32 images: {millions:.1f} M parameters, channels 32-64-128-256, one layer a
-block, attention at 8x8, epsilon prediction, 1000 linear-beta steps. An ordinary diffusers `DDIMPipeline`.
+block, attention at 8x8, v-prediction, 1000 linear-beta steps. An ordinary diffusers `DDIMPipeline`.
 
 - Seen: {seen} images in {hours:.2f} hours, on top of any starting weights.
-- Last loss (epsilon, plain mean): {loss:.4f}.
+- Last loss (of v, plain mean): {loss:.4f}.
 
 ![64 samples of DDIM with 50 steps, not selected](samples.png)
 """
@@ -132,30 +133,39 @@ def learning_rate(args: argparse.Namespace, state: State) -> float:
     return args.lr * min(1.0, (state.seen + args.batch) / max(args.warmup, 1)) * left
 
 
-class Loss:
-    """Epsilon loss in which every time step weighs about the same.
+def densities() -> Tensor:
+    """How often each time step is trained on: half evenly, half by how much an image decides there.
 
-    The plain loss of a trained network falls from 0.5 at the clean end to below 0.0001 at the noisy end, so
-    the mean over time steps hardly asks for the outlines and colours that the first sampling steps decide.
-    The weights are the inverse of that fall, as a function of sigma = noise over signal, capped where only
-    noise is left. The time steps of a batch are stratified, which lowers the variance for nothing.
+    Half of the linear steps hold hardly anything but noise. Karras et al. 2022 (arXiv:2206.00364, table 1) draw the
+    logarithm of sigma, noise over signal, from a normal distribution; theirs has data of deviation 0.5.
+    """
+    kept = DDIMScheduler(**SCHEDULER).alphas_cumprod.double()
+    logarithm = ((1 - kept) / kept).log() / 2
+    width = torch.gradient(logarithm)[0]
+    normal = width * (-0.5 * ((logarithm - LOG_SIGMA[0]) / LOG_SIGMA[1]).square()).exp()
+    return (normal / normal.sum() + 1 / len(kept)) / 2
+
+
+class Loss:
+    """Squared error of v = signal * noise - sigma * image (Salimans and Ho 2022, arXiv:2202.00512, appendix D).
+
+    A network that predicts the noise must copy its input almost exactly where all is noise, which took more images
+    than were to be had; v asks for the noise where the image is known and for the image where the noise is.
+    The time steps of a batch are stratified, which lowers the variance for nothing.
     """
 
     def __init__(self) -> None:
         self.scheduler = DDIMScheduler(**SCHEDULER)
-        kept = self.scheduler.alphas_cumprod
-        sigma = ((1 - kept) / kept).sqrt().clamp(max=30.0)
-        self.weights = (2 + 24 * sigma + 5 * sigma.square()) / 30
+        self.below = densities().cumsum(0).float()
 
-    def __call__(self, model: torch.nn.Module, clean: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted loss to train on, and the plain one to report."""
+    def __call__(self, model: torch.nn.Module, clean: Tensor) -> Tensor:
         noise, size = torch.randn_like(clean), len(clean)
-        steps = ((torch.arange(size) + torch.rand(size)) / size * len(self.weights)).long()
+        steps = torch.searchsorted(self.below, (torch.arange(size) + torch.rand(size)) / size)
+        steps = steps.clamp(max=len(self.below) - 1)
         noisy = self.scheduler.add_noise(clean, noise, steps)
         with torch.autocast("cpu", torch.bfloat16):
             predicted = model(noisy, steps, return_dict=False)[0]
-        errors = (predicted.float() - noise).square().mean((1, 2, 3))
-        return (errors * self.weights[steps]).mean(), errors.detach().mean()
+        return (predicted.float() - self.scheduler.get_velocity(clean, noise, steps)).square().mean()
 
 
 def start(args: argparse.Namespace) -> tuple[UNet2DModel, UNet2DModel, torch.optim.AdamW, State]:
@@ -200,14 +210,14 @@ class Trainer:
         rate = learning_rate(self.args, state)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        weighted, plain = self.loss_of(self.model, clean)
+        loss = self.loss_of(self.model, clean)
         self.optimizer.zero_grad()
-        weighted.backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.step()
         torch._foreach_lerp_(self.averages, [weight.detach() for weight in self.weights], 1 - self.args.ema)
         state.seen += len(clean)
-        state.loss += (plain.item() - state.loss) * (0.01 if state.loss else 1.0)
+        state.loss += (loss.item() - state.loss) * (0.01 if state.loss else 1.0)
         return rate
 
     def save(self) -> None:
