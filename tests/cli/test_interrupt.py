@@ -51,9 +51,15 @@ class Run:
             "--out",
             str(self.out),
         ]
+
+        def begin() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background of a shell ignore it
+            if limit is not None:
+                limit()
+
         with self.said.open("w") as file:
             self.process = subprocess.Popen(
-                words, stderr=file, stdout=file, env=environment, preexec_fn=limit
+                words, stderr=file, stdout=file, env=environment, preexec_fn=begin
             )
 
     def wait_until(self, reached: Callable[[], bool]) -> None:

@@ -31,7 +31,7 @@ ONE_LEVEL: dict[str, Any] = {
     "up_block_types": ("AttnUpBlock2D",),
 }
 FIELDS: dict[str, dict[str, Any]] = {
-    "eda_dm": {"iterations": 3, "samples": 16, "trajectories": 4, "mix": 0.5, "keep": 0.5},
+    "eda_dm": {"iterations": 3, "samples": 16, "trajectories": 4, "mix": 0.5, "keep": 0.5, "bf16": False},
     "gptq": {"samples": 16, "trajectories": 4, "bias": True, "softmax": True},
     "tfmq": {
         "iterations": 3,
@@ -39,6 +39,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "at_steps": 4,
         "time_iterations": 2,
         "range_trajectories": 2,
+        "bf16": False,
     },
     "minmax+tac": {"minmax.samples": 8},
     "minmax+d2dpm": {"minmax.samples": 8},

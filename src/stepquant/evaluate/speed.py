@@ -41,11 +41,8 @@ class Contender:
 def interleave(
     calls: Mapping[str, Call], seconds: float, fewest: int = 5, most: int = 200, untimed: int = 1
 ) -> list[dict[str, float]]:
-    """Rounds of one timed call each, in an order that rotates; milliseconds by name. Ends after about `seconds`.
-
-    `untimed` calls go before it: a denoiser follows itself in a sampler's loop, not another one, whose tensors fill
-    the caches and whose threads have yet to fall asleep.
-    """
+    """Milliseconds by name, in rounds whose order rotates, for about `seconds`. Each timed call follows `untimed` ones
+    of its own: in a sampler's loop a denoiser finds its own tensors in the caches, not another's."""
     names = list(calls)
     rounds: list[dict[str, float]] = []
     end = time.perf_counter() + seconds
@@ -53,11 +50,10 @@ def interleave(
         turn = len(rounds) % len(names)
         taken = {}
         for name in names[turn:] + names[:turn]:
-            for _ in range(untimed):
+            for _ in range(untimed + 1):
+                start = time.perf_counter()
                 calls[name]()
-            start = time.perf_counter()
-            calls[name]()
-            taken[name] = (time.perf_counter() - start) * 1000
+                taken[name] = (time.perf_counter() - start) * 1000
         rounds.append(taken)
     return rounds
 
