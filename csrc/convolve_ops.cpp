@@ -118,13 +118,17 @@ Tensor border_of(int64_t channels, int64_t zero_point, bool bytes) {
   return border;
 }
 
+int64_t patches_of(const ConvolveTask& task, int64_t images) {
+  return images * ((task.out_height + 3) / 4) * ((task.out_width + 3) / 4);
+}
+
 // Whether patches of 4 x 4 outputs need fewer products.
 bool in_patches(const ConvolveTask& task, int64_t images) {
   if (task.kernel_height != 3 || task.kernel_width != 3 || task.stride_y != 1 || task.stride_x != 1 ||
       task.dilation_y != 1 || task.dilation_x != 1 || task.channels % 16 || task.out_channels < 16) {
     return false;
   }
-  const int64_t patches = images * ((task.out_height + 3) / 4) * ((task.out_width + 3) / 4);
+  const int64_t patches = patches_of(task, images);
   return patches >= least_patches && task.pixels >= 10 * patches;
 }
 
@@ -150,7 +154,7 @@ char* workspace(int64_t bytes) {
 void run_patches(ConvolveTask& task, int64_t images) {
   const ConvolveKernel& kernel = kernels().convolve;
   const ConvolveBlocks blocks(task.out_channels, kernel.groups_per_block);
-  task.patches = images * ((task.out_height + 3) / 4) * ((task.out_width + 3) / 4);
+  task.patches = patches_of(task, images);
   task.chunk_patches = chunk_of(task, blocks.count());
   const int64_t items = (task.patches + task.chunk_patches - 1) / task.chunk_patches * blocks.count();
   const int64_t threads = at::get_num_threads(), each = kernel.patches_scratch(task);

@@ -52,9 +52,10 @@ struct PatchPlaces {
 };
 
 int64_t patches_scratch(const ConvolveTask& task) {
-  const PatchPlaces places(task);
-  const int64_t codes = positions * places.code_step * static_cast<int64_t>(sizeof(int16_t));
-  return reinterpret_cast<char*>(places.codes) - static_cast<char*>(task.scratch) + codes;
+  constexpr int64_t width = PatchPlaces::width;
+  const int64_t ints = positions * PatchPlaces::sum_step + side * side * task.chunk_patches * width;
+  const int64_t steps = patch_step(patches_most_channels, width) + patch_step(task.chunk_patches, task.channels);
+  return 4 * ints + 2 * positions * steps;
 }
 
 template <int64_t... r>
