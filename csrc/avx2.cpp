@@ -4,6 +4,7 @@
 #include "layer_norm.h"
 #include "patches.h"
 #include "quantize.h"
+#include "rows.h"
 #include "upsample.h"
 
 namespace stepquant {
@@ -15,7 +16,7 @@ extern const Kernels avx2_kernels = {
     layer_norm,
     upsample,
     {packed_bytes<VectorDot<Shorts>>, pack<VectorDot<Shorts>>, attend<VectorDot<Shorts>>, VectorDot<Shorts>::block},
-    {2, groups_per_block, convolve, patches_scratch, convolve_patches},
+    {2, groups_per_block, convolve, convolve_rows, patches_scratch, convolve_patches},
 };
 
 }  // namespace stepquant

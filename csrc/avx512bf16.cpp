@@ -1,9 +1,10 @@
 // Convolution with AVX-512 VNNI, and instructions that round to bfloat16: half of what becomes of a sum is its rounding.
 #include "patches.h"
+#include "rows.h"
 
 namespace stepquant {
 
 extern const ConvolveKernel avx512bf16_convolve = {
-    4, groups_per_block, convolve, patches_scratch, convolve_patches};
+    4, groups_per_block, convolve, convolve_rows, patches_scratch, convolve_patches};
 
 }  // namespace stepquant

@@ -1,6 +1,7 @@
 // Attention and convolution with AVX-512 VNNI instructions: four products of bytes in each 32-bit lane.
 #include "attention.h"
 #include "patches.h"
+#include "rows.h"
 
 namespace stepquant {
 
@@ -12,6 +13,6 @@ extern const AttentionKernels avx512vnni_attention = {
 };
 
 extern const ConvolveKernel avx512vnni_convolve = {
-    4, groups_per_block, convolve, patches_scratch, convolve_patches};
+    4, groups_per_block, convolve, convolve_rows, patches_scratch, convolve_patches};
 
 }  // namespace stepquant

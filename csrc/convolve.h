@@ -143,25 +143,34 @@ STEPQUANT_INLINE void emit_rows(const ConvolveTask& task, int64_t pixel, int64_t
   }
 }
 
-template <int64_t rows, int64_t vectors>
+// Where the sums of a tile come from: all taps of its pixels, wherever those lie.
+struct AllTaps {
+  template <int64_t rows, int64_t vectors>
+  static STEPQUANT_INLINE void add(
+      const ConvolveTask& task, const int8_t* weight, int64_t pixel, Ints (&sum)[rows][vectors]) {
+    Tile tile;
+    locate(task, pixel, rows, tile);
+    const uint8_t* pixels[rows];
+    const int64_t words = task.channels / Word::per_word;
+    for (int64_t ky = 0; ky < task.kernel_height; ++ky) {
+      for (int64_t kx = 0; kx < task.kernel_width; ++kx) {
+        point<rows>(task, tile, ky * task.dilation_y, kx * task.dilation_x, pixels);
+        accumulate<Word, rows, vectors>(pixels, words, weight, sum);
+        weight += task.channels * vectors * lanes;
+      }
+    }
+  }
+};
+
+template <class Sums, int64_t rows, int64_t vectors>
 void convolve_tile(const ConvolveTask& task, const int8_t* weight, int64_t pixel, int64_t channel) {
-  Tile tile;
-  locate(task, pixel, rows, tile);
-  const uint8_t* pixels[rows];
   Ints sum[rows][vectors];
 #pragma GCC unroll 8
   for (int64_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int64_t v = 0; v < vectors; ++v) sum[r][v] = Ints{};
   }
-  const int64_t words = task.channels / Word::per_word;
-  for (int64_t ky = 0; ky < task.kernel_height; ++ky) {
-    for (int64_t kx = 0; kx < task.kernel_width; ++kx) {
-      point<rows>(task, tile, ky * task.dilation_y, kx * task.dilation_x, pixels);
-      accumulate<Word, rows, vectors>(pixels, words, weight, sum);
-      weight += task.channels * vectors * lanes;
-    }
-  }
+  Sums::add(task, weight, pixel, sum);
 #pragma GCC unroll 4
   for (int64_t v = 0; v < vectors; ++v) {
     const int64_t c = channel + v * lanes;
@@ -175,18 +184,37 @@ void convolve_tile(const ConvolveTask& task, const int8_t* weight, int64_t pixel
 
 using ConvolveTile = void (*)(const ConvolveTask&, const int8_t*, int64_t, int64_t);
 
-template <int64_t vectors, int64_t... r>
+template <class Sums, int64_t vectors, int64_t... r>
 ConvolveTile tile_of(int64_t rows, std::integer_sequence<int64_t, r...>) {
-  static constexpr ConvolveTile tiles[] = {convolve_tile<r + 1, vectors>...};
+  static constexpr ConvolveTile tiles[] = {convolve_tile<Sums, r + 1, vectors>...};
   return tiles[rows - 1];
 }
 
-template <int64_t vectors>
+template <class Sums, int64_t vectors>
 void convolve_chunk(const ConvolveTask& task, const int8_t* weight, int64_t begin, int64_t end, int64_t channel) {
   constexpr int64_t most = tile_rows(vectors);
   for (int64_t pixel = begin; pixel < end; pixel += most) {
     const int64_t rows = end - pixel < most ? end - pixel : most;
-    tile_of<vectors>(rows, std::make_integer_sequence<int64_t, most>())(task, weight, pixel, channel);
+    tile_of<Sums, vectors>(rows, std::make_integer_sequence<int64_t, most>())(task, weight, pixel, channel);
+  }
+}
+
+// The pixels from `first` to `last` in one block of output channels.
+template <class Sums>
+void convolve_part(
+    const ConvolveTask& task, const ConvolveBlocks& blocks, int64_t block, int64_t first, int64_t last) {
+  const int64_t group = blocks.first(block), channel = group * convolve_group;
+  const int8_t* weight = task.weight + channel * task.kernel_height * task.kernel_width * task.channels;
+  constexpr int64_t vectors = convolve_group / lanes;
+  if constexpr (groups_per_block == 1) {
+    convolve_chunk<Sums, vectors>(task, weight, first, last, channel);
+  } else {
+    switch (blocks.groups(block)) {
+      case 4: convolve_chunk<Sums, 4 * vectors>(task, weight, first, last, channel); break;
+      case 3: convolve_chunk<Sums, 3 * vectors>(task, weight, first, last, channel); break;
+      case 2: convolve_chunk<Sums, 2 * vectors>(task, weight, first, last, channel); break;
+      default: convolve_chunk<Sums, vectors>(task, weight, first, last, channel); break;
+    }
   }
 }
 
@@ -194,23 +222,10 @@ void convolve_chunk(const ConvolveTask& task, const int8_t* weight, int64_t begi
 void convolve(const ConvolveTask& task, int64_t begin, int64_t end) {
   const int64_t chunks = (task.pixels + convolve_chunk_pixels - 1) / convolve_chunk_pixels;
   const ConvolveBlocks blocks(task.out_channels, groups_per_block);
-  const int64_t depth = task.kernel_height * task.kernel_width * task.channels * convolve_group;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t block = item / chunks, first = item % chunks * convolve_chunk_pixels;
-    const int64_t last = first + convolve_chunk_pixels < task.pixels ? first + convolve_chunk_pixels : task.pixels;
-    const int64_t group = blocks.first(block), channel = group * convolve_group;
-    const int8_t* weight = task.weight + group * depth;
-    constexpr int64_t vectors = convolve_group / lanes;
-    if constexpr (groups_per_block == 1) {
-      convolve_chunk<vectors>(task, weight, first, last, channel);
-    } else {
-      switch (blocks.groups(block)) {
-        case 4: convolve_chunk<4 * vectors>(task, weight, first, last, channel); break;
-        case 3: convolve_chunk<3 * vectors>(task, weight, first, last, channel); break;
-        case 2: convolve_chunk<2 * vectors>(task, weight, first, last, channel); break;
-        default: convolve_chunk<vectors>(task, weight, first, last, channel); break;
-      }
-    }
+    const int64_t first = item % chunks * convolve_chunk_pixels, left = task.pixels - first;
+    const int64_t count = left < convolve_chunk_pixels ? left : convolve_chunk_pixels;
+    convolve_part<AllTaps>(task, blocks, item / chunks, first, first + count);
   }
 }
 

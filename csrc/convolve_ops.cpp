@@ -11,6 +11,8 @@ using Optional = std::optional<Tensor>;
 
 constexpr int64_t least_patches = 8;  // fewer do not repay the transform of the weight
 constexpr int64_t patches_cache = 4 << 20;  // bytes of transformed codes in one item
+constexpr int64_t rows_cache = 64 << 10;  // bytes of rows in one item
+constexpr int64_t rows_step = 24, rows_most_chunk = 96;  // rows in one item; every tile's rows divide the first
 
 int64_t groups_of(int64_t outs) {
   return (outs + convolve_group - 1) / convolve_group;
@@ -151,28 +153,51 @@ char* workspace(int64_t bytes) {
   return static_cast<char*>(held.mutable_data_ptr());
 }
 
+// Items of a kernel that works in `each` bytes of its thread's memory.
+void run_with_scratch(
+    const ConvolveTask& task, int64_t items, int64_t cost, int64_t each,
+    void (*run)(const ConvolveTask&, int64_t, int64_t)) {
+  const int64_t threads = at::get_num_threads();
+  char* place = workspace(threads * each);
+  for_items(items, cost, [&](int64_t begin, int64_t end) {
+    ConvolveTask part = task;
+    part.scratch = place + std::min<int64_t>(at::get_thread_num(), threads - 1) * each;
+    run(part, begin, end);
+  });
+}
+
 void run_patches(ConvolveTask& task, int64_t images) {
   const ConvolveKernel& kernel = kernels().convolve;
   const ConvolveBlocks blocks(task.out_channels, kernel.groups_per_block);
   task.patches = patches_of(task, images);
   task.chunk_patches = chunk_of(task, blocks.count());
   const int64_t items = (task.patches + task.chunk_patches - 1) / task.chunk_patches * blocks.count();
-  const int64_t threads = at::get_num_threads(), each = kernel.patches_scratch(task);
-  char* place = workspace(threads * each);
-  for_items(items, task.pixels * task.out_channels / items * task.channels / 8, [&](int64_t begin, int64_t end) {
-    ConvolveTask part = task;
-    part.scratch = place + std::min<int64_t>(at::get_thread_num(), threads - 1) * each;
-    kernel.run_patches(part, begin, end);
-  });
+  const int64_t cost = task.pixels * task.out_channels / items * task.channels / 8;
+  run_with_scratch(task, items, cost, kernel.patches_scratch(task), kernel.run_patches);
+}
+
+// Whether there is a single tap, for pixels that lie one behind the other.
+bool in_rows(const ConvolveTask& task, int64_t images) {
+  return task.kernel_height == 1 && task.kernel_width == 1 && task.out_height == task.height &&
+      task.out_width == task.width && task.stride_y == 1 && task.stride_x == 1 && task.top == 0 && task.left == 0 &&
+      (task.height == 1 || task.row_stride == task.width * task.pixel_stride) &&
+      (images == 1 || task.image_stride == task.height * task.width * task.pixel_stride);
+}
+
+void run_rows(ConvolveTask& task) {
+  const ConvolveKernel& kernel = kernels().convolve;
+  const int64_t blocks = ConvolveBlocks(task.out_channels, kernel.groups_per_block).count();
+  const int64_t threads = at::get_num_threads(), row = filled(task.channels) * 4 / kernel.per_word;
+  int64_t& chunk = task.chunk_rows = std::clamp<int64_t>(rows_cache / row / rows_step * rows_step, rows_step, rows_most_chunk);
+  while (chunk > rows_step && (task.pixels + chunk - 1) / chunk * blocks < 4 * threads) chunk -= rows_step;
+  const int64_t items = (task.pixels + chunk - 1) / chunk * blocks;
+  const int64_t cost = task.pixels * task.out_channels / items * task.channels / 16, lines = (chunk * row + 63) / 64;
+  run_with_scratch(task, items, cost, 64 * lines, kernel.run_rows);
 }
 
 void run(ConvolveTask& task, const Product& product, int64_t images, at::ScalarType type, Tensor& out) {
   const int64_t outs = task.out_channels;
   const Numbers scales(product.weight_scale, 1, outs), biases(product.bias, 1, outs);
-  const bool patches = in_patches(task, images);
-  const Tensor words = patches ? Tensor() : to_words(task, images);
-  const Tensor border = border_of(task.channels, product.zero_point, patches || kernels().convolve.per_word == 4);
-  task.border = static_cast<const uint8_t*>(border.const_data_ptr());
   task.weight = product.weight.const_data_ptr<int8_t>();
   task.weight_scale = scales.data();
   task.weight_sum = product.weight_sum.const_data_ptr<int32_t>();
@@ -181,6 +206,11 @@ void run(ConvolveTask& task, const Product& product, int64_t images, at::ScalarT
   task.zero_point = static_cast<int32_t>(product.zero_point);
   task.type = type == at::kBFloat16 ? Type::bf16 : Type::f32;
   task.out = out.mutable_data_ptr();
+  if (in_rows(task, images)) return run_rows(task);
+  const bool patches = in_patches(task, images);
+  const Tensor words = patches ? Tensor() : to_words(task, images);
+  const Tensor border = border_of(task.channels, product.zero_point, patches || kernels().convolve.per_word == 4);
+  task.border = static_cast<const uint8_t*>(border.const_data_ptr());
   if (patches) return run_patches(task, images);
   const int64_t chunks = (task.pixels + convolve_chunk_pixels - 1) / convolve_chunk_pixels;
   const int64_t blocks = ConvolveBlocks(outs, kernels().convolve.groups_per_block).count();

@@ -122,7 +122,9 @@ struct ConvolveTask {
   int64_t pixels;  // of the output, of all images
   int64_t patches;  // of 4 x 4 pixels, the last of rows and columns perhaps in part
   int64_t chunk_patches;  // in one item
-  void* scratch;  // what an item of patches works in
+  int64_t chunk_rows;  // in one item of rows
+  int64_t first_row;  // which `x` points to
+  void* scratch;  // what an item of patches or rows works in
   int64_t kernel_height, kernel_width, stride_y, stride_x, top, left, dilation_y, dilation_x;
   const uint8_t* border;  // a pixel of zero points
   const int8_t* weight;
@@ -167,6 +169,8 @@ struct ConvolveKernel {
   int64_t per_word;  // codes in a word of 32 bits: four bytes or two shorts
   int64_t groups_per_block;  // at most
   void (*run)(const ConvolveTask& task, int64_t begin, int64_t end);  // items are (block, chunk)
+  // The same for a single tap, pixels one behind the other; items are (chunk of rows, block).
+  void (*run_rows)(const ConvolveTask& task, int64_t begin, int64_t end);
   // The same for 3 x 3 taps side by side; items are (chunk of patches, block).
   int64_t (*patches_scratch)(const ConvolveTask& task);  // bytes
   void (*run_patches)(const ConvolveTask& task, int64_t begin, int64_t end);

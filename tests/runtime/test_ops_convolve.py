@@ -20,6 +20,10 @@ SHAPES = {
     "odd everything": (3, 12, 37, 7, 5, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False),
     "one by one": (2, 20, 48, 6, 9, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), False),
     "one pixel": (1, 64, 16, 1, 1, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False),
+    "rows in chunks and blocks": (3, 52, 150, 9, 11, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), False),
+    "one tap and a border": (2, 20, 33, 5, 4, (1, 1), (1, 1), (1, 0, 2, 1), (1, 1), False),
+    "every second pixel": (2, 20, 33, 5, 4, (1, 1), (2, 2), (0, 0, 0, 0), (1, 1), False),
+    "one tap doubled": (2, 16, 33, 5, 4, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), True),
     "three outputs": (2, 32, 3, 9, 9, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False),
     "five blocks": (1, 8, 330, 5, 5, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False),
     "three inputs": (2, 3, 20, 7, 6, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False),
@@ -82,23 +86,35 @@ def test_convolve_gives_the_bytes_of_the_specification(
     assert torch.equal(add, former)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "slice of channels", "every second pixel"])
-def test_convolve_of_other_layouts(layout: str) -> None:
-    codes, weight, scale = random_bytes(2, 16, 6, 8), random_weight(32, 16, 3, 3), torch.ones(32)
+@pytest.mark.parametrize("taps", [1, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "slice of channels", "every second pixel", "parts of rows"])
+def test_convolve_of_other_layouts(layout: str, taps: int) -> None:
+    codes, weight, scale = random_bytes(2, 16, 6, 8), random_weight(32, 16, taps, taps), torch.ones(32)
     wide = channels_last(random_bytes(2, 40, 6, 8))
     given = {
         "contiguous": codes,
         "slice of channels": wide[:, 12:28],
         "every second pixel": channels_last(random_bytes(2, 16, 12, 16))[:, :, ::2, ::2],
+        "parts of rows": channels_last(random_bytes(4, 16, 9, 12))[::2, :, :6, 2:10],
     }[layout]
-    code, product = Code(1.0, 3), Product.of(weight, scale, None)
-    want = reference.convolve(given, 1.0, 3, weight, scale, None, torch.float32, None, sides=(1, 1, 1, 1))
-    assert torch.equal(ops.convolve(given, code, product, torch.float32, None, sides=(1, 1, 1, 1)), want)
+    code, product, sides = Code(1.0, 3), Product.of(weight, scale, None), (taps // 2,) * 4
+    want = reference.convolve(given, 1.0, 3, weight, scale, None, torch.float32, None, sides=sides)
+    assert torch.equal(ops.convolve(given, code, product, torch.float32, None, sides=sides), want)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
-    "rows, inputs, outputs", [(1, 4, 1), (5, 36, 70), (17, 64, 48), (64, 128, 96), (30, 37, 9), (0, 8, 8)]
+    "rows, inputs, outputs",
+    [
+        (1, 4, 1),
+        (5, 36, 70),
+        (17, 64, 48),
+        (64, 128, 96),
+        (30, 37, 9),
+        (0, 8, 8),
+        (203, 52, 70),
+        (60, 1400, 33),
+    ],
 )
 def test_linear_gives_the_bytes_of_the_specification(
     rows: int, inputs: int, outputs: int, dtype: torch.dtype
@@ -145,18 +161,19 @@ def test_results_beyond_the_normal_numbers_are_rounded_as_ever(value: float) -> 
         assert 0 < want[:, 1].abs().max() < 1e-38
 
 
+@pytest.mark.parametrize("taps", [1, 3])
 @pytest.mark.parametrize("images, outputs", [(3, 144), (1, 104), (1, 40)])
-def test_thread_counts_give_the_same_bytes(images: int, outputs: int) -> None:
-    """However the output channels of few patches are dealt out."""
-    codes, weight = channels_last(random_bytes(images, 64, 13, 11)), random_weight(outputs, 64, 3, 3)
-    scale = torch.rand(outputs, generator=generator())
-    want = reference.convolve(codes, 0.1, 9, weight, scale, None, torch.bfloat16, sides=(1, 1, 1, 1))
+def test_thread_counts_give_the_same_bytes(images: int, outputs: int, taps: int) -> None:
+    """However the output channels of few patches or rows are dealt out."""
+    codes, weight = channels_last(random_bytes(images, 64, 13, 11)), random_weight(outputs, 64, taps, taps)
+    scale, sides = torch.rand(outputs, generator=generator()), (taps // 2,) * 4
+    want = reference.convolve(codes, 0.1, 9, weight, scale, None, torch.bfloat16, sides=sides)
     former = torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 4, 16):
             torch.set_num_threads(threads)
             product = Product.of(weight, scale, None)
-            got = ops.convolve(codes, Code(0.1, 9), product, torch.bfloat16, None, sides=(1, 1, 1, 1))
+            got = ops.convolve(codes, Code(0.1, 9), product, torch.bfloat16, None, sides=sides)
             assert torch.equal(got, want), threads
     finally:
         torch.set_num_threads(former)
