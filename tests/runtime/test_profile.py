@@ -15,6 +15,7 @@ from stepquant.core.grid import Grid
 from stepquant.quant.plan import Plan, Rule
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import layers, lower, ops
+from stepquant.runtime.convolutions import IntegerConv2d
 from stepquant.runtime.coverage import coverage
 from stepquant.runtime.cpu import ConvKernel, LinearKernel, why_no_integers
 from tests.models.tiny import unconditional
@@ -67,7 +68,7 @@ def prove(model: UNet2DModel, artifact: Artifact, x: torch.Tensor) -> None:
     """Every convolution and linear with quantized inputs ran as an integer operation, and none in float."""
     seen = operations(model, x)
     planned = [path for path, spec in artifact.layers.items() if spec.input is not None]
-    convolutions = [path for path in planned if isinstance(model.get_submodule(path), layers.IntegerConv2d)]
+    convolutions = [path for path in planned if isinstance(model.get_submodule(path), IntegerConv2d)]
     ran = {kind: seen.get(kind.name, 0) + seen.get(kind.own_name, 0) for kind in (ConvKernel, LinearKernel)}
     assert ran[ConvKernel] == len(convolutions) > 10
     # q, k and v may be one product of three widths

@@ -21,6 +21,7 @@ from stepquant.cli.options import (
     CalibrationSteps,
     Device,
     Explain,
+    Fastest,
     Json,
     Memory,
     Method,
@@ -154,6 +155,7 @@ def generate(
     out: Annotated[Path, typer.Option(metavar="FILE", help="Image file of the grid.")] = Path("grid.png"),
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 32,
     prompts: Prompts = None,
+    fastest: Fastest = False,
     seed: Seed = 0,
     device: Device = "cpu",
     json: Json = None,
@@ -175,6 +177,8 @@ def generate(
     if hub.config_of(Denoiser.of(pipeline).model) is not None:
         screen.warn_if_plain()
     chosen = sampling_of(pipeline, steps, sampler, read_prompts(prompts))
+    if fastest:
+        go_fastest(screen, pipeline, min(batch, images), chosen["prompts"])
     seeds = range(seed, seed + images)
     start = time.monotonic()
     with screen.reporter as progress:
@@ -185,6 +189,15 @@ def generate(
     screen.show(f"wrote {out}: {images} images, seeds {seed} to {seed + images - 1}, {seconds:.1f} s")
     result = {"out": str(out), "images": images, "seed": seed, "steps": chosen["steps"], "seconds": seconds}
     screen.finish(json, result)
+
+
+def go_fastest(screen: Screen, pipeline: Any, batch: int, prompts: Any) -> None:
+    from stepquant.job.fastest import fastest
+
+    with screen.reporter as progress:
+        found = fastest(pipeline, batch, prompts=prompts, progress=progress)
+    kept = sum(layer.stays_float for layer in found)
+    screen.say(f"{kept} of {len(found)} layers are faster in bfloat16 here, at batch {batch}, and stay in it")
 
 
 COMMANDS: Mapping[str, Callable[..., None]] = {"quantize": quantize, "generate": generate}

@@ -110,6 +110,13 @@ PlanFile = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Rules (JSON) that come before those of --scheme, or stand alone."),
 ]
+Fastest = Annotated[
+    bool,
+    typer.Option(
+        "--fastest",
+        help="Keep in bfloat16 what is slower in integers on this machine: timed once, and kept in the cache.",
+    ),
+]
 Explain = Annotated[
     bool, typer.Option("--explain", help="Print what every site gets and why; without --out, that is all.")
 ]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stepquant.cli.options import ArtifactFolder, Json
+from stepquant.cli.options import ArtifactFolder, Fastest, Json
 from stepquant.cli.screen import Screen, size_text
 from stepquant.job.store import weights_bytes
 from stepquant.runtime import ops
@@ -21,13 +21,16 @@ def inspect(
     layers: Annotated[
         bool, typer.Option("--layers", help="Every layer, not only those that run in float.")
     ] = False,
+    fastest: Fastest = False,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Batch size for --fastest.")] = 1,
     json: Json = None,
 ) -> None:
     """Show how an artifact was made, and which share of its work runs in integers on this machine."""
     from stepquant.job.results import inspect_artifact
 
     screen = Screen()
-    found = inspect_artifact(folder)
+    with screen.reporter as progress:
+        found = inspect_artifact(folder, batch if fastest else None, progress)
     quantized, rows = found["quantized"], found["coverage"]
     recipe = quantized["recipe"]
     screen.show(

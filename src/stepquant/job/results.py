@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from stepquant.evaluate.data import check_data
 from stepquant.evaluate.describe import describe_float, describe_plan, describe_quantized, environment
 from stepquant.evaluate.results import FORMAT
 from stepquant.evaluate.speed import first_arguments
+from stepquant.job.fastest import fastest
 from stepquant.job.files import writing
 from stepquant.job.pipelines import load, sampling_of
 from stepquant.models import zoo
@@ -80,11 +82,17 @@ def describe_artifact(source: Any, quantized: Any, folder: Path, name: str) -> d
     }
 
 
-def inspect_artifact(folder: Path) -> dict[str, Any]:
-    """Recipe and coverage, from the artifact alone: shapes need no float weights."""
+def inspect_artifact(
+    folder: Path, batch: int | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Recipe and coverage, from the artifact alone: shapes need no float weights.
+
+    With `batch`, as it runs where layers stay in float that are faster so for such batches.
+    """
     pipeline = load(folder)
     settings = artifact_config(pipeline, folder)
     prompts = settings.recipe.get("prompts")
+    timed = [] if batch is None else fastest(pipeline, batch, prompts=prompts, progress=progress)
     quantized = Denoiser.of(pipeline)
     model: Any = quantized.model
     config = {name: value for name, value in model.config.items() if name != "quantization_config"}
@@ -96,6 +104,7 @@ def inspect_artifact(folder: Path) -> dict[str, Any]:
         "coverage": coverage(shapes, quantized, arguments),
         "plan": describe_plan(shapes, quantized),
         "steps": settings.steps,
+        "times": [asdict(layer) for layer in timed],
     }
 
 

@@ -1,4 +1,4 @@
-"""Layers that hold packed integers and multiply with them."""
+"""Layers that hold packed integers and multiply with them: what all have in common, and linears."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stepquant.artifact import LayerSpec
 from stepquant.core.affine import dequantize, to_groups
 from stepquant.core.pack import packed_bytes, unpack
 from stepquant.runtime import ops
-from stepquant.runtime.cpu import ConvKernel, Geometry, LinearKernel, PackedKernel, why_no_integers
+from stepquant.runtime.cpu import Geometry, LinearKernel, PackedKernel, why_no_integers
 from stepquant.runtime.reference import Code
 from stepquant.runtime.stored import Stored, forget_loaded, not_needed_soon
 
@@ -47,6 +47,7 @@ class IntegerLayer(Stored, ABC):
         self.reason: str | None = "not prepared"
         self.kernel: PackedKernel | None = None
         self.ready = False
+        self.faster: str | None = None  # why it stays float, where its integers would be slower
         self.forgotten = 0  # how often what follows from the buffers was dropped
         self.holds = False  # keep the dequantized weight of a weight-only layer
         self.held: dict[torch.dtype, Tensor] = {}
@@ -129,7 +130,15 @@ class IntegerLayer(Stored, ABC):
             self.ready = True
         return self
 
+    def stay_float(self, why: str | None) -> None:
+        """Compute in float from now on, with an input that is not quantized; None: in integers again."""
+        if why != self.faster:
+            self.faster = why
+            self.forget()
+
     def why_float(self) -> str | None:
+        if self.faster:
+            return self.faster
         if self.spec.input is None:
             return HELD if self.holds else WEIGHT_ONLY
         if self.spec.input.granularity not in ("tensor", "step"):
@@ -179,7 +188,7 @@ class IntegerLayer(Stored, ABC):
     def float_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The same numbers without an integer kernel; the codes of the input are whole numbers, exact in bfloat16."""
         weight, bias = self.float_weight(x.dtype), self.bias
-        if self.spec.input is None:
+        if self.spec.input is None or self.faster:
             return self.multiply(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
         code = self.code
         centred = (ops.quantize(x, code).to(torch.int16) - code.zero_point).to(x.dtype)
@@ -187,7 +196,7 @@ class IntegerLayer(Stored, ABC):
         return (out if bias is None else out + bias.reshape(self.bias_shape(out))).to(dtype)
 
     def float_weight(self, dtype: torch.dtype) -> Tensor:
-        if not self.holds:
+        if not self.holds and not self.faster:
             return self.dequantized(dtype)
         if dtype not in self.held:
             self.held[dtype] = self.dequantized(dtype)
@@ -238,60 +247,3 @@ class IntegerLinear(IntegerLayer):
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
-
-
-class IntegerConv2d(IntegerLayer):
-    """A convolution whose border is padded with the input's zero point, which is what a float zero becomes."""
-
-    kernel_type, outputs_dim = ConvKernel, 1
-
-    def __init__(self, layer: nn.Conv1d | nn.Conv2d, spec: LayerSpec, groups: int = 1) -> None:
-        super().__init__(layer, spec, groups)
-        self.in_channels, self.out_channels, self.groups = layer.in_channels, layer.out_channels, layer.groups
-        self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
-        self.padding, self.padding_mode = layer.padding, layer.padding_mode
-        # (left, right, top, bottom): the order of F.pad, last dimension first
-        self.sides: tuple[int, ...] = tuple(layer._reversed_padding_repeated_twice)
-        self.even = self.sides[::2] == self.sides[1::2]
-
-    def geometry_reason(self) -> str | None:
-        return None if self.padding_mode == "zeros" else f"no integer kernel for {self.padding_mode} padding"
-
-    def geometry(self) -> Geometry:
-        padding = self.sides[::-2] if self.even else (0,) * len(self.stride)
-        return Geometry(plane(self.stride, 1), plane(padding, 0), plane(self.dilation, 1), self.groups)
-
-    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, *walk: Any) -> Tensor:
-        kernel = self.kernel or self.prepared().kernel
-        assert isinstance(kernel, ConvKernel)
-        return kernel(codes, dtype, into, *(walk if self.even else ((*self.sides, 0, 0)[:4],)))
-
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.even and self.padding_mode == "zeros":
-            return self.convolve(x, weight, bias, self.stride, self.sides[::-2], self.dilation, self.groups)
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return self.convolve(
-            F.pad(x, self.sides, mode), weight, bias, self.stride, 0, self.dilation, self.groups
-        )
-
-    def convolve(self, *args: Any) -> Tensor:
-        return F.conv2d(*args)
-
-
-class IntegerConv1d(IntegerConv2d):
-    """A convolution over one dimension, run as one over an image of height one."""
-
-    def kernel_weight(self) -> Tensor:
-        return super().kernel_weight().unsqueeze(2)
-
-    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, *_: Any) -> Tensor:
-        rows = None if into is None else into.unsqueeze(2)
-        return super().from_codes(codes.unsqueeze(2), dtype, rows).squeeze(2)
-
-    def convolve(self, *args: Any) -> Tensor:
-        return F.conv1d(*args)
-
-
-def plane(values: tuple[int, ...], first: int) -> tuple[int, int]:
-    """The two numbers of a two-dimensional convolution; a one-dimensional one gets `first` for the unit dimension."""
-    return (values[0], values[1]) if len(values) == 2 else (first, values[0])

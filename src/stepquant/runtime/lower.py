@@ -17,8 +17,9 @@ from stepquant.models.split import split_concats
 from stepquant.models.structure import Structure, roles, structure
 from stepquant.runtime import ops
 from stepquant.runtime.attend import Attention, Readers
+from stepquant.runtime.convolutions import IntegerConv1d, IntegerConv2d
 from stepquant.runtime.fused import Chain, Done, NormOut, Resample, Residual, Up
-from stepquant.runtime.layers import IntegerConv1d, IntegerConv2d, IntegerLayer, IntegerLinear
+from stepquant.runtime.layers import IntegerLayer, IntegerLinear
 from stepquant.runtime.product import IntegerProduct
 from stepquant.runtime.replay import Replay
 from stepquant.runtime.steps import StepForward, StepTensors

@@ -1,0 +1,75 @@
+"""A quantized pipeline at its fastest on this machine: layers whose integers would be slower stay in float."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepquant import hub
+from stepquant.calib.cache import atomically, cache_folder
+from stepquant.errors import StepquantError
+from stepquant.evaluate.describe import cpu_name
+from stepquant.evaluate.speed import first_arguments
+from stepquant.models.denoiser import Denoiser
+from stepquant.progress import Progress
+from stepquant.runtime import ops
+from stepquant.runtime.faster import LayerTime, Seconds, keep_faster
+
+
+def fastest(
+    pipeline: Any, batch: int = 1, *, prompts: Sequence[str] | None = None, progress: Progress | None = None
+) -> list[LayerTime]:
+    """Let layers of `pipeline` that bfloat16 computes faster here, for such batches, stay in it; returns all times.
+
+    The predictions of an artifact then depend on the machine. Times are measured once for a machine and a shape.
+    """
+    denoiser = Denoiser.of(pipeline)
+    config = hub.config_of(denoiser.model)
+    if config is None:
+        raise StepquantError("only a quantized pipeline has layers in integers", fix="load an artifact")
+    arguments = first_arguments(pipeline, batch, prompts or config.recipe.get("prompts"))
+    known = KnownTimes()
+    found = keep_faster(denoiser.model, arguments, known.here, progress=progress)
+    known.keep()
+    return found
+
+
+class KnownTimes:
+    """Times of layers by machine, in the user's cache; a file that cannot be read counts as none."""
+
+    def __init__(self) -> None:
+        self.file, self.machine = cache_folder() / "layer-times.json", machine()
+        self.here: dict[str, Seconds] = {
+            name: (float(pair[0]), float(pair[1])) for name, pair in self.read().get(self.machine, {}).items()
+        }
+        self.held = len(self.here)
+
+    def read(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self.file.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
+
+    def keep(self) -> None:
+        if len(self.here) == self.held:
+            return
+        text = json.dumps(self.read() | {self.machine: self.here}, indent=1) + "\n"
+        atomically(self.file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def machine() -> str:
+    """What times depend on beside the layer and its input."""
+    found = find_spec("stepquant._C") if ops.compiled() else None
+    kernels = "none"
+    if found is not None and found.origin is not None:
+        kernels = hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()[:12]
+    threads = torch.get_num_threads()
+    return (
+        f"{cpu_name()}, {ops.capability()}, {threads} threads, torch {torch.__version__}, kernels {kernels}"
+    )

@@ -1,0 +1,70 @@
+"""Convolutions that hold packed integers and multiply with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stepquant.artifact import LayerSpec
+from stepquant.runtime.cpu import ConvKernel, Geometry
+from stepquant.runtime.layers import IntegerLayer
+
+
+class IntegerConv2d(IntegerLayer):
+    """A convolution whose border is padded with the input's zero point, which is what a float zero becomes."""
+
+    kernel_type, outputs_dim = ConvKernel, 1
+
+    def __init__(self, layer: nn.Conv1d | nn.Conv2d, spec: LayerSpec, groups: int = 1) -> None:
+        super().__init__(layer, spec, groups)
+        self.in_channels, self.out_channels, self.groups = layer.in_channels, layer.out_channels, layer.groups
+        self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
+        self.padding, self.padding_mode = layer.padding, layer.padding_mode
+        # (left, right, top, bottom): the order of F.pad, last dimension first
+        self.sides: tuple[int, ...] = tuple(layer._reversed_padding_repeated_twice)
+        self.even = self.sides[::2] == self.sides[1::2]
+
+    def geometry_reason(self) -> str | None:
+        return None if self.padding_mode == "zeros" else f"no integer kernel for {self.padding_mode} padding"
+
+    def geometry(self) -> Geometry:
+        padding = self.sides[::-2] if self.even else (0,) * len(self.stride)
+        return Geometry(plane(self.stride, 1), plane(padding, 0), plane(self.dilation, 1), self.groups)
+
+    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, *walk: Any) -> Tensor:
+        kernel = self.kernel or self.prepared().kernel
+        assert isinstance(kernel, ConvKernel)
+        return kernel(codes, dtype, into, *(walk if self.even else ((*self.sides, 0, 0)[:4],)))
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.even and self.padding_mode == "zeros":
+            return self.convolve(x, weight, bias, self.stride, self.sides[::-2], self.dilation, self.groups)
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return self.convolve(
+            F.pad(x, self.sides, mode), weight, bias, self.stride, 0, self.dilation, self.groups
+        )
+
+    def convolve(self, *args: Any) -> Tensor:
+        return F.conv2d(*args)
+
+
+class IntegerConv1d(IntegerConv2d):
+    """A convolution over one dimension, run as one over an image of height one."""
+
+    def kernel_weight(self) -> Tensor:
+        return super().kernel_weight().unsqueeze(2)
+
+    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, *_: Any) -> Tensor:
+        rows = None if into is None else into.unsqueeze(2)
+        return super().from_codes(codes.unsqueeze(2), dtype, rows).squeeze(2)
+
+    def convolve(self, *args: Any) -> Tensor:
+        return F.conv1d(*args)
+
+
+def plane(values: tuple[int, ...], first: int) -> tuple[int, int]:
+    """The two numbers of a two-dimensional convolution; a one-dimensional one gets `first` for the unit dimension."""
+    return (values[0], values[1]) if len(values) == 2 else (first, values[0])
