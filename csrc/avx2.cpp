@@ -16,7 +16,7 @@ extern const Kernels avx2_kernels = {
     layer_norm,
     upsample,
     {packed_bytes<VectorDot<Shorts>>, pack<VectorDot<Shorts>>, attend<VectorDot<Shorts>>, VectorDot<Shorts>::block},
-    {2, groups_per_block, convolve, convolve_rows, patches_scratch, convolve_patches},
+    {2, groups_per_block, least_patches, convolve, convolve_rows, patches_scratch, convolve_patches},
 };
 
 }  // namespace stepquant

@@ -9,7 +9,6 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-constexpr int64_t least_patches = 8;  // fewer do not repay the transform of the weight
 constexpr int64_t patches_cache = 4 << 20;  // bytes of transformed codes in one item
 constexpr int64_t rows_cache = 64 << 10;  // bytes of rows in one item
 constexpr int64_t rows_step = 24, rows_most_chunk = 96;  // rows in one item; every tile's rows divide the first
@@ -131,7 +130,7 @@ bool in_patches(const ConvolveTask& task, int64_t images) {
     return false;
   }
   const int64_t patches = patches_of(task, images);
-  return patches >= least_patches && task.pixels >= 10 * patches;
+  return patches >= kernels().convolve.least_patches && task.pixels >= 10 * patches;
 }
 
 // How many patches an item takes: few enough for the cache and for all threads to have as much to do.

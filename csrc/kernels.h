@@ -168,6 +168,7 @@ class ConvolveBlocks {
 struct ConvolveKernel {
   int64_t per_word;  // codes in a word of 32 bits: four bytes or two shorts
   int64_t groups_per_block;  // at most
+  int64_t least_patches;  // fewer do not repay the transform of the weight
   void (*run)(const ConvolveTask& task, int64_t begin, int64_t end);  // items are (block, chunk)
   // The same for a single tap, pixels one behind the other; items are (chunk of rows, block).
   void (*run_rows)(const ConvolveTask& task, int64_t begin, int64_t end);

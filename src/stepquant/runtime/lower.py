@@ -31,7 +31,7 @@ from stepquant.runtime.transformer import Block, Transformer
 INTO_STREAM = ("stem", "modulate", "context", "k_text", "v_text", "k_added", "v_added", "q_added")
 
 # In models built of residual units these are a sliver of the weights; elsewhere they may be a third of them.
-SMALL = ("time", "modulate", "cond")
+SMALL = ("stem", "time", "modulate", "cond")
 
 LAYERS: dict[type[nn.Module], type[IntegerLayer]] = {
     nn.Linear: IntegerLinear,
