@@ -40,6 +40,7 @@ class IntegerConv2d(IntegerLayer):
         return kernel(codes, dtype, into, *(walk if self.even else ((*self.sides, 0, 0)[:4],)))
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = channels_last(x)
         if self.even and self.padding_mode == "zeros":
             return self.convolve(x, weight, bias, self.stride, self.sides[::-2], self.dilation, self.groups)
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -63,6 +64,11 @@ class IntegerConv1d(IntegerConv2d):
 
     def convolve(self, *args: Any) -> Tensor:
         return F.conv1d(*args)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """An image as all that follows in integers reads it; anything else as it is."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def plane(values: tuple[int, ...], first: int) -> tuple[int, int]:

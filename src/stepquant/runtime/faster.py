@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.progress import Progress, Silent
-from stepquant.runtime.convolutions import IntegerConv2d
+from stepquant.runtime.convolutions import IntegerConv2d, channels_last
 from stepquant.runtime.coverage import apart
 from stepquant.runtime.fused import Chain
 from stepquant.runtime.layers import IntegerLayer
@@ -152,10 +152,6 @@ def forms(
         return y if into is None else y + into
 
     return integer, floating
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 @torch.no_grad()

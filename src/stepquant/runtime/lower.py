@@ -17,7 +17,7 @@ from stepquant.models.split import split_concats
 from stepquant.models.structure import Structure, roles, structure
 from stepquant.runtime import ops
 from stepquant.runtime.attend import Attention, Readers
-from stepquant.runtime.convolutions import IntegerConv1d, IntegerConv2d
+from stepquant.runtime.convolutions import IntegerConv1d, IntegerConv2d, channels_last
 from stepquant.runtime.fused import Chain, Done, NormOut, Resample, Residual, Up
 from stepquant.runtime.layers import IntegerLayer, IntegerLinear
 from stepquant.runtime.product import IntegerProduct
@@ -171,7 +171,8 @@ class FloatLayer:
             bias = None if layer.bias is None else layer.bias.to(x.dtype)
             self.cast[x.dtype] = (layer.weight.to(x.dtype), bias)
         weights = self.cast[x.dtype]
-        y = F.linear(x, *weights) if isinstance(layer, nn.Linear) else layer._conv_forward(x, *weights)
+        linear = isinstance(layer, nn.Linear)
+        y = F.linear(x, *weights) if linear else layer._conv_forward(channels_last(x), *weights)
         return y if self.emit is None else y.to(self.emit)
 
 
