@@ -12,14 +12,19 @@ from stepquant.errors import StepquantError
 
 if TYPE_CHECKING:
     from stepquant.job import Recipe, load, quantize, quantize_to
+    from stepquant.job.fastest import fastest
 
-__all__ = ["Recipe", "StepquantError", "load", "quantize", "quantize_to"]
+__all__ = ["Recipe", "StepquantError", "fastest", "load", "quantize", "quantize_to"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'stepquant' has no attribute '{name}'")
+    if name == "fastest":  # imports what measures, which takes a second
+        from stepquant.job.fastest import fastest
+
+        return fastest
     from stepquant import job
 
     return getattr(job, name)

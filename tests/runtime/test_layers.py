@@ -245,7 +245,10 @@ def test_weight_only_layers_multiply_dequantized_weights(grid: str, dtype: torch
     layer, x = nn.Conv2d(9, 8, 3, padding=1), torch.randn(2, 9, 6, 6).to(dtype)
     new = filled(layer, grids(grid), 0, 0)
     weight = new.dequantized(dtype)
-    assert torch.equal(new(x), nn.functional.conv2d(x, weight, layer.bias.to(dtype), padding=1))
+    densest = x.contiguous(memory_format=torch.channels_last)
+    out = new(x)
+    assert torch.equal(out, nn.functional.conv2d(densest, weight, layer.bias.to(dtype), padding=1))
+    assert out.is_contiguous(memory_format=torch.channels_last)
     assert (weight.float() - layer.weight).abs().max() < layer.weight.abs().max()
     assert "saves memory" in new.reason
 

@@ -45,15 +45,19 @@ class KnownTimes:
 
     def __init__(self) -> None:
         self.file, self.machine = cache_folder() / "layer-times.json", machine()
-        self.here: dict[str, Seconds] = {
-            name: (float(pair[0]), float(pair[1])) for name, pair in self.read().get(self.machine, {}).items()
-        }
+        self.here = self.read().get(self.machine, {})
         self.held = len(self.here)
 
-    def read(self) -> dict[str, Any]:
+    def read(self) -> dict[str, dict[str, Seconds]]:
         try:
-            return dict(json.loads(self.file.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            data = json.loads(self.file.read_text(encoding="utf-8"))
+            return {
+                machine: {
+                    layer: (float(integer), float(floating)) for layer, (integer, floating) in times.items()
+                }
+                for machine, times in data.items()
+            }
+        except (OSError, ValueError, TypeError, AttributeError):
             return {}
 
     def keep(self) -> None:

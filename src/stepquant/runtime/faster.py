@@ -68,7 +68,7 @@ def keep_faster(
     readings = read_once(model, layers, arguments)
     taken: dict[str, Seconds] = {}
     for path in (progress or Silent()).track(readings, "timing layers", len(readings)):
-        key = f"{layers[path]} {readings[path]} {short(dtype)}"
+        key = f"{layers[path]} {layers[path].geometry()} {readings[path]} {short(dtype)}"
         if key not in known:
             known[key] = race(*forms(layers[path], readings[path], dtype))
         taken[path] = known[key]
