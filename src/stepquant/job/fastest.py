@@ -35,9 +35,10 @@ def fastest(
         raise StepquantError("only a quantized pipeline has layers in integers", fix="load an artifact")
     arguments = first_arguments(pipeline, batch, prompts or config.recipe.get("prompts"))
     known = KnownTimes()
-    found = keep_faster(denoiser.model, arguments, known.here, progress=progress)
-    known.keep()
-    return found
+    try:
+        return keep_faster(denoiser.model, arguments, known.here, progress=progress)
+    finally:
+        known.keep()
 
 
 class KnownTimes:
