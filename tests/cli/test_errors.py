@@ -225,7 +225,7 @@ class TestOurs:
     def test_a_defect_is_ours_and_says_how_to_report_it(
         self, tiny: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("stepquant.job.results.inspect_artifact", lambda _: 1 / 0)
+        monkeypatch.setattr("stepquant.job.results.inspect_artifact", lambda *_: 1 / 0)
         said = fails("inspect", tiny, code=1)
         assert "ZeroDivisionError" in said
         assert "--debug" in said
@@ -233,7 +233,7 @@ class TestOurs:
     def test_debug_shows_where(
         self, tiny: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("stepquant.job.results.inspect_artifact", lambda _: 1 / 0)
+        monkeypatch.setattr("stepquant.job.results.inspect_artifact", lambda *_: 1 / 0)
         assert main(["--debug", "inspect", str(tiny)]) == 1
         assert main(["inspect", str(tiny), "--debug"]) == 1
         assert capfd.readouterr().err.count("Traceback") == 2
