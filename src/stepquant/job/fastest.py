@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ import torch
 from stepquant import hub
 from stepquant.calib.cache import atomically, cache_folder
 from stepquant.errors import StepquantError
+from stepquant.evaluate.data import file_digest
 from stepquant.evaluate.describe import cpu_name
 from stepquant.evaluate.speed import first_arguments
 from stepquant.models.denoiser import Denoiser
@@ -71,9 +71,8 @@ class KnownTimes:
 def machine() -> str:
     """What times depend on beside the layer and its input."""
     found = find_spec("stepquant._C") if ops.compiled() else None
-    kernels = "none"
-    if found is not None and found.origin is not None:
-        kernels = hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()[:12]
+    built = None if found is None else found.origin
+    kernels = "none" if built is None else file_digest(Path(built))[:12]
     threads = torch.get_num_threads()
     return (
         f"{cpu_name()}, {ops.capability()}, {threads} threads, torch {torch.__version__}, kernels {kernels}"
