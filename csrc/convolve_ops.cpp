@@ -11,15 +11,10 @@ using Optional = std::optional<Tensor>;
 
 constexpr int64_t patches_cache = 4 << 20;  // bytes of transformed codes in one item
 constexpr int64_t rows_cache = 64 << 10;  // bytes of rows in one item
-constexpr int64_t rows_step = 24, rows_most_chunk = 96;  // rows in one item; every tile's rows divide the first
+constexpr int64_t rows_least_chunk = 24, rows_most_chunk = 96;  // rows in one item where there are many
 
 int64_t groups_of(int64_t outs) {
   return (outs + convolve_group - 1) / convolve_group;
-}
-
-// Input channels as they are packed: filled up to whole words of every kernel.
-int64_t filled(int64_t channels) {
-  return (channels + 3) / 4 * 4;
 }
 
 // Signed bytes (out, in, height, width) as [block][tap][word of inputs][output of the block][byte].
@@ -133,13 +128,13 @@ bool in_patches(const ConvolveTask& task, int64_t images) {
   return patches >= kernels().convolve.least_patches && task.pixels >= 10 * patches;
 }
 
-// How many patches an item takes: few enough for the cache and for all threads to have as much to do.
-int64_t chunk_of(const ConvolveTask& task, int64_t blocks) {
+// How many of `total` an item takes, at most `most`: items, one for each block of outputs, are as large as each other, and
+// enough for all threads to have as much to do.
+int64_t chunk_of(int64_t total, int64_t most, int64_t blocks) {
   const int64_t threads = at::get_num_threads();
-  const int64_t most = std::clamp<int64_t>(patches_cache / (72 * task.channels), 12, patches_most_chunk);
-  int64_t chunks = (task.patches + most - 1) / most;
-  while (chunks < task.patches && chunks * blocks < 4 * threads && chunks * blocks % threads) ++chunks;
-  return (task.patches + chunks - 1) / chunks;
+  int64_t chunks = (total + most - 1) / most;
+  while (chunks < total && chunks * blocks < 4 * threads && chunks * blocks % threads) ++chunks;
+  return (total + chunks - 1) / chunks;
 }
 
 // Memory that calls of this thread share: fresh pages cost as much as the products that are saved.
@@ -169,7 +164,8 @@ void run_patches(ConvolveTask& task, int64_t images) {
   const ConvolveKernel& kernel = kernels().convolve;
   const ConvolveBlocks blocks(task.out_channels, kernel.groups_per_block);
   task.patches = patches_of(task, images);
-  task.chunk_patches = chunk_of(task, blocks.count());
+  const int64_t most = std::clamp<int64_t>(patches_cache / (72 * task.channels), 12, patches_most_chunk);
+  task.chunk_patches = chunk_of(task.patches, most, blocks.count());
   const int64_t items = (task.patches + task.chunk_patches - 1) / task.chunk_patches * blocks.count();
   const int64_t cost = task.pixels * task.out_channels / items * task.channels / 8;
   run_with_scratch(task, items, cost, kernel.patches_scratch(task), kernel.run_patches);
@@ -186,9 +182,9 @@ bool in_rows(const ConvolveTask& task, int64_t images) {
 void run_rows(ConvolveTask& task) {
   const ConvolveKernel& kernel = kernels().convolve;
   const int64_t blocks = ConvolveBlocks(task.out_channels, kernel.groups_per_block).count();
-  const int64_t threads = at::get_num_threads(), row = filled(task.channels) * 4 / kernel.per_word;
-  int64_t& chunk = task.chunk_rows = std::clamp<int64_t>(rows_cache / row / rows_step * rows_step, rows_step, rows_most_chunk);
-  while (chunk > rows_step && (task.pixels + chunk - 1) / chunk * blocks < 4 * threads) chunk -= rows_step;
+  const int64_t row = filled(task.channels) * 4 / kernel.per_word;
+  const int64_t most = std::clamp<int64_t>(rows_cache / row, rows_least_chunk, rows_most_chunk);
+  const int64_t chunk = task.chunk_rows = chunk_of(task.pixels, most, blocks);
   const int64_t items = (task.pixels + chunk - 1) / chunk * blocks;
   const int64_t cost = task.pixels * task.out_channels / items * task.channels / 16, lines = (chunk * row + 63) / 64;
   run_with_scratch(task, items, cost, 64 * lines, kernel.run_rows);

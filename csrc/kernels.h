@@ -147,6 +147,11 @@ constexpr int64_t convolve_group = 16;  // output channels that are packed toget
 
 namespace {
 
+// Input channels as they are packed: filled up to whole words of every kernel.
+inline int64_t filled(int64_t channels) {
+  return (channels + 3) / 4 * 4;
+}
+
 // Output channels as blocks of at most so many groups, as equal as possible, the larger first.
 class ConvolveBlocks {
  public:

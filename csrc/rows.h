@@ -42,7 +42,7 @@ void copy_rows(const ConvolveTask& from, int64_t first, int64_t count, T* to, in
 void convolve_rows(const ConvolveTask& given, int64_t begin, int64_t end) {
   using Element = Word::Element;
   const ConvolveBlocks blocks(given.out_channels, groups_per_block);
-  const int64_t depth = (given.channels + 3) / 4 * 4;
+  const int64_t depth = filled(given.channels);
   const bool copies = sizeof(Element) > 1 || depth != given.channels;
   ConvolveTask task = given;
   if (copies) {

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepquant.models.parts import LEAVES, PRODUCTS
 from stepquant.runtime.cpu import ConvKernel, LinearKernel
-from stepquant.runtime.fused import Chain
+from stepquant.runtime.fused import Chain, chains
 from stepquant.runtime.layers import IntegerLayer
 from stepquant.runtime.lower import forget_kept
 from stepquant.runtime.product import IntegerProduct
@@ -89,12 +89,12 @@ class Trace(TorchDispatchMode):
         self.stack = ExitStack()
 
     def __enter__(self) -> Trace:
+        for chain in chains(self.model):
+            self.stack.enter_context(apart(chain))
         for path, module in self.model.named_modules():
             if isinstance(module, IntegerLayer):
                 self.stack.enter_context(self.watched(path, module, "from_codes"))
                 self.stack.enter_context(self.watched(path, module, "float_forward"))
-            elif isinstance(module.__dict__.get("forward"), Chain):
-                self.stack.enter_context(apart(module.forward))
             if isinstance(module, (*LEAVES, IntegerProduct, *PRODUCTS)):
                 self.stack.enter_context(self.watched(path, module, "forward"))
         super().__enter__()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stepquant.progress import Progress, Silent
 from stepquant.runtime.convolutions import IntegerConv2d, channels_last
 from stepquant.runtime.coverage import apart
-from stepquant.runtime.fused import Chain
+from stepquant.runtime.fused import chains
 from stepquant.runtime.layers import IntegerLayer
 from stepquant.runtime.lower import forget_kept
 
@@ -107,11 +107,6 @@ def read_once(
         model(**arguments)
     forget_kept(model)
     return readings
-
-
-def chains(model: nn.Module) -> list[Chain]:
-    forwards = [module.__dict__.get("forward") for module in model.modules()]
-    return [forward for forward in forwards if isinstance(forward, Chain)]
 
 
 @contextmanager

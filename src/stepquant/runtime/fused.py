@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepquant.models.split import SplitLayer
 from stepquant.models.structure import Resampler, ResidualUnit, UpBlock
@@ -38,6 +38,11 @@ class Chain(ABC):
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def chains(model: nn.Module) -> list[Chain]:
+    forwards = [module.__dict__.get("forward") for module in model.modules()]
+    return [forward for forward in forwards if isinstance(forward, Chain)]
 
 
 class NormThen:

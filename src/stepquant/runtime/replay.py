@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from stepquant.models.denoiser import family_of
-from stepquant.runtime.fused import Chain
+from stepquant.runtime.fused import Chain, chains
 from stepquant.runtime.layers import IntegerLayer
 from stepquant.runtime.recording import Recording, UnrecordableError
 from stepquant.runtime.texts import Texts
@@ -147,14 +147,13 @@ class Watch:
     def of(cls, model: nn.Module) -> Watch:
         modules = list(model.modules())
         layers = [module for module in modules if isinstance(module, IntegerLayer)]
-        forwards = [module.__dict__.get("forward") for module in modules]
         return cls(
             [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)],
             [module.__dict__ for module in modules],
             [module.__dict__ for module in modules if "forward" in module.__dict__],
             [layer.__dict__ for layer in layers if not getattr(layer, "stepped", False)],
             [layer.__dict__ for layer in layers if getattr(layer, "stepped", False)],
-            [f.state for f in forwards if isinstance(f, Chain) and type(f).state is not Chain.state],
+            [chain.state for chain in chains(model) if type(chain).state is not Chain.state],
             [module for module in modules if getattr(module, "stepped", False)],
         )
 
