@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +30,9 @@ from stepquant.evaluate.speed import (
     compiled_in_layouts,
     fastest_type,
     in_layouts,
+    interleave,
     peer,
+    summarize,
 )
 from stepquant.fit.ranges import set_weight_ranges
 from stepquant.models.denoiser import Denoiser
@@ -119,20 +119,6 @@ def calibrated(model: Any, calls: list[dict[str, Any]]) -> Artifact:
         return freeze(network)
 
 
-def turns(
-    calls: dict[str, Callable[[], Any]], seconds: float, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    while len(next(iter(taken.values()))) < 5 or time.perf_counter() < end:
-        for name, call in calls.items():
-            call()  # not timed: it finds the caches full of another one's tensors
-            start = clock()
-            call()
-            taken[name].append(clock() - start)
-    return taken
-
-
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -156,8 +142,8 @@ def main(options: argparse.Namespace) -> None:
     lowered = lower(
         copy.deepcopy(model), calibrated(model, [one.arguments(1, size, seed) for seed in (1, 2)])
     )
-    found = coverage(lowered, one.arguments(1, size))
-    print(f"{found.macs / 1e9:.2f} G multiplications, {found.share_of_all:.1%} of them in integers")
+    covered = coverage(lowered, one.arguments(1, size))
+    print(f"{covered.macs / 1e9:.2f} G multiplications, {covered.share_of_all:.1%} of them in integers")
     for batch in map(int, options.batch.split(",")):
         arguments = one.arguments(batch, size)
         entered = baselines(model, arguments, options.compile)
@@ -167,15 +153,13 @@ def main(options: argparse.Namespace) -> None:
         calls["stepquant"] = calling(lowered, arguments)
         for call in calls.values():
             call(), call(), call()
-        taken = turns(
-            calls, options.seconds, time.process_time if options.threads == 1 else time.perf_counter
-        )
-        for name, times in taken.items():
-            ratios = [own / reference for own, reference in zip(taken["fp32 eager"], times)]
-            low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        clock = time.process_time if options.threads == 1 else time.perf_counter
+        rounds = interleave(calls, options.seconds, clock=clock)
+        for name in calls:
+            found = summarize(rounds, name, "fp32 eager")
             print(
-                f"batch {batch}  {name:14s} {1000 * statistics.median(times):9.1f} ms  "
-                f"{middle:5.2f} ({low:.2f} to {high:.2f}) times fp32"
+                f"batch {batch}  {name:14s} {found['milliseconds']:9.1f} ms  "
+                f"{found['ratio']:5.2f} ({found['ratio_low']:.2f} to {found['ratio_high']:.2f}) times fp32"
             )
         for entry in entered:
             if entry.call is None:

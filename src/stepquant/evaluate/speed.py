@@ -39,7 +39,12 @@ class Contender:
 
 
 def interleave(
-    calls: Mapping[str, Call], seconds: float, fewest: int = 5, most: int = 200, untimed: int = 1
+    calls: Mapping[str, Call],
+    seconds: float,
+    fewest: int = 5,
+    most: int = 200,
+    untimed: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, float]]:
     """Milliseconds by name, in rounds whose order rotates, for about `seconds`. Each timed call follows `untimed` ones
     of its own: in a sampler's loop a denoiser finds its own tensors in the caches, not another's."""
@@ -51,9 +56,9 @@ def interleave(
         taken = {}
         for name in names[turn:] + names[:turn]:
             for _ in range(untimed + 1):
-                start = time.perf_counter()
+                start = clock()
                 calls[name]()
-                taken[name] = (time.perf_counter() - start) * 1000
+                taken[name] = (clock() - start) * 1000
         rounds.append(taken)
     return rounds
 

@@ -23,6 +23,10 @@ from stepquant.models.split import SplitLayer
 FAMILIES: tuple[Family, ...] = unet.FAMILIES
 
 
+def device_of(module: nn.Module) -> torch.device:
+    return next(chain(module.parameters(), module.buffers())).device
+
+
 def family_of(model: nn.Module) -> Family:
     name = type(model).__name__
     for family in FAMILIES:
@@ -125,7 +129,7 @@ class Denoiser:
 
     @property
     def device(self) -> torch.device:
-        return next(chain(self.model.parameters(), self.model.buffers())).device
+        return device_of(self.model)
 
     def predict(self, arguments: Mapping[str, Any]) -> Tensor:
         """The model's prediction for recorded arguments, which may lie on another device."""

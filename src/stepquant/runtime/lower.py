@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stepquant.artifact import Artifact, LayerSpec, ProductSpec, StepSpec, check_tensors
 from stepquant.errors import ModelError, RuntimeSupportError
 from stepquant.models.attention import rebind
-from stepquant.models.denoiser import family_of
+from stepquant.models.denoiser import device_of, family_of
 from stepquant.models.split import split_concats
 from stepquant.models.structure import Structure, roles, structure
 from stepquant.runtime import ops
@@ -63,10 +63,6 @@ def skeleton(
                 model.set_submodule(path, Tabled())
         model.steps = StepTensors(steps, device)
     return model
-
-
-def device_of(module: nn.Module) -> torch.device:
-    return next(t.device for t in (*module.buffers(), *module.parameters()))
 
 
 def lower(model: nn.Module, artifact: Artifact, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
