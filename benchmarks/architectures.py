@@ -30,10 +30,9 @@ from stepquant.evaluate.speed import (
     compiled_in_layouts,
     fastest_type,
     in_layouts,
-    interleave,
     peer,
-    summarize,
 )
+from stepquant.evaluate.turns import interleave, summarize
 from stepquant.fit.ranges import set_weight_ranges
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.insert import insert

@@ -86,14 +86,62 @@ def prepare(unet: UNet2DModel) -> UNet2DModel:
     return unet.to(memory_format=torch.channels_last)
 
 
+class Optimizer:
+    """Muon for the matrices between the first and the last layer, AdamW for the rest, at one learning rate.
+
+    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) makes the singular values of a step equal. Scaled as
+    AdamW's steps are (Liu et al. 2025, arXiv:2502.16982, eq. 4), it takes AdamW's rates.
+    """
+
+    def __init__(self, unet: UNet2DModel, rate: float) -> None:
+        rest, self.weights = [], []
+        for name, weight in unet.named_parameters():
+            inner = weight.dim() > 1 and not name.startswith(("conv_in", "conv_out"))
+            (self.weights if inner else rest).append(weight)
+        # In the same memory as the weights, which lie channels-last.
+        self.matrices = [torch.nn.Parameter(pixels_last(w.detach()).view(len(w), -1)) for w in self.weights]
+        self.parts = {
+            "muon": torch.optim.Muon(self.matrices, rate, 0.0, adjust_lr_fn="match_rms_adamw"),
+            "adamw": torch.optim.AdamW(rest, rate, BETAS, weight_decay=0.0, fused=True),
+        }
+
+    def step(self, rate: float) -> None:
+        for matrix, weight in zip(self.matrices, self.weights):
+            matrix.grad = pixels_last(weight.grad).reshape(matrix.shape)
+        for part in self.parts.values():
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{index}.{key}": value
+            for name, part in self.parts.items()
+            for index, slots in part.state_dict()["state"].items()
+            for key, value in slots.items()
+        }
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        for name, part in self.parts.items():
+            slots: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                owner, index, slot = key.split(".")
+                if owner == name:
+                    slots.setdefault(int(index), {})[slot] = value
+            part.load_state_dict(part.state_dict() | {"state": slots})
+
+
+def pixels_last(weight: Tensor) -> Tensor:
+    return weight.permute(0, 2, 3, 1) if weight.dim() == 4 else weight
+
+
 def save_checkpoint(
-    file: Path, unet: UNet2DModel, ema: UNet2DModel, optimizer: torch.optim.AdamW, state: State
+    file: Path, unet: UNet2DModel, ema: UNet2DModel, optimizer: Optimizer, state: State
 ) -> None:
     """One safetensors file with the state as JSON in its header, so that a single rename replaces it all."""
     tensors = {f"raw.{name}": value for name, value in unet.state_dict().items()}
     tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
-    for index, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": value for key, value in slots.items()}
+    tensors |= {f"optimizer.{name}": value for name, value in optimizer.tensors().items()}
     unet_config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     metadata = {"state": json.dumps(asdict(state)), "unet": json.dumps(unet_config)}
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -111,18 +159,6 @@ def read_checkpoint(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict, Sta
             group, name = key.split(".", 1)
             groups[group][name] = stored.get_tensor(key)
     return groups, json.loads(metadata["unet"]), State(**json.loads(metadata["state"]))
-
-
-def new_optimizer(unet: UNet2DModel, args: argparse.Namespace) -> torch.optim.AdamW:
-    return torch.optim.AdamW(unet.parameters(), args.lr, betas=BETAS, weight_decay=0.0, fused=True)
-
-
-def restore_optimizer(optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> None:
-    slots: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".")
-        slots.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
 
 
 def learning_rate(args: argparse.Namespace, state: State) -> float:
@@ -168,20 +204,23 @@ class Loss:
         return (predicted.float() - self.scheduler.get_velocity(clean, noise, steps)).square().mean()
 
 
-def start(args: argparse.Namespace) -> tuple[UNet2DModel, UNet2DModel, torch.optim.AdamW, State]:
+def start(args: argparse.Namespace) -> tuple[UNet2DModel, UNet2DModel, Optimizer, State]:
     """From the run's checkpoint where there is one, else from --init, else from scratch."""
     file = args.run / "checkpoint.safetensors"
     if not file.exists():
         unet = prepare(load_unet(args.init))
+        if args.new_output:
+            torch.nn.init.zeros_(unet.conv_out.weight)
+            torch.nn.init.zeros_(unet.conv_out.bias)
         ema = load_unet(args.init_ema) if args.init_ema else copy.deepcopy(unet)
-        return unet, ema, new_optimizer(unet, args), State()
+        return unet, ema, Optimizer(unet, args.lr), State()
     groups, config, state = read_checkpoint(file)
     unet = prepare(UNet2DModel(**config))
     ema = copy.deepcopy(unet)
     unet.load_state_dict(groups["raw"])
     ema.load_state_dict(groups["ema"])
-    optimizer = new_optimizer(unet, args)
-    restore_optimizer(optimizer, groups["optimizer"])
+    optimizer = Optimizer(unet, args.lr)
+    optimizer.restore(groups["optimizer"])
     console.log(f"going on from {state}")
     return unet, ema, optimizer, state
 
@@ -208,13 +247,11 @@ class Trainer:
         if state.cooldown_from is None and state.seen >= self.args.images:
             state.cooldown_from = state.seen
         rate = learning_rate(self.args, state)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         loss = self.loss_of(self.model, clean)
-        self.optimizer.zero_grad()
+        self.unet.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
-        self.optimizer.step()
+        self.optimizer.step(rate)
         torch._foreach_lerp_(self.averages, [weight.detach() for weight in self.weights], 1 - self.args.ema)
         state.seen += len(clean)
         state.loss += (loss.item() - state.loss) * (0.01 if state.loss else 1.0)
@@ -280,6 +317,11 @@ def parse() -> argparse.Namespace:
     training.set_defaults(command=train)
     training.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder of parquet files")
     training.add_argument("--init", type=Path, help="folder of a UNet2DModel to start from")
+    training.add_argument(
+        "--new-output",
+        action="store_true",
+        help="the last layer of --init predicted something else: it starts at zero",
+    )
     training.add_argument("--init-ema", type=Path, help="folder of its averaged weights, if they differ")
     training.add_argument("--images", type=int, default=2_000_000, help="images before the cooldown")
     training.add_argument("--cooldown", type=int, default=300_000, help="images over which lr falls to zero")

@@ -14,11 +14,11 @@ from stepquant.evaluate.speed import (
     fastest_type,
     first_arguments,
     in_layouts,
-    interleave,
     row,
     threads,
     twin_of,
 )
+from stepquant.evaluate.turns import interleave
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import run
 from stepquant.progress import Progress, Silent

@@ -1,10 +1,9 @@
-"""Time per call of the denoiser, interleaved so that a busy machine slows all contenders alike."""
+"""Time per call of the denoiser, by ours and by others, each at its best."""
 
 from __future__ import annotations
 
 import copy
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,13 +18,13 @@ from stepquant.calib.record import Enough, listening
 from stepquant.core.precision import multiplies_bf16
 from stepquant.errors import EvaluationError
 from stepquant.evaluate.peers import openvino_calls, peers_installed
+from stepquant.evaluate.turns import Call, interleave, summarize
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import run
 from stepquant.progress import Progress, Silent
 
 REFERENCE = "fp32 eager"
 QUANTIZED = "stepquant"
-Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -36,46 +35,6 @@ class Contender:
     call: Call | None
     layout: str = ""
     unavailable: str = ""
-
-
-def interleave(
-    calls: Mapping[str, Call],
-    seconds: float,
-    fewest: int = 5,
-    most: int = 200,
-    untimed: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
-) -> list[dict[str, float]]:
-    """Milliseconds by name, in rounds whose order rotates, for about `seconds`. Each timed call follows `untimed` ones
-    of its own: in a sampler's loop a denoiser finds its own tensors in the caches, not another's."""
-    names = list(calls)
-    rounds: list[dict[str, float]] = []
-    end = time.perf_counter() + seconds
-    while len(rounds) < fewest or (time.perf_counter() < end and len(rounds) < most):
-        turn = len(rounds) % len(names)
-        taken = {}
-        for name in names[turn:] + names[:turn]:
-            for _ in range(untimed + 1):
-                start = clock()
-                calls[name]()
-                taken[name] = (clock() - start) * 1000
-        rounds.append(taken)
-    return rounds
-
-
-def summarize(rounds: Sequence[Mapping[str, float]], name: str, reference: str) -> dict[str, Any]:
-    """Quartiles of the time, and of how many times faster than the reference it was in the same round."""
-    low, middle, high = quartiles([taken[name] for taken in rounds])
-    out: dict[str, Any] = {"milliseconds": middle, "low": low, "high": high}
-    if reference in rounds[0]:
-        low, middle, high = quartiles([taken[reference] / taken[name] for taken in rounds])
-        out |= {"ratio": middle, "ratio_low": low, "ratio_high": high}
-    return out
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
 
 
 @contextmanager

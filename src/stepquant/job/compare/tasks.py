@@ -82,7 +82,8 @@ class Quantize(Task):
         start = resident_bytes()
         meter = Meter(progress, work / "spent.json")
         artifact = quantize_pipeline(pipeline, recipe, meter, cache=work)
-        seconds, peak = meter.finish(), max(peak_bytes(), meter.former_peak)
+        # The system counts late, by some pages of each thread: the peak may read less than the start.
+        seconds, peak = meter.finish(), max(peak_bytes(), start, meter.former_peak)
         hub.attach(denoiser.model, artifact)
         target = self.out / ARTIFACT
         shutil.rmtree(target, ignore_errors=True)
