@@ -52,7 +52,8 @@ Tensor attention(
   task.out = out.mutable_data_ptr();
   const int64_t blocks = (queries + kernel.block - 1) / kernel.block;
   for_items(batch * heads, keys * width, [&](int64_t begin, int64_t end) { kernel.pack(task, begin, end); });
-  for_items(batch * heads * blocks, kernel.block * keys,
+  // A score costs about as much as (width + 32) / 32 numbers elsewhere.
+  for_items(batch * heads * blocks, kernel.block * keys * (width + 32) / 32,
             [&](int64_t begin, int64_t end) { kernel.attend(task, begin, end); });
   return (type == query.scalar_type() ? out : out.to(query.scalar_type())).transpose(1, 2);
 }
