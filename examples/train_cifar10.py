@@ -238,8 +238,8 @@ class Trainer:
 
     @property
     def last_image(self) -> int:
-        begin = self.args.images if self.state.cooldown_from is None else self.state.cooldown_from
-        return begin + self.args.cooldown
+        begin = self.state.cooldown_from
+        return (max(self.args.images, self.state.seen) if begin is None else begin) + self.args.cooldown
 
     def step(self, clean: Tensor) -> float:
         """One update; returns the learning rate it used."""
