@@ -339,7 +339,10 @@ def parse() -> argparse.Namespace:
         command.add_argument(
             "--run", type=Path, default=Path("runs/cifar10"), help="folder of the checkpoint"
         )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.command is train and args.new_output and args.init_ema:
+        parser.error("--new-output begins a new average: leave --init-ema out")
+    return args
 
 
 if __name__ == "__main__":
