@@ -24,6 +24,8 @@ from stepquant.core.affine import scale_and_zero
 from stepquant.core.ranges import minmax
 from stepquant.evaluate.peers import peers_installed
 from stepquant.evaluate.speed import (
+    QUANTIZED,
+    REFERENCE,
     Contender,
     best,
     calling,
@@ -149,13 +151,13 @@ def main(options: argparse.Namespace) -> None:
         if peers_installed():
             entered += peers(model, arguments, [one.arguments(batch, size, seed) for seed in (1, 2)])
         calls = {entry.name: entry.call for entry in entered if entry.call is not None}
-        calls["stepquant"] = calling(lowered, arguments)
+        calls[QUANTIZED] = calling(lowered, arguments)
         for call in calls.values():
             call(), call(), call()
         clock = time.process_time if options.threads == 1 else time.perf_counter
         rounds = interleave(calls, options.seconds, clock=clock)
         for name in calls:
-            found = summarize(rounds, name, "fp32 eager")
+            found = summarize(rounds, name, REFERENCE)
             print(
                 f"batch {batch}  {name:14s} {found['milliseconds']:9.1f} ms  "
                 f"{found['ratio']:5.2f} ({found['ratio_low']:.2f} to {found['ratio_high']:.2f}) times fp32"
@@ -168,7 +170,7 @@ def main(options: argparse.Namespace) -> None:
 def baselines(model: Any, arguments: dict[str, Any], compiled: bool) -> list[Contender]:
     """fp32 eager, and torch in this machine's fastest type."""
     fast = fastest_type()
-    entered = [best("fp32 eager", lambda: in_layouts(model, arguments, torch.float32))]
+    entered = [best(REFERENCE, lambda: in_layouts(model, arguments, torch.float32))]
     if fast != torch.float32:
         entered.append(best("bf16 eager", lambda: in_layouts(model, arguments, fast)))
     if compiled:

@@ -25,8 +25,8 @@ import torch
 from stepquant.evaluate.features import embedded_extractor
 from stepquant.evaluate.metrics import Batch, measure
 from stepquant.job.compare import Evaluation
-from stepquant.job.compare.memory import peak_bytes
 from stepquant.job.compare.tasks import batch_file, keep_batch, make_batch
+from stepquant.job.memory import peak_bytes
 from stepquant.job.pipelines import load
 from stepquant.job.recipe import Recipe
 from stepquant.models.sampling import generators, scheduler_of

@@ -6,7 +6,7 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calib.calibset import flatten, unflatten
+from stepquant.evaluate.turns import Call
 
 HINTS = ("LATENCY", "THROUGHPUT")
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 Arguments = Mapping[str, Any]
-Call = Callable[[], Any]
 
 
 class ByPosition(nn.Module):

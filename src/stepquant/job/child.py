@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from stepquant.errors import EvaluationError
+from stepquant.job.memory import peak_bytes
 from stepquant.job.pipelines import load
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import run
@@ -78,16 +78,6 @@ def measure(
         "start_bytes": start_bytes,
         "peak_bytes": peak_bytes(),
     }
-
-
-def peak_bytes() -> int:
-    """The most memory that was ever resident in this process."""
-    status = Path("/proc/self/status")
-    if status.exists():  # elsewhere a process may begin with the peak of the one that started it
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

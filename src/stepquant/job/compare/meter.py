@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from stepquant.job.compare.memory import peak_bytes
 from stepquant.job.compare.store import read_json, write_json
+from stepquant.job.memory import peak_bytes
 from stepquant.progress import Progress
 
 T = TypeVar("T")

@@ -17,7 +17,6 @@ from stepquant.calib.cache import atomically
 from stepquant.core.digest import tensors_digest
 from stepquant.job.compare.cell import Evaluation
 from stepquant.job.compare.measure import Sets, measure_cell
-from stepquant.job.compare.memory import peak_bytes, reset_peak, resident_bytes
 from stepquant.job.compare.meter import Meter
 from stepquant.job.compare.store import (
     ARTIFACT,
@@ -30,6 +29,7 @@ from stepquant.job.compare.store import (
 )
 from stepquant.job.files import new_folder
 from stepquant.job.inplace import run as quantize_pipeline
+from stepquant.job.memory import peak_bytes, reset_peak, resident_bytes
 from stepquant.job.pipelines import load
 from stepquant.job.recipe import Recipe
 from stepquant.job.store import weights_bytes
