@@ -1,25 +1,45 @@
-"""CIFAR-10 in the Hugging Face layout: parquet files with columns `img` = {bytes, path} and `label`."""
+"""Images in the Hugging Face layout: parquet files with columns `img` = {bytes, path}, `label` and maybe `caption`."""
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-DEFAULT_DATA = Path("../shared/data/cifar10")
+DATA = Path("../shared/data")
+DEFAULT_DATA = DATA / "cifar10"
+
+
+class DataError(Exception):
+    """What a user can mend: a file that is not as the trainers need it."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images (n, 3, height, width) as uint8, labels (n,) as int64, captions if asked for, the names of the classes."""
+
+    images: Tensor
+    labels: Tensor
+    captions: list[str]
+    classes: list[str]
 
 
 def parquet_files(folder: Path, split: str) -> list[Path]:
     """The files of one split, whether named `train.parquet` or `train-00000-of-00001.parquet`."""
-    files = sorted(folder.rglob(f"{split}*.parquet"))
+    files = sorted(Path(folder).rglob(f"{split}*.parquet"))
     if not files:
-        raise FileNotFoundError(f"no {split}*.parquet under {folder}: point --data at a copy of CIFAR-10")
+        raise DataError(
+            f"no {split}*.parquet under {folder}: point --data at a folder in the Hugging Face layout"
+        )
     return files
 
 
@@ -27,16 +47,68 @@ def decode(encoded: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
 
 
-def load_split(folder: Path, split: str, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, 32, 32) as uint8 and labels (n,) as int64, in the order of the files."""
+def read_columns(file: Path, columns: list[str]) -> pa.Table:
+    try:
+        missing = sorted(set(columns) - set(pq.read_schema(file).names))
+        if missing:
+            raise DataError(
+                f"{file} has no column {', '.join(missing)} (it has {', '.join(pq.read_schema(file).names)}): "
+                "the Hugging Face layout has img = {bytes, path} and label, and caption for models of text"
+            )
+        return pq.read_table(file, columns=columns)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{file} is no parquet file: {error}") from error
+
+
+def decode_all(file: Path, cells: list[dict]) -> list[np.ndarray]:
+    images = []
+    for row, cell in enumerate(cells):
+        try:
+            images.append(decode(cell["bytes"]))
+        except (UnidentifiedImageError, OSError, TypeError, KeyError) as error:
+            raise DataError(f"{file}, row {row}: img holds no picture ({error})") from error
+    return images
+
+
+def class_names(schema: pa.Schema, labels: list[int]) -> list[str]:
+    """As the schema tells them, else numbers."""
+    told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    names = told.get("info", {}).get("features", {}).get("label", {}).get("names")
+    return names or [str(label) for label in range(max(labels, default=-1) + 1)]
+
+
+def load_pictures(folder: Path, split: str, limit: int | None = None, *, captions: bool = False) -> Pictures:
+    """One split, in the order of the files."""
+    columns = ["img", "label", *(["caption"] if captions else [])]
     images: list[np.ndarray] = []
     labels: list[int] = []
-    for file in parquet_files(Path(folder), split):
-        table = pq.read_table(file, columns=["img", "label"])
-        images += [decode(cell["bytes"]) for cell in table["img"][:limit].to_pylist()]
+    texts: list[str] = []
+    for file in parquet_files(folder, split):
+        table = read_columns(file, columns)
+        images += decode_all(file, table["img"][:limit].to_pylist())
         labels += table["label"][:limit].to_pylist()
+        texts += table["caption"][:limit].to_pylist() if captions else []
+    sizes = {image.shape for image in images}
+    if len(sizes) != 1:
+        found = ", ".join(f"{width}x{height}" for height, width, _ in sorted(sizes)[:4])
+        raise DataError(
+            f"the images of {folder} ({split}) have different sizes ({found}): resize them to one"
+        )
+    classes = class_names(table.schema, labels)
+    wrong = next((row for row, label in enumerate(labels) if not 0 <= (label or 0) < len(classes)), None)
+    if wrong is not None or None in labels:
+        row = labels.index(None) if wrong is None else wrong
+        raise DataError(
+            f"{folder} ({split}), row {row}: label {labels[row]} is none of {len(classes)} classes"
+        )
     pixels = torch.from_numpy(np.stack(images)[:limit]).permute(0, 3, 1, 2).contiguous()
-    return pixels, torch.tensor(labels[:limit])
+    return Pictures(pixels, torch.tensor(labels[:limit]), texts[:limit], classes)
+
+
+def load_split(folder: Path, split: str, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Images (n, 3, height, width) as uint8 and labels (n,) as int64, in the order of the files."""
+    pictures = load_pictures(folder, split, limit)
+    return pictures.images, pictures.labels
 
 
 def random_flip(images: Tensor) -> Tensor:
@@ -45,13 +117,25 @@ def random_flip(images: Tensor) -> Tensor:
     return torch.where(mirrored, images.flip(-1), images)
 
 
-def batches(images: Tensor, size: int) -> Iterator[Tensor]:
-    """Endless shuffled batches in [-1, 1], flipped at random, channels last."""
+def pad_to(images: Tensor, multiple: int) -> Tensor:
+    """Zeros around images whose sides a network cannot halve often enough: 28x28 becomes 32x32."""
+    height, width = images.shape[-2:]
+    rows, columns = -height % multiple, -width % multiple
+    sides = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+    return torch.nn.functional.pad(images, sides)
+
+
+def draws(count: int, size: int) -> Iterator[Tensor]:
+    """Endless batches of indices, every image once in each round."""
     while True:
-        for index in torch.randperm(len(images)).split(size):
+        for index in torch.randperm(count).split(size):
             if len(index) == size:
-                batch = random_flip(images[index]).float() / 127.5 - 1
-                yield batch.to(memory_format=torch.channels_last)
+                yield index
+
+
+def signed(images: Tensor) -> Tensor:
+    """From bytes to [-1, 1], channels last."""
+    return (images.float() / 127.5 - 1).to(memory_format=torch.channels_last)
 
 
 def grid(images: list[Image.Image], columns: int = 8, zoom: int = 2) -> Image.Image:
