@@ -43,6 +43,7 @@ def finish(
         license=args.license,
         processor=f" on {args.processor}" if args.processor else "",
         millions=millions,
+        samples=len(images),
         hours=state.seconds / 3600,
         **asdict(state),
         **facts,

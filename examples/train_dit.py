@@ -53,7 +53,7 @@ its own autoencoder. An ordinary diffusers `DiTPipeline`: `pipe(class_labels=[0,
 - Last loss (of v, plain mean): {loss:.4f}.
 - Classes: {classes}. Any other label gives a picture of no class in particular.
 
-![64 samples of DDIM with 50 steps from consecutive seeds, the classes in turn, guidance {guidance}, not selected](samples.png)
+![{samples} samples of DDIM with 50 steps from consecutive seeds, the classes in turn, guidance {guidance}, not selected](samples.png)
 """
 
 
@@ -128,11 +128,12 @@ def export(args: argparse.Namespace) -> None:
     with torch.no_grad():
         for table in (layer for layer in model.modules() if isinstance(layer, nn.Embedding)):
             table.weight[len(classes) : NO_CLASS] = table.weight[NO_CLASS]
-    names = {index: name.replace("-", " ") for index, name in enumerate(classes)}
-    DiTPipeline(model.half(), autoencoder.half(), DDIMScheduler(**SCHEDULER), id2label=names).save_pretrained(
-        args.out
-    )
-    labels = torch.arange(64) % len(classes)
+    pipe = DiTPipeline(model.half(), autoencoder.half(), DDIMScheduler(**SCHEDULER))
+    names = {str(index): name.replace("-", " ") for index, name in enumerate(classes)}
+    # The pipeline reads the names of the classes but does not write them by itself.
+    pipe.register_to_config(id2label=names)
+    pipe.save_pretrained(args.out)
+    labels = torch.arange(args.samples) % len(classes)
     images = decode(autoencoder.float(), sample(model.float().eval(), labels, args.guidance, 50))
     facts = {"side": pictures.images.shape[-1], "classes": ", ".join(classes), "guidance": args.guidance}
     finish(args, CARD, state, model, images, **facts)
@@ -150,6 +151,7 @@ def parser() -> argparse.ArgumentParser:
     exporting = commands.add_parser("export")
     exporting.set_defaults(command=export)
     exporting.add_argument("--out", type=Path, required=True, help="the pipeline folder to write")
+    exporting.add_argument("--samples", type=int, default=64, help="pictures of the grid")
     exporting.add_argument("--title", default="Characters DiT")
     exporting.add_argument("--license", default="cc0-1.0")
     exporting.add_argument("--guidance", type=float, default=GUIDANCE)

@@ -58,7 +58,7 @@ its own autoencoder, a CLIP text encoder (width 128, two layers) trained with it
 - Last loss (of v, plain mean): {loss:.4f}.
 - Words it does not know become one token for all of them.
 
-![64 samples of DDIM with 50 steps from consecutive seeds, test captions, guidance {guidance}, not selected](samples.png)
+![{samples} samples of DDIM with 50 steps from consecutive seeds, test captions, guidance {guidance}, not selected](samples.png)
 """
 
 
@@ -150,8 +150,10 @@ def export(args: argparse.Namespace) -> None:
     )
     for name, network in networks.items():
         network.load_state_dict(weights[name])
-    pipeline(networks.half(), autoencoder.half(), tokenizer).save_pretrained(args.out)
-    prompts = load_pictures(args.data, "test", 64, captions=True).captions
+    # transformers loads a text encoder in the type of its file, diffusers the rest in float32.
+    networks["unet"].half()
+    pipeline(networks, autoencoder.half(), tokenizer).save_pretrained(args.out)
+    prompts = load_pictures(args.data, "test", args.samples, captions=True).captions
     pipe = pipeline(networks.float().eval(), autoencoder.float(), tokenizer)
     facts = {"side": pictures.images.shape[-1], "words": len(tokenizer), "example": prompts[0]}
     images = sample(pipe, prompts, args.guidance, 50)
@@ -169,6 +171,7 @@ def parser() -> argparse.ArgumentParser:
     exporting = commands.add_parser("export")
     exporting.set_defaults(command=export)
     exporting.add_argument("--out", type=Path, required=True, help="the pipeline folder to write")
+    exporting.add_argument("--samples", type=int, default=64, help="pictures of the grid")
     exporting.add_argument("--title", default="Characters from text")
     exporting.add_argument("--license", default="cc0-1.0")
     exporting.add_argument("--guidance", type=float, default=GUIDANCE)

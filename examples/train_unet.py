@@ -35,7 +35,7 @@ attention at 8x8, v-prediction, 1000 linear-beta steps. An ordinary diffusers `D
 - Seen: {seen:,} images in {hours:.1f} hours{processor}.
 - Last loss (of v, plain mean): {loss:.4f}.
 
-![64 samples of DDIM with 50 steps from consecutive seeds, not selected](samples.png)
+![{samples} samples of DDIM with 50 steps from consecutive seeds, not selected](samples.png)
 """
 
 
@@ -95,7 +95,15 @@ def export(args: argparse.Namespace) -> None:
     unet.load_state_dict(weights["unet"])
     DDIMPipeline(unet.half(), DDIMScheduler(**SCHEDULER)).save_pretrained(args.out)
     channels = "-".join(map(str, unet.config.block_out_channels))
-    finish(args, CARD, state, unet, sample(unet.float(), 64), side=unet.config.sample_size, channels=channels)
+    finish(
+        args,
+        CARD,
+        state,
+        unet,
+        sample(unet.float(), args.samples),
+        side=unet.config.sample_size,
+        channels=channels,
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -113,6 +121,7 @@ def parser() -> argparse.ArgumentParser:
     exporting = commands.add_parser("export")
     exporting.set_defaults(command=export)
     exporting.add_argument("--out", type=Path, required=True, help="the pipeline folder to write")
+    exporting.add_argument("--samples", type=int, default=64, help="pictures of the grid")
     exporting.add_argument("--title", default="Characters U-Net")
     exporting.add_argument("--license", default="cc0-1.0")
     exporting.add_argument("--processor", default="", help="what it was trained on, for the card")
