@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepquant.artifact import Artifact, LayerSpec, check_tensors, freeze
+from stepquant.artifact import Artifact, LayerSpec, freeze
 from stepquant.calib.pick import every
 from stepquant.calib.record import Source
 from stepquant.core.affine import dequantize
+from stepquant.core.bounds import BYTES, check_tensors
 from stepquant.core.grid import Grid
 from stepquant.core.pack import unpack
 from stepquant.core.ranges import minmax
@@ -75,11 +76,15 @@ def test_freezing_leaves_the_float_model_alone(source: Source) -> None:
 
 
 def test_check_names_the_tensor() -> None:
-    good = {"a": torch.zeros(2), "b": torch.zeros(3)}
-    check_tensors(good, good, "here")
-    with pytest.raises(ArtifactError, match="'b' is missing"):
-        check_tensors({"a": good["a"]}, good, "here")
-    with pytest.raises(ArtifactError, match="'c' is foreign"):
-        check_tensors(good | {"c": torch.zeros(1)}, good, "here")
-    with pytest.raises(ArtifactError, match="'b' has the wrong shape"):
-        check_tensors(good | {"b": torch.zeros(4)}, good, "here")
+    good, packed = {"a": torch.zeros(2), "b": torch.zeros(3)}, {"b": BYTES}
+    check_tensors(good, good, "here", packed)
+    check_tensors(good | {"a": torch.zeros(2).half()}, good, "here", packed)
+    for wrong, message in (
+        ({"a": good["a"]}, "'b' is missing"),
+        (good | {"c": torch.zeros(1)}, "'c' is foreign"),
+        (good | {"b": torch.zeros(4)}, "'b' has the wrong shape"),
+        (good | {"b": torch.zeros(3).half()}, "'b' has the wrong dtype"),
+        (good | {"a": torch.zeros(2, dtype=torch.int8)}, "'a' has the wrong dtype"),
+    ):
+        with pytest.raises(ArtifactError, match=message):
+            check_tensors(wrong, good, "here", packed)

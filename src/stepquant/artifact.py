@@ -9,13 +9,74 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepquant.core.grid import Grid
+from stepquant.core.bounds import BYTES, FINITE, SCALE, TIMES, VARIANCE, Bounds, zero_points
+from stepquant.core.entries import (
+    AGAIN,
+    ANYTHING,
+    OBJECT,
+    TEXT,
+    TRUTH,
+    entries,
+    list_of,
+    one_of,
+    optional,
+    table_of,
+    whole,
+)
+from stepquant.core.grid import Grid, GridError
 from stepquant.core.pack import pack
 from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import ArtifactError
 from stepquant.quant.insert import Inserted
 from stepquant.quant.layers import QuantLayer
 from stepquant.quant.quantizer import Quantizer
+
+# The entries of `quantization_config`.
+FORMAT, UNCOVERED = 2, 1  # what is written; what says nothing about its configuration
+FORMATS = (UNCOVERED, FORMAT)
+NEEDED = {
+    "quant_method": one_of("stepquant"),
+    "format": whole(1),
+    "layers": table_of(OBJECT),
+    "digests": table_of(TEXT),
+    "digest": TEXT,
+    "settings": TEXT,
+}
+ALLOWED = {
+    "products": table_of(OBJECT),
+    "splits": table_of(list_of(whole(1), 2)),
+    "steps": optional(OBJECT),
+    "recipe": OBJECT,
+    "settings": optional(TEXT),
+    "_pre_quantization_dtype": ANYTHING,
+}
+KEYS = ("layers", "products", "splits", "steps", "recipe", "format", "digests", "settings")
+
+OPERANDS = ("query", "key", "value", "probabilities")
+SHARED = {"weight": ("tensor", "channel", "group")}  # over what scales are; over tensors and steps elsewhere
+
+
+def stored_grid(port: str, text: str, where: str) -> Grid:
+    """A grid that this port can be stored on."""
+    allowed = SHARED.get(port, ("tensor", "step"))
+    try:
+        grid = Grid.parse(text)
+    except GridError as error:
+        raise ArtifactError(
+            f"'{where}.{port}' is no grid: {error.what}",
+            where=f"config.json, {where}",
+            expected=error.expected,
+            fix=AGAIN,
+        ) from error
+    if grid.granularity not in allowed:
+        raise ArtifactError(
+            f"'{where}.{port}' cannot carry its grid",
+            where=f"config.json, {where}",
+            got=grid,
+            expected=f"a grid per {' or '.join(allowed)}",
+            fix=AGAIN,
+        )
+    return grid
 
 
 @dataclass(frozen=True)
@@ -29,8 +90,9 @@ class LayerSpec:
         return {"weight": str(self.weight)} | ({"input": str(self.input)} if self.input else {})
 
     @classmethod
-    def from_json(cls, data: Mapping[str, str]) -> LayerSpec:
-        return cls(Grid.parse(data["weight"]), Grid.parse(data["input"]) if "input" in data else None)
+    def from_json(cls, data: Any, where: str = "layer") -> LayerSpec:
+        found = entries(data, where, {"weight": TEXT}, {"input": TEXT})
+        return cls(**{port: stored_grid(port, text, where) for port, text in found.items()})
 
 
 @dataclass(frozen=True)
@@ -44,13 +106,14 @@ class ProductSpec:
     shifted: bool = False  # a constant is added to the quantized probabilities
 
     def to_json(self) -> dict[str, Any]:
-        grids = {port: str(getattr(self, port)) for port in ("query", "key", "value", "probabilities")}
+        grids = {port: str(getattr(self, port)) for port in OPERANDS}
         return grids | ({"shifted": True} if self.shifted else {})
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ProductSpec:
-        grids = {port: Grid.parse(text) for port, text in data.items() if port != "shifted"}
-        return cls(**grids, shifted=bool(data.get("shifted", False)))
+    def from_json(cls, data: Any, where: str = "product") -> ProductSpec:
+        found = entries(data, where, dict.fromkeys(OPERANDS, TEXT), {"shifted": TRUTH})
+        grids = {port: stored_grid(port, found[port], where) for port in OPERANDS}
+        return cls(**grids, shifted=found.get("shifted", False))
 
 
 @dataclass(frozen=True)
@@ -65,6 +128,12 @@ class StepSpec:
 
     def to_json(self) -> dict[str, int | str]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "steps") -> StepSpec:
+        sizes = {"groups": whole(1), "table": whole(0), "channels": whole(0)}
+        noise = one_of("none", "absorb", "sample")
+        return cls(**entries(data, where, {"times": whole(1)}, {**sizes, "noise": noise}))
 
 
 @dataclass(frozen=True)
@@ -163,23 +232,28 @@ def range_tensors(prefix: str, quantizer: Quantizer) -> dict[str, Tensor]:
     }
 
 
-def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
-    """Every expected tensor is there in its shape, and none besides."""
-    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or extra:
-        name = (missing or extra)[0]
-        raise ArtifactError(
-            f"tensor '{name}' is {'missing from' if missing else 'foreign to'} the artifact",
-            where=where,
-            got=f"{len(missing)} missing, {len(extra)} extra",
-            fix="quantize the model again, or fetch the folder again",
-        )
-    for name, value in found.items():
-        if value.shape != expected[name].shape:
-            raise ArtifactError(
-                f"tensor '{name}' has the wrong shape",
-                where=where,
-                got=tuple(value.shape),
-                expected=tuple(expected[name].shape),
-                fix="fetch the folder again: it was truncated or edited",
-            )
+def bounds_of(
+    layers: Mapping[str, LayerSpec], products: Mapping[str, ProductSpec], steps: StepSpec | None
+) -> dict[str, Bounds]:
+    """Every tensor of an artifact with what its values may be."""
+    found: dict[str, Bounds] = {}
+    for path, layer in layers.items():
+        found |= {f"{path}.weight": BYTES, f"{path}.weight_scale": SCALE, f"{path}.bias": FINITE}
+        found[f"{path}.weight_zero_point"] = zero_points(layer.weight)
+        if layer.input is not None:
+            found |= range_bounds(f"{path}.input", layer.input)
+    for path, product in products.items():
+        for port in OPERANDS:
+            found |= range_bounds(f"{path}.product.{port}", getattr(product, port))
+        found[f"{path}.product.probabilities_shift"] = FINITE
+    if steps is not None:
+        last = steps.groups - 1
+        found["steps.bits"] = TIMES
+        found["steps.rows"] = Bounds(0, last, f"rows from 0 to {last}")
+        found |= {f"steps.{name}": FINITE for name in ("table", "correction_scale", "correction_bias")}
+        found["steps.correction_variance"] = VARIANCE
+    return found
+
+
+def range_bounds(prefix: str, grid: Grid) -> dict[str, Bounds]:
+    return {f"{prefix}_scale": SCALE, f"{prefix}_zero_point": zero_points(grid)}

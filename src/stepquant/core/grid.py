@@ -6,12 +6,14 @@ import re
 from dataclasses import dataclass
 from typing import Literal, cast
 
+from stepquant.errors import StepquantError
+
 Granularity = Literal["tensor", "channel", "group", "token", "step"]
 GRAMMAR = "[u]int<2..8>/<tensor|channel|group<N>|token|step>[/sym|/asym], for example int8/channel, uint8/tensor, int4/group32"
-PATTERN = re.compile(r"(u?)int(\d+)/(tensor|channel|token|step|group(\d+))(?:/(sym|asym))?")
+PATTERN = re.compile(r"(u?)int([0-9]{1,9})/(tensor|channel|token|step|group([0-9]{1,9}))(?:/(sym|asym))?")
 
 
-class GridError(ValueError):
+class GridError(StepquantError):
     """A grid that cannot exist, or a tensor that does not fit it."""
 
 
@@ -31,9 +33,9 @@ class Grid:
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
-            raise GridError(f"a grid has 2 to 8 bits, not {self.bits}: {GRAMMAR}")
+            raise GridError(f"a grid has 2 to 8 bits, not {self.bits}", expected=GRAMMAR)
         if (self.granularity == "group") != (self.group > 0):
-            raise GridError(f"a group grid names its group size, not {self.group}: {GRAMMAR}")
+            raise GridError(f"a group grid names its group size, not {self.group}", expected=GRAMMAR)
 
     @property
     def qmin(self) -> int:
@@ -54,7 +56,7 @@ class Grid:
     def parse(cls, text: str) -> Grid:
         found = PATTERN.fullmatch(text.strip())
         if not found:
-            raise GridError(f"cannot read the grid '{text}': write {GRAMMAR}")
+            raise GridError(f"cannot read the grid '{text}'", expected=GRAMMAR)
         unsigned, bits, shared, group, shape = found.groups()
         granularity = cast(Granularity, "group" if group else shared)
         return cls(

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.utils import is_transformers_available, logging
-from safetensors import SafetensorError
 
 from stepquant import hub
 from stepquant.errors import ModelError, StepquantError, UnknownNameError
@@ -63,11 +62,12 @@ def find_folder(name: str) -> Path:
 
 def open_pipeline(folder: Path) -> Any:
     try:
+        hub.check_folder(folder)
         with without_bars():
             return DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except StepquantError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever diffusers stumbles over in files that it does not check
         words = str(error).strip().splitlines() or [type(error).__name__]
         pickled = any(folder.rglob("*.bin"))
         raise ModelError(

@@ -71,7 +71,7 @@ def part_like(layer: Any, weight: Tensor, bias: bool) -> nn.Module:
 
 def split_concats(model: nn.Module, splits: Mapping[str, tuple[int, ...]]) -> Callable[[], None]:
     """Split the layers at these paths in place; calling the result puts the whole layers back."""
-    former = {path: model.get_submodule(path) for path in splits}
+    former = {path: find(model, path) for path in splits}
     for path, widths in splits.items():
         model.set_submodule(path, split_layer(former[path], widths, path))
 
@@ -80,3 +80,15 @@ def split_concats(model: nn.Module, splits: Mapping[str, tuple[int, ...]]) -> Ca
             model.set_submodule(path, layer)
 
     return unsplit
+
+
+def find(model: nn.Module, path: str) -> nn.Module:
+    """The part of `model` at a path that was read from somewhere."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise ModelError(
+            f"the model has no part '{path}'",
+            where=type(model).__name__,
+            fix="its description belongs to another model, or was edited",
+        ) from error

@@ -147,7 +147,9 @@ def read_grid(text: str) -> Grid | None:
         return None if text == "float" else Grid.parse(str(text))
     except GridError as error:
         raise PlanError(
-            f"a plan rule has no usable grid: {error}", got=text, expected='"float" or a grid'
+            f"a plan rule has no usable grid: {error.what}",
+            got=text,
+            expected=f'"float", or {error.expected}',
         ) from error
 
 

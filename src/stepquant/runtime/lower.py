@@ -9,16 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepquant.artifact import Artifact, LayerSpec, ProductSpec, StepSpec, check_tensors
-from stepquant.errors import ModelError, RuntimeSupportError
+from stepquant.artifact import Artifact, LayerSpec, ProductSpec, StepSpec, bounds_of
+from stepquant.core.bounds import check_tensors, check_values
+from stepquant.core.entries import AGAIN
+from stepquant.core.grid import GridError
+from stepquant.errors import ArtifactError, ModelError, RuntimeSupportError
 from stepquant.models.attention import rebind
 from stepquant.models.denoiser import device_of, family_of
-from stepquant.models.split import split_concats
+from stepquant.models.parts import PRODUCTS
+from stepquant.models.split import find, split_concats
 from stepquant.models.structure import Structure, roles, structure
 from stepquant.runtime import ops
 from stepquant.runtime.attend import Attention, Readers
 from stepquant.runtime.convolutions import IntegerConv1d, IntegerConv2d, channels_last
 from stepquant.runtime.fused import Chain, Done, NormOut, Resample, Residual, Up
+from stepquant.runtime.intact import check_steps, own_bounds
 from stepquant.runtime.layers import IntegerLayer, IntegerLinear
 from stepquant.runtime.product import IntegerProduct
 from stepquant.runtime.replay import Replay
@@ -51,13 +56,17 @@ def skeleton(
     split_concats(model, splits)
     device, groups = device_of(model), steps.groups if steps else 1
     for path, spec in layers.items():
-        former = model.get_submodule(path)
-        model.set_submodule(path, integer_layer(former, spec, path, groups))
+        model.set_submodule(path, integer_layer(find(model, path), spec, path, groups))
     for path, product in products.items():
-        attention = model.get_submodule(path)
+        attention = find(model, path)
+        if not isinstance(attention, PRODUCTS):
+            raise ArtifactError(
+                f"'{path}' is no attention, and has no product", got=type(attention).__name__, fix=AGAIN
+            )
         attention.product = IntegerProduct(product, device_of(attention), groups)
         rebind(attention, attention.product, path)
     if steps is not None:
+        check_steps(model, steps)
         if steps.table:
             for path in structure(model).time_layers():
                 model.set_submodule(path, Tabled())
@@ -69,7 +78,9 @@ def lower(model: nn.Module, artifact: Artifact, dtype: torch.dtype = torch.bfloa
     """`model` in integers, in place."""
     skeleton(model, artifact.layers, artifact.products, artifact.splits, artifact.steps)
     own = own_tensors(model)
-    check_tensors(artifact.tensors, own, "artifact")
+    bounds = bounds_of(artifact.layers, artifact.products, artifact.steps)
+    check_tensors(artifact.tensors, own, "artifact", bounds)
+    check_values(artifact.tensors, bounds, "artifact")
     for name, value in artifact.tensors.items():
         own[name].copy_(value)
     return prepare(model, dtype)
@@ -151,6 +162,7 @@ class Reload:
         self.dtype, self.fuse = dtype, fuse
 
     def __call__(self, model: nn.Module, _keys: object) -> None:
+        check_values(own_tensors(model), own_bounds(runtime_modules(model)), "the state dict that was loaded")
         prepare(model, self.dtype, self.fuse)
 
 
@@ -250,7 +262,12 @@ def integer_layer(layer: nn.Module, spec: LayerSpec, path: str, groups: int = 1)
     """The runtime layer that takes the place of `layer`, with empty buffers on the same device."""
     for kind, runtime_kind in LAYERS.items():
         if isinstance(layer, kind):
-            return runtime_kind(layer, spec, groups)
+            try:
+                return runtime_kind(layer, spec, groups)
+            except GridError as error:
+                raise ArtifactError(
+                    f"layer '{path}' cannot carry {spec.weight}", got=error.what, fix=AGAIN
+                ) from error
     raise RuntimeSupportError(
         f"layer '{path}' has no integer form",
         got=type(layer).__name__,
