@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stepquant import hub
+from stepquant import hub, methods
 from stepquant.calib.cache import cache_folder
 from stepquant.calib.record import MEMORY
 from stepquant.cli.explain import explain_plan
@@ -70,16 +70,15 @@ def quantize(
     """Quantize a model, calibrated on its own denoising trajectories, and write an ordinary diffusers folder."""
     screen = Screen(quiet)
     chosen = read_settings(settings or [])
-    if samples is not None:
-        if "samples" in chosen:
-            raise StepquantError("--samples and --set samples= say the same thing", fix="give one of them")
-        chosen["samples"] = samples
+    records = methods.records(method, samples)
+    if twice := records.keys() & chosen.keys():
+        raise StepquantError(f"--samples and --set {twice.pop()}= say the same thing", fix="give one of them")
     recipe = Recipe.of(
         model=model,
         method=method,
         scheme=scheme,
         plan=plan_json(plan),
-        settings=chosen,
+        settings=chosen | records,
         steps=steps,
         sampler=sampler,
         seed=seed,

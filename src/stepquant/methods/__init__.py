@@ -63,6 +63,12 @@ def build(name: str, settings: Mapping[str, Any] | None = None, bits: int | None
     return cast(Method, make(base, dict(settings or {}), bits))
 
 
+def records(name: str, samples: int | None) -> dict[str, int]:
+    """The setting of so many calibration records: of a method, not of the correction behind it."""
+    base, joint, _ = name.partition(JOINT)
+    return {} if samples is None else {f"{base}.samples" if joint else "samples": samples}
+
+
 def share_out(parts: tuple[str, str], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Which part each field belongs to; `part.field` says so where both have one of that name."""
     fields: dict[str, dict[str, Any]] = {part: {} for part in parts}
