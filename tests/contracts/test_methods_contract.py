@@ -78,3 +78,14 @@ def test_records_are_counted_in_one_way_only() -> None:
         with pytest.raises(MethodError, match="samples and trajectories"):
             methods.build(name, {"samples": 8, "trajectories": 2})
         assert methods.build(name, {"samples": 8, "preset": "paper"})
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_numbers_beyond_all_measure_are_refused(name: str) -> None:
+    numbers = {int: [10**30], float: [float("inf"), float("nan")], int | None: [10**30]}
+    fields = methods.kind(name).model_fields.items()
+    asked = [(key, value) for key, field in fields for value in numbers.get(field.annotation, [])]  # type: ignore[call-overload]
+    assert asked
+    for key, value in asked:
+        with pytest.raises(MethodError, match=f"'{key}'"):
+            methods.make(name, {key: value})

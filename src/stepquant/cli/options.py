@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from stepquant.calib.cache import is_special
+from stepquant.cli.words import LARGEST
 from stepquant.errors import StepquantError
 
 DEFAULT_MODEL = "stepquant:cifar10"
@@ -188,7 +189,7 @@ def read_counts(text: str, option: str) -> tuple[int, ...]:
         counts = tuple(int(part) for part in text.split(","))
     except ValueError:
         counts = ()
-    if not counts or min(counts) < 1:
+    if not counts or min(counts) < 1 or max(counts) > LARGEST:
         raise StepquantError(
             f"cannot read {option} {text}", expected="positive numbers with commas, as 1,8,32"
         )

@@ -13,6 +13,7 @@ from stepquant.errors import MethodError, UnknownNameError
 from stepquant.methods.method import Corrected, Correction, Method
 
 JOINT = "+"  # method+correction
+MOST = 2**31 - 1  # of anything that is counted
 
 
 def names() -> list[str]:
@@ -91,10 +92,16 @@ def make(name: str, settings: Mapping[str, Any], bits: int | None = None) -> Bas
         if key not in fields:
             raise UnknownNameError(f"field of method '{name}'", key, fields)
     try:
-        return kind(name).model_validate(dict(settings), context={"bits": bits})
+        made = kind(name).model_validate(dict(settings), context={"bits": bits})
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise MethodError(
             f"field '{field}' of method '{name}': {first['msg']}", got=first["input"]
         ) from error
+    for field, value in made:
+        if isinstance(value, int) and value > MOST:
+            raise MethodError(
+                f"field '{field}' of method '{name}' is too large", got=value, expected=f"at most {MOST}"
+            )
+    return made

@@ -38,7 +38,7 @@ class Reconstruct(Protocol):
 class Method(BaseModel, ABC):
     """Quantizes a denoiser with data from a source; the model is float again afterwards."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact: ...
@@ -75,7 +75,7 @@ def split_here(wanted: bool, asked: bool, denoiser: Denoiser, source: Source) ->
 class Correction(BaseModel, ABC):
     """Corrects the predictions of a quantized denoiser at every step, so that they come near to the float one's."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @abstractmethod
     def __call__(
