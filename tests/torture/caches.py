@@ -23,7 +23,7 @@ def race(
     expected: dict[str, dict[str, bytes]],
 ) -> str:
     """Two at once, each into a folder of its own; what did not hold."""
-    outs, cache = (place / "a", place / "b"), place / "cache"
+    outs, cache = (place / "a" / "out", place / "b" / "out"), place / "cache"
     children = []
     for recipe, out in zip(recipes, outs):
         children.append(begin(model, recipe, cache, out))
