@@ -104,7 +104,7 @@ def test_numbers_of_all_commands_are_found() -> None:
     ("words", "said"),
     [
         (("--device", "meta"), "cannot use device 'meta'"),
-        (("--set", "batch=" + "[" * 100_000), "--set has lists in lists"),
+        (("--set", "percent=" + "[" * 100_000), "--set has lists in lists"),
         (("--scheme", ""), "the value of --scheme is empty"),
         (("--scheme=",), "the value of --scheme is empty"),
         (("--plan", "latin.json"), "cannot read the plan"),
