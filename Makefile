@@ -1,4 +1,4 @@
-# make demo | make test | make setup | make format.  Other Python: make PYTHON=python3.12 test
+# make demo | make test | make setup | make format | make torture.  Other Python: make PYTHON=python3.12 test
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 READY := $(VENV)/.ready
 
-.PHONY: demo test setup format sanitize clean
+.PHONY: demo test setup format sanitize torture clean
 
 demo: setup
 	$(BIN)/stepquant demo
@@ -34,6 +34,13 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	$(PIP) install --quiet --no-build-isolation --editable ".[dev]"
 	@$(BIN)/python -c 'from stepquant.runtime.ops import compiled; print("C++ kernels:", "built" if compiled() else "not built, plain torch instead")'
 	touch $@
+
+# Long: random kills, damaged artifacts, shared caches, random shapes. Each prints one line; see docs/torture.md.
+torture: setup
+	nice -n 5 $(BIN)/python -W ignore -m tests.torture.kills --count 50 --seed 0
+	nice -n 5 $(BIN)/python -W ignore -m tests.torture.mutations --count 1000 --seed 0
+	nice -n 5 $(BIN)/python -W ignore -m tests.torture.caches --count 8 --seed 0
+	nice -n 5 $(BIN)/python -W ignore -m tests.torture.shapes --count 10000 --seed 0
 
 clean:
 	rm -rf build $(VENV)

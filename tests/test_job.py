@@ -23,7 +23,6 @@ from stepquant.errors import (
     UnknownNameError,
 )
 from stepquant.job import Recipe, load, quantize, quantize_to
-from stepquant.job.files import remove_abandoned
 from stepquant.models.sampling import run
 
 QUICK = {"samples": 8, "batch": 4}
@@ -262,13 +261,3 @@ class TestWriting:
         (tmp_path / "out").write_text("")
         with pytest.raises(StepquantError, match="in the way"):
             quantize_to(recipe(saved), tmp_path / "out")
-
-    def test_folders_of_killed_runs_are_removed_and_living_ones_kept(self, tmp_path: Path) -> None:
-        dead, living = tmp_path / ".out.4194301.part", tmp_path / f".out.{os.getppid()}.part"
-        other = tmp_path / ".outer.4194301.part"
-        for folder in (dead, living, other):
-            folder.mkdir()
-        remove_abandoned(tmp_path / "out")
-        assert not dead.exists()
-        assert living.exists()
-        assert other.exists()

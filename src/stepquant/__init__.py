@@ -5,10 +5,26 @@ Importing it tells diffusers how to load what stepquant writes; everything else 
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
-from stepquant import hub  # noqa: F401 - registers with diffusers
-from stepquant.errors import StepquantError
+
+def leave(*_: object) -> None:
+    """Ctrl-C while a command imports, for seconds, what it needs: nothing has begun."""
+    os.write(2, b"\nInterrupted: nothing had begun\n")
+    os._exit(130)
+
+
+# As the program itself, and only there: in a library the interrupt is the caller's.
+_ran = sys.argv[:1] == ["-m"] and ("-m", "stepquant") in zip(sys.orig_argv, sys.orig_argv[1:])
+_ran = _ran or os.path.basename(sys.argv[0] if sys.argv else "") == "stepquant"
+if _ran and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, leave)  # until the command line listens itself
+
+from stepquant import hub  # noqa: E402, F401 - registers with diffusers
+from stepquant.errors import StepquantError  # noqa: E402
 
 if TYPE_CHECKING:
     from stepquant.job import Recipe, load, quantize, quantize_to

@@ -172,6 +172,19 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(start: Callable[..., Run]) ->
     assert not list(run.out.parent.glob(".out*"))
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_that_asks_to_end_leaves_no_more_behind_than_ctrl_c(
+    number: signal.Signals, code: int, start: Callable[..., Run]
+) -> None:
+    run = start()
+    run.wait_until(run.recording)
+    assert run.send(number) == code
+    said = run.said.read_text()
+    assert "Interrupted" in said
+    assert "--resume" in said
+    assert not list(run.out.parent.glob(".out*"))
+
+
 def test_a_file_size_limit_is_one_clear_error(start: Callable[..., Run]) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))

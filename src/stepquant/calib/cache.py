@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from glob import escape
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,20 +18,39 @@ def cache_folder() -> Path:
 
 
 def atomically(target: Path, write: Callable[[Path], object]) -> None:
-    """Write to a temporary name beside `target` and rename; nothing half-written stays behind."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    """Write to a temporary name beside `target` and rename; nothing half-written stays behind.
+
+    A link stays: the file behind it is replaced. A device or a pipe is written to as it is.
+    """
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in target.parent.glob(f".{target.name}.*.part"):
-            remove_if_orphaned(leftover)
-        write(temporary)
-        os.replace(temporary, target)
+        if is_special(target):
+            write(target)
+        else:
+            replace(Path(os.path.realpath(target)), write)
     except (OSError, SafetensorError) as error:
         raise StepquantError(
             f"cannot write: {getattr(error, 'strerror', None) or error}",
             where=str(target),
             fix="free disk space or check permissions, then run again, with --resume where there is one; finished parts are kept",
         ) from error
+
+
+def is_special(file: Path) -> bool:
+    """Whether `file` is a device, a pipe or another stream of the system, which no file may take the place of."""
+    return file.exists() and not file.is_file()
+
+
+def replace(target: Path, write: Callable[[Path], object]) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(f".{escape(target.name)}.*.part"):
+        remove_if_orphaned(leftover)
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it: some libraries write for their owner alone
+        write(temporary)
+        temporary.chmod(mode)
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 

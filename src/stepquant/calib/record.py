@@ -204,4 +204,4 @@ def take_rows(value: Tensor, places: Tensor, entries: int) -> Tensor:
 
 def trajectory_seed(seed: int, trajectory: int) -> int:
     """One seed per trajectory, apart for different base seeds."""
-    return seed * 1_000_003 + trajectory
+    return (seed * 1_000_003 + trajectory) % 2**63  # what torch takes

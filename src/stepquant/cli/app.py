@@ -8,6 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import Annotated, Any
 
@@ -17,11 +18,33 @@ from rich.text import Text
 
 from stepquant import __version__
 from stepquant.cli import compare, demo, diff, lists, make, measure, show, study
-from stepquant.cli.interrupt import Interrupted
+from stepquant.cli.interrupt import CTRL_C, Interrupted, heeding, keeping
+from stepquant.cli.words import check_given, check_values, suit_terminal
 from stepquant.errors import StepquantError
 
-DONE, OURS, USER, INTERRUPTED = 0, 1, 2, 130
-OF_THE_USER = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+DONE, OURS, USER, CLOSED = 0, 1, 2, 141
+OF_THE_USER = (
+    *(
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.EBUSY,
+        errno.EIO,
+    ),
+    *(
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+        errno.ENXIO,
+        errno.ENODEV,
+        errno.ENOTEMPTY,
+    ),
+    *(errno.EMFILE, errno.ENFILE, errno.ESTALE),
+)
 
 app = typer.Typer(
     help="Quantize diffusion models after training, and run them in integers.",
@@ -49,22 +72,21 @@ def everywhere(
     """Quantize diffusion models after training, and run them in integers."""
 
 
-def interruptible(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Ctrl-C as an error of our own: typer would swallow it without a word."""
+def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Checks what every command must not be given, and makes Ctrl-C an error of our own, which typer would swallow."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
-        try:
+        check_values(kwargs)
+        with keeping("nothing was written; run the same command again"):
             return command(*args, **kwargs)
-        except KeyboardInterrupt:
-            raise Interrupted("nothing was written; run the same command again") from None
 
     return run
 
 
 for module in (demo, make, measure, compare, diff, show, lists, study):
     for name, command in module.COMMANDS.items():
-        app.command(name)(interruptible(command))
+        app.command(name)(guarded(command))
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -73,19 +95,47 @@ def main(words: Sequence[str] | None = None) -> int:
     debug = "--debug" in given
     if not debug:  # what torch and diffusers say to their developers is not for users
         warnings.filterwarnings("ignore", module=r"torch|diffusers|transformers")
+    suit_terminal()
     try:
+        with heeding():
+            return run(given, debug)
+    except KeyboardInterrupt:
+        return CTRL_C
+
+
+def run(given: Sequence[str], debug: bool) -> int:
+    try:
+        check_given(given)
         app(args=[word for word in given if word != "--debug"], prog_name="stepquant")
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else DONE if end.code is None else OURS
+        if isinstance(end.__context__, BrokenPipeError):  # click and rich end so, with the code of a failure
+            return close_output()
+        code = end.code if isinstance(end.code, int) else DONE if end.code is None else OURS
     except Interrupted as stop:
         say(f"\nInterrupted: {stop}")
-        return INTERRUPTED
+        return stop.code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        return close_output()
     except Exception as error:  # the border of the program
         return explain(error, debug)
-    return DONE
+    else:
+        code = DONE
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return close_output()
+    return code
+
+
+def close_output() -> int:
+    """Nobody reads on: end as quietly as other tools do."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+        with suppress(OSError, ValueError):
+            os.dup2(nowhere, stream.fileno())
+    return CLOSED
 
 
 def explain(error: Exception, debug: bool) -> int:
@@ -96,7 +146,7 @@ def explain(error: Exception, debug: bool) -> int:
         say(str(error), "error: ")
         return USER
     if isinstance(error, OSError) and error.errno in OF_THE_USER:
-        say(f"{error.strerror}: {error.filename or 'a file'}", "error: ")
+        say(f"{error.strerror}: {shortened(error.filename or 'a file')}", "error: ")
         return USER
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         say("out of memory\n  do: use fewer samples or a smaller batch: --set batch=16, --batch 8", "error: ")
@@ -107,6 +157,11 @@ def explain(error: Exception, debug: bool) -> int:
         f"This is a defect of stepquant, not yours.{again or ' Please'} report it with the command line and stepquant {__version__}."
     )
     return OURS
+
+
+def shortened(name: object) -> str:
+    text = str(name)
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-50:]}"
 
 
 def say(words: str, label: str = "") -> None:

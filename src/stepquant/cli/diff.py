@@ -8,10 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from stepquant.cli.make import IMAGE_SUFFIXES
-from stepquant.cli.options import Json
+from stepquant.cli.options import Json, drawable
 from stepquant.cli.screen import Screen, size_text
-from stepquant.errors import StepquantError
 
 First = Annotated[
     Path, typer.Argument(metavar="A", help="Artifact, or its folder in a run store.", show_default=False)
@@ -25,7 +23,11 @@ def diff(
     images: Annotated[
         Path | None,
         typer.Option(
-            "--images", metavar="FILE", help="Write a grid: float, A and B row by row.", show_default=False
+            "--images",
+            metavar="FILE",
+            help="Write a grid: float, A and B row by row.",
+            show_default=False,
+            callback=drawable,
         ),
     ] = None,
     layers: Annotated[int, typer.Option(min=0, metavar="N", help="Layers to list.")] = 20,
@@ -36,8 +38,6 @@ def diff(
     from stepquant.job.diff import draw, to_text
 
     screen = Screen()
-    if images is not None and images.suffix.lower() not in IMAGE_SUFFIXES:
-        raise StepquantError(f"cannot write images as '{images.name}'", expected=", ".join(IMAGE_SUFFIXES))
     found = compare_artifacts(first, second)
     for name in ("a", "b"):
         side = found[name]

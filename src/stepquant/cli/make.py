@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stepquant import hub
+from stepquant import hub, methods
 from stepquant.calib.cache import cache_folder
 from stepquant.calib.record import MEMORY
 from stepquant.cli.explain import explain_plan
@@ -37,17 +37,15 @@ from stepquant.cli.options import (
     Seed,
     Settings,
     Steps,
+    drawable,
     read_prompts,
     read_settings,
 )
 from stepquant.cli.screen import Screen, command_text, size_text
 from stepquant.errors import StepquantError
 from stepquant.job import Outcome, Recipe, load, plan_json, quantize_to
-from stepquant.job.files import writing
 from stepquant.job.pipelines import sampling_of
 from stepquant.models.denoiser import Denoiser
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def quantize(
@@ -72,16 +70,15 @@ def quantize(
     """Quantize a model, calibrated on its own denoising trajectories, and write an ordinary diffusers folder."""
     screen = Screen(quiet)
     chosen = read_settings(settings or [])
-    if samples is not None:
-        if "samples" in chosen:
-            raise StepquantError("--samples and --set samples= say the same thing", fix="give one of them")
-        chosen["samples"] = samples
+    records = methods.records(method, samples)
+    if twice := records.keys() & chosen.keys():
+        raise StepquantError(f"--samples and --set {twice.pop()}= say the same thing", fix="give one of them")
     recipe = Recipe.of(
         model=model,
         method=method,
         scheme=scheme,
         plan=plan_json(plan),
-        settings=chosen,
+        settings=chosen | records,
         steps=steps,
         sampler=sampler,
         seed=seed,
@@ -152,7 +149,9 @@ def generate(
     ] = 64,
     steps: Steps = None,
     sampler: Sampler = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Image file of the grid.")] = Path("grid.png"),
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="Image file of the grid.", callback=drawable)
+    ] = Path("grid.png"),
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 32,
     prompts: Prompts = None,
     fastest: Fastest = False,
@@ -166,13 +165,6 @@ def generate(
     from stepquant.report.images import write_grid
 
     screen = Screen(quiet)
-    if out.suffix.lower() not in IMAGE_SUFFIXES:
-        raise StepquantError(
-            f"cannot write images as '{out.name}'",
-            expected=f"a name that ends in {', '.join(IMAGE_SUFFIXES)}",
-        )
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
     pipeline = load(model, device)
     if hub.config_of(Denoiser.of(pipeline).model) is not None:
         screen.warn_if_plain()
@@ -184,8 +176,7 @@ def generate(
     with screen.reporter as progress:
         batches = list(sample(pipeline, seeds, batch=batch, progress=progress, **chosen))
     seconds = time.monotonic() - start
-    with writing(out):
-        write_grid(batches, out)
+    write_grid(batches, out)
     screen.show(f"wrote {out}: {images} images, seeds {seed} to {seed + images - 1}, {seconds:.1f} s")
     result = {"out": str(out), "images": images, "seed": seed, "steps": chosen["steps"], "seconds": seconds}
     screen.finish(json, result)

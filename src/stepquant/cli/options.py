@@ -10,9 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
+from stepquant.calib.cache import is_special
+from stepquant.cli.words import LARGEST
 from stepquant.errors import StepquantError
 
 DEFAULT_MODEL = "stepquant:cifar10"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Embedded model, or a diffusers pipeline folder.")
@@ -32,9 +35,20 @@ def writable(file: Path | None) -> Path | None:
     """Before any work: a file that can be written, in a folder that is there or can be made."""
     if file is not None:
         there = next(folder for folder in (file.parent, *file.absolute().parents) if folder.exists())
-        if file.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
+        place = file if is_special(file) else there
+        if file.is_dir() or not (place == file or place.is_dir()) or not os.access(place, os.W_OK):
             raise StepquantError(f"cannot write '{file}'", fix="choose another file")
     return file
+
+
+def drawable(file: Path | None) -> Path | None:
+    """The same for an image of any kind."""
+    if file is not None and file.suffix.lower() not in IMAGE_SUFFIXES:
+        raise StepquantError(
+            f"cannot write images as '{file.name}'",
+            expected=f"a name that ends in {', '.join(IMAGE_SUFFIXES)}",
+        )
+    return writable(file)
 
 
 Json = Annotated[
@@ -162,6 +176,10 @@ def read_value(text: str) -> Any:
             return json.loads(text)
         except json.JSONDecodeError:
             return text
+        except RecursionError:
+            raise StepquantError(
+                "--set has lists in lists beyond all measure", got=f"{text[:40]}..."
+            ) from None
     return None if text == "null" else text
 
 
@@ -171,7 +189,7 @@ def read_counts(text: str, option: str) -> tuple[int, ...]:
         counts = tuple(int(part) for part in text.split(","))
     except ValueError:
         counts = ()
-    if not counts or min(counts) < 1:
+    if not counts or min(counts) < 1 or max(counts) > LARGEST:
         raise StepquantError(
             f"cannot read {option} {text}", expected="positive numbers with commas, as 1,8,32"
         )

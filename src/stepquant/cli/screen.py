@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -61,9 +63,22 @@ class Screen:
 
     def finish(self, file: Path | None, result: Mapping[str, Any]) -> None:
         """The result as JSON, if the user asked for it."""
-        if file is not None:
-            text = json.dumps(result, indent=2, default=str) + "\n"
-            atomically(file, lambda temporary: temporary.write_text(text))
+        if file is None:
+            return
+        text = json.dumps(result, indent=2, default=str) + "\n"
+        for stream in (sys.stdout, sys.stderr):
+            if is_same(file, stream):  # /dev/stdout, which may be a file by now: behind what stands in it
+                stream.write(text)
+                return
+        atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def is_same(file: Path, stream: TextIO) -> bool:
+    """Whether writing to `file` is writing to `stream`."""
+    try:
+        return os.path.samestat(file.stat(), os.fstat(stream.fileno()))
+    except (OSError, ValueError):
+        return False
 
 
 def cell_text(cell: Any) -> str:

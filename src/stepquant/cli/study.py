@@ -23,6 +23,7 @@ from stepquant.cli.options import (
     Seed,
     read_counts,
     read_prompts,
+    writable,
 )
 from stepquant.cli.screen import Screen, command_text, size_text
 from stepquant.errors import StepquantError
@@ -30,7 +31,9 @@ from stepquant.job import Recipe, plan_json
 
 SHOWN = 12  # of the sites, the most sensitive
 
-Out = Annotated[Path, typer.Option(metavar="FILE", help="JSON file to write.", show_default=False)]
+Out = Annotated[
+    Path, typer.Option(metavar="FILE", help="JSON file to write.", show_default=False, callback=writable)
+]
 Samples = Annotated[int, typer.Option(min=1, metavar="N", help="Recorded states to predict noise on.")]
 Steps = Annotated[int, typer.Option(min=1, metavar="N", help="Denoising steps of their trajectories.")]
 Images = Annotated[int, typer.Option(min=1, metavar="N", help="Images, for metrics that look at them.")]
@@ -148,7 +151,9 @@ def allocate(
     study: Annotated[
         Path, typer.Argument(metavar="FILE", help="What `sensitivity` wrote.", show_default=False)
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Plan to write.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="Plan to write.", show_default=False, callback=writable)
+    ],
     budget_bytes: Annotated[
         float | None, typer.Option(metavar="N", help="Bytes of all packed weights and their scales.")
     ] = None,

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from stepquant import hub
 from stepquant.artifact import LayerSpec
-from stepquant.calib.cache import atomically
 from stepquant.core.pack import unpack
 from stepquant.errors import ArtifactError, StepquantError
 from stepquant.evaluate.pairs import psnr
@@ -26,7 +25,7 @@ from stepquant.job.pipelines import find_folder, load
 from stepquant.job.results import RESULTS, artifact_config, read_results
 from stepquant.job.store import weights_bytes
 from stepquant.models.denoiser import Denoiser
-from stepquant.report.images import grid
+from stepquant.report.images import grid, write_image
 
 SAME = ("name", "against", "extractor", "resize")  # without which two numbers do not compare
 INSIDE = "artifact"  # of a folder in a run store
@@ -234,10 +233,7 @@ def draw(first: Path, second: Path, out: Path) -> None:
             fix="evaluate both with the same --seed, --steps and --images first",
         )
     seeds, *rows = shared
-    sheet = grid(torch.cat(rows), columns=len(seeds))
-    atomically(
-        out, lambda temporary: sheet.save(temporary, format=Image.registered_extensions()[out.suffix.lower()])
-    )
+    write_image(grid(torch.cat(rows), columns=len(seeds)), out)
 
 
 def to_text(value: Any) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepquant import hub
+from stepquant import hub, methods
 from stepquant.artifact import Artifact
 from stepquant.calib.cache import cache_folder
 from stepquant.calib.record import MEMORY, Source
@@ -42,7 +42,7 @@ def quantize(
         method=method,
         scheme=scheme,
         plan=plan_json(plan),
-        settings=dict(settings or {}) | ({} if samples is None else {"samples": samples}),
+        settings=dict(settings or {}) | methods.records(method, samples),
         steps=steps,
         sampler=sampler,
         seed=seed,

@@ -121,6 +121,7 @@ def sampling_of(
 
 def move(pipeline: Any, device: str) -> Any:
     try:
+        torch.ones(1, device=device).sum().item()  # there are devices that only know shapes
         return pipeline if torch.device(device).type == "cpu" else pipeline.to(device)
     except (RuntimeError, AssertionError) as error:
         words = str(error).splitlines()[0]

@@ -32,7 +32,7 @@ class Recipe(BaseModel):
     settings: dict[str, Any] = Field(default_factory=dict)  # fields of the method
     steps: int = Field(100, gt=0)
     sampler: str | None = None  # None: the pipeline's own
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     prompts: tuple[str, ...] | None = None
     device: str = "cpu"
 
@@ -55,7 +55,7 @@ class Recipe(BaseModel):
     def build_plan(self) -> Plan:
         """The plan's rules first, then those of the scheme."""
         if self.plan is None:
-            return scheme(self.scheme or DEFAULT_SCHEME)
+            return scheme(DEFAULT_SCHEME if self.scheme is None else self.scheme)
         own = Plan.from_json(self.plan)
         return (
             own

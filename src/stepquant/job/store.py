@@ -12,7 +12,7 @@ from typing import Any
 from stepquant import hub
 from stepquant.calib.record import MEMORY
 from stepquant.errors import ArtifactError, StepquantError
-from stepquant.job.files import new_folder, writing
+from stepquant.job.files import is_taken, new_folder, writing
 from stepquant.job.inplace import run
 from stepquant.job.pipelines import load, without_bars
 from stepquant.job.recipe import Recipe
@@ -83,11 +83,6 @@ def illustrate(pipeline: Any, recipe: Recipe, folder: Path, target: Path, progre
     with writing(target):
         write_grid(batches, folder / GRID)
         (folder / "README.md").write_text(card(known), encoding="utf-8")
-
-
-def is_taken(out: Path) -> bool:
-    """Whether `out` is a folder with something in it; a file is an error when the folder is made."""
-    return out.is_dir() and any(out.iterdir())
 
 
 def existing(out: Path, wanted: Mapping[str, Any], resume: bool) -> Mapping[str, Any]:

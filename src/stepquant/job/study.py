@@ -72,7 +72,7 @@ def allocate_file(
 def read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StepquantError(f"cannot read the file: {error}", where=str(file), expected="JSON") from error
     if not isinstance(data, dict):
         raise StepquantError("the file holds no JSON object", where=str(file), got=type(data).__name__)

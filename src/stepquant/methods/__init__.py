@@ -13,6 +13,7 @@ from stepquant.errors import MethodError, UnknownNameError
 from stepquant.methods.method import Corrected, Correction, Method
 
 JOINT = "+"  # method+correction
+MOST = 2**31 - 1  # of anything that is counted
 
 
 def names() -> list[str]:
@@ -63,6 +64,12 @@ def build(name: str, settings: Mapping[str, Any] | None = None, bits: int | None
     return cast(Method, make(base, dict(settings or {}), bits))
 
 
+def records(name: str, samples: int | None) -> dict[str, int]:
+    """The setting of so many calibration records: of a method, not of the correction behind it."""
+    base, joint, _ = name.partition(JOINT)
+    return {} if samples is None else {f"{base}.samples" if joint else "samples": samples}
+
+
 def share_out(parts: tuple[str, str], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Which part each field belongs to; `part.field` says so where both have one of that name."""
     fields: dict[str, dict[str, Any]] = {part: {} for part in parts}
@@ -85,10 +92,16 @@ def make(name: str, settings: Mapping[str, Any], bits: int | None = None) -> Bas
         if key not in fields:
             raise UnknownNameError(f"field of method '{name}'", key, fields)
     try:
-        return kind(name).model_validate(dict(settings), context={"bits": bits})
+        made = kind(name).model_validate(dict(settings), context={"bits": bits})
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise MethodError(
             f"field '{field}' of method '{name}': {first['msg']}", got=first["input"]
         ) from error
+    for field, value in made:
+        if isinstance(value, int) and value > MOST:
+            raise MethodError(
+                f"field '{field}' of method '{name}' is too large", got=value, expected=f"at most {MOST}"
+            )
+    return made

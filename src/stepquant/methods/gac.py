@@ -18,20 +18,19 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from stepquant.artifact import Artifact, freeze
-from stepquant.calib.pick import every, strided
 from stepquant.calib.record import Source
 from stepquant.core.steps import StepTable
 from stepquant.fit.blocks import of_last_trajectories
 from stepquant.fit.streams import Streams
 from stepquant.fit.time_block import ROLES, has_time_block, reconstruct_time, time_chains
 from stepquant.fit.weights import Weighing, weigh_block
-from stepquant.methods.method import BlockMethod
+from stepquant.methods.method import StridedMethod
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 
 
-class GAC(BlockMethod):
+class GAC(StridedMethod):
     """Block reconstruction with sample weights that align the gradients of groups of steps."""
 
     paper: ClassVar[dict[str, Any]] = {
@@ -44,8 +43,6 @@ class GAC(BlockMethod):
         "penalty": 0.01,
         "meta_steps": 50,
     }
-    trajectories: int = Field(32, gt=0, description="trajectories that records are taken from")
-    at_steps: int = Field(20, gt=0, description="how many steps are recorded, at equal distances")
     time_iterations: int = Field(500, ge=0, description="for the time block")
     momentum: float = Field(
         0.95, ge=0, lt=1, description="of the moving average of activation ranges over batches"
@@ -76,7 +73,7 @@ class GAC(BlockMethod):
         chains = time_chains(denoiser) if has_time_block(denoiser) else None
 
         # Training and validation records: the same steps of the float model's trajectories in both.
-        data = source.record(every(self.trajectories, strided(source.steps, self.at_steps)))
+        data = source.record(self.picks(source.steps))
         held = of_last_trajectories(data, self.validation)
 
         with (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInf
 
 from stepquant.artifact import Artifact
 from stepquant.calib.calibset import CalibSet
+from stepquant.calib.pick import Pick, every, strided
 from stepquant.calib.record import Source
 from stepquant.core.ranges import lp_search, lp_search_binned
 from stepquant.core.steps import StepCorrection, StepTable
@@ -36,7 +38,7 @@ class Reconstruct(Protocol):
 class Method(BaseModel, ABC):
     """Quantizes a denoiser with data from a source; the model is float again afterwards."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact: ...
@@ -73,7 +75,7 @@ def split_here(wanted: bool, asked: bool, denoiser: Denoiser, source: Source) ->
 class Correction(BaseModel, ABC):
     """Corrects the predictions of a quantized denoiser at every step, so that they come near to the float one's."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @abstractmethod
     def __call__(
@@ -136,3 +138,28 @@ class BlockMethod(PresetMethod):
     def set_input_ranges(self, network: Inserted, data: CalibSet, source: Source) -> None:
         search = partial(lp_search_binned, p=self.p)
         set_input_ranges(network, data, search, momentum=self.momentum, progress=source.progress)
+
+
+class StridedMethod(BlockMethod):
+    """A block method whose records are whole trajectories, each at the same steps."""
+
+    samples: int | None = Field(
+        None,
+        gt=0,
+        description="calibration records, at least, in place of trajectories: as many as give them",
+    )
+    trajectories: int = Field(32, gt=0, description="n: trajectories, each recorded at every chosen step")
+    at_steps: int = Field(20, gt=0, description="how many steps are chosen, at equal distances")
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_said_once(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        if fields.get("samples") is not None and "trajectories" in fields:
+            raise ValueError("samples and trajectories both say how many records there are: give one of them")
+        return fields
+
+    def picks(self, steps: int) -> tuple[Pick, ...]:
+        """Of a sampler with so many steps."""
+        chosen = strided(steps, self.at_steps)
+        few = self.trajectories if self.samples is None else math.ceil(self.samples / len(chosen))
+        return every(few, chosen)

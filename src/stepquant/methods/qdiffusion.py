@@ -14,17 +14,16 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from stepquant.artifact import Artifact, freeze
-from stepquant.calib.pick import every, strided
 from stepquant.calib.record import Source
 from stepquant.core.losses import BlockLoss
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import BlockMethod, split_here
+from stepquant.methods.method import StridedMethod, split_here
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 
 
-class QDiffusion(BlockMethod):
+class QDiffusion(StridedMethod):
     """Time-step-aware calibration and shortcut-splitting quantization."""
 
     paper: ClassVar[dict[str, Any]] = {
@@ -37,8 +36,6 @@ class QDiffusion(BlockMethod):
         "penalty": 0.01,
         "step_rate": 4e-4,
     }
-    trajectories: int = Field(32, gt=0, description="n: trajectories, each recorded at every chosen step")
-    at_steps: int = Field(20, gt=0, description="how many steps are chosen, at equal distances")
     split: bool = Field(True, description="quantize the two halves of a skip concatenation apart")
     step_iterations: int = Field(40, ge=0, description="per block, for activation steps")
     step_rate: float = Field(
@@ -50,7 +47,7 @@ class QDiffusion(BlockMethod):
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         # Algorithm 1: intermediate inputs at fixed intervals over all time steps, both guidance branches.
-        data = source.record(every(self.trajectories, strided(source.steps, self.at_steps)))
+        data = source.record(self.picks(source.steps))
 
         # Eq. 9 and 10: the halves of a concatenated input have their own weight and activation quantizers.
         split = split_here(self.split, "split" in self.model_fields_set, denoiser, source)

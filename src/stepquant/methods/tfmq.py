@@ -14,12 +14,12 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from stepquant.artifact import Artifact, freeze
-from stepquant.calib.pick import every, strided
+from stepquant.calib.pick import every
 from stepquant.calib.record import Source
 from stepquant.core.steps import StepTable
 from stepquant.fit.streams import Streams
 from stepquant.fit.time_block import ROLES, reconstruct_time, time_chains, time_table
-from stepquant.methods.method import BlockMethod
+from stepquant.methods.method import StridedMethod
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan, Rule
@@ -27,7 +27,7 @@ from stepquant.quant.plan import Plan, Rule
 TABLED = Rule(None, "a table holds what comes out for every t", ROLES, optional=True)
 
 
-class TFMQ(BlockMethod):
+class TFMQ(StridedMethod):
     """Temporal feature maintenance: time block apart, activation ranges per interval of steps."""
 
     paper: ClassVar[dict[str, Any]] = {
@@ -46,8 +46,6 @@ class TFMQ(BlockMethod):
     intervals: int = Field(
         20, gt=0, description="groups of neighbouring steps with activation ranges of their own"
     )
-    trajectories: int = Field(32, gt=0, description="trajectories that weights are fitted on")
-    at_steps: int = Field(20, gt=0, description="how many steps weights are fitted on, at equal distances")
     range_trajectories: int = Field(
         12, gt=0, description="trajectories that ranges are set on, at every step"
     )
@@ -60,7 +58,7 @@ class TFMQ(BlockMethod):
         # The finite set: every t that the sampler feeds to the network, in intervals of neighbours.
         chains, times = time_chains(denoiser), source.times()
         steps = StepTable.of(times, self.intervals)
-        data = source.record(every(self.trajectories, strided(source.steps, self.at_steps)))
+        data = source.record(self.picks(source.steps))
         table = time_table(denoiser, chains, steps.times.float()) if self.time == "table" else None
         plan = plan if table is None else plan.with_rules([TABLED])
 

@@ -49,6 +49,8 @@ class Rule:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Rule:
+        if not isinstance(data, Mapping):
+            raise PlanError("a plan rule is an object", got=data, expected='{"grid": "int8/channel", ...}')
         unknown = sorted(set(data) - {"path", "roles", "ports", "reason", "grid", "optional"})
         if unknown:
             raise UnknownNameError("key in a plan rule", unknown[0], cls.__dataclass_fields__)
@@ -58,10 +60,10 @@ class Rule:
             )
         return cls(
             grid=read_grid(data["grid"]),
-            reason=data.get("reason", "the plan file says so"),
-            roles=tuple(data.get("roles", ("*",))),
-            ports=tuple(data.get("ports", ("*",))),
-            path=data.get("path", "*"),
+            reason=str(data.get("reason", "the plan file says so")),
+            roles=read_patterns(data, "roles"),
+            ports=read_patterns(data, "ports"),
+            path=str(data.get("path", "*")),
             optional=bool(data.get("optional", False)),
         )
 
@@ -130,8 +132,8 @@ class Plan:
     @classmethod
     def read(cls, file: Path) -> Plan:
         try:
-            return cls.from_json(json.loads(file.read_text()))
-        except (OSError, json.JSONDecodeError) as error:
+            return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError) as error:
             raise PlanError(
                 f"cannot read the plan: {error}", where=str(file), expected="a JSON file"
             ) from error
@@ -151,6 +153,13 @@ def read_grid(text: str) -> Grid | None:
             got=text,
             expected=f'"float", or {error.expected}',
         ) from error
+
+
+def read_patterns(data: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    found = data.get(key, ["*"])
+    if not isinstance(found, list | tuple) or not all(isinstance(pattern, str) for pattern in found):
+        raise PlanError(f"'{key}' of a plan rule is no list of words", got=found, expected='as ["conv"]')
+    return tuple(found)
 
 
 def check_carries(denoiser: Denoiser, path: str, port: str, grid: Grid | None) -> None:

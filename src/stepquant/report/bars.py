@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from stepquant.calib.cache import atomically
 
 OURS = "stepquant"
 
@@ -39,6 +42,6 @@ def write_bars(speed: Mapping[str, Any], file: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=7, frameon=False)
     axes.set_title(f"one call of the denoiser, {speed['threads']} threads", fontsize=9)
-    partial = file.with_name(f".{file.name}.part")
-    figure.savefig(partial, format=file.suffix.lstrip(".") or "svg", dpi=150)
-    partial.replace(file)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=file.suffix.lstrip(".") or "svg", dpi=150)
+    atomically(file, lambda temporary: temporary.write_bytes(buffer.getvalue()))

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stepquant.calib.cache import atomically
+
 # Enlarged until the shorter side of an image is at least this many pixels.
 COMFORTABLE = 96
 MID_GREY = 0.5
@@ -47,10 +49,15 @@ def enlarge(image: Image.Image, scale: int) -> Image.Image:
 
 def write_grid(batches: Sequence[Tensor], file: Path, columns: int | None = None) -> Path:
     """All images of some batches as one file, in the format of its name."""
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    grid(torch.cat([batch.float().cpu() for batch in batches]), columns).save(file)
-    return file
+    write_image(grid(torch.cat([batch.float().cpu() for batch in batches]), columns), Path(file))
+    return Path(file)
+
+
+def write_image(image: Image.Image, file: Path) -> None:
+    """In the format of its name, whole or not at all."""
+    buffer = io.BytesIO()  # its encoder would not say why a disk takes no more
+    image.save(buffer, format=Image.registered_extensions()[file.suffix.lower()])
+    atomically(file, lambda temporary: temporary.write_bytes(buffer.getvalue()))
 
 
 def decode(images: Sequence[str]) -> Tensor:

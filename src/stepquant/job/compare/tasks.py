@@ -36,7 +36,7 @@ from stepquant.job.store import weights_bytes
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import run
 from stepquant.progress import Progress
-from stepquant.report.images import decode, grid
+from stepquant.report.images import decode, grid, write_image
 
 SAMPLES = "samples.png"
 
@@ -137,8 +137,7 @@ class Measure(Task):
         sets = Sets(self.reads["source"], images, self.reads["other"], count)
         artifact, chosen = self.reads["artifact"], self.evaluation.reading(self.reads)
         found = measure_cell(self.model, artifact, self.recipe, chosen, sets, progress)
-        samples = grid(decode(found["images"]["quantized"]))
-        atomically(self.out / SAMPLES, partial(samples.save, format="PNG"))
+        write_image(grid(decode(found["images"]["quantized"])), self.out / SAMPLES)
         write_json(self.out / RESULTS, found | {"label": self.label})
 
 
