@@ -2,25 +2,22 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
-#include "tensors.h"
+#include "product.h"
 
 namespace stepquant {
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 constexpr int64_t patches_cache = 4 << 20;  // bytes of transformed codes in one item
 constexpr int64_t rows_cache = 64 << 10;  // bytes of rows in one item
 constexpr int64_t rows_least_chunk = 24, rows_most_chunk = 96;  // rows in one item where there are many
 
-int64_t groups_of(int64_t outs) {
-  return (outs + convolve_group - 1) / convolve_group;
-}
-
 // Signed bytes (out, in, height, width) as [block][tap][word of inputs][output of the block][byte].
 Tensor pack_weight(const Tensor& weight) {
   const at::AutoDispatchBelowAutograd guard;
-  TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == at::kChar, "expected signed bytes (out, in, height, width)");
+  TORCH_CHECK(
+      weight.dim() == 4 && weight.scalar_type() == at::kChar && weight.numel() > 0,
+      "pack_weight: weight is expected as signed bytes (out, in, height, width), got ", weight.sizes(), " of ",
+      weight.scalar_type());
   const ConvolveKernel& kernel = kernels().convolve;
   const Tensor held = weight.contiguous();
   const int64_t outs = held.size(0), ins = held.size(1), taps = held.size(2) * held.size(3), depth = filled(ins);
@@ -41,30 +38,6 @@ Tensor pack_weight(const Tensor& weight) {
     }
   }
   return packed;
-}
-
-struct Product {
-  const Tensor& weight;
-  const Tensor& weight_scale;
-  const Tensor& weight_sum;
-  const Optional& bias;
-  double scale;
-  int64_t zero_point;
-};
-
-void check(const Product& product, int64_t taps, int64_t channels, at::ScalarType type) {
-  const int64_t outs = product.weight_scale.numel(), padded = groups_of(outs) * convolve_group;
-  TORCH_CHECK(channels > 0 && outs > 0, "a product has inputs and outputs, got ", channels, " and ", outs);
-  TORCH_CHECK(
-      product.weight.numel() == padded * filled(channels) * taps && product.weight.is_contiguous() &&
-          product.weight.scalar_type() == at::kChar,
-      "the packed weight does not fit ", channels, " channels");
-  TORCH_CHECK(
-      product.weight_sum.numel() == padded && product.weight_sum.is_contiguous() &&
-          product.weight_sum.scalar_type() == at::kInt,
-      "expected ", padded, " sums of weights");
-  TORCH_CHECK(0 <= product.zero_point && product.zero_point <= 255, "the zero point is a byte");
-  TORCH_CHECK(type == at::kBFloat16 || type == at::kFloat, "results are bfloat16 or float32");
 }
 
 template <class T>
@@ -190,9 +163,10 @@ void run_rows(ConvolveTask& task) {
   run_with_scratch(task, items, cost, 64 * lines, kernel.run_rows);
 }
 
-void run(ConvolveTask& task, const Product& product, int64_t images, at::ScalarType type, Tensor& out) {
+void run(
+    const char* name, ConvolveTask& task, const Product& product, int64_t images, at::ScalarType type, Tensor& out) {
   const int64_t outs = task.out_channels;
-  const Numbers scales(product.weight_scale, 1, outs), biases(product.bias, 1, outs);
+  const Numbers scales(name, "weight_scale", product.weight_scale, 1, outs), biases(name, "bias", product.bias, 1, outs);
   task.weight = product.weight.const_data_ptr<int8_t>();
   task.weight_scale = scales.data();
   task.weight_sum = product.weight_sum.const_data_ptr<int32_t>();
@@ -221,13 +195,17 @@ Tensor convolve(
     const Tensor& weight_sum, const Optional& bias, at::IntArrayRef kernel, at::IntArrayRef stride,
     at::IntArrayRef sides, at::IntArrayRef dilation, bool doubled, at::ScalarType type, const Optional& add) {
   const at::AutoDispatchBelowAutograd guard;
-  TORCH_CHECK(codes.dim() == 4 && codes.scalar_type() == at::kByte, "expected bytes (batch, channels, height, width)");
   TORCH_CHECK(
-      kernel.size() == 2 && stride.size() == 2 && sides.size() == 4 && dilation.size() == 2,
-      "kernel, stride and dilation have two numbers, sides have four");
+      codes.dim() == 4 && codes.scalar_type() == at::kByte && (codes.size(0) == 0 || codes.numel() > 0),
+      "convolve: codes are expected as bytes (batch, channels, height, width), got ", codes.sizes(), " of ",
+      codes.scalar_type());
+  check_walk("kernel", kernel, 2, 1);
+  check_walk("stride", stride, 2, 1);
+  check_walk("sides", sides, 4, 0);
+  check_walk("dilation", dilation, 2, 1);
   const Tensor x = codes.stride(1) == 1 || codes.size(1) == 1 ? codes : codes.contiguous(at::MemoryFormat::ChannelsLast);
   const Product product{weight, weight_scale, weight_sum, bias, scale, zero_point};
-  check(product, kernel[0] * kernel[1], x.size(1), type);
+  check("convolve", product, kernel[0] * kernel[1], x.size(1), type);
   ConvolveTask task{};
   task.x = x.const_data_ptr<uint8_t>();
   task.image_stride = x.stride(0), task.row_stride = x.stride(2), task.pixel_stride = x.stride(3);
@@ -239,7 +217,7 @@ Tensor convolve(
   task.left = sides[0], task.top = sides[2];
   const int64_t high = (task.height << task.doubled) + sides[2] + sides[3] - task.dilation_y * (kernel[0] - 1) - 1;
   const int64_t wide = (task.width << task.doubled) + sides[0] + sides[1] - task.dilation_x * (kernel[1] - 1) - 1;
-  TORCH_CHECK(high >= 0 && wide >= 0, "the kernel is larger than the padded image");
+  TORCH_CHECK(high >= 0 && wide >= 0, "convolve: the kernel is larger than the padded image");
   task.out_height = high / task.stride_y + 1, task.out_width = wide / task.stride_x + 1;
   task.out_channels = weight_scale.numel();
   task.pixels = x.size(0) * task.out_height * task.out_width;
@@ -248,11 +226,10 @@ Tensor convolve(
   if (out.numel() == 0) return out;
   Tensor added;
   if (add.has_value()) {
-    TORCH_CHECK(add->sizes() == out.sizes(), "what is added has another shape than the result: ", add->sizes());
-    added = (add->scalar_type() == type ? *add : add->to(type)).contiguous(at::MemoryFormat::ChannelsLast);
+    added = to_add("convolve", *add, out).contiguous(at::MemoryFormat::ChannelsLast);
     task.add = added.const_data_ptr(), task.add_stride = task.out_channels;
   }
-  run(task, product, x.size(0), type, out);
+  run("convolve", task, product, x.size(0), type, out);
   return out;
 }
 
@@ -260,10 +237,12 @@ Tensor linear(
     const Tensor& codes, double scale, int64_t zero_point, const Tensor& weight, const Tensor& weight_scale,
     const Tensor& weight_sum, const Optional& bias, at::ScalarType type, const Optional& add) {
   const at::AutoDispatchBelowAutograd guard;
-  TORCH_CHECK(codes.dim() == 2 && codes.scalar_type() == at::kByte, "expected bytes (rows, inputs)");
+  TORCH_CHECK(
+      codes.dim() == 2 && codes.scalar_type() == at::kByte, "linear: codes are expected as bytes (rows, inputs), got ",
+      codes.sizes(), " of ", codes.scalar_type());
   const Tensor x = codes.stride(1) == 1 || codes.size(1) == 1 ? codes : codes.contiguous();
   const Product product{weight, weight_scale, weight_sum, bias, scale, zero_point};
-  check(product, 1, x.size(1), type);
+  check("linear", product, 1, x.size(1), type);
   ConvolveTask task{};
   task.x = x.const_data_ptr<uint8_t>();
   task.pixel_stride = x.stride(0);
@@ -275,12 +254,11 @@ Tensor linear(
   if (out.numel() == 0) return out;
   Tensor added;
   if (add.has_value()) {
-    TORCH_CHECK(add->sizes() == out.sizes(), "what is added has another shape than the result: ", add->sizes());
-    added = add->scalar_type() == type ? *add : add->to(type);
+    added = to_add("linear", *add, out);
     if (added.stride(1) != 1 && added.size(1) != 1) added = added.contiguous();
     task.add = added.const_data_ptr(), task.add_stride = added.stride(0);
   }
-  run(task, product, 1, type, out);
+  run("linear", task, product, 1, type, out);
   return out;
 }
 

@@ -11,6 +11,8 @@ namespace {
 
 constexpr int64_t chunk_pixels = 64;  // summed in float before they join the sums in double
 constexpr int64_t block_vectors = 4;  // channels whose sums stay in registers
+constexpr double far_pivot = 32;  // squared deviations between a pivot and its channel's mean that cost the squares bits
+constexpr double far_mean = 4;  // deviations between zero and a channel's mean that cost the affine map bits
 
 // Sums of one slice of channels around a pivot per channel: the pivot keeps the squares from cancelling.
 struct Moments {
@@ -19,9 +21,10 @@ struct Moments {
   double* square;
 };
 
-// What the second visit computes per channel: value = x * slope + offset in steps of the code, and for silu the exponent
-// of 2 in its denominator, x * steepness + lift.
+// What the second visit computes per channel: value = d * slope + offset in steps of the code, and for silu the exponent
+// of 2 in its denominator, d * steepness + lift. d is x, or x - center where a mean is far from zero.
 struct Affine {
+  float* center;
   float* slope;
   float* offset;
   float* steepness;
@@ -67,12 +70,17 @@ void add_chunk(const Piece<T>& piece, int64_t channel, int64_t pixel, int64_t pi
   }
 }
 
+// The first pixel as the pivots.
 template <class T>
-void sum_piece(const Piece<T>& piece, int64_t pixels, Moments& moments) {
+void set_pivots(const Piece<T>& piece, Moments& moments) {
   for (int64_t c = 0; c < piece.channels; c += lanes) {
     const int64_t rest = piece.channels - c;
     store(moments.pivot + piece.first + c, rest < lanes ? load_first(piece.x + c, rest) : load(piece.x + c));
   }
+}
+
+template <class T>
+void sum_piece(const Piece<T>& piece, int64_t pixels, Moments& moments) {
   for (int64_t p = 0; p < pixels; p += chunk_pixels) {
     const int64_t chunk = pixels - p < chunk_pixels ? pixels - p : chunk_pixels;
     int64_t c = 0;
@@ -89,32 +97,42 @@ STEPQUANT_INLINE const float* numbers_or(const float* numbers, int64_t first, co
   return numbers ? numbers + first : constant;
 }
 
-// Mean and inverse deviation of each group, spread over its channels: means into `sum`, deviations into `square`.
-void finish_groups(const GroupNormTask& task, int64_t width, int64_t group_width, const float* add, Moments& moments) {
+// Mean and inverse deviation of each group, spread over its channels: means into `sum`, deviations into `square`. Returns
+// whether a pivot was too far from the mean of its channel; the pivots are then those means, to sum again.
+bool finish_groups(const GroupNormTask& task, int64_t width, int64_t group_width, const float* add, Moments& moments) {
   const double count = static_cast<double>(task.pixels), share = 1.0 / count;
-  for (int64_t c = 0; c < width; ++c) {
-    const double distance = moments.sum[c] * share;
-    moments.square[c] -= moments.sum[c] * distance;
-    moments.sum[c] = distance + static_cast<double>(moments.pivot[c]) + static_cast<double>(add[c]);
-  }
+  bool far = false;
   for (int64_t start = 0; start < width; start += group_width) {
-    double mean = 0, spread = 0;
-    for (int64_t c = start; c < start + group_width; ++c) mean += moments.sum[c];
+    double mean = 0, spread = 0, farthest = 0;
+    for (int64_t c = start; c < start + group_width; ++c) {
+      const double distance = moments.sum[c] * share;
+      moments.square[c] -= moments.sum[c] * distance;
+      moments.sum[c] = distance + static_cast<double>(moments.pivot[c]) + static_cast<double>(add[c]);
+      farthest = distance * distance > farthest ? distance * distance : farthest;
+      mean += moments.sum[c];
+    }
     mean /= static_cast<double>(group_width);
     for (int64_t c = start; c < start + group_width; ++c) {
       const double distance = moments.sum[c] - mean;
       spread += moments.square[c] + count * distance * distance;
     }
     const double variance = spread / (count * static_cast<double>(group_width));
-    const double inverse = 1.0 / std::sqrt((variance > 0 ? variance : 0) + static_cast<double>(task.eps));
-    for (int64_t c = start; c < start + group_width; ++c) moments.sum[c] = mean, moments.square[c] = inverse;
+    const double kept = (variance > 0 ? variance : 0) + static_cast<double>(task.eps);
+    const double inverse = 1.0 / std::sqrt(kept);
+    far = far || farthest > far_pivot * kept;
+    for (int64_t c = start; c < start + group_width; ++c) {
+      moments.pivot[c] = static_cast<float>(moments.sum[c] - static_cast<double>(add[c]));
+      moments.sum[c] = mean, moments.square[c] = inverse;
+    }
   }
+  return far;
 }
 
-// The affine map of each channel of the slice, from the sums and everything affine around the norm.
-void fold(
+// The affine map of each channel of the slice, from the means and everything affine around the norm. Returns whether some
+// mean is far from zero; x is then centered, because slope and offset would cancel.
+bool fold(
     const GroupNormTask& task, int64_t sample, int64_t first, int64_t width, const float* zeros, const float* ones,
-    Moments& moments, const Affine& affine) {
+    const Moments& moments, const Affine& affine) {
   const int64_t channels = task.x.width + task.skip.width, modulated = sample * channels + first;
   const double step = task.out_type == Type::code ? static_cast<double>(task.code.inverse) : 1.0;
   const double bend = -static_cast<double>(log2_of_e);
@@ -123,27 +141,35 @@ void fold(
   const float* shift = numbers_or(task.shift, modulated, zeros);
   const float* weight = numbers_or(task.weight, first, ones);
   const float* bias = numbers_or(task.bias, first, zeros);
-  finish_groups(task, width, channels / task.groups, add, moments);
+  bool far = false;
   for (int64_t c = 0; c < width; ++c) {
+    const double reach = static_cast<double>(moments.pivot[c]) * moments.square[c];
+    far = far || reach * reach > far_mean * far_mean;
+  }
+  for (int64_t c = 0; c < width; ++c) {
+    affine.center[c] = far ? moments.pivot[c] : 0.0f;
     const double gain = 1.0 + static_cast<double>(scale[c]);
     const double slope = moments.square[c] * static_cast<double>(weight[c]);
-    const double lifted = (static_cast<double>(add[c]) - moments.sum[c]) * slope + static_cast<double>(bias[c]);
+    const double distance = static_cast<double>(affine.center[c]) + static_cast<double>(add[c]) - moments.sum[c];
+    const double lifted = distance * slope + static_cast<double>(bias[c]);
     const double offset = lifted * gain + static_cast<double>(shift[c]);
     affine.slope[c] = static_cast<float>(slope * gain * step);
     affine.offset[c] = static_cast<float>(offset * step);
     affine.steepness[c] = static_cast<float>(slope * gain * bend);
     affine.lift[c] = static_cast<float>(offset * bend);
   }
+  return far;
 }
 
-template <Activation activation>
+template <Activation activation, bool centered>
 STEPQUANT_INLINE Floats apply(Floats x, const Affine& affine, int64_t slot) {
+  if constexpr (centered) x -= load(affine.center + slot);
   const Floats y = x * load(affine.slope + slot) + load(affine.offset + slot);
   if constexpr (activation == Activation::none) return y;
   return y / (1.0f + exp2(x * load(affine.steepness + slot) + load(affine.lift + slot)));
 }
 
-template <class T, class Out, Activation activation>
+template <class T, class Out, Activation activation, bool centered>
 void write_piece(
     const Piece<T>& piece, int64_t pixels, const Affine& affine, const Code& code, Out* out, int64_t out_stride) {
   for (int64_t p = 0; p < pixels; ++p) {
@@ -153,15 +179,15 @@ void write_piece(
     for (; c + 4 * lanes <= piece.channels; c += 4 * lanes) {
       Floats y[4];
       for (int64_t v = 0; v < 4; ++v) {
-        y[v] = apply<activation>(load(x + c + v * lanes), affine, piece.first + c + v * lanes);
+        y[v] = apply<activation, centered>(load(x + c + v * lanes), affine, piece.first + c + v * lanes);
       }
       emit_block(to + c, y, code);
     }
     for (; c + lanes <= piece.channels; c += lanes) {
-      emit(to + c, apply<activation>(load(x + c), affine, piece.first + c), code);
+      emit(to + c, apply<activation, centered>(load(x + c), affine, piece.first + c), code);
     }
     if (const int64_t rest = piece.channels - c; rest) {
-      emit_first(to + c, apply<activation>(load_first(x + c, rest), affine, piece.first + c), code, rest);
+      emit_first(to + c, apply<activation, centered>(load_first(x + c, rest), affine, piece.first + c), code, rest);
     }
   }
 }
@@ -188,11 +214,12 @@ void group_norm_items(const GroupNormTask& task, int64_t begin, int64_t end) {
   const int64_t channels = task.x.width + task.skip.width;
   const int64_t group_width = channels / task.groups;
   const int64_t room = task.groups_per_item * group_width + 2 * block_vectors * lanes;
-  Scratch scratch(room * (7 * 4 + 2 * 8) + 9 * 64);
+  Scratch scratch(room * (8 * 4 + 2 * 8) + 10 * 64);
   Moments moments{scratch.take<float>(room), scratch.take<double>(room), scratch.take<double>(room)};
   const Affine affine{
-      scratch.take<float>(room), scratch.take<float>(room), scratch.take<float>(room), scratch.take<float>(room)};
-  for (float* row : {affine.slope, affine.offset, affine.steepness, affine.lift, moments.pivot}) {
+      scratch.take<float>(room), scratch.take<float>(room), scratch.take<float>(room), scratch.take<float>(room),
+      scratch.take<float>(room)};
+  for (float* row : {affine.center, affine.slope, affine.offset, affine.steepness, affine.lift, moments.pivot}) {
     for (int64_t c = 0; c < room; ++c) row[c] = 0;
   }
   float* zeros = scratch.take<float>(room);
@@ -205,12 +232,19 @@ void group_norm_items(const GroupNormTask& task, int64_t begin, int64_t end) {
     const int64_t first = group * group_width, width = groups * group_width;
     Piece<T> pieces[2];
     const int64_t count = cut(task, sample, first, width, pieces);
-    for (int64_t c = 0; c < width; ++c) moments.sum[c] = moments.square[c] = 0;
-    for (int64_t i = 0; i < count; ++i) sum_piece(pieces[i], task.pixels, moments);
-    fold(task, sample, first, width, zeros, ones, moments, affine);
+    const auto far_from_pivots = [&] {
+      for (int64_t c = 0; c < width; ++c) moments.sum[c] = moments.square[c] = 0;
+      for (int64_t i = 0; i < count; ++i) sum_piece(pieces[i], task.pixels, moments);
+      const float* add = numbers_or(task.add, sample * channels + first, zeros);
+      return finish_groups(task, width, group_width, add, moments);
+    };
+    for (int64_t i = 0; i < count; ++i) set_pivots(pieces[i], moments);
+    if (far_from_pivots()) far_from_pivots();
+    const bool far = fold(task, sample, first, width, zeros, ones, moments, affine);
     Out* out = static_cast<Out*>(task.out) + sample * task.pixels * channels + first;
     for (int64_t i = 0; i < count; ++i) {
-      write_piece<T, Out, activation>(pieces[i], task.pixels, affine, task.code, out, channels);
+      const auto write = far ? write_piece<T, Out, activation, true> : write_piece<T, Out, activation, false>;
+      write(pieces[i], task.pixels, affine, task.code, out, channels);
     }
   }
 }

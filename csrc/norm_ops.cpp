@@ -28,20 +28,25 @@ int64_t groups_per_item(int64_t samples, int64_t groups, int64_t group_width, in
 }
 
 Tensor run_group_norm(
-    const Tensor& x, const Optional& skip, const Optional& weight, const Optional& bias, int64_t groups, double eps,
-    c10::string_view activation, const Optional& add, const Optional& scale, const Optional& shift, const Code* code) {
+    const char* name, const Tensor& x, const Optional& skip, const Optional& weight, const Optional& bias, int64_t groups,
+    double eps, c10::string_view activation_name, const Optional& add, const Optional& scale, const Optional& shift,
+    const Code* code) {
   const at::AutoDispatchBelowAutograd guard;
-  TORCH_CHECK(x.dim() >= 2, "expected (batch, channels, ...), got ", x.sizes());
+  TORCH_CHECK(x.dim() >= 2, name, ": x is expected as (batch, channels, ...), got ", x.sizes());
+  const Activation activation = to_activation(activation_name);
+  TORCH_CHECK(activation <= Activation::silu, name, ": activation is 'none' or 'silu', got '", activation_name, "'");
   const RowView first = rows_of(x, 1);
   RowView second{};
   if (skip.has_value()) {
+    check_beside(name, x, *skip);
+    TORCH_CHECK(!skip->is_complex(), name, ": skip is complex");
     second = rows_of(skip->to(first.held.scalar_type()), 1);
-    TORCH_CHECK(first.count == second.count, "x and skip differ in more than their channels");
   }
   const int64_t channels = first.rows.width + second.rows.width, samples = x.size(0);
-  TORCH_CHECK(channels % groups == 0, groups, " groups do not divide ", channels, " channels");
-  const Numbers weights(weight, 1, channels), biases(bias, 1, channels);
-  const Numbers adds(add, samples, channels), scales(scale, samples, channels), shifts(shift, samples, channels);
+  TORCH_CHECK(groups > 0 && channels % groups == 0, name, ": ", groups, " groups do not divide ", channels, " channels");
+  const Numbers weights(name, "weight", weight, 1, channels), biases(name, "bias", bias, 1, channels);
+  const Numbers adds(name, "add", add, samples, channels), scales(name, "scale", scale, samples, channels);
+  const Numbers shifts(name, "shift", shift, samples, channels);
   const at::ScalarType out_type = code ? at::kByte : first.held.scalar_type();
   Tensor out = empty_channels_last(x, channels, out_type);
   if (out.numel() == 0) return out;
@@ -56,8 +61,7 @@ Tensor run_group_norm(
       groups_per_item(samples, groups, channels / groups, task.pixels * (task.type == Type::bf16 ? 2 : 4));
   task.items_per_sample = (groups + task.groups_per_item - 1) / task.groups_per_item;
   task.eps = static_cast<float>(eps);
-  task.activation = to_activation(activation);
-  TORCH_CHECK(task.activation <= Activation::silu, "a group norm is followed by 'none' or 'silu'");
+  task.activation = activation;
   task.weight = weights.data();
   task.bias = biases.data();
   task.add = adds.data();
@@ -74,26 +78,29 @@ Tensor group_norm(
     const Tensor& x, const Optional& weight, const Optional& bias, int64_t groups, double eps,
     c10::string_view activation, const Optional& add, const Optional& scale, const Optional& shift,
     const Optional& skip) {
-  return run_group_norm(x, skip, weight, bias, groups, eps, activation, add, scale, shift, nullptr);
+  return run_group_norm("group_norm", x, skip, weight, bias, groups, eps, activation, add, scale, shift, nullptr);
 }
 
 Tensor group_norm_quantize(
     const Tensor& x, const Optional& weight, const Optional& bias, int64_t groups, double eps, double code_scale,
     int64_t zero_point, int64_t low, int64_t high, c10::string_view activation, const Optional& add,
     const Optional& scale, const Optional& shift, const Optional& skip) {
-  const Code code = to_code(code_scale, zero_point, low, high);
-  return run_group_norm(x, skip, weight, bias, groups, eps, activation, add, scale, shift, &code);
+  constexpr const char* name = "group_norm_quantize";
+  const Code code = to_code(name, code_scale, zero_point, low, high);
+  return run_group_norm(name, x, skip, weight, bias, groups, eps, activation, add, scale, shift, &code);
 }
 
 Tensor layer_norm_quantize(
     const Tensor& x, const Optional& weight, const Optional& bias, double eps, double code_scale, int64_t zero_point,
     int64_t low, int64_t high, const Optional& scale, const Optional& shift) {
   const at::AutoDispatchBelowAutograd guard;
-  TORCH_CHECK(x.dim() >= 2, "expected (batch, ..., width), got ", x.sizes());
+  constexpr const char* name = "layer_norm_quantize";
+  TORCH_CHECK(x.dim() >= 2, name, ": x is expected as (batch, ..., width), got ", x.sizes());
+  const Code code = to_code(name, code_scale, zero_point, low, high);
   const RowView rows = rows_of(x, -1);
   const int64_t width = rows.rows.width, samples = x.size(0);
-  const Numbers weights(weight, 1, width), biases(bias, 1, width);
-  const Numbers scales(scale, samples, width), shifts(shift, samples, width);
+  const Numbers weights(name, "weight", weight, 1, width), biases(name, "bias", bias, 1, width);
+  const Numbers scales(name, "scale", scale, samples, width), shifts(name, "shift", shift, samples, width);
   Tensor out = at::detail::empty_cpu(x.sizes(), at::kByte);
   if (out.numel() == 0) return out;
   LayerNormTask task{};
@@ -106,7 +113,7 @@ Tensor layer_norm_quantize(
   task.bias = biases.data();
   task.scale = scales.data();
   task.shift = shifts.data();
-  task.code = to_code(code_scale, zero_point, low, high);
+  task.code = code;
   task.out = out.mutable_data_ptr<uint8_t>();
   for_items(rows.count, width, [&](int64_t begin, int64_t end) { kernels().layer_norm(task, begin, end); });
   return out;

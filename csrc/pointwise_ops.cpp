@@ -48,15 +48,15 @@ Tensor quantize_any(const Tensor& x, const Code& code, Activation activation) {
 
 Tensor quantize(const Tensor& x, double scale, int64_t zero_point, int64_t low, int64_t high) {
   const at::AutoDispatchBelowAutograd guard;
-  return quantize_any(x, to_code(scale, zero_point, low, high), Activation::none);
+  return quantize_any(x, to_code("quantize", scale, zero_point, low, high), Activation::none);
 }
 
 Tensor quantize_concat(
     const Tensor& x, const Tensor& skip, double scale, int64_t zero_point, int64_t low, int64_t high) {
   const at::AutoDispatchBelowAutograd guard;
-  const Code code = to_code(scale, zero_point, low, high);
+  const Code code = to_code("quantize_concat", scale, zero_point, low, high);
+  check_beside("quantize_concat", x, skip);
   const RowView first = rows_of(x, 1), second = rows_of(skip, 1);
-  TORCH_CHECK(first.count == second.count, "x and skip differ in more than their channels");
   const int64_t width = first.rows.width + second.rows.width;
   Tensor out = empty_channels_last(x, width, at::kByte);
   uint8_t* to = out.mutable_data_ptr<uint8_t>();
@@ -74,12 +74,14 @@ Tensor quantize_concat(
 Tensor activation_quantize(
     const Tensor& x, c10::string_view activation_name, double scale, int64_t zero_point, int64_t low, int64_t high) {
   const at::AutoDispatchBelowAutograd guard;
-  const Code code = to_code(scale, zero_point, low, high);
+  const Code code = to_code("activation_quantize", scale, zero_point, low, high);
   const Activation activation = to_activation(activation_name);
   if (activation != Activation::geglu && activation != Activation::swiglu) return quantize_any(x, code, activation);
+  TORCH_CHECK(
+      x.dim() >= 1 && x.size(-1) % 2 == 0, "activation_quantize: a gated activation halves the last dimension of x, got ",
+      x.sizes());
   RowView rows = rows_of(x, -1);
   at::DimVector sizes(x.sizes());
-  TORCH_CHECK(sizes.back() % 2 == 0, "a gated activation halves the last dimension, got ", x.sizes());
   sizes.back() /= 2;
   rows.rows.width /= 2;
   Tensor out = at::detail::empty_cpu(sizes, at::kByte);
@@ -90,7 +92,9 @@ Tensor activation_quantize(
 
 Tensor upsample_nearest2x(const Tensor& x) {
   const at::AutoDispatchBelowAutograd guard;
-  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kByte, "expected bytes (batch, channels, height, width)");
+  TORCH_CHECK(
+      x.dim() == 4 && x.scalar_type() == at::kByte, "upsample_nearest2x: x is expected as bytes (batch, channels, height, width), got ",
+      x.sizes(), " of ", x.scalar_type());
   const Tensor held = x.contiguous(at::MemoryFormat::ChannelsLast);
   Tensor out = at::detail::empty_cpu(
       {x.size(0), x.size(1), 2 * x.size(2), 2 * x.size(3)}, at::kByte, false, at::MemoryFormat::ChannelsLast);

@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
+#include <cmath>
 #include <optional>
 #include <string_view>
 #include <utility>
@@ -23,9 +24,14 @@ void for_items(int64_t items, int64_t cost, const F& f) {
   at::parallel_for(0, items, (least_per_thread + cost - 1) / std::max<int64_t>(cost, 1), f);
 }
 
-inline Code to_code(double scale, int64_t zero_point, int64_t low, int64_t high) {
-  TORCH_CHECK(0 <= low && low <= high && high <= 255, "codes are bytes: 0 <= low <= high <= 255, got ", low, ", ", high);
-  TORCH_CHECK(scale > 0, "the scale of a code is positive, got ", scale);
+inline Code to_code(const char* operation, double scale, int64_t zero_point, int64_t low, int64_t high) {
+  TORCH_CHECK(
+      0 <= low && low <= high && high <= 255, operation, ": codes are bytes: 0 <= low <= high <= 255, got ", low, ", ",
+      high);
+  TORCH_CHECK(0 <= zero_point && zero_point <= 255, operation, ": the zero point of a code is a byte, got ", zero_point);
+  TORCH_CHECK(
+      scale > 0 && std::isfinite(1.0f / static_cast<float>(scale)), operation, ": the scale of a code is positive, got ",
+      scale);
   const auto lowest = static_cast<float>(low - zero_point), highest = static_cast<float>(high - zero_point);
   return {1.0f / static_cast<float>(scale), lowest, highest, static_cast<int32_t>(zero_point)};
 }
@@ -40,8 +46,9 @@ inline Activation to_activation(std::string_view name) {
   TORCH_CHECK(false, "unknown activation '", name, "'; expected none, silu, gelu, gelu_tanh, geglu or swiglu");
 }
 
-// The tensor in a type that kernels read: bfloat16 stays, all else becomes float32.
+// The tensor in a type that kernels read: bfloat16 stays, all other real numbers become float32.
 inline Tensor readable(const Tensor& x) {
+  TORCH_CHECK(!x.is_complex(), "complex numbers have no codes, got ", x.scalar_type());
   return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat ? x : x.to(at::kFloat);
 }
 
@@ -52,11 +59,11 @@ inline Type type_of(const Tensor& x) {
 // Small per-channel numbers as dense float32; null if there are none.
 class Numbers {
  public:
-  Numbers(const std::optional<Tensor>& x, int64_t rows, int64_t width) {
+  Numbers(const char* operation, const char* name, const std::optional<Tensor>& x, int64_t rows, int64_t width) {
     if (!x.has_value() || !x->defined()) return;
     TORCH_CHECK(
-        x->numel() == rows * width || x->numel() == width, "expected ", rows, " rows of ", width, " numbers, got ",
-        x->sizes());
+        (in_rows(*x, rows, width) || in_rows(*x, 1, width)) && !x->is_complex(), operation, ": ", name, ": expected ", rows,
+        " rows of ", width, " numbers, got ", x->sizes(), " of ", x->scalar_type());
     held_ = *x;
     if (x->numel() != rows * width) held_ = held_.reshape({1, width}).expand({rows, width});
     if (held_.scalar_type() != at::kFloat) held_ = held_.to(at::kFloat);
@@ -65,6 +72,22 @@ class Numbers {
   const float* data() const { return held_.defined() ? held_.const_data_ptr<float>() : nullptr; }
 
  private:
+  // Whether these are the sizes, but for dimensions of one.
+  static bool in_rows(const Tensor& x, int64_t rows, int64_t width) {
+    if (x.numel() != rows * width) return false;
+    for (const int64_t size : x.sizes()) {
+      if (size == 1) continue;
+      if (rows != 1 && size == rows) {
+        rows = 1;
+      } else if (rows == 1 && size == width) {
+        width = 1;
+      } else {
+        return false;
+      }
+    }
+    return true;
+  }
+
   Tensor held_;
 };
 
@@ -100,6 +123,16 @@ inline RowView rows_of(const Tensor& x, int64_t along) {
   view.rows = {view.held.const_data_ptr(), x.size(along), stride};
   view.count = x.numel() / std::max<int64_t>(x.size(along), 1);
   return view;
+}
+
+// x and skip, which lie side by side along the channels.
+inline void check_beside(const char* operation, const Tensor& x, const Tensor& skip) {
+  TORCH_CHECK(x.dim() >= 2, operation, ": x is expected as (batch, channels, ...), got ", x.sizes());
+  bool fits = skip.dim() == x.dim();
+  for (int64_t d = 0; fits && d < x.dim(); ++d) fits = d == 1 || skip.size(d) == x.size(d);
+  TORCH_CHECK(
+      fits && x.size(1) > 0 && skip.size(1) > 0, operation, ": x and skip differ in more than their channels, ", x.sizes(),
+      " and ", skip.sizes());
 }
 
 // Memory for (batch, channels, ...) with the channels densest.

@@ -243,3 +243,30 @@ def test_wrong_input_is_refused_with_a_reason() -> None:
         ops.quantize_concat(x, numbers(2, 10, 5, 4), CODES[0])
     with pytest.raises(RuntimeError, match="expected 2 rows of 10 numbers"):
         ops.group_norm(x, None, None, 5, 1e-5, add=numbers(2, 9))
+
+
+def normed_twice(x: Tensor) -> Tensor:
+    """Four groups of x, by the mean first and then the squares around it, in float64."""
+    rows = x.double().reshape(len(x), 4, -1)
+    rows = rows - rows.mean(-1, keepdim=True)
+    return (rows * (rows.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).reshape(x.shape)
+
+
+@pytest.mark.parametrize("far", [0.0, 30.0, 1e3, 1e4, -1e5])
+@pytest.mark.parametrize("activation", ["none", "silu"])
+@pytest.mark.parametrize("shape", [(2, 48, 16, 16), (1, 40, 5, 7)])
+def test_a_group_norm_far_from_zero_keeps_its_digits(shape: tuple, activation: str, far: float) -> None:
+    x = channels_last(numbers(*shape) + far)
+    weight, bias = numbers(shape[1], seed=3), numbers(shape[1], seed=4)
+    want = normed_twice(x) * weight.double()[:, None, None] + bias.double()[:, None, None]
+    want = torch.nn.functional.silu(want) if activation == "silu" else want
+    got = ops.group_norm(x, weight, bias, 4, 1e-5, activation)
+    assert ((got.double() - want).norm() / want.norm()).item() < 3e-7
+
+
+def test_a_group_norm_whose_first_pixel_is_far_from_the_others_keeps_its_digits() -> None:
+    x = channels_last(numbers(1, 32, 32, 32))
+    x[:, :, 0, 0] = 1e3
+    want = normed_twice(x)
+    got = ops.group_norm(x, None, None, 4, 1e-5)
+    assert ((got.double() - want).norm() / want.norm()).item() < 3e-7

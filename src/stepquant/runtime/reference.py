@@ -88,7 +88,7 @@ def layer_norm_quantize(
 ) -> Tensor:
     y = _standardize(x, eps)
     y = _affine(y, weight, bias, (1,) * (x.dim() - 1) + (-1,))
-    rows = (x.shape[0],) + (1,) * (x.dim() - 2) + (-1,)
+    rows = (-1,) + (1,) * (x.dim() - 2) + (x.shape[-1],)
     return quantize(_modulate(y, scale, shift, rows), code).contiguous()
 
 
@@ -199,17 +199,20 @@ def _group_norm(
     skip: Tensor | None,
 ) -> Tensor:
     x = x.float()
-    rows = tuple(x.shape[:1]) + (-1,) + (1,) * (x.dim() - 2)
     if skip is not None:
         x = torch.cat([x, skip.float()], dim=1)
+    rows = (-1, x.shape[1]) + (1,) * (x.dim() - 2)
     if add is not None:
         x = x + add.float().reshape(rows)
-    y = _standardize(x.reshape(x.shape[0], groups, -1), eps).reshape(x.shape)
+    width = x.shape[1:].numel() // groups
+    y = _standardize(x.reshape(x.shape[0], groups, width), eps).reshape(x.shape)
     y = _affine(y, weight, bias, (1, -1) + (1,) * (x.dim() - 2))
     return activate(_modulate(y, scale, shift, rows), activation)
 
 
 def _standardize(x: Tensor, eps: float) -> Tensor:
+    if x.numel() == 0:
+        return x.float()
     variance, mean = torch.var_mean(x.double(), dim=-1, correction=0, keepdim=True)
     return ((x.double() - mean) * torch.rsqrt(variance + eps)).float()
 
