@@ -1,8 +1,9 @@
-"""CIFAR-10 in the Hugging Face layout: parquet files with columns `img` = {bytes, path} and `label`."""
+"""Pictures in the Hugging Face layout: parquet files with columns `img` = {bytes, path}, `label`, perhaps `caption`."""
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
     """The files of one split, whether named `train.parquet` or `train-00000-of-00001.parquet`."""
     files = sorted(folder.rglob(f"{split}*.parquet"))
     if not files:
-        raise FileNotFoundError(f"no {split}*.parquet under {folder}: point --data at a copy of CIFAR-10")
+        raise FileNotFoundError(f"no {split}*.parquet under {folder}: point --data at a copy of the data")
     return files
 
 
@@ -28,7 +29,7 @@ def decode(encoded: bytes) -> np.ndarray:
 
 
 def load_split(folder: Path, split: str, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, 32, 32) as uint8 and labels (n,) as int64, in the order of the files."""
+    """Images (n, 3, h, w) as uint8 and labels (n,) as int64, in the order of the files."""
     images: list[np.ndarray] = []
     labels: list[int] = []
     for file in parquet_files(Path(folder), split):
@@ -37,6 +38,23 @@ def load_split(folder: Path, split: str, limit: int | None = None) -> tuple[Tens
         labels += table["label"][:limit].to_pylist()
     pixels = torch.from_numpy(np.stack(images)[:limit]).permute(0, 3, 1, 2).contiguous()
     return pixels, torch.tensor(labels[:limit])
+
+
+def class_names(folder: Path) -> list[str]:
+    """The names of the labels, as the files carry them; none where they do not."""
+    metadata = pq.read_schema(parquet_files(Path(folder), "test")[0]).metadata or {}
+    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    return list(features.get("label", {}).get("names", []))
+
+
+def load_captions(folder: Path, split: str) -> list[str]:
+    """In the order of the files; none where there is no such column."""
+    files = parquet_files(Path(folder), split)
+    if "caption" not in pq.read_schema(files[0]).names:
+        return []
+    return [
+        text for file in files for text in pq.read_table(file, columns=["caption"])["caption"].to_pylist()
+    ]
 
 
 def random_flip(images: Tensor) -> Tensor:
