@@ -138,6 +138,11 @@ class Parts:
         return out
 
 
+def named(where: str) -> Path:
+    """`characters`, which the package carries, or a file."""
+    return zoo.path(EMBEDDED) / FILE_NAME if where == "characters" else Path(where)
+
+
 def read_parts(file: Path | None = None) -> Parts:
     """Of a file of the user's, else those of the characters that the embedded models draw."""
     file = file or zoo.path(EMBEDDED) / FILE_NAME
