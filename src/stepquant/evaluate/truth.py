@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from stepquant.evaluate.parts import Parts
 from stepquant.evaluate.singles import mean_number, share_number
 
 LEGAL = "legal images"
+Percent: TypeAlias = float
 BROKEN = 20.0  # decibels: below, the mean error of a pixel is more than a tenth
 
 
@@ -27,10 +28,10 @@ class Portion:
     """A kind of parts: its percentage of the area, and of the squared error of each set of images."""
 
     name: str
-    area: float
-    float: float
-    quantized: float
-    other: float | None = None
+    area: Percent
+    float: Percent
+    quantized: Percent
+    other: Percent | None = None
 
 
 @dataclass(frozen=True)
