@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from stepquant.evaluate.features import embedded_extractor
+from stepquant.evaluate.classifier import shipped_classifier
 from stepquant.evaluate.metrics import Batch, measure
 from stepquant.job.compare import Evaluation
 from stepquant.job.compare.tasks import batch_file, keep_batch, make_batch
@@ -116,7 +116,7 @@ def peak_of(options: argparse.Namespace, size: int) -> int:
     """Peak memory of making a set and of all numbers about it: no more than a few batches are held."""
     torch.set_num_threads(options.threads)
     chosen, pipeline = evaluation(options, size), load(options.model)
-    recipe, reader = Recipe.of(model=options.model), embedded_extractor()
+    recipe, reader = Recipe.of(model=options.model), shipped_classifier().extractor()
     with tempfile.TemporaryDirectory() as folder:
 
         def batches() -> Any:

@@ -70,11 +70,22 @@ def decode_all(file: Path, cells: list[dict]) -> list[np.ndarray]:
     return images
 
 
-def class_names(schema: pa.Schema, labels: list[int]) -> list[str]:
-    """As the schema tells them, else numbers."""
+def names_in(schema: pa.Schema) -> list[str]:
+    """The names of the labels, as the files carry them; none where they do not."""
     told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = told.get("info", {}).get("features", {}).get("label", {}).get("names")
-    return names or [str(label) for label in range(max(labels, default=-1) + 1)]
+    return list(told.get("info", {}).get("features", {}).get("label", {}).get("names", []))
+
+
+def class_names(folder: Path) -> list[str]:
+    return names_in(pq.read_schema(parquet_files(folder, "test")[0]))
+
+
+def load_captions(folder: Path, split: str) -> list[str]:
+    """In the order of the files; none where there is no such column."""
+    files = parquet_files(folder, split)
+    if "caption" not in pq.read_schema(files[0]).names:
+        return []
+    return [text for file in files for text in read_columns(file, ["caption"])["caption"].to_pylist()]
 
 
 def load_pictures(folder: Path, split: str, limit: int | None = None, *, captions: bool = False) -> Pictures:
@@ -94,7 +105,8 @@ def load_pictures(folder: Path, split: str, limit: int | None = None, *, caption
         raise DataError(
             f"the images of {folder} ({split}) have different sizes ({found}): resize them to one"
         )
-    classes = class_names(table.schema, labels)
+    # Without names the labels count for themselves.
+    classes = names_in(table.schema) or [str(label) for label in range(max(labels, default=-1) + 1)]
     wrong = next((row for row, label in enumerate(labels) if not 0 <= (label or 0) < len(classes)), None)
     if wrong is not None or None in labels:
         row = labels.index(None) if wrong is None else wrong

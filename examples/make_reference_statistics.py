@@ -1,6 +1,6 @@
-"""Feature statistics of CIFAR-10 that FD-C10 compares with: the test split, and the train split for its noise floor.
+"""Feature statistics that a Frechet distance compares with: the test split, and the train split for its noise floor.
 
-python examples/make_reference_statistics.py --features src/stepquant/models/zoo/cifar10_features
+python examples/make_reference_statistics.py --data FOLDER --features src/stepquant/models/zoo/cifar10_features
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 from data import DEFAULT_DATA, load_split
 from safetensors.torch import save_file
 
+from stepquant.evaluate.classifier import read_classifier
 from stepquant.evaluate.features import (
     REFERENCE_NAME,
     Extractor,
     Split,
     Statistics,
-    embedded_extractor,
     frechet,
     merge,
     to_tensors,
@@ -42,12 +42,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--features", type=Path, required=True, help="folder of the feature network")
-    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder of CIFAR-10 parquet files")
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder of parquet files")
     parser.add_argument("--batch", type=int, default=500)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    extractor = embedded_extractor(args.features)
+    extractor = read_classifier(args.features.resolve()).extractor()
     splits = {
         name: measure_split(extractor, args.data, name, args.batch, keep)
         for name, keep in (("test", KEPT), ("train", 0))

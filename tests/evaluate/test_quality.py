@@ -55,7 +55,7 @@ def test_without_weights_numbers_say_what_to_give() -> None:
         assert found[name].value is None
         assert found[name].unavailable == "give --inception PATH"
     assert found["LPIPS"].unavailable == "give --lpips PATH"
-    assert "32x32" in found["FD-C10"].unavailable
+    assert "32x32" in found["FD-CH"].unavailable
     assert "CLIP score" not in found  # nobody gave prompts
     assert by_name(judge(iter(batches()), NONE, None, prompted=True).numbers)["CLIP score"].unavailable
 
@@ -80,7 +80,7 @@ def test_every_network_has_its_numbers() -> None:
     assert text.floor == pytest.approx(4 + 0.5, abs=0.02)  # other seeds have other prompts
     assert (text.against, text.resize) == ("prompts", "bicubic to 24")
     assert {x.name for x in numbers if x.unavailable} == {
-        "FD-C10",
+        "FD-CH",
         "FID",
         "sFID",
     }  # the last two against data

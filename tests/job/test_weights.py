@@ -129,13 +129,13 @@ def test_inception_brings_its_numbers(
 
 def test_a_worker_reads_its_own_copies(tmp_path: Path) -> None:
     """Networks and a file of statistics travel; a folder of images must be there."""
-    paths = {name: Path(f"mine/{name}") for name in ("inception", "lpips", "clip")}
+    paths = {name: Path(f"mine/{name}") for name in ("inception", "lpips", "clip", "classifier", "truth")}
     chosen = Evaluation.of(data="mine/data.npz", weights=Weights(**paths))
     assert chosen.files() == paths | {"data": Path("mine/data.npz")}
     there = chosen.reading({name: tmp_path / name for name in chosen.files()} | {"model": tmp_path})
     assert there.weights == Weights(*(tmp_path / name for name in paths))
     assert there.data == str(tmp_path / "data")
-    for data in ("photos", "cifar10", None):
+    for data in ("photos", "cifar10", "characters", None):
         same = Evaluation.of(data=data)
         assert same.files() == {}
         assert same.reading({"model": tmp_path}) == same

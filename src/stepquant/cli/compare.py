@@ -11,7 +11,9 @@ import typer
 from stepquant.cli.interrupt import keeping
 from stepquant.cli.options import (
     DEFAULT_MODEL,
+    Classifier,
     Clip,
+    Data,
     Device,
     Inception,
     Json,
@@ -21,6 +23,7 @@ from stepquant.cli.options import (
     Quiet,
     Sampler,
     Settings,
+    Truth,
     read_prompts,
     read_settings,
 )
@@ -57,14 +60,6 @@ CalibrationSteps = Annotated[
         metavar="N",
         help="Denoising steps of the calibration.",
         show_default="as --steps",
-    ),
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DATA",
-        help="Folder of real images, statistics (.npz with mu and sigma), or cifar10.",
-        show_default="what the model saw",
     ),
 ]
 Speed = Annotated[
@@ -116,6 +111,8 @@ def compare(
     inception: Inception = None,
     lpips: Lpips = None,
     clip: Clip = None,
+    classifier: Classifier = None,
+    truth: Truth = None,
     speed: Speed = 3.0,
     prompts: Prompts = None,
     out: Out = Path("runs/compare"),
@@ -139,7 +136,10 @@ def compare(
 
     screen = Screen(quiet, brief=True)
     chosen = {"images": images, "steps": steps, "batch": batch, "sampler": sampler, "speed": speed}
-    measuring = {"data": data or DATA.get(model), "weights": Weights(inception, lpips, clip)}
+    measuring = {
+        "data": data or DATA.get(model),
+        "weights": Weights(inception, lpips, clip, classifier, truth),
+    }
     recipe = {"sampler": sampler, "prompts": read_prompts(prompts), "device": device}
     cells = grid(
         model,

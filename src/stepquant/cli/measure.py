@@ -12,7 +12,9 @@ from stepquant import hub
 from stepquant.cli.options import (
     AnyModel,
     ArtifactFolder,
+    Classifier,
     Clip,
+    Data,
     Device,
     Inception,
     Json,
@@ -22,6 +24,7 @@ from stepquant.cli.options import (
     Sampler,
     Seed,
     Steps,
+    Truth,
     read_counts,
     read_prompts,
 )
@@ -39,15 +42,6 @@ Against = Annotated[
     ),
 ]
 
-Data = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DATA",
-        help="Folder of real images, statistics (.npz with mu and sigma), or cifar10.",
-        show_default="what the model saw",
-    ),
-]
-
 
 def evaluate(
     folder: ArtifactFolder,
@@ -62,6 +56,8 @@ def evaluate(
     inception: Inception = None,
     lpips: Lpips = None,
     clip: Clip = None,
+    classifier: Classifier = None,
+    truth: Truth = None,
     floor: Annotated[
         bool,
         typer.Option(help="Also measure what two seeds of the float model differ by: half as long again."),
@@ -86,7 +82,7 @@ def evaluate(
         "floor": floor,
         "seed": seed,
         "prompts": read_prompts(prompts),
-        "weights": Weights(inception, lpips, clip),
+        "weights": Weights(inception, lpips, clip, classifier, truth),
     }
     chosen = {} if data is None else {"data": data}
     with screen.reporter as progress:

@@ -91,9 +91,36 @@ def fetched(where: str) -> Path:
     return local(where)
 
 
+def parts(where: str) -> Path:
+    from stepquant.evaluate.parts import named
+
+    return named(where)
+
+
 Inception = Annotated[Path | None, weights("PATH", "InceptionV3 (safetensors), for FID, sFID, KID, IS.")]
 Lpips = Annotated[Path | None, weights("PATH", "AlexNet or VGG16 with LPIPS heads (safetensors).")]
 Clip = Annotated[Path | None, weights("DIR", "CLIP model (transformers folder), for its score.")]
+Classifier = Annotated[
+    Path | None,
+    weights("DIR", "Classifier of your classes (examples/train_features.py), for distance and recognition."),
+]
+Truth = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PARTS",
+        help="The parts that images are composed of (.npz), or characters.",
+        show_default="what the model saw",
+        parser=parts,
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA",
+        help="Folder of real images, statistics (.npz with mu and sigma), characters, or cifar10.",
+        show_default="what the model saw",
+    ),
+]
 Method = Annotated[str, typer.Option(metavar="NAME", help="See `stepquant methods`.")]
 Scheme = Annotated[
     str | None,

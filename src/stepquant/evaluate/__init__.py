@@ -18,6 +18,8 @@ but `speed` and `size`, which the caller adds; the report leaves out what is mis
                  `better` is higher, lower, zero or one; `value` is null and `unavailable` says why where it cannot be
                  measured; `low`..`high` is a 95 % interval; `floor` is the same number with the float model on other
                  seeds in the quantized model's place; `reference` with the float model on the same seeds in its place
+    portions     [{name, area, float, quantized, other}]: of each kind of parts that images are composed of, the percentage
+                 of the area, and of the squared error to the nearest legal image; empty where parts are not known
     steps        [{step, t, relative, cosine, own_relative, own_cosine, state_relative}]: the noise prediction by
                  denoising step, on the float trajectory and (own_) on each model's own; x_t on their own
     blocks       {steps: [int], t: [float], rows: [{path, sqnr: [decibel or null by step]}]}

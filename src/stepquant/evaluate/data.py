@@ -15,12 +15,13 @@ from torch import Tensor
 
 from stepquant.core.digest import value_digest
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.features import Reader, Statistics, frechet, read_reference
+from stepquant.evaluate.classifier import SHIPPED
+from stepquant.evaluate.features import REFERENCE_NAME, Reader, Statistics, frechet, read_reference
 from stepquant.evaluate.inception import SPATIAL_WIDTH, WIDTH
 from stepquant.evaluate.metrics import Sets
 from stepquant.evaluate.sets import Target
+from stepquant.models import zoo
 
-CIFAR10, SHIPPED_FOR = "cifar10", "FD-C10"
 SAMPLED = 256  # files of a folder of images whose bytes count in its digest
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 # Names of mean and covariance in the statistics files that evaluators pass on, and their width, by view.
@@ -32,17 +33,17 @@ def read_data(
 ) -> Mapping[str, Target]:
     """What each view of the reader is compared with; views of which the data say nothing are left out.
 
-    source: `cifar10` for the shipped statistics of its test split, a folder of images, or an .npz file with `mu` and
+    source: `characters` or `cifar10` for the shipped statistics of its test split, a folder of images, or an .npz file with `mu` and
     `sigma` (and `mu_s` and `sigma_s`).
     size: height and width of the images that will be compared; a folder of images of another size is an error.
     """
     if source is None:
         raise EvaluationError(
             "say what the model was trained on",
-            expected="--data FOLDER of images, a file of statistics, or cifar10",
+            expected=f"--data FOLDER of images, a file of statistics, or {' or '.join(SHIPPED)}",
         )
-    if source == CIFAR10:
-        return shipped(reader)
+    if source in SHIPPED:
+        return shipped(reader, source)
     if is_statistics(source):
         return read_moments(Path(source), reader)
     return from_folder(Path(source), reader, size)
@@ -73,14 +74,15 @@ def sha256(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def shipped(reader: Reader) -> dict[str, Target]:
-    if SHIPPED_FOR not in {view.name for view in reader.views}:
+def shipped(reader: Reader, source: str) -> dict[str, Target]:
+    known = SHIPPED[source]
+    if known.distance not in {view.name for view in reader.views}:
         return {}
-    splits = read_reference(reader)
+    splits = read_reference(reader, zoo.path(known.classifier) / REFERENCE_NAME)
     test = splits["test"]
     floor = frechet(splits["train"].statistics, test.statistics)
     note = f"the train split itself is at {floor:.2f}; falls with n"
-    return {SHIPPED_FOR: Target("CIFAR-10 test", (test.statistics,), test.features, note)}
+    return {known.distance: Target(known.label, (test.statistics,), test.features, note)}
 
 
 def from_folder(folder: Path, reader: Reader, size: tuple[int, int] | None) -> dict[str, Target]:
@@ -156,7 +158,7 @@ def moments_target(file: Path, mean: Tensor, covariance: Tensor | None, width: i
 
 def check_data(data: str | None) -> None:
     """Before anything slow begins: a place that does not exist is an error."""
-    if data not in (None, CIFAR10) and not Path(data).exists():
+    if data is not None and data not in SHIPPED and not Path(data).exists():
         image_files(Path(data))
 
 
@@ -179,7 +181,7 @@ def image_files(folder: Path) -> list[Path]:
         "no images to compare with",
         where=str(folder),
         got="nothing of that kind" if folder.is_dir() else f"no such folder on {platform.node()}",
-        expected=f"a folder with {', '.join(IMAGE_SUFFIXES)}, a file of statistics (.npz), or '{CIFAR10}'",
+        expected=f"a folder with {', '.join(IMAGE_SUFFIXES)}, a file of statistics (.npz), or {' or '.join(SHIPPED)}",
     )
 
 

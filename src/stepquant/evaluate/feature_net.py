@@ -1,8 +1,9 @@
-"""The small CIFAR-10 classifier whose penultimate features measure samples without Inception."""
+"""Small image classifiers whose penultimate features measure samples without Inception."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,35 +32,57 @@ class FeatureBlock(nn.Sequential):
 
 
 class FeatureNet(nn.Module):
-    """Images (n, 3, 32, 32) in [0, 1] to penultimate features (n, num_features).
+    """Images (n, 3, size, size) in [0, 1] to penultimate features (n, num_features).
 
     `num_features` is what torchmetrics' `FrechetInceptionDistance(feature=...)` asks of a custom module.
+
+    features: of a layer that reads every place of the last map; None takes the maximum over places of each channel,
+        for pictures whose content may be anywhere.
+    mirrored: outside training features are those of the image and of its mirror image, averaged.
+    classes: their names, in the order of the logits.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, widths: tuple[int, ...] = (64, 192, 256), num_classes: int = 10) -> None:
+    def __init__(
+        self,
+        widths: Sequence[int] = (64, 192, 256),
+        num_classes: int = 10,
+        size: int = 32,
+        features: int | None = None,
+        mirrored: bool = True,
+        classes: Sequence[str] = (),
+    ) -> None:
         super().__init__()
-        self.config = {"widths": list(widths), "num_classes": num_classes}
-        self.num_features = widths[-1]
+        self.config = {"widths": list(widths), "num_classes": num_classes, "size": size}
+        self.config |= {"features": features, "mirrored": mirrored, "classes": list(classes)}
+        self.size, self.mirrored, self.classes = size, mirrored, tuple(classes)
+        self.num_features = features or widths[-1]
         self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.5))
         self.register_buffer("std", torch.full((1, 3, 1, 1), 0.25))
         # Sees 2x2 patches through their principal components and the negatives of these.
         self.stem = nn.Conv2d(3, 24, 2)
         channels = (24, *widths)
         self.blocks = nn.Sequential(*map(FeatureBlock, channels[:-1], channels[1:]))
+        side = (size - 1) // 2 ** len(widths)
+        self.gather = nn.Linear(widths[-1] * side**2, features) if features else None
         self.head = nn.Linear(self.num_features, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Penultimate features; outside training those of the image and of its mirror image, averaged."""
+        """Penultimate features."""
         features = self.embed(images)
-        return features if self.training else (features + self.embed(images.flip(-1))) / 2
+        if self.training or not self.mirrored:
+            return features
+        return (features + self.embed(images.flip(-1))) / 2
 
     def embed(self, images: Tensor) -> Tensor:
         """Penultimate features of the images as they are."""
         hidden = nn.functional.gelu(self.stem((images - self.mean) / self.std))
         hidden = self.blocks(hidden)
+        if self.gather is not None:
+            gathered: Tensor = self.gather(hidden.flatten(1))
+            return gathered
         # Not `amax`: its compiled gradient under bf16 autocast is not finite (torch 2.13, CPU).
         return nn.functional.max_pool2d(hidden, hidden.shape[-1]).flatten(1)
 
@@ -69,7 +92,7 @@ class FeatureNet(nn.Module):
 
 def load_feature_net(folder: Path) -> FeatureNet:
     """The network of a folder with config.json and safetensors, in float32, ready to measure."""
-    config = json.loads((Path(folder) / CONFIG_NAME).read_text())
-    net = FeatureNet(tuple(config["widths"]), config["num_classes"])
+    config = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
+    net = FeatureNet(**config)
     net.load_state_dict(load_file(Path(folder) / WEIGHTS_NAME))
     return net.eval().requires_grad_(False)

@@ -13,12 +13,8 @@ from safetensors import SafetensorError, safe_open
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from stepquant.core.digest import tensors_digest
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.feature_net import load_feature_net
-from stepquant.models import zoo
 
-EMBEDDED = "stepquant:cifar10-features"
 REFERENCE_NAME = "reference.safetensors"
 # More blocks do not make an interval better, and each holds a square of the feature width: 8 of 2048 are 270 MB.
 MOST_BLOCKS, FEWEST_BLOCKS = 64, 8
@@ -79,15 +75,6 @@ class Extractor:
         with torch.no_grad():
             features: Tensor = self.net(images.float())
         return features
-
-
-def embedded_extractor(folder: Path | None = None) -> Extractor:
-    """The CIFAR-10 classifier of the package; its distance is called FD-C10, never FID."""
-    try:
-        net = load_feature_net(folder or zoo.path(EMBEDDED))
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
-        raise EvaluationError(f"the feature network cannot be loaded: {error}", where=str(folder)) from error
-    return Extractor("FD-C10", net, tensors_digest(net.state_dict())[:12], 32)
 
 
 @dataclass(frozen=True)
@@ -221,9 +208,8 @@ def to_tensors(splits: Mapping[str, Split]) -> dict[str, Tensor]:
     return out
 
 
-def read_reference(extractor: Reader, file: Path | None = None) -> dict[str, Split]:
+def read_reference(extractor: Reader, file: Path) -> dict[str, Split]:
     """Stored splits by name; they must have been made by this very extractor."""
-    file = file or zoo.path(EMBEDDED) / REFERENCE_NAME
     try:
         with safe_open(file, "pt") as stored:
             digest = (stored.metadata() or {}).get("extractor", "none")

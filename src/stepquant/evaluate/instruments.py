@@ -7,26 +7,39 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepquant.errors import EvaluationError, StepquantError
+from stepquant.evaluate.classifier import (
+    ASKED,
+    DEFAULT,
+    SHIPPED,
+    Classifier,
+    read_classifier,
+    shipped_classifier,
+)
 from stepquant.evaluate.clip import ClipScore, load_clip
-from stepquant.evaluate.data import CIFAR10, read_data
+from stepquant.evaluate.data import read_data
 from stepquant.evaluate.feature_cache import CachedReader
-from stepquant.evaluate.features import Reader, embedded_extractor
+from stepquant.evaluate.features import Reader
 from stepquant.evaluate.inception import load_inception
 from stepquant.evaluate.lpips import Lpips, load_lpips
-from stepquant.evaluate.metrics import SAME_SEEDS, Number, unavailable
+from stepquant.evaluate.metrics import SAME_SEEDS, Number, SingleMetric, unavailable
 from stepquant.evaluate.pairs import PAIR_METRICS, PairMetric
+from stepquant.evaluate.parts import read_parts
 from stepquant.evaluate.sets import CLASSES, Target
+from stepquant.evaluate.singles import PROMPTS, TextMetric
+from stepquant.evaluate.truth import Truth
 
-PROMPTS = "prompts"
+COMPOSED = "characters"  # the data that the package knows the parts of
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Where the user keeps the weights of measuring networks."""
+    """Where the user keeps the weights of measuring networks, and the parts that images are composed of."""
 
     inception: Path | None = None  # safetensors
     lpips: Path | None = None  # safetensors
     clip: Path | None = None  # folder
+    classifier: Path | None = None  # folder
+    truth: Path | None = None  # npz
 
     def given(self) -> dict[str, Path]:
         """The files and folders that there are, by the name of their network."""
@@ -35,11 +48,13 @@ class Weights:
 
 @dataclass(frozen=True)
 class Networks:
-    """Networks as far as there are weights for them."""
+    """Networks as far as there are weights for them; the classifier and the parts may be the package's own."""
 
-    inception: Reader | None
-    lpips: Lpips | None
-    clip: ClipScore | None
+    inception: Reader | None = None
+    lpips: Lpips | None = None
+    clip: ClipScore | None = None
+    classifier: Classifier | None = None
+    truth: Truth | None = None
 
     def digests(self) -> dict[str, str]:
         """Of the networks that there are, by name."""
@@ -52,41 +67,57 @@ class Instruments:
 
     readers: tuple[Reader, ...]
     metrics: tuple[PairMetric, ...]
-    clip: ClipScore | None
+    singles: tuple[SingleMetric, ...]
     targets: Mapping[str, Target]
     missing: tuple[Number, ...]
 
 
-def load_networks(weights: Weights, *, prompted: bool) -> Networks:
-    """Weights are read before anything slow begins; those of CLIP need prompts to compare with."""
+def load_networks(weights: Weights, data: str | None = None, *, prompted: bool) -> Networks:
+    """Weights are read before anything slow begins; those of CLIP need prompts to compare with.
+
+    data: as in `evaluate`; of what the package knows, it has the classifier and perhaps the parts.
+    """
     if weights.clip is not None and not prompted:
         raise EvaluationError(
             "the CLIP score compares images with prompts, and there are none",
             fix="give --prompts FILE for a model that takes text, or leave --clip out",
         )
+    composed = weights.truth is not None or data == COMPOSED
     return Networks(
         None if weights.inception is None else CachedReader(load_inception(weights.inception)),
         None if weights.lpips is None else load_lpips(weights.lpips),
         None if weights.clip is None else load_clip(weights.clip),
+        find_classifier(weights.classifier, data),
+        Truth(read_parts(weights.truth)) if composed else None,
     )
 
 
-def fit(networks: Networks, size: tuple[int, int], data: str | None, *, prompted: bool) -> Instruments:
+def find_classifier(folder: Path | None, data: str | None) -> Classifier | None:
+    """The user's, else that of the data; the classes of other models are not those of the default one."""
+    if folder is not None:
+        return read_classifier(folder)
+    return shipped_classifier(data) if data in SHIPPED else None
+
+
+def fit(
+    networks: Networks, size: tuple[int, int], data: str | None, *, prompted: bool, labelled: bool = False
+) -> Instruments:
     """The instruments for images of this height and width; a folder of data that was asked for must fit them."""
     readers: list[Reader] = []
-    missing = []
+    missing, distance = [], SHIPPED[DEFAULT].distance
     try:
-        own = embedded_extractor()
+        own = (networks.classifier or shipped_classifier()).extractor()
+        distance = own.name
         if tuple(size) != (own.size, own.size):
             raise EvaluationError(
                 f"its network reads {own.size}x{own.size} images, these are {size[0]}x{size[1]}"
             )
         readers.append(own)
     except StepquantError as error:
-        missing.append(unavailable("FD-C10", SAME_SEEDS, error.what))
+        missing.append(unavailable(distance, SAME_SEEDS, error.what))
     if networks.inception is not None:
         readers.append(networks.inception)
-    if not readers and data not in (None, CIFAR10):
+    if not readers and data is not None and data not in SHIPPED:
         raise EvaluationError(
             f"nothing here can compare images of {size[1]}x{size[0]} with data",
             got=data,
@@ -97,7 +128,24 @@ def fit(networks: Networks, size: tuple[int, int], data: str | None, *, prompted
     for reader in readers:
         targets |= find_data(reader, data, size)
     missing += without_data(readers, targets, data) + without_weights(networks, prompted)
-    return Instruments(tuple(readers), metrics, networks.clip, targets, tuple(missing))
+    missing += without_classes(networks, size, prompted or labelled)
+    singles = find_singles(networks, size, prompted, labelled)
+    return Instruments(tuple(readers), metrics, singles, targets, tuple(missing))
+
+
+def find_singles(
+    networks: Networks, size: tuple[int, int], prompted: bool, labelled: bool
+) -> tuple[SingleMetric, ...]:
+    """What looks at images one by one; parts of another size are an error of the user's, who gave them."""
+    out: list[SingleMetric] = []
+    if networks.truth is not None:
+        networks.truth.check(size)
+        out.append(networks.truth)
+    if networks.classifier is not None and (prompted or labelled) and networks.classifier.reads(size):
+        out.append(networks.classifier)
+    if networks.clip is not None:
+        out.append(TextMetric(networks.clip))
+    return tuple(out)
 
 
 def find_data(reader: Reader, source: str | None, size: tuple[int, int]) -> Mapping[str, Target]:
@@ -105,7 +153,7 @@ def find_data(reader: Reader, source: str | None, size: tuple[int, int]) -> Mapp
     try:
         return read_data(source, reader, size)
     except EvaluationError:
-        if source is not None and source != CIFAR10:
+        if source is not None and source not in SHIPPED:
             raise
         return {}
 
@@ -114,7 +162,7 @@ def without_data(readers: Sequence[Reader], targets: Mapping[str, Target], data:
     """Distances to data that nothing is known about."""
     views = [view for reader in readers for view in reader.views if not view.classes]
     why = (
-        "say what the model was trained on: --data FOLDER of images, a file of statistics, or cifar10"
+        f"say what the model was trained on: --data FOLDER of images, a file of statistics, or {' or '.join(SHIPPED)}"
         if data is None
         else f"'{data}' says nothing about it: give --data FOLDER of images"
     )
@@ -132,3 +180,17 @@ def without_weights(networks: Networks, prompted: bool) -> list[Number]:
     if networks.clip is None and prompted:
         out.append(unavailable("CLIP score", PROMPTS, "give --clip DIR", "higher"))
     return out
+
+
+def without_classes(networks: Networks, size: tuple[int, int], asked: bool) -> list[Number]:
+    """Why nobody tells whether images show what was asked for."""
+    classifier = networks.classifier
+    if not asked:
+        return []
+    if classifier is None:
+        return [unavailable("recognised", ASKED, "give --classifier DIR", "higher")]
+    if classifier.reads(size):
+        return []
+    side = classifier.net.size
+    why = f"the classifier reads {side}x{side} images, these are {size[0]}x{size[1]}"
+    return [unavailable("recognised", ASKED, why, "higher")]

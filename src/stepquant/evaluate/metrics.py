@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -58,6 +58,14 @@ class Batch:
     other: Tensor | None = None
     prompts: Sequence[str] = ()  # of the first two sets
     other_prompts: Sequence[str] = ()
+    labels: Sequence[int] = ()  # classes that a class-conditional model was asked for
+    other_labels: Sequence[int] = ()
+
+    def asked(self, name: str) -> Sequence[str] | Sequence[int]:
+        """What the images of a set were to show: prompts or numbers of classes; nothing where nobody asked."""
+        if name == "other":
+            return self.other_labels or self.other_prompts
+        return self.labels or self.prompts
 
     def sets(self) -> dict[str, Tensor]:
         """The images by the names of their sets."""
@@ -96,11 +104,20 @@ class Measured:
     pairs: Mapping[str, Tensor]
     other_pairs: Mapping[str, Tensor]  # empty without other seeds
     views: Mapping[str, Sets]
-    texts: Mapping[str, Tensor]  # agreement of every image with its prompt, by set; empty where nobody asked
+    singles: tuple[Mapping[str, Tensor], ...]  # values of each image by set, for each single metric
     shown: tuple[Tensor, Tensor]
 
 
-Agreement = Callable[[Tensor, Sequence[str]], Tensor]  # images and their prompts -> a number each
+class SingleMetric(Protocol):
+    """Looks at images one by one, as an 8-bit file holds them."""
+
+    def read(self, images: Tensor, asked: Sequence[Any]) -> Tensor:
+        """Values (n, ...) of images that were to show what was `asked`, which is empty where nobody asked."""
+        ...
+
+    def numbers(self, values: Mapping[str, Tensor]) -> list[Number]:
+        """What the values of all images make, by the name of their set."""
+        ...
 
 
 def as_saved(images: Tensor) -> Tensor:
@@ -113,7 +130,7 @@ def measure(
     readers: Sequence[Reader] = (),
     keep: int = 0,
     metrics: Sequence[PairMetric] = PAIR_METRICS,
-    agreement: Agreement | None = None,
+    singles: Sequence[SingleMetric] = (),
 ) -> Measured:
     """One pass; memory does not grow with the number of images, but for a few bytes each."""
     pairs: list[Mapping[str, Tensor]] = []
@@ -121,33 +138,26 @@ def measure(
     views = {
         view.name: Sets(view, reader.digest, reader.resize) for reader in readers for view in reader.views
     }
-    texts: list[Mapping[str, Tensor]] = []
+    alone: list[list[Mapping[str, Tensor]]] = [[] for _ in singles]
     shown: list[tuple[Tensor, Tensor]] = []
     for batch in batches:
         pairs.append(compare(batch.float, batch.quantized, metrics))
         if batch.other is not None:
             other_pairs.append(compare(batch.float, batch.other, metrics))
-        for name, images in batch.sets().items():
+        saved = {name: as_saved(images) for name, images in batch.sets().items()}
+        for name, images in saved.items():
             for reader in readers:
-                for view, rows in reader.read(as_saved(images)).items():
+                for view, rows in reader.read(images).items():
                     views[view] = views[view].add(name, rows)
-        if agreement is not None:
-            texts.append(agree(batch, agreement))
+        for single, found in zip(singles, alone):
+            found.append({name: single.read(images, batch.asked(name)) for name, images in saved.items()})
         if sum(len(seen) for seen, _ in shown) < keep:
             shown.append((batch.float.float().cpu(), batch.quantized.float().cpu()))
     if not pairs:
         raise EvaluationError("no images to measure", fix="give --images a positive number")
     none = torch.zeros(0, 3, 1, 1)
     first = [torch.cat([pair[side] for pair in shown])[:keep] if shown else none for side in (0, 1)]
-    return Measured(join(pairs), join(other_pairs), views, join(texts), (first[0], first[1]))
-
-
-def agree(batch: Batch, agreement: Agreement) -> dict[str, Tensor]:
-    """How well the images of every set fit their prompts."""
-    return {
-        name: agreement(as_saved(images), batch.other_prompts if name == "other" else batch.prompts)
-        for name, images in batch.sets().items()
-    }
+    return Measured(join(pairs), join(other_pairs), views, tuple(map(join, alone)), (first[0], first[1]))
 
 
 def compare(a: Tensor, b: Tensor, metrics: Sequence[PairMetric] = PAIR_METRICS) -> dict[str, Tensor]:

@@ -7,17 +7,10 @@ from dataclasses import dataclass
 from itertools import chain
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.instruments import PROMPTS, Instruments, Networks, fit
-from stepquant.evaluate.metrics import (
-    OTHER_SEEDS,
-    Batch,
-    Measured,
-    Number,
-    mean_interval,
-    measure,
-    pair_number,
-)
+from stepquant.evaluate.instruments import Instruments, Networks, fit
+from stepquant.evaluate.metrics import Batch, Measured, Number, measure, pair_number
 from stepquant.evaluate.sets import set_numbers
+from stepquant.evaluate.truth import Portion, Truth
 
 
 @dataclass(frozen=True)
@@ -27,6 +20,7 @@ class Judged:
     size: tuple[int, int]
     measured: Measured
     numbers: list[Number]
+    portions: list[Portion]  # of the error to legal images, where these are known
 
 
 def judge(
@@ -37,38 +31,21 @@ def judge(
     if first is None:
         raise EvaluationError("no images to measure", fix="give --images a positive number")
     height, width = first.float.shape[-2:]
-    tools = fit(networks, (height, width), data, prompted=prompted)
-    measured = measure(chain([first], batches), tools.readers, keep, tools.metrics, tools.clip)
-    return Judged((height, width), measured, numbers(measured, tools))
+    tools = fit(networks, (height, width), data, prompted=prompted, labelled=bool(first.labels))
+    measured = measure(chain([first], batches), tools.readers, keep, tools.metrics, tools.singles)
+    return Judged((height, width), measured, numbers(measured, tools), portions(measured, tools))
 
 
 def numbers(measured: Measured, tools: Instruments) -> list[Number]:
-    """Likeness of pairs first, then distances between sets, then what cannot be measured here and why."""
+    """Likeness of pairs first, then single images, distances between sets, and what cannot be measured here and why."""
     out = [pair_number(metric, measured) for metric in tools.metrics]
-    if tools.clip is not None:
-        out.append(text_number(measured, tools.clip.digest, tools.clip.resize))
+    for single, values in zip(tools.singles, measured.singles):
+        out += single.numbers(values)
     for name, sets in measured.views.items():
         out += set_numbers(sets, tools.targets.get(name))
     return out + list(tools.missing)
 
 
-def text_number(measured: Measured, extractor: str, resize: str) -> Number:
-    """The mean agreement of images with their prompts, beside that of the float model's."""
-    values = measured.texts["quantized"]
-    low, high = mean_interval(values)
-    means = {name: float(found.mean()) for name, found in measured.texts.items()}
-    return Number(
-        "CLIP score",
-        PROMPTS,
-        len(values),
-        "higher",
-        means["quantized"],
-        low,
-        high,
-        reference=means["float"],
-        floor=means.get("other"),
-        floor_of=OTHER_SEEDS if "other" in means else "",
-        extractor=extractor,
-        resize=resize,
-        note="100 times the cosine, per image, then the mean",
-    )
+def portions(measured: Measured, tools: Instruments) -> list[Portion]:
+    pairs = zip(tools.singles, measured.singles)
+    return [one for metric, values in pairs if isinstance(metric, Truth) for one in metric.portions(values)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from stepquant.calib.record import trajectory_seed
@@ -50,18 +51,18 @@ def evaluate(
 ) -> dict[str, Any]:
     """Results up to `images` in the schema of this package.
 
-    data: what the model was trained on: 'cifar10', a folder of images or a file of statistics; None leaves the distance
-        to data out.
+    data: what the model was trained on: 'characters' or 'cifar10', a folder of images or a file of statistics; None
+        leaves the distance to data out.
     floor: also generate as many images from other seeds with the float model, for the noise floor.
     shown, probed: images kept in the results, and trajectories followed step by step.
-    weights: of the networks of FID, LPIPS and CLIP score.
+    weights: of the networks of FID, LPIPS and CLIP score, a classifier, and parts that images are composed of.
     stored: the images of these seeds, where they were generated before.
     """
     check_count(images, steps)
     progress = progress or Silent()
     source, other = Denoiser.of(float_pipeline), Denoiser.of(quantized_pipeline)
     check_twins(source, other)
-    networks = load_networks(weights or Weights(), prompted=bool(prompts))
+    networks = load_networks(weights or Weights(), data, prompted=bool(prompts))
     asked = {"sampler": sampler or type(float_pipeline.scheduler).__name__, "steps": steps}
     asked |= {"seed": seed, "images": images, "batch": batch}
     seeds = [trajectory_seed(seed, FIRST_SEED + i) for i in range(images)]
@@ -78,6 +79,7 @@ def evaluate(
         "sampling": asked | {"calls": len(traced.steps), "size": list(judged.size)},
         "environment": environment(),
         "quality": [number.to_json() for number in judged.numbers],
+        "portions": [asdict(portion) for portion in judged.portions],
         "steps": traced.steps,
         "blocks": traced.blocks,
         "inputs": traced.inputs,

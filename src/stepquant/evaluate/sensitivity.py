@@ -24,7 +24,8 @@ from stepquant.core.affine import scale_and_zero, to_groups
 from stepquant.core.digest import value_digest
 from stepquant.core.ranges import Search, lp_search, lp_search_binned
 from stepquant.errors import EvaluationError, UnknownNameError
-from stepquant.evaluate.features import Extractor, embedded_extractor
+from stepquant.evaluate.classifier import shipped_classifier
+from stepquant.evaluate.features import Extractor
 from stepquant.evaluate.journal import Lines
 from stepquant.evaluate.pairs import TOO_SMALL, psnr, ssim
 from stepquant.evaluate.sites import StudiedSite, plan_with, studied_sites
@@ -202,7 +203,8 @@ class Meter:
     def __init__(self, pipeline: Any, data: CalibSet, study: Study, prompts: Sequence[str] | None) -> None:
         self.pipeline, self.study, self.prompts = pipeline, study, prompts
         self.denoiser = Denoiser.of(pipeline)
-        self.extractor: Extractor | None = embedded_extractor() if "features" in study.metrics else None
+        wanted = "features" in study.metrics
+        self.extractor: Extractor | None = shipped_classifier().extractor() if wanted else None
         self.digest = self.extractor.digest if self.extractor else ""
         self.arguments = next(iter(data.batches(len(data)))).arguments
         self.target = self.predict()

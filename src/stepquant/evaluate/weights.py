@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stepquant.errors import EvaluationError
+from stepquant.models import zoo
 
 # How a zip archive and a pickle begin: what torch.save writes.
 PICKLED = (b"PK\x03\x04", b"\x80")
@@ -22,7 +23,9 @@ SAFE = ["*.safetensors", "*.json", "*.txt"]
 
 
 def local(where: str) -> Path:
-    """A path as it is; hub:OWNER/NAME/FILE, or hub:OWNER/NAME for all that is safe there, fetched once."""
+    """A path as it is; the folder of an embedded model; hub:OWNER/NAME/FILE, or hub:OWNER/NAME for all that is safe there, fetched once."""
+    if where in zoo.names():
+        return zoo.path(where)
     if not where.startswith(HUB):
         return Path(where)
     owner, _, rest = where.removeprefix(HUB).partition("/")

@@ -14,15 +14,18 @@ from stepquant.report.schema import Number, Report
 
 # In this order, then all others.
 METRICS = (
+    "recognised",
+    "truth",
+    "broken",
     "PSNR",
     "SSIM",
     "LPIPS",
     "FID",
-    "FD-C10",
+    *tables.DISTANCES,
     "CLIP score",
     "sFID",
     "KID",
-    "KD-C10",
+    *(name.replace("FD", "KD") for name in tables.DISTANCES),
     "IS",
     "precision",
     "recall",
@@ -114,7 +117,7 @@ def find_columns(entries: Sequence[Entry]) -> list[Column]:
 
 def place(kind: tuple[str, str]) -> int:
     """Of a metric among the columns, whatever it is against and whoever's features it looks at."""
-    name = kind[0].partition(" (")[0]
+    name = tables.plain(kind[0])
     return METRICS.index(name) if name in METRICS else len(METRICS)
 
 

@@ -27,10 +27,13 @@ from stepquant.report.heat import heat_maps
 from stepquant.report.images import decode, encode, grid
 from stepquant.report.page import ARROWS, read, replace_text, template
 from stepquant.report.schema import Report
-from stepquant.report.tables import QUANTIZED, by_batch, markdown_row
+from stepquant.report.tables import DISTANCES, QUANTIZED, by_batch, markdown_row, plain
 
 FAILED = "failed"
-HEADLINES = ("size", "speed", "made in", "peak memory", "PSNR", "FID", "FD-C10", "noise error")
+HEADLINES = (
+    *("size", "speed", "made in", "peak memory", "recognised", "truth", "broken", "PSNR", "FID"),
+    *(*DISTANCES, "noise error"),
+)
 STYLES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 SHOWN_FIRST = (*HEADLINES, "SSIM", "LPIPS", "CLIP score")
 
@@ -53,7 +56,7 @@ def render(entries: Sequence[Entry], sensitivity: Sequence[Mapping[str, Any]] = 
     """The page of a comparison."""
     done = [entry for entry in entries if entry.runs]
     columns = find_columns(done)
-    main = [column for column in columns if column.title in SHOWN_FIRST]
+    main = [column for column in columns if plain(column.title) in SHOWN_FIRST]
     others = [column for column in columns if column not in main] + absent_columns(done)
     return template("compare.html").render(
         style=Markup(read("style.css")),
@@ -103,7 +106,9 @@ def styles(names: Sequence[str]) -> dict[str, str]:
 
 def pareto_plots(entries: Sequence[Entry]) -> list[tuple[str, str]]:
     """The main quality number against size and against time."""
-    columns = [column for column in find_columns(entries) if column.title in ("FID", "FD-C10", "PSNR")]
+    columns = [
+        column for column in find_columns(entries) if plain(column.title) in ("FID", *DISTANCES, "PSNR")
+    ]
     if not columns:
         return []
     quality = next((x for x in columns if x.title != "PSNR"), columns[0])
@@ -176,7 +181,7 @@ def summary(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The columns that decide, for a terminal: first row the header, then the float model, then every entry."""
     entries = group(results)
     done = [entry for entry in entries if entry.runs]
-    columns = [column for column in find_columns(done) if column.title in HEADLINES]
+    columns = [column for column in find_columns(done) if plain(column.title) in HEADLINES]
     titles = [column.title for column in columns]
     heads = [x.title if titles.count(x.title) == 1 else f"{x.title} to {x.against}" for x in columns]
     out = [("", *(f"{head} {ARROWS[column.better]}" for head, column in zip(heads, columns)))]

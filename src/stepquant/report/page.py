@@ -95,6 +95,7 @@ def render(report: Report) -> str:
         shares=plan_shares(report.plan),
         recipe=flat(report.quantized.recipe),
         networks=tables.networks(report),
+        own=tables.is_own,
         cells=quality_cells,
         zipped=zip,
         arrows=ARROWS,
@@ -132,7 +133,8 @@ def figures(report: Report) -> list[Figure]:
     ratio = report.number("PSNR")
     if ratio:
         out.append(Figure(f"{ratio.value:.1f}", "dB", "PSNR to float, same seeds"))
-    distance = report.number("FD-C10", data=True) or report.number("FD-C10")
+    out += [Figure(*words) for words in tables.alone(report)]
+    distance = tables.distance_of(report)
     if distance:
         beside = f", float {distance.reference:.2f}" if distance.reference is not None else ""
         out.append(Figure(f"{distance.value:.2f}", distance.name, f"to {distance.against}{beside}"))

@@ -57,6 +57,16 @@ class Number(Part):
     unavailable: str = ""
 
 
+class Portion(Part):
+    """A kind of parts that images are composed of: percentages of the area and of the squared error."""
+
+    name: str
+    area: float
+    source: float = Field(alias="float")
+    quantized: float
+    other: float | None = None
+
+
 class Step(Part):
     step: int
     t: float
@@ -185,6 +195,7 @@ class Report(Part):
     sampling: Sampling | None = None
     environment: dict[str, str | int] = Field(default_factory=dict)
     quality: tuple[Number, ...] = ()
+    portions: tuple[Portion, ...] = ()
     steps: tuple[Step, ...] = ()
     blocks: Blocks | None = None
     inputs: tuple[Input, ...] = ()

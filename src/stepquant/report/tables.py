@@ -11,7 +11,11 @@ from stepquant.report.schema import Number, Report, Times, Timing
 QUANTIZED = "stepquant"
 HEADER = ("", "float", "integer", "floor", "how")
 NONE = "–"
-HEADLINES = ("PSNR", "SSIM", "LPIPS", "FID", "sFID", "KID", "IS", "CLIP score", "FD-C10")
+DISTANCES = ("FD-CH", "FD-C10", "FD")  # of the package's own networks, and of the user's: FD (NAME)
+HEADLINES = (
+    *("recognised", "truth", "broken", "PSNR", "SSIM", "LPIPS", "FID", "sFID", "KID", "IS", "CLIP score"),
+    *DISTANCES,
+)
 
 
 def table(results: Mapping[str, Any] | Report) -> list[tuple[str, ...]]:
@@ -76,8 +80,13 @@ def quality_rows(report: Report) -> list[tuple[str, ...]]:
             measured_on(x, report),
         )
         for x in report.quality
-        if x.value is not None and x.name in HEADLINES
+        if x.value is not None and plain(x.name) in HEADLINES
     ]
+
+
+def plain(name: str) -> str:
+    """Of a number, without whose features it looks at: `FD (mine)` is FD."""
+    return name.partition(" (")[0]
 
 
 def measured_on(number: Number, report: Report) -> str:
@@ -97,6 +106,29 @@ def networks(report: Report) -> dict[str, list[str]]:
         names = found.setdefault(number.extractor, [])
         names += [] if number.name in names else [number.name]
     return {digest: names for digest, names in found.items() if digest}
+
+
+def is_own(names: Sequence[str]) -> bool:
+    """Whether these are numbers of a small classifier, the package's or the user's."""
+    return any(plain(name) in DISTANCES for name in names)
+
+
+def distance_of(report: Report) -> Number | None:
+    """By the features of a small classifier, to data rather than to the float model."""
+    names = dict.fromkeys(x.name for x in report.quality if is_own([x.name]))
+    found = [report.number(name, data=data) for data in (True, False) for name in names]
+    return next((number for number in found if number), None)
+
+
+def alone(report: Report) -> list[tuple[str, str, str]]:
+    """Value, unit and meaning of what is known of images one by one."""
+    meanings = {"recognised": "recognised as the class asked for", "truth": "PSNR to the nearest legal image"}
+    found = {about: report.number(name, data=True) for name, about in meanings.items()}
+    return [
+        (f"{x.value:.1f}", x.unit, about + (f", float {x.reference:.1f}" if x.reference is not None else ""))
+        for about, x in found.items()
+        if x
+    ]
 
 
 def nearness(times: Times) -> list[tuple[int, list[tuple[str, str, bool]]]]:
@@ -178,9 +210,19 @@ def milliseconds(value: float | None) -> str:
 
 
 def decimals(number: Number) -> int:
-    fixed = {"PSNR": 1, "SSIM": 3, "structure change": 3, "detail": 3, "density": 3}
-    fixed |= dict.fromkeys(("precision", "recall", "coverage", "LPIPS"), 3) | {"KID": 5, "KD-C10": 5}
-    return fixed.get(number.name.partition(" (")[0], 2 if abs(number.value or 0) < 100 else 1)
+    fixed = {
+        "PSNR": 1,
+        "truth": 1,
+        "broken": 1,
+        "recognised": 1,
+        "SSIM": 3,
+        "structure change": 3,
+        "detail": 3,
+        "density": 3,
+    }
+    fixed |= dict.fromkeys(("precision", "recall", "coverage", "LPIPS"), 3) | {"KID": 5}
+    fixed |= {distance.replace("FD", "KD"): 5 for distance in DISTANCES}
+    return fixed.get(plain(number.name), 2 if abs(number.value or 0) < 100 else 1)
 
 
 def amount(value: float | None, number: Number) -> str:

@@ -17,7 +17,8 @@ import stepquant
 from stepquant.calib.record import trajectory_seed
 from stepquant.core.digest import value_digest
 from stepquant.errors import StepquantError
-from stepquant.evaluate.data import CIFAR10, data_digest, is_statistics
+from stepquant.evaluate.classifier import SHIPPED
+from stepquant.evaluate.data import data_digest, is_statistics
 from stepquant.evaluate.instruments import Weights, load_networks
 from stepquant.evaluate.results import FIRST_SEED
 from stepquant.job.recipe import Recipe
@@ -77,8 +78,8 @@ class Evaluation(BaseModel):
 
     def instruments(self, *, prompted: bool) -> dict[str, Any]:
         """Digests of what measures and of the data, by name; what cannot be read is an error."""
-        own = load_networks(self.weights, prompted=prompted).digests()
-        asked = self.data not in (None, CIFAR10)
+        own = load_networks(self.weights, self.data, prompted=prompted).digests()
+        asked = self.data is not None and self.data not in SHIPPED
         return own | ({"data": data_digest(str(self.data))} if asked else {})
 
 

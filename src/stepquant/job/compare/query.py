@@ -13,9 +13,11 @@ from typing import Any
 
 from stepquant.calib.cache import atomically
 from stepquant.errors import StepquantError
-from stepquant.evaluate.instruments import PROMPTS
+from stepquant.evaluate.classifier import ASKED
 from stepquant.evaluate.metrics import OTHER_SEEDS
 from stepquant.evaluate.sets import CLASSES
+from stepquant.evaluate.singles import PROMPTS
+from stepquant.evaluate.truth import LEGAL
 from stepquant.job.compare.store import CELL, ERROR, Store, read_found, read_json
 
 Row = Mapping[str, Any]
@@ -27,12 +29,14 @@ NUMBER = (
 BESIDE = ("reference", "floor", "extractor", "unavailable")  # a number, in columns of their own
 SIDES = (
     *((OTHER_SEEDS, "others"), ("float", "float")),
-    *((name, name.split()[0]) for name in (CLASSES, PROMPTS)),
+    *((name, name.split()[0]) for name in (CLASSES, PROMPTS, ASKED, LEGAL)),
 )
 RECIPE_KEYS = {"method", "settings", "seed", "model"}
 EVALUATION_KEYS = {"images", "steps", "sampler"}
 HEADLINES = (
     *("label", "scheme", "seed", "bytes", "seconds", "peak_bytes", "psnr_float", "psnr_float_floor"),
+    *("truth_legal", "truth_legal_reference", "recognised_class", "recognised_class_reference"),
+    *("fd_ch_float", "fd_ch_float_floor", "fd_ch_data", "fd_ch_data_floor"),
     *("fd_c10_float", "fd_c10_float_floor", "fd_c10_data", "fd_c10_data_floor", "noise_error", "error"),
 )
 

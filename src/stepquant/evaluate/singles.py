@@ -1,0 +1,84 @@
+"""Numbers about images one by one: how well each fits its prompt, and shares of all images with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stepquant.evaluate.clip import ClipScore
+from stepquant.evaluate.metrics import OTHER_SEEDS, Number, mean_interval
+
+PROMPTS = "prompts"
+
+
+@dataclass(frozen=True)
+class TextMetric:
+    """The CLIP score."""
+
+    clip: ClipScore
+
+    def read(self, images: Tensor, asked: Sequence[str]) -> Tensor:
+        return self.clip(images, asked)
+
+    def numbers(self, values: Mapping[str, Tensor]) -> list[Number]:
+        note = "100 times the cosine, per image, then the mean"
+        return [mean_number("CLIP score", PROMPTS, values, "", self.clip.digest, self.clip.resize, note)]
+
+
+def mean_number(
+    name: str, against: str, values: Mapping[str, Tensor], unit: str, extractor: str, resize: str, note: str
+) -> Number:
+    """The mean over images, of which more is better, beside that of the float model's."""
+    low, high = mean_interval(values["quantized"])
+    means = {name: float(found.mean()) for name, found in values.items()}
+    return Number(
+        name,
+        against,
+        len(values["quantized"]),
+        "higher",
+        means["quantized"],
+        low,
+        high,
+        unit,
+        reference=means["float"],
+        floor=means.get("other"),
+        floor_of=OTHER_SEEDS if "other" in means else "",
+        extractor=extractor,
+        resize=resize,
+        note=note,
+    )
+
+
+def share_number(
+    name: str, against: str, hits: Mapping[str, Tensor], better: str, extractor: str, note: str
+) -> Number:
+    """The percentage of images that are hits (true or false), beside that of the float model's; Wilson's interval."""
+    shares = {name: 100 * float(found.double().mean()) for name, found in hits.items() if len(found)}
+    ours = hits["quantized"]
+    low, high = wilson(int(ours.sum()), len(ours))
+    return Number(
+        name,
+        against,
+        len(ours),
+        better,
+        shares["quantized"],
+        100 * low,
+        100 * high,
+        "%",
+        reference=shares.get("float"),
+        floor=shares.get("other"),
+        floor_of=OTHER_SEEDS if "other" in shares else "",
+        extractor=extractor,
+        note=note,
+    )
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """A 95 % interval of a share: it stays within 0 and 1, and has a width where all or none are hits."""
+    z = 1.96
+    share, scale = hits / count, 1 + z**2 / count
+    centre = (share + z**2 / (2 * count)) / scale
+    half = z / scale * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return max(centre - half, 0.0), min(centre + half, 1.0)
