@@ -106,13 +106,11 @@ def load_pictures(folder: Path, split: str, limit: int | None = None, *, caption
             f"the images of {folder} ({split}) have different sizes ({found}): resize them to one"
         )
     # Without names the labels count for themselves.
-    classes = names_in(table.schema) or [str(label) for label in range(max(labels, default=-1) + 1)]
-    wrong = next((row for row, label in enumerate(labels) if not 0 <= (label or 0) < len(classes)), None)
-    if wrong is not None or None in labels:
-        row = labels.index(None) if wrong is None else wrong
-        raise DataError(
-            f"{folder} ({split}), row {row}: label {labels[row]} is none of {len(classes)} classes"
-        )
+    numbers = [label for label in labels if label is not None]
+    classes = names_in(table.schema) or [str(label) for label in range(max(numbers, default=-1) + 1)]
+    for row, label in enumerate(labels):
+        if label is None or not 0 <= label < len(classes):
+            raise DataError(f"{folder} ({split}), row {row}: label {label} is none of {len(classes)} classes")
     pixels = torch.from_numpy(np.stack(images)[:limit]).permute(0, 3, 1, 2).contiguous()
     return Pictures(pixels, torch.tensor(labels[:limit]), texts[:limit], classes)
 
