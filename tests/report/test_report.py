@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DDIMPipeline
 from PIL import Image
 
@@ -106,8 +108,36 @@ def test_card_tells_how_to_load_and_what_was_measured(results: dict[str, Any]) -
     results["plan"][0]["port"] = "input"
     assert "multiplies integers" in report.card(results)
     results["float"]["name"] = "owner/model"
-    assert "base_model: owner/model" in report.card(results, samples=None)
+    assert 'base_model: "owner/model"' in report.card(results, samples=None)
     assert "![Samples]" not in report.card(results, samples=None)
+
+
+def test_card_takes_names_for_nothing_but_names(results: dict[str, Any]) -> None:
+    name = "a\n- b: |<script>[x](y)`\x85--- \u2028end"
+    results["quantized"] |= {
+        "name": name,
+        "method": name,
+        "scheme": name,
+        "recipe": {name: name, "``": "`|", "c": "\\|"},
+    }
+    results["float"] |= {"name": f"owner/{name.partition(':')[0]}", "class": name}
+    results["speed"]["rows"][0]["name"] = name
+    lines = report.card(results).splitlines()
+    end = lines.index("---", 1)
+    front = yaml.safe_load("\n".join(lines[1:end]))
+    assert front["tags"][:2] == ["stepquant", "quantized"]
+    assert len(front["tags"]) == 3
+    assert front["tags"][2].startswith("a - b: |<script>")
+    assert set(front) == {"library_name", "tags", "base_model"}
+    assert front["base_model"] == "owner/a - b"
+    bare = re.compile(r"(?<!\\)\|")
+    for title, bars in (("| key | value |", 3), ("|  | float", 6)):
+        first = next(i for i, line in enumerate(lines) if line.startswith(title))
+        rows = list(itertools.takewhile(bool, lines[first:]))
+        assert {len(bare.findall(row)) for row in rows} == {bars}
+    assert r"\<script\>" in next(line for line in lines if line.startswith("# "))
+    assert "| \\`\\` | `` `\\| `` |" in lines
+    assert "| c | `\\ \\|` |" in lines
 
 
 def test_grid_puts_images_row_by_row() -> None:

@@ -99,12 +99,35 @@ def test_without_the_extension_everything_still_runs() -> None:
         "sys.modules['stepquant._C'] = None\n"
         "import torch; from stepquant.runtime import ops\n"
         "assert not ops.compiled() and ops.capability() == 'none'\n"
+        "assert 'no compiler at install' in ops.why_plain()\n"
         "x = torch.randn(1, 8, 4, 4)\n"
         "print(ops.group_norm_quantize(x, None, None, 2, 1e-5, ops.Code(0.02), 'silu').dtype)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert run.stdout.strip() == "torch.uint8", run.stderr
+
+
+def test_an_extension_that_does_not_load_says_why(tmp_path: Path) -> None:
+    """A file that is no library stands for one that misses symbols: both are an ImportError of the loader."""
+    bogus = tmp_path / "_C.so"
+    bogus.write_bytes(b"\x7fELF")
+    script = BARE + (
+        "import importlib.util, torch\n"
+        "class Finder:\n"
+        "    def find_spec(name, *_):\n"
+        f"        return importlib.util.spec_from_file_location(name, {str(bogus)!r}) if name == 'stepquant._C' else None\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        "from stepquant.runtime import ops\n"
+        "assert not ops.compiled()\n"
+        "print(ops.why_plain())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert f"built for another torch than {torch.__version__}" in run.stdout, run.stderr
+    assert str(bogus) in run.stdout, "the loader's own reason"
+    assert "pip install --no-build-isolation" in run.stdout
+    assert "compiler" not in run.stdout
 
 
 @pytest.mark.parametrize("text", ["int8/tensor", "uint8/tensor", "int4/tensor/asym", "uint4/tensor"])

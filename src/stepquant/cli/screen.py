@@ -17,7 +17,7 @@ from stepquant.calib.cache import atomically
 from stepquant.cli.reporter import Reporter
 from stepquant.runtime import ops
 
-PLAIN = "note: the C++ kernels are not built (no compiler at install?): the steps between layers run in plain torch, slower"
+PLAIN = "the steps between layers run in plain torch, slower"
 
 
 class Screen:
@@ -32,8 +32,8 @@ class Screen:
         self.reporter.say(words)
 
     def warn_if_plain(self) -> None:
-        if not ops.compiled():
-            self.say(PLAIN)
+        if (why := ops.why_plain()) is not None:
+            self.say(f"note: {why}; {PLAIN}")
 
     def show(self, words: str = "") -> None:
         """Part of the result."""

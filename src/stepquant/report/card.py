@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from stepquant.report.page import flat, template
 from stepquant.report.schema import Report
-from stepquant.report.tables import markdown, megabytes, table
+from stepquant.report.tables import code, markdown, megabytes, one_line, plain, table
 
 MOST_STEPS = 50
 
@@ -27,6 +28,9 @@ def card(results: Mapping[str, Any], samples: str | None = "samples.png") -> str
         table=markdown(report),
         recipe=[(key, value) for key, value in flat(recipe) if value != "null"],
         megabytes=megabytes,
+        plain=plain,
+        code=code,
+        scalar=scalar,
     )
     return text.rstrip() + "\n"
 
@@ -35,6 +39,11 @@ def base_model(name: str) -> str:
     """The name of a model on the hub, `owner/name`; embedded models and folders have none."""
     owner, _, rest = name.partition("/")
     return name if owner and rest and "/" not in rest and ":" not in name else ""
+
+
+def scalar(text: str) -> str:
+    """A string of YAML: what JSON quotes is one."""
+    return json.dumps(one_line(text), ensure_ascii=False)
 
 
 def how_it_runs(report: Report) -> str:

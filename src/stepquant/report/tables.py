@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -190,7 +191,26 @@ def markdown(results: Mapping[str, Any] | Report) -> str:
 
 
 def markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(plain, cells)) + " |"
+
+
+def plain(text: object) -> str:
+    """Foreign words on one line of markdown, where they stand for nothing but themselves."""
+    return re.sub(r"[\\`*<>\[\]|]", r"\\\g<0>", one_line(text))
+
+
+def one_line(text: object) -> str:
+    return "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))
+
+
+def code(text: object, cell: bool = False) -> str:
+    """Foreign words as code; in the cell of a table, which ends at every bar that is not escaped."""
+    words = one_line(text)
+    if cell:  # a backslash of its own before the bar would take the escape away
+        words = words.replace("\\|", "\\ |").replace("|", "\\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", words)), default=0))
+    room = " " if words.startswith("`") or words.endswith("`") or not words else ""
+    return f"{fence}{room}{words}{room}{fence}"
 
 
 def with_prefix(count: float) -> str:

@@ -30,19 +30,28 @@ __all__ = [
     "quantize",
     "quantize_concat",
     "upsample_nearest2x",
+    "why_plain",
 ]
 
 
-def _load() -> bool:
+def _load() -> str | None:
+    """Why there are no kernels; None where there are."""
     try:
         importlib.import_module("stepquant._C")
-    except ImportError:
-        return False
+    except ModuleNotFoundError:
+        return "the C++ kernels are not built (no compiler at install?)"
+    except ImportError as error:
+        return (
+            f"the C++ kernels were built for another torch than {torch.__version__} "
+            f"({' '.join(str(error).split())[:200]}): in stepquant's source, rebuild them with "
+            "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir ."
+        )
     fakes.register()
-    return True
+    return None
 
 
-_COMPILED = _load()
+_WHY_PLAIN = _load()
+_COMPILED = _WHY_PLAIN is None
 # Asked once, because torch.compile follows what returns a tensor and no text.
 _CAPABILITY: str = torch.ops.stepquant.capability() if _COMPILED else "none"
 
@@ -50,6 +59,11 @@ _CAPABILITY: str = torch.ops.stepquant.capability() if _COMPILED else "none"
 def compiled() -> bool:
     """Whether the C++ kernels are there; without them every operation runs as several torch calls."""
     return _COMPILED
+
+
+def why_plain() -> str | None:
+    """What is the matter with the C++ kernels, and what to do about it; None where they are there."""
+    return _WHY_PLAIN
 
 
 def capability() -> str:
