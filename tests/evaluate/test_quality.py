@@ -81,6 +81,7 @@ def test_every_network_has_its_numbers() -> None:
     assert (text.against, text.resize) == ("prompts", "bicubic to 24")
     assert {x.name for x in numbers if x.unavailable} == {
         "FD-CH",
+        "recognised",
         "FID",
         "sFID",
     }  # the last two against data

@@ -21,8 +21,8 @@ from stepquant.evaluate import evaluate
 from stepquant.report import Report
 from stepquant.report.chart import linear_ticks, log_span, log_ticks
 from stepquant.report.images import amplified, decode, grid, write_grid
-from stepquant.report.page import Bar, flat, heat, speed_bar
-from stepquant.report.tables import nearness
+from stepquant.report.page import Bar, flat, heat, render, speed_bar
+from stepquant.report.tables import nearness, table
 from tests.report.conftest import png
 from tests.report.pages import outside, page_words
 
@@ -206,3 +206,24 @@ def test_nearest_times_are_framed_and_coloured_on_a_scale_of_powers(results: dic
     page = report.render(Report.from_json(results))
     assert page.count("cell nearest") == 3
     assert "33.3 %" in page_words(page)
+
+
+def test_what_is_known_of_images_one_by_one_is_shown(results: dict[str, Any]) -> None:
+    alone = {"n": 64, "better": "higher", "against": "legal images"}
+    found = [
+        alone | {"name": "recognised", "against": "class asked for", "value": 97.25, "low": 90.0, "high": 99.0, "unit": "%", "reference": 98.5},
+        alone | {"name": "truth", "value": 31.25, "low": 31.0, "high": 31.5, "unit": "dB", "reference": 33.0, "note": "glasses"},
+        alone | {"name": "FD (mine)", "against": "float, same seeds", "value": 3.0, "better": "lower", "extractor": "abc"},
+    ]  # fmt: skip
+    portion = {"name": "accessory", "area": 3.75, "float": 20.5, "quantized": 41.25, "other": None}
+    changed = results | {"quality": found, "portions": [portion]}
+    rows = {row[0]: row for row in table(changed)}
+    assert rows["recognised to class asked for"][1:3] == ("98.5 %", "97.2 ± 7.2 %")
+    assert rows["truth to legal images"][1:3] == ("33.0 dB", "31.2 ± 0.2 dB")
+    assert "FD (mine) to float, same seeds" in rows
+    page = render(Report.from_json(changed))
+    assert "recognised as the class asked for, float 98.5" in page
+    assert "Where images are wrong" in page
+    assert re.search(r"accessory</td>.*3\.8.*41\.2.*20\.5.*–", page)
+    assert "a small classifier, whose Frechet distance is not FID" in page
+    assert "Where images are wrong" not in render(Report.from_json(results))

@@ -136,17 +136,14 @@ def compare(
 
     screen = Screen(quiet, brief=True)
     chosen = {"images": images, "steps": steps, "batch": batch, "sampler": sampler, "speed": speed}
-    measuring = {
-        "data": data or DATA.get(model),
-        "weights": Weights(inception, lpips, clip, classifier, truth),
-    }
+    weights = Weights(inception, lpips, clip, classifier, truth)
     recipe = {"sampler": sampler, "prompts": read_prompts(prompts), "device": device}
     cells = grid(
         model,
         read_variants(read_names(methods), variant or []),
         read_names(schemes),
         range(seeds),
-        Evaluation.of(**chosen, **measuring),
+        Evaluation.of(**chosen, data=data or DATA.get(model), weights=weights),
         settings=read_settings(settings or []),
         steps=calibration_steps or steps,
         **recipe,
