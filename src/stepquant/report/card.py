@@ -8,7 +8,7 @@ from typing import Any
 
 from stepquant.report.page import flat, template
 from stepquant.report.schema import Report
-from stepquant.report.tables import code, markdown, megabytes, one_line, plain, table
+from stepquant.report.tables import code, escaped, markdown, megabytes, one_line, table
 
 MOST_STEPS = 50
 
@@ -28,7 +28,7 @@ def card(results: Mapping[str, Any], samples: str | None = "samples.png") -> str
         table=markdown(report),
         recipe=[(key, value) for key, value in flat(recipe) if value != "null"],
         megabytes=megabytes,
-        plain=plain,
+        escaped=escaped,
         code=code,
         scalar=scalar,
     )

@@ -194,7 +194,7 @@ def markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(map(plain, cells)) + " |"
 
 
-def plain(text: object) -> str:
+def escaped(text: object) -> str:
     """Foreign words on one line of markdown, where they stand for nothing but themselves."""
     return re.sub(r"[\\`*<>\[\]|]", r"\\\g<0>", one_line(text))
 
