@@ -191,7 +191,7 @@ def markdown(results: Mapping[str, Any] | Report) -> str:
 
 
 def markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(plain, cells)) + " |"
+    return "| " + " | ".join(map(escaped, cells)) + " |"
 
 
 def escaped(text: object) -> str:
