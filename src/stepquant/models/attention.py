@@ -7,6 +7,7 @@ running the same bytecode over other globals keeps signature, rotary embeddings 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from itertools import count
 from types import CodeType, FunctionType, ModuleType
@@ -30,7 +31,7 @@ def rebind(attention: nn.Module, product: Product, site: str) -> Any:
 
 def rebound(processor: Any, product: Product, site: str) -> Any:
     call = type(processor).__call__
-    if not {"scaled_dot_product_attention", "dispatch_attention_fn"} & names_used(call.__code__):
+    if not computes_by_function(processor):
         raise ModelError(
             f"attention '{site}' computes its product inline",
             got=type(processor).__name__,
@@ -67,10 +68,75 @@ def rebound(processor: Any, product: Product, site: str) -> Any:
     world.F.scaled_dot_product_attention, world.dispatch_attention_fn = attend, dispatch
     bound = FunctionType(call.__code__, vars(world), call.__name__, call.__defaults__, call.__closure__)
     bound.__kwdefaults__ = call.__kwdefaults__
-    kind: Any = type(type(processor).__name__, (type(processor),), {"__call__": bound})
+    kind: Any = type(type(processor).__name__, (Rebound, type(processor)), {"__call__": bound})
     new = kind.__new__(kind)
-    new.__dict__.update(processor.__dict__)
+    new.__dict__.update(processor.__dict__ | {"former": processor, "product": product, "site": site})
     return new
+
+
+class Rebound:
+    """A processor with another product. Its class is made at run time, so copies are made again from its parts."""
+
+    former: Any
+    product: Product
+    site: str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return rebound, (self.former, self.product, self.site)
+
+
+class KeepProduct:
+    """Takes the place of `set_processor` of an attention, whose product stays what it is."""
+
+    def __init__(self, attention: Any) -> None:
+        self.attention = attention
+
+    def __call__(self, processor: Any) -> None:
+        attention, own = self.attention, self.attention.processor
+        if isinstance(own, Rebound) and not isinstance(processor, Rebound):
+            processor = carrying(processor, own)
+        type(attention).set_processor(attention, processor)
+
+
+def carrying(processor: Any, own: Rebound) -> Any:
+    """`processor` with the product of `own`, if it can have that; those of diffusers that cannot are left out."""
+    name = type(processor).__name__
+    if type(processor) is type(own.former) and vars(processor) == vars(own.former):
+        return own
+    if computes_by_function(processor):
+        return rebound(processor, own.product, own.site)
+    if type(processor).__module__.startswith("diffusers."):
+        warnings.warn(
+            f"{name} computes its product in float: the quantized attention keeps its own, which never holds all "
+            "probabilities, so that slicing would save nothing",
+            stacklevel=4,
+        )
+        return own
+    warnings.warn(
+        f"{name} computes its product itself, by all appearances in float: the attention is slower than in integers, and not "
+        "what the quantization was measured on; build the processor on scaled_dot_product_attention to keep the integers",
+        stacklevel=4,
+    )
+    return processor
+
+
+class NoFusing:
+    """Takes the place of `fuse_projections` of an attention whose weights are packed integers."""
+
+    def __init__(self, site: str) -> None:
+        self.site = site
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        raise ModelError(
+            f"the projections of attention '{self.site}' are quantized and cannot be concatenated",
+            fix="leave fuse_qkv_projections() out: the integer runtime multiplies them as one already",
+        )
+
+
+def computes_by_function(processor: Any) -> bool:
+    """Whether its product is a function that can be exchanged."""
+    names = names_used(type(processor).__call__.__code__)
+    return bool({"scaled_dot_product_attention", "dispatch_attention_fn"} & names)
 
 
 def names_used(code: CodeType) -> set[str]:

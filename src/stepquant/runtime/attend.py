@@ -68,11 +68,13 @@ class Mix:
 
     def __call__(self, operands: Sequence[Tensor], batch: int, residual: Tensor | None) -> Tensor:
         """Of query, key and value, added to `residual`."""
-        count = len(operands[0])
-        shape = (batch, -1, self.heads, operands[0].shape[1] // self.heads)
-        q, k, v = (rows.view(shape).transpose(1, 2) for rows in operands)
+        count, width = operands[0].shape
+        heads = (self.heads, width // self.heads)
+        q, k, v = (
+            rows.view(batch, len(rows) // batch if batch else 1, *heads).transpose(1, 2) for rows in operands
+        )
         mixed = self.product(q, k, v)
-        rows = mixed.transpose(1, 2).reshape(count, -1)
+        rows = mixed.transpose(1, 2).reshape(count, width)
         return run(self.out, codes_for(self.out, rows), rows.dtype, residual)
 
 
@@ -80,13 +82,13 @@ class Attention(Chain):
     """Self-attention over the pixels of an image."""
 
     def __init__(self, module: Any, unit: AttentionUnit) -> None:
-        super().__init__(module)
+        super().__init__(module, module.group_norm, module.to_q, module.to_k, module.to_v, module.to_out)
         self.unit, self.norm = unit, module.group_norm
         self.readers = Readers(module.to_q, module.to_k, module.to_v)
         self.mix = Mix(module, unit.heads)
         self.joints = (self.readers,)
 
-    def __call__(
+    def fused(
         self,
         x: Tensor,
         encoder_hidden_states: Tensor | None = None,
@@ -99,7 +101,7 @@ class Attention(Chain):
         batch, channels, height, width = x.shape
         residual = x.permute(0, 2, 3, 1).reshape(-1, channels) if self.unit.residual else None
         out = self.mix(self.readers(pixels(self.normed(x)), x.dtype), batch, residual)
-        out = out.view(batch, height, width, -1).permute(0, 3, 1, 2)
+        out = out.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
         return out if self.unit.divisor == 1.0 else out / self.unit.divisor
 
     def state(self) -> list[Any]:

@@ -118,6 +118,7 @@ class Trace(TorchDispatchMode):
             self.macs[path] += multiplications(module, args, out)
             return out
 
+        call.goes_along = True  # type: ignore[attr-defined]  # whatever way the module is gone by
         setattr(module, name, call)
         try:
             yield

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from stepquant.errors import RuntimeSupportError
 
 
 def register() -> None:
@@ -24,7 +29,33 @@ def register() -> None:
         linear,
     )
     for function in functions:
-        torch.library.register_fake(f"stepquant::{function.__name__}", function)
+        torch.library.register_fake(f"stepquant::{function.__name__}", without_numbers(function))
+
+
+def without_numbers(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` for tensors without numbers only: one on the meta device among others would make up the result."""
+    name = function.__name__
+    parameters = [p.name for p in getattr(torch.ops.stepquant, name).default._schema.arguments]
+
+    @functools.wraps(function)
+    def fake(*args: Any, **kwargs: Any) -> Tensor:
+        given = dict(zip(parameters, args)) | kwargs
+        real = [place for place, value in given.items() if has_numbers(value)]
+        absent = [place for place, value in given.items() if isinstance(value, Tensor) and value.is_meta]
+        if real and absent:
+            raise RuntimeSupportError(
+                f"operation '{name}' cannot compute: argument '{absent[0]}' is on the meta device, where it has no numbers",
+                got=f"{', '.join(absent)} on meta, {', '.join(real)} with numbers",
+                expected="all tensors on the cpu",
+                fix="load what was offloaded before the call: accelerate.hooks.remove_hook_from_submodules(model)",
+            )
+        return function(*args, **kwargs)
+
+    return fake
+
+
+def has_numbers(value: object) -> bool:
+    return isinstance(value, Tensor) and not value.is_meta and not isinstance(value, FakeTensor)
 
 
 def quantize(x: Tensor, *code: float) -> Tensor:

@@ -18,16 +18,24 @@ from stepquant.models.split import SplitLayer
 from stepquant.models.structure import Resampler, ResidualUnit, UpBlock
 from stepquant.runtime import ops
 from stepquant.runtime.layers import IntegerLayer
+from stepquant.runtime.swallowed import Swallowed
 from stepquant.runtime.times import TimeRows
 
 
 class Chain(ABC):
-    """What stands in for the forward of `module`."""
+    """What stands in for the forward of `module`; `swallowed` are modules inside whose own calls it leaves out."""
 
     joints: Sequence[Any] = ()  # groups of its layers that share one product
+    goes_along = True  # its module runs as it would by itself
 
-    def __init__(self, module: Any) -> None:
-        self.module = module
+    def __init__(self, module: Any, *swallowed: Any) -> None:
+        self.module, self.swallowed = module, Swallowed(*swallowed)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.swallowed.awaited():
+            return self.unfused(*args, **kwargs)
+        with self.swallowed:
+            return self.fused(*args, **kwargs)
 
     def unfused(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.module).forward(self.module, *args, **kwargs)
@@ -37,7 +45,7 @@ class Chain(ABC):
         return []
 
     @abstractmethod
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def fused(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def chains(model: nn.Module) -> list[Chain]:
@@ -49,8 +57,7 @@ class NormThen:
     """Group norm, activation and the layer that reads it; the norm writes codes if that layer takes them."""
 
     def __init__(self, norm: Any, activation: str, layer: Any) -> None:
-        self.weight, self.bias, self.groups, self.eps = norm.weight, norm.bias, norm.num_groups, norm.eps
-        self.activation, self.layer = activation, layer
+        self.norm, self.activation, self.layer = norm, activation, layer
 
     def __call__(
         self, x: Tensor, add: Tensor | None = None, skip: Tensor | None = None, into: Tensor | None = None
@@ -59,7 +66,8 @@ class NormThen:
 
     def normed(self, x: Tensor, add: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         """What the layer reads: codes, or floats if it computes in float."""
-        kernel, norming = kernel_of(self.layer), (x, self.weight, self.bias, self.groups, self.eps)
+        kernel, norm = kernel_of(self.layer), self.norm
+        norming = (x, norm.weight, norm.bias, norm.num_groups, norm.eps)
         if kernel is None:
             return ops.group_norm(*norming, self.activation, add, None, None, skip)
         return ops.group_norm_quantize(*norming, kernel.code, self.activation, add, None, None, skip)
@@ -69,13 +77,17 @@ class Residual(Chain):
     """A residual block. `skip` is the half of its input that would have been concatenated."""
 
     def __init__(self, module: Any, unit: ResidualUnit, times: TimeRows | None, index: int) -> None:
-        super().__init__(module)
+        self.shortcut = module.conv_shortcut if unit.shortcut else None
+        inside = (module.norm1, module.conv1, module.norm2, module.conv2, self.shortcut)
+        super().__init__(module, *inside, module.nonlinearity, module.dropout)
         self.unit, self.times, self.index = unit, times, index
         self.first = NormThen(module.norm1, "silu", module.conv1)
         self.second = NormThen(module.norm2, "silu", module.conv2)
-        self.shortcut = module.conv_shortcut if unit.shortcut else None
 
-    def __call__(
+    def unfused(self, x: Tensor, *args: Any, skip: Tensor | None = None, **kwargs: Any) -> Any:
+        return super().unfused(x if skip is None else torch.cat([x, skip], dim=1), *args, **kwargs)
+
+    def fused(
         self, x: Tensor, temb: Tensor | None = None, *_: Any, skip: Tensor | None = None, **__: Any
     ) -> Tensor:
         hidden = self.first(x, None, skip)
@@ -96,10 +108,10 @@ class Resample(Chain):
     """A down- or upsampling convolution; pixels are doubled and borders added on bytes, a quarter of the traffic."""
 
     def __init__(self, module: Any, unit: Resampler) -> None:
-        super().__init__(module)
+        super().__init__(module, *module.children())
         self.unit, self.conv = unit, module.conv
 
-    def __call__(self, x: Tensor, output_size: Any = None, *_: Any, **__: Any) -> Tensor:
+    def fused(self, x: Tensor, output_size: Any = None, *_: Any, **__: Any) -> Tensor:
         kernel = kernel_of(self.conv)
         if kernel is None:
             return self.unfused(x, output_size) if self.unit.doubles else self.unfused(x)
@@ -120,7 +132,7 @@ class Up(Chain):
         self.attentions = list(getattr(module, "attentions", None) or [None] * len(self.residuals))
         self.upsamplers = list(module.upsamplers or ())
 
-    def __call__(
+    def fused(
         self,
         hidden_states: Tensor,
         res_hidden_states_tuple: Sequence[Tensor],
@@ -154,11 +166,11 @@ class Up(Chain):
 class NormOut(Chain):
     """The last norm and activation, in one; writes the codes that the head reads."""
 
-    def __init__(self, module: Any, head: Any) -> None:
-        super().__init__(module)
+    def __init__(self, module: Any, activation: Any, head: Any) -> None:
+        super().__init__(module, module, activation, head)
         self.head = head
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def fused(self, x: Tensor) -> Tensor:
         norm, kernel = self.module, kernel_of(self.head)
         if kernel is None:
             return ops.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, "silu")
@@ -170,13 +182,17 @@ class NormOut(Chain):
 class Done(Chain):
     """An activation that the operation before it has already applied."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __init__(self, module: Any, before: NormOut) -> None:
+        super().__init__(module)
+        self.swallowed = before.swallowed  # both go the same way
+
+    def fused(self, x: Tensor) -> Tensor:
         return x
 
 
 def kernel_of(layer: Any) -> Any:
     """The integer kernel of a layer, or None if it computes in float."""
-    return (layer.kernel or layer.prepared().kernel) if isinstance(layer, IntegerLayer) else None
+    return layer.prepared().kernel if isinstance(layer, IntegerLayer) else None
 
 
 def codes_for(layer: Any, x: Tensor) -> Tensor:

@@ -124,7 +124,10 @@ class IntegerLayer(Stored, ABC):
             derived.clear()
 
     def prepared(self) -> IntegerLayer:
+        if self.ready and self.edited():
+            self.forget()
         if not self.ready:
+            self.remember()
             self.reason = self.why_float()
             self.kernel = self.make_kernel() if self.reason is None else None
             self.ready = True
@@ -176,8 +179,7 @@ class IntegerLayer(Stored, ABC):
         return Geometry()
 
     def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
-        if not self.ready:
-            self.prepared()
+        self.prepared()
         if x.dtype == torch.uint8:
             return self.from_codes(x, self.emit or torch.float32)
         dtype = self.emit or x.dtype

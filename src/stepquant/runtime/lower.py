@@ -14,12 +14,11 @@ from stepquant.core.bounds import check_tensors, check_values
 from stepquant.core.entries import AGAIN
 from stepquant.core.grid import GridError
 from stepquant.errors import ArtifactError, ModelError, RuntimeSupportError
-from stepquant.models.attention import rebind
+from stepquant.models.attention import KeepProduct, NoFusing, rebind
 from stepquant.models.denoiser import device_of, family_of
 from stepquant.models.parts import PRODUCTS
 from stepquant.models.split import find, split_concats
 from stepquant.models.structure import Structure, roles, structure
-from stepquant.runtime import ops
 from stepquant.runtime.attend import Attention, Readers
 from stepquant.runtime.convolutions import IntegerConv1d, IntegerConv2d, channels_last
 from stepquant.runtime.fused import Chain, Done, NormOut, Resample, Residual, Up
@@ -28,6 +27,7 @@ from stepquant.runtime.layers import IntegerLayer, IntegerLinear
 from stepquant.runtime.product import IntegerProduct
 from stepquant.runtime.replay import Replay
 from stepquant.runtime.steps import StepForward, StepTensors
+from stepquant.runtime.stored import versions_of
 from stepquant.runtime.texts import Texts
 from stepquant.runtime.times import TableColumn, Tabled, TimeRows, TimeTable
 from stepquant.runtime.transformer import Block, Transformer
@@ -65,6 +65,10 @@ def skeleton(
             )
         attention.product = IntegerProduct(product, device_of(attention), groups)
         rebind(attention, attention.product, path)
+        attention.set_processor = KeepProduct(attention)  # type: ignore[assignment]
+    for path in {path.rpartition(".")[0] for path in layers}:
+        if hasattr(type(model.get_submodule(path)), "fuse_projections"):
+            model.get_submodule(path).fuse_projections = NoFusing(path)  # type: ignore[assignment]
     if steps is not None:
         check_steps(model, steps)
         if steps.table:
@@ -120,7 +124,7 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
             bind(module, FloatLayer(module, emit))
     if fuse:
         times, texts = install(model, chains)
-        if ops.compiled() and is_denoiser(model):
+        if is_denoiser(model):
             bind(model, Replay(model, times, texts, chains.text))
     elif chains.time is not None:
         look_up(model, chains)
@@ -172,9 +176,13 @@ class FloatLayer:
     def __init__(self, module: Any, emit: torch.dtype | None) -> None:
         self.module, self.emit = module, emit
         self.cast: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+        self.read: Tensor | None = None  # the weight that was cast
+        self.versions: list[int] = []
 
     def __call__(self, x: Tensor, *_: object, **__: object) -> Tensor:
         layer = self.module
+        if not torch.compiler.is_compiling():
+            self.renew()
         if x.dtype not in self.cast:
             bias = None if layer.bias is None else layer.bias.to(x.dtype)
             self.cast[x.dtype] = (layer.weight.to(x.dtype), bias)
@@ -182,6 +190,13 @@ class FloatLayer:
         linear = isinstance(layer, nn.Linear)
         y = F.linear(x, *weights) if linear else layer._conv_forward(channels_last(x), *weights)
         return y if self.emit is None else y.to(self.emit)
+
+    def renew(self) -> None:
+        """Drop what was cast from other numbers than those of now."""
+        versions = versions_of(self.module.parameters())
+        if self.module.weight is not self.read or versions != self.versions:
+            self.cast.clear()
+            self.read, self.versions = self.module.weight, versions
 
 
 def is_denoiser(model: nn.Module) -> bool:
@@ -215,8 +230,8 @@ def install(model: nn.Module, chains: Structure) -> tuple[TimeRows | None, Texts
         found[unit.path] = Block(block, unit, texts, index)
     if chains.tail is not None:
         norm, activation, head = chains.tail
-        found[norm] = NormOut(model.get_submodule(norm), model.get_submodule(head))
-        found[activation] = Done(model.get_submodule(activation))
+        last = NormOut(*map(model.get_submodule, (norm, activation, head)))
+        found[norm], found[activation] = last, Done(model.get_submodule(activation), last)
     for path, chain in found.items():
         bind(model.get_submodule(path), chain)
     return times, texts
@@ -241,6 +256,9 @@ def install_times(model: nn.Module, chains: Structure) -> TimeRows | None:
         times: TimeRows = TimeTable(projection, embedding, blocks, tensors.times(), columns)
     else:
         times = TimeRows(projection, embedding, blocks)
+    for index, layer in enumerate(blocks):
+        if isinstance(layer, Tabled):
+            bind(layer, TableColumn(times, index))
     bind(projection, times.project)
     bind(embedding, times.embed)
     return times
@@ -248,14 +266,8 @@ def install_times(model: nn.Module, chains: Structure) -> TimeRows | None:
 
 def look_up(model: nn.Module, chains: Structure) -> None:
     """Without fused blocks: layers that a table stands in for return its rows."""
-    units = [unit.path for unit in chains.residuals if unit.timed]
-    layers = [model.get_submodule(f"{path}.time_emb_proj") for path in units]
-    if not any(isinstance(layer, Tabled) for layer in layers):
-        return
-    times = install_times(model, chains)
-    assert times is not None, "the caller found a time path"
-    for index, layer in enumerate(layers):
-        bind(layer, TableColumn(times, index))
+    if any(isinstance(module, Tabled) for module in model.modules()):
+        install_times(model, chains)
 
 
 def integer_layer(layer: nn.Module, spec: LayerSpec, path: str, groups: int = 1) -> IntegerLayer:

@@ -36,7 +36,10 @@ class IntegerProduct(Stored):
         self.codes = ()
 
     def prepared(self) -> IntegerProduct:
+        if self.codes and self.edited():
+            self.codes = ()
         if not self.codes:
+            self.remember()
             self.codes = tuple(self.code(port) for port in PORTS)
             self.reason = self.why_float()
         return self
@@ -68,8 +71,7 @@ class IntegerProduct(Stored):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
-        if not self.codes:
-            self.prepared()
+        self.prepared()
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         if self.reason is None and mask is None and q.is_cpu:
             return self.shifted(ops.attention(q, k, v, scale, *self.codes), v)

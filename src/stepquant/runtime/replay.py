@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from operator import is_
 from typing import Any
 
 import torch
@@ -19,11 +20,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from stepquant.models.denoiser import family_of
+from stepquant.runtime import ops
+from stepquant.runtime.finite import NotFinite
 from stepquant.runtime.fused import Chain, chains
 from stepquant.runtime.layers import IntegerLayer
 from stepquant.runtime.recording import Recording, UnrecordableError
+from stepquant.runtime.stored import OFFLOADED, versions_of
 from stepquant.runtime.texts import Texts
 from stepquant.runtime.times import Row, TimeRows
+from stepquant.runtime.turns import Turns
 
 KEPT_KINDS = 64
 KNOWN_VALUES = (bool, int, float, str, type(None))
@@ -40,27 +45,38 @@ class Replay:
         self.output: type | None = None  # what the model wraps its prediction in
         self.family = family_of(model)
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]
+        self.turns, self.not_finite = Turns(), NotFinite()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.own_forward(*args, **kwargs)
         arguments = dict(zip(self.names, args)) | kwargs
         wrapped = arguments.pop("return_dict", True)
-        out = None if wrapped and self.output is None else self.predict(arguments)
-        if out is not None:
-            return self.output(sample=out) if wrapped and self.output else (out,)
-        made = self.own_forward(*args, **kwargs)
-        if wrapped:
-            self.output = type(made)
+        with self.turns:
+            prediction = None if wrapped and self.output is None else self.predict(arguments)
+            if prediction is None:
+                made = self.own_forward(*args, **kwargs)
+                if wrapped:
+                    self.output = type(made)
+        if prediction is not None:
+            out = prediction()
+            made = self.output(sample=out) if wrapped and self.output else (out,)
+        self.look(arguments, made[0])
         return made
+
+    def look(self, arguments: dict[str, Any], out: Any) -> None:
+        x, t = (arguments.get(name) for name in (self.family.x, self.family.t))
+        if isinstance(x, Tensor) and t is not None and isinstance(out, Tensor) and not watched():
+            self.not_finite.warn("input", x, t)
+            self.not_finite.warn("prediction", out, t)
 
     def own_forward(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.model).forward(self.model, *args, **kwargs)
 
-    def predict(self, arguments: dict[str, Any]) -> Tensor | None:
-        """The prediction by a sequence, or None where the model's own forward must make it."""
+    def predict(self, arguments: dict[str, Any]) -> Callable[[], Tensor] | None:
+        """What makes the prediction by a sequence, in any thread; None where the model's own forward must."""
         family, watch = self.family, self.watch
-        if torch.is_grad_enabled() or watched() or any(watch.hooks):
+        if not ops.compiled() or torch.is_grad_enabled() or watched() or any(watch.hooks):
             return None
         # What becomes of a float t is the model's own affair.
         if not isinstance(arguments.get(family.x), Tensor) or not isinstance(
@@ -74,7 +90,9 @@ class Replay:
         if self.rests_on is not None and not self.rests_on.still(watch):
             self.sequences.clear()
             self.rests_on = None
-        row, pairs = self.row_of(arguments[family.t]), self.pairs_of(arguments)
+        unchanged = self.rests_on is not None
+        row = self.row_of(arguments[family.t], unchanged)
+        pairs = self.texts.of(arguments.get(self.text), unchanged) if self.text is not None else None
         known = () if row is None else (row.projection, row.embedding, *row.blocks)
         inputs = [*tensors, *known, *(rows for pair in pairs or () for rows in pair)]
         # One tensor in two places is another kind: a sequence would take both for the same ever after.
@@ -87,8 +105,9 @@ class Replay:
         self.sequences.move_to_end(key)
         sequence = self.sequences[key]
         if sequence is None:
-            return self.record(key, arguments, inputs)
-        return None if sequence is False else sequence.run(inputs)[0]
+            out = None if offloads(watch) else self.record(key, arguments, inputs)
+            return None if out is None else lambda: out
+        return None if sequence is False else lambda: sequence.run(inputs)[0]
 
     @cached_property
     def watch(self) -> Watch:
@@ -100,11 +119,8 @@ class Replay:
         steps = getattr(self.model, "steps", None)
         return KEPT_KINDS * (1 if steps is None else int(steps.spec.groups))
 
-    def row_of(self, t: Tensor) -> Row | None:
-        return None if self.times is None else self.times.row_of(t.reshape(-1))
-
-    def pairs_of(self, arguments: dict[str, Any]) -> tuple[tuple[Tensor, ...], ...] | None:
-        return self.texts.of(arguments.get(self.text)) if self.text is not None else None
+    def row_of(self, t: Tensor, unchanged: bool) -> Row | None:
+        return None if self.times is None else self.times.row_of(t.reshape(-1), unchanged)
 
     def record(self, key: Any, arguments: dict[str, Any], inputs: list[Tensor]) -> Tensor | None:
         """Run the model's own forward and remember what it did, if that can be done again."""
@@ -137,6 +153,7 @@ class Watch:
 
     hooks: list[Any]  # of all modules but the model itself, whose own run around the sequence
     attributes: list[dict[str, Any]]
+    tensors: list[dict[str, Any]]  # parameters and buffers of the modules that have any
     bound: list[dict[str, Any]]  # of the modules with a forward of their own
     layers: list[dict[str, Any]]  # attributes of the layers with one range
     stepped_layers: list[dict[str, Any]]  # whose kernel is another one at every step, with the same weight
@@ -150,6 +167,7 @@ class Watch:
         return cls(
             [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)],
             [module.__dict__ for module in modules],
+            [found for module in modules for found in (module._parameters, module._buffers) if found],
             [module.__dict__ for module in modules if "forward" in module.__dict__],
             [layer.__dict__ for layer in layers if not getattr(layer, "stepped", False)],
             [layer.__dict__ for layer in layers if getattr(layer, "stepped", False)],
@@ -163,9 +181,25 @@ class State:
 
     def __init__(self, watch: Watch) -> None:
         self.places, self.parts = count(watch), parts(watch)
+        self.tensors = tensors_of(watch)
+        self.versions = versions_of(self.tensors)
 
     def still(self, watch: Watch) -> bool:
-        return count(watch) == self.places and parts(watch) == self.parts
+        return count(watch) == self.places and parts(watch) == self.parts and self.same_numbers(watch)
+
+    def same_numbers(self, watch: Watch) -> bool:
+        now = tensors_of(watch)
+        same = len(now) == len(self.tensors) and all(map(is_, now, self.tensors))
+        return same and versions_of(now) == self.versions
+
+
+def tensors_of(watch: Watch) -> list[Tensor]:
+    return [tensor for found in watch.tensors for tensor in found.values() if tensor is not None]
+
+
+def offloads(watch: Watch) -> bool:
+    """Whether tensors come and go with the calls of modules: a sequence would hold them for ever."""
+    return any(OFFLOADED in attributes for attributes in watch.attributes[1:])
 
 
 def parts(watch: Watch) -> list[Any]:

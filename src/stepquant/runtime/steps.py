@@ -18,6 +18,7 @@ from stepquant.models.sampling import adds_noise
 from stepquant.runtime.layers import IntegerLayer
 from stepquant.runtime.product import IntegerProduct
 from stepquant.runtime.stored import Stored
+from stepquant.runtime.turns import Turns
 
 
 class StepTensors(Stored):
@@ -66,11 +67,23 @@ class StepForward:
     ) -> None:
         self.denoiser, self.tensors = Denoiser(model), tensors
         self.output = self.denoiser.output  # found before anything is compiled
-        self.forward = forward or type(model).forward.__get__(model)
+        self.own = forward  # None: that of the model's class
+        self.turns = Turns()
         self.table, self.correction = tensors.times(), tensors.correction()
         self.stepped = list(stepped_modules(model)) if tensors.spec.groups > 1 else []
 
     def __call__(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.call(*args, return_dict=return_dict, **kwargs)
+        with self.turns:
+            return self.call(*args, return_dict=return_dict, **kwargs)
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        model = self.denoiser.model
+        return self.own or type(model).forward.__get__(model)
+
+    def call(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         denoiser, family = self.denoiser, self.denoiser.family
         arguments = denoiser.bind(args, kwargs)
         samples = len(arguments[family.x])
@@ -79,8 +92,9 @@ class StepForward:
             out = self.forward(**arguments, return_dict=False)[0]
         else:
             rows = self.table.rows[places]
-            one = bool((rows == rows[0]).all())
-            out = self.run(arguments, int(rows[0])) if one else self.by_row(arguments, rows)
+            one = bool((rows == rows[:1]).all())
+            first = int(rows[0]) if len(rows) else 0
+            out = self.run(arguments, first) if one else self.by_row(arguments, rows)
         if self.correction is not None:
             out = self.correction(out, places)
         return self.output(sample=out) if return_dict else (out,)

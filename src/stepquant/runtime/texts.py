@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepquant.runtime import ops
 from stepquant.runtime.attend import Readers
+from stepquant.runtime.layers import IntegerLayer
+from stepquant.runtime.stored import versions_of
 
 KEPT_TEXTS = 2  # one with a prompt and one without may take turns
 
@@ -28,11 +30,17 @@ class Texts:
         self.readers = readers
         self.keeps = not any(getattr(layer, "stepped", False) for one in readers for layer in one.layers)
         self.kept: list[Kept] = []
+        self.rest_on: list[Any] = []  # what the layers had forgotten when the texts were kept
 
-    def of(self, text: Any) -> tuple[tuple[Tensor, ...], ...] | None:
-        """Keys and values for each attention; None if they cannot be kept for another call."""
+    def of(self, text: Any, unchanged: bool = False) -> tuple[tuple[Tensor, ...], ...] | None:
+        """Keys and values for each attention; None if they cannot be kept for another call.
+
+        `unchanged`: the layers that make them are known to be.
+        """
         if not self.keeps or not isinstance(text, Tensor) or not keepable(text):
             return None
+        if not unchanged:
+            self.renew()
         version = text._version
         for found in self.kept:
             if found.text() is text and found.version == version:
@@ -42,12 +50,26 @@ class Texts:
         self.kept = [Kept(weakref.ref(text), version, pairs), *self.kept[: KEPT_TEXTS - 1]]
         return pairs
 
+    def renew(self) -> None:
+        """Drop all texts if a layer is another one by now."""
+        layers = [layer for one in self.readers for layer in one.layers]
+        rest_on = [forgotten_by(layer) for layer in layers]
+        if rest_on != self.rest_on:
+            self.kept.clear()
+            self.rest_on = rest_on
+
     def pair(self, index: int, text: Tensor) -> Sequence[Tensor]:
         pairs = self.of(text)
         return project(self.readers[index], text) if pairs is None else pairs[index]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"kept": []}
+
+
+def forgotten_by(layer: nn.Module) -> int | list[int]:
+    if isinstance(layer, IntegerLayer):
+        return layer.prepared().forgotten
+    return versions_of(layer.parameters())
 
 
 def keepable(text: Tensor) -> bool:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from stepquant.core.steps import StepTable
 from stepquant.runtime.layers import IntegerLayer
+from stepquant.runtime.stored import versions_of
+from stepquant.runtime.swallowed import Swallowed
 
 KEPT_TIMES = 1024
 
@@ -47,8 +49,10 @@ class TimeRows:
             for layer in module.modules()
             if isinstance(layer, IntegerLayer)
         ]
+        self.floats = [value for module in (embedding, *blocks) for value in module.parameters()]
+        self.swallowed = Swallowed(*embedding.children(), *blocks)
         self.rows: OrderedDict[tuple[Any, ...], Row] = OrderedDict()
-        self.rest_on: list[int] = []  # what the layers had forgotten when the rows were made
+        self.rest_on: list[int] = []  # what the rows were made by: versions of layers and of floats
         self.current: Current | None = None
 
     def project(self, timesteps: Tensor) -> Tensor:
@@ -71,17 +75,18 @@ class TimeRows:
         current = self.current
         return current.blocks[index] if current is not None and embedding is current.embedding else None
 
-    def row_of(self, timesteps: Tensor) -> Row | None:
+    def row_of(self, timesteps: Tensor, unchanged: bool = False) -> Row | None:
+        """The row of the one t of this batch, if there is one; `unchanged`: what it is made by is known to be."""
         if timesteps.dim() != 1 or not timesteps.is_cpu or torch.compiler.is_compiling():
             return None
         if torch.is_autocast_enabled("cpu"):
             return None
-        forgotten = [layer.forgotten for layer in self.layers]
-        if forgotten != self.rest_on:
-            self.rows.clear()
-            self.rest_on = forgotten
+        if not unchanged:
+            if self.swallowed.awaited():
+                return None
+            self.renew()
         values = timesteps.tolist()
-        if values.count(values[0]) != len(values):
+        if values.count(values[0]) != len(values) if values else True:
             return None
         key = (timesteps.dtype, values[0])
         row = self.rows.get(key)
@@ -90,6 +95,13 @@ class TimeRows:
             if len(self.rows) > KEPT_TIMES:
                 self.rows.popitem(last=False)
         return row
+
+    def renew(self) -> None:
+        """Drop all rows if a layer or number that they were made by is another one by now."""
+        rest_on = [layer.prepared().forgotten for layer in self.layers] + versions_of(self.floats)
+        if rest_on != self.rest_on:
+            self.rows.clear()
+            self.rest_on = rest_on
 
     def make_row(self, t: Tensor) -> Row:
         with torch.inference_mode(False), torch.no_grad():
@@ -153,6 +165,8 @@ class TimeTable(TimeRows):
 
 class TableColumn:
     """Stands in for the forward of one layer that a table has the outputs of."""
+
+    goes_along = True  # with those who run the layer and with those who do not
 
     def __init__(self, times: TimeRows, index: int) -> None:
         self.times, self.index = times, index

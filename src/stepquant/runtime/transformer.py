@@ -17,13 +17,13 @@ class Transformer(Chain):
     """Blocks over the pixels of an image between two projections, which may be convolutions or linears."""
 
     def __init__(self, module: Any, unit: TransformerUnit) -> None:
-        super().__init__(module)
+        super().__init__(module, module.norm, module.proj_in, module.proj_out)
         self.linear = unit.linear
         self.norm = NormThen(module.norm, "none", module.proj_in)
         self.blocks = list(module.transformer_blocks)
         self.enter, self.leave = module.proj_in, module.proj_out
 
-    def __call__(
+    def fused(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
@@ -40,10 +40,11 @@ class Transformer(Chain):
                 hidden_states, encoder_hidden_states, *args, **masks, return_dict=return_dict, **kwargs
             )
         batch, _, height, width = hidden_states.shape
-        rows = self.entered(hidden_states).view(batch, height * width, -1)
+        rows = self.entered(hidden_states).unflatten(0, (batch, height * width))
         for block in self.blocks:
             rows = block(rows, encoder_hidden_states=encoder_hidden_states)
-        return (self.left(rows.view(batch, height, width, -1).permute(0, 3, 1, 2), hidden_states),)
+        image = rows.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return (self.left(image, hidden_states),)
 
     def entered(self, x: Tensor) -> Tensor:
         """One row for every pixel."""
@@ -56,14 +57,15 @@ class Transformer(Chain):
             return run(self.leave, codes, x.dtype, addable(x, self.leave))
         rows = run(self.leave, pixels(codes), x.dtype, pixels(x))
         batch, _, height, width = hidden.shape
-        return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+        return rows.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
 
 
 class Block(Chain):
     """Self-attention, attention to a text and a gated feed-forward, each behind a layer norm and added."""
 
     def __init__(self, module: Any, unit: TextBlock, texts: Texts, index: int) -> None:
-        super().__init__(module)
+        inside = (module.norm1, module.attn1, module.norm2, module.attn2, module.norm3, module.ff)
+        super().__init__(module, *inside)
         self.unit, self.texts, self.index = unit, texts, index
         first, second = module.attn1, module.attn2
         self.own = Readers(first.to_q, first.to_k, first.to_v)
@@ -72,7 +74,7 @@ class Block(Chain):
         self.mixes = Mix(first, unit.heads[0]), Mix(second, unit.heads[1])
         self.joints = (self.own, texts.readers[index])
 
-    def __call__(
+    def fused(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -95,7 +97,7 @@ class Block(Chain):
         (query,) = self.query(normed(rows, block.norm2, self.query), x.dtype)
         rows = self.mixes[1]((query, *self.texts.pair(self.index, text)), batch, rows)
         (wide,) = self.widen(normed(rows, block.norm3, self.widen), x.dtype)
-        return run(self.narrow, self.gated(wide), x.dtype, rows).view(batch, tokens, -1)
+        return run(self.narrow, self.gated(wide), x.dtype, rows).unflatten(0, (batch, tokens))
 
     def gated(self, wide: Tensor) -> Tensor:
         kernel = kernel_of(self.narrow)

@@ -1,0 +1,47 @@
+"""Modules whose own calls a chain leaves out, and those who wait for such calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepquant.runtime.product import IntegerProduct
+from stepquant.runtime.stored import OFFLOADED
+
+
+class Swallowed:
+    """These modules and all inside them, but for attention products, which are called as ever."""
+
+    def __init__(self, *modules: nn.Module | None) -> None:
+        inside = [one for module in modules if module is not None for one in module.modules()]
+        self.modules = [module for module in inside if not isinstance(module, IntegerProduct)]
+        self.forwards = [module.__dict__.get("forward") for module in self.modules]
+
+    def awaited(self) -> bool:
+        """Whether somebody's code runs when one of them is called, so that they must be."""
+        if torch.compiler.is_compiling():
+            return False
+        return any(map(is_awaited, self.modules, self.forwards))
+
+    def __enter__(self) -> None:
+        """Bring the tensors of those that are offloaded."""
+        if not torch.compiler.is_compiling():
+            for module in self.modules:
+                if OFFLOADED in module.__dict__:
+                    module.__dict__[OFFLOADED].pre_forward(module)
+
+    def __exit__(self, *error: object) -> None:
+        if not torch.compiler.is_compiling():
+            for module in self.modules:
+                if OFFLOADED in module.__dict__:
+                    module.__dict__[OFFLOADED].post_forward(module, None)
+
+
+def is_awaited(module: nn.Module, forward: Any) -> bool:
+    attributes = module.__dict__
+    if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+        return True
+    now = attributes.get("forward")
+    return now is not forward and OFFLOADED not in attributes and not hasattr(now, "goes_along")
