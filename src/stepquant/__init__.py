@@ -10,6 +10,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
+from stepquant.version import __version__ as __version__
+
 
 def leave(*_: object) -> None:
     """Ctrl-C while a command imports, for seconds, what it needs: nothing has begun."""
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from stepquant.job.fastest import fastest
 
 __all__ = ["Recipe", "StepquantError", "fastest", "load", "quantize", "quantize_to"]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "src" / "stepquant"
 # Rungs of the ladder, lowest first. What shares a rung never imports its neighbour.
 RUNGS: tuple[tuple[str, ...], ...] = (
-    ("core", "errors", "progress"),
+    ("core", "errors", "progress", "version"),
     ("models",),
     ("quant",),
     ("calib", "artifact"),

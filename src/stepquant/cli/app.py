@@ -16,11 +16,11 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from stepquant import __version__
 from stepquant.cli import compare, demo, diff, lists, make, measure, show, study
 from stepquant.cli.interrupt import CTRL_C, Interrupted, heeding, keeping
 from stepquant.cli.words import check_given, check_values, suit_terminal
 from stepquant.errors import StepquantError
+from stepquant.version import __version__
 
 DONE, OURS, USER, CLOSED = 0, 1, 2, 141
 OF_THE_USER = (

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import stepquant
 from stepquant import hub
 from stepquant.evaluate.metrics import as_saved
 from stepquant.models import zoo
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.plan import Plan
+from stepquant.version import __version__
 
 
 def describe_float(pipeline: Any) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def describe_plan(source: Denoiser, quantized: Denoiser) -> list[dict[str, Any]]
 
 def environment() -> dict[str, Any]:
     return {
-        "stepquant": stepquant.__version__,
+        "stepquant": __version__,
         "torch": torch.__version__,
         "diffusers": installed("diffusers"),
         "python": platform.python_version(),

@@ -9,13 +9,14 @@ import diffusers
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stepquant import __version__, methods
+from stepquant import methods
 from stepquant.errors import StepquantError, UnknownNameError
 from stepquant.methods.method import Method
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import SAMPLERS
 from stepquant.quant.plan import Plan
 from stepquant.quant.schemes import scheme
+from stepquant.version import __version__
 
 DEFAULT_SCHEME = "w8a8"
 

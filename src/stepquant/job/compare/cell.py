@@ -13,7 +13,6 @@ import diffusers
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-import stepquant
 from stepquant.calib.record import trajectory_seed
 from stepquant.core.digest import value_digest
 from stepquant.errors import StepquantError
@@ -24,6 +23,7 @@ from stepquant.evaluate.results import FIRST_SEED
 from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import scheduler_of
+from stepquant.version import __version__
 
 FORMAT = 1  # raised when the same settings come to mean another result
 MODEL_CODE = ("models",)
@@ -169,7 +169,7 @@ def key_of(known: Mapping[str, Any], code: Sequence[str]) -> str:
 @lru_cache
 def code_digest(parts: tuple[str, ...]) -> str:
     """Over the version and the source of those parts of the package."""
-    root, total = Path(stepquant.__file__).parent, hashlib.sha256(stepquant.__version__.encode())
+    root, total = Path(__file__).parents[2], hashlib.sha256(__version__.encode())
     for part in parts:
         files = sorted((root / part).rglob("*.py")) if (root / part).is_dir() else [root / part]
         for file in files:
