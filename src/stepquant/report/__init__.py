@@ -1,4 +1,4 @@
-"""Results as people read them. Input is the plain JSON that `stepquant.evaluate` describes; missing parts are left out.
+"""Results as people read them. Input is the plain JSON that `stepquant.schema` describes; missing parts are left out.
 
 write(results, folder) -> Path                      report.html (self-contained), report.md, results.json
 table(results) -> list[tuple[str, ...]]             the headline rows, first row the header
@@ -11,7 +11,7 @@ from stepquant.report.card import card
 from stepquant.report.compare import compare
 from stepquant.report.images import grid, write_grid
 from stepquant.report.page import render, write
-from stepquant.report.schema import Report
 from stepquant.report.tables import markdown, table
+from stepquant.schema import Report
 
 __all__ = ["Report", "card", "compare", "grid", "markdown", "render", "table", "write", "write_grid"]

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from stepquant.report.page import flat, template
-from stepquant.report.schema import Report
 from stepquant.report.tables import code, escaped, markdown, megabytes, one_line, table
+from stepquant.schema import Report
 
 MOST_STEPS = 50
 

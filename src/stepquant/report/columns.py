@@ -10,7 +10,7 @@ from typing import Any
 from stepquant.errors import EvaluationError
 from stepquant.report import tables
 from stepquant.report.page import best_speed
-from stepquant.report.schema import Number, Report
+from stepquant.schema import Number, Report
 
 # In this order, then all others.
 METRICS = (

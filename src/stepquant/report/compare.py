@@ -26,8 +26,8 @@ from stepquant.report.conditions import conditions, sentences, unavailable
 from stepquant.report.heat import heat_maps
 from stepquant.report.images import decode, encode, grid
 from stepquant.report.page import ARROWS, read, replace_text, template
-from stepquant.report.schema import Report
 from stepquant.report.tables import DISTANCES, QUANTIZED, by_batch, markdown_row, plain
+from stepquant.schema import Report
 
 FAILED = "failed"
 HEADLINES = (

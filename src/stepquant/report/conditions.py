@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from stepquant.report import tables
 from stepquant.report.columns import Entry
-from stepquant.report.schema import Number, Report
+from stepquant.schema import Number, Report
 
 
 def conditions(entries: Sequence[Entry]) -> dict[str, list[str]]:

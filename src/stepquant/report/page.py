@@ -16,8 +16,8 @@ from stepquant.calib.cache import atomically
 from stepquant.report import tables
 from stepquant.report.chart import Line, line_chart
 from stepquant.report.images import amplified, decode, encode, grid
-from stepquant.report.schema import Coverage, Decision, Input, Number, Report, Timing
 from stepquant.report.tables import QUANTIZED, by_batch, integer_share, markdown
+from stepquant.schema import Coverage, Decision, Input, Number, Report, Timing
 
 # Blocks at or below the first number of decibels are drawn in full colour, at or above the second in none.
 NOISY, CLEAN = 10.0, 45.0

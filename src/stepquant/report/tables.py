@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepquant.report.schema import Number, Report, Times, Timing
+from stepquant.schema import Number, Report, Times, Timing
 
 QUANTIZED = "stepquant"
 HEADER = ("", "float", "integer", "floor", "how")

@@ -60,7 +60,7 @@ def read_images(file: Path) -> Tensor:
 def measure_cell(
     model: str, artifact: Path, recipe: Recipe, chosen: Evaluation, sets: Sets, progress: Progress
 ) -> dict[str, Any]:
-    """Results in the schema of `stepquant.evaluate`."""
+    """Results as `stepquant.schema` describes them."""
     folder = artifact / ARTIFACT
     source, quantized = load(model, recipe.device), load(folder, recipe.device)
     found = evaluate(

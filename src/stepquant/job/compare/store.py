@@ -22,7 +22,7 @@ from stepquant.calib.cache import atomically
 from stepquant.core.digest import tensors_digest
 from stepquant.errors import EvaluationError, StepquantError
 from stepquant.job.compare.cell import FORMAT, Cell, Origin
-from stepquant.report.schema import Report
+from stepquant.schema import Report
 
 MARKER, QUANTIZED, RESULTS, ERROR, CELL = (
     "store.json",

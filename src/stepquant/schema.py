@@ -1,4 +1,35 @@
-"""Report: results with their types checked. The schema is told in `stepquant.evaluate`; the report reads nothing else."""
+"""What results are: plain JSON in this schema, whose types `Report` checks; the report reads nothing else.
+
+format       1
+float        {name, class, parameters, digest}: the denoiser before quantization
+quantized    {name, method, scheme, digest, recipe}: as the artifact tells it
+sampling     {sampler, steps, calls, seed, images, batch, size: [height, width]}; `calls` of the denoiser an image
+environment  {stepquant, torch, diffusers, python, cpu, threads}
+quality      [{name, against, value, low, high, n, better, unit, reference, floor, floor_of, extractor, resize,
+               note, unavailable}]
+             `better` is higher, lower, zero or one; `value` is null and `unavailable` says why where it cannot be
+             measured; `low`..`high` is a 95 % interval; `floor` is the same number with the float model on other
+             seeds in the quantized model's place; `reference` with the float model on the same seeds in its place
+portions     [{name, area, float, quantized, other}]: of each kind of parts that images are composed of, the percentage
+             of the area, and of the squared error to the nearest legal image; empty where parts are not known
+steps        [{step, t, relative, cosine, own_relative, own_cosine, state_relative}]: the noise prediction by
+             denoising step, on the float trajectory and (own_) on each model's own; x_t on their own
+blocks       {steps: [int], t: [float], rows: [{path, sqnr: [decibel or null by step]}]}
+inputs       [{path, limits: [low, high] or null, low, high, clipped}]: what layers of the float model receive at the
+             steps of `blocks`, and the share outside the limits of the quantized model's integers; lists by step
+times        {t: [by step], nearest: [step], rate, worst, shown: [step], cosine: [[]]} or null: for each step the one
+             whose float time embedding is nearest to the quantized one, the share of steps where that is another
+             time, the least cosine of a step with itself, and the cosines of the shown steps, quantized by row
+images       {seeds: [int], float: [PNG as base64], quantized: [PNG as base64]}
+speed        {threads, rounds, reference, rows: [{batch, name, layout, milliseconds, low, high, ratio, ratio_low,
+              ratio_high, unavailable}]}: quartiles; `ratio` is how many times faster than `reference`
+size         {float_bytes, bytes, ratio}
+making       {seconds, peak_bytes, start_bytes}: what quantizing took; a comparison measures it
+coverage     [{path, role, macs, bytes, weight, input, kernel, integer, reason}]: `integer` is whether integers
+             multiplied
+cost         {macs, bops, float_bops, bytes, rows: [{weight, input, layers, macs, bops, bytes}]}: by bits
+plan         [{path, role, port, grid, reason}]: grid null where the site stays float
+"""
 
 from __future__ import annotations
 
