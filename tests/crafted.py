@@ -17,8 +17,8 @@ from stepquant.calib.record import Source
 from stepquant.core.digest import value_digest
 from stepquant.core.grid import Grid
 from stepquant.core.steps import StepCorrection, StepTable
+from stepquant.models.blocks.structure import structure
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.structure import structure
 from stepquant.quant.schemes import scheme
 
 WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"

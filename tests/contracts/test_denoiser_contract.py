@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.parts import LEAVES
+from stepquant.models.families.roles import LEAVES
 from tests.models.tiny import CASES
 
 ALLOWED = ("time", "cond", "context", "k_text", "v_text", "const", "modulate")

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from stepquant import hub, methods
 from stepquant.calib.record import Source
 from stepquant.evaluate.cost import bit_operations, bits, cost, count_macs, coverage
-from stepquant.evaluate.speed import first_arguments
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.hooks import first_arguments
 from stepquant.quant.schemes import scheme
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from stepquant.evaluate import speed
 from stepquant.evaluate.breakdown import breakdown
 from stepquant.evaluate.generation import generation
-from stepquant.evaluate.speed import calling, first_arguments
+from stepquant.evaluate.speed import calling
+from stepquant.models.hooks import first_arguments
 from stepquant.report.bars import write_bars
 from stepquant.runtime import ops
 

@@ -12,8 +12,8 @@ from stepquant.calib.record import Source
 from stepquant.core.affine import fake_quantize
 from stepquant.evaluate.inputs import limits, see, watch_inputs
 from stepquant.evaluate.probe import trace
-from stepquant.evaluate.speed import first_arguments
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.hooks import first_arguments
 from stepquant.quant.schemes import scheme
 
 

@@ -12,8 +12,9 @@ from diffusers import DDIMPipeline
 from stepquant.errors import EvaluationError
 from stepquant.evaluate import speed
 from stepquant.evaluate.disk import size
-from stepquant.evaluate.speed import benchmark, best, cast, first_arguments
+from stepquant.evaluate.speed import benchmark, best, cast
 from stepquant.evaluate.turns import interleave, summarize
+from stepquant.models.hooks import first_arguments
 
 
 def test_every_round_calls_everyone_and_another_one_begins() -> None:

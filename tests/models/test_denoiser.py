@@ -4,7 +4,7 @@ from torch import nn
 
 from stepquant.errors import ModelError
 from stepquant.models.denoiser import Denoiser, check_finite
-from stepquant.models.parts import PARTS
+from stepquant.models.families.roles import PARTS
 from stepquant.models.split import SplitLayer, split_concats
 from tests.models.tiny import CASES
 

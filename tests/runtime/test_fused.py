@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stepquant.models.structure import structure
+from stepquant.models.blocks.structure import structure
 from stepquant.runtime import fused
 from stepquant.runtime.attend import Attention
 from stepquant.runtime.lower import lower

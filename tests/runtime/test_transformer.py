@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 from stepquant.artifact import Artifact
-from stepquant.models.structure import structure
+from stepquant.models.blocks.structure import structure
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import ops
 from stepquant.runtime.coverage import coverage

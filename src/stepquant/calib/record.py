@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,33 +20,12 @@ from stepquant.calib.pick import Pick, every
 from stepquant.core.digest import value_digest
 from stepquant.errors import CalibrationError
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.hooks import Enough, listening
 from stepquant.models.sampling import run
 from stepquant.progress import Progress, Silent
 
 FORMAT = 1
 MEMORY = 4 << 30
-Listener = Callable[[int, dict[str, Any]], None]
-
-
-class Enough(Exception):  # noqa: N818 - it ends a sampling loop early, it is no error
-    """All wanted steps of the running batch have been seen."""
-
-
-@contextmanager
-def listening(denoiser: Denoiser, listener: Listener) -> Iterator[None]:
-    """Call `listener(call index, arguments by name)` before every forward of the denoiser."""
-    calls = 0
-
-    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal calls
-        listener(calls, denoiser.bind(args, kwargs))
-        calls += 1
-
-    handle = denoiser.model.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.evaluate.probe import removing
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.hooks import removing
 from stepquant.runtime.layers import IntegerLayer
 from stepquant.runtime.product import IntegerProduct
 from stepquant.runtime.times import Tabled

@@ -12,7 +12,6 @@ from stepquant.evaluate.speed import (
     REFERENCE,
     Contender,
     fastest_type,
-    first_arguments,
     in_layouts,
     row,
     threads,
@@ -20,6 +19,7 @@ from stepquant.evaluate.speed import (
 )
 from stepquant.evaluate.turns import interleave
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.hooks import first_arguments
 from stepquant.models.sampling import run
 from stepquant.progress import Progress, Silent
 

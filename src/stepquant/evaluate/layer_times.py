@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.probe import removing
-from stepquant.evaluate.speed import first_arguments
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.hooks import first_arguments, removing
 from stepquant.progress import Progress, Silent
 from stepquant.runtime.lower import prepare
 

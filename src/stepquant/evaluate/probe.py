@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from stepquant.evaluate.inputs import Seen, limits, watch_inputs
 from stepquant.evaluate.times import confusion, watch_embedding
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.hooks import after_calls, unit_outputs
 from stepquant.models.sampling import run
-
-Listener = Callable[[int, dict[str, Any], Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -45,54 +44,6 @@ def sqnr(out: Tensor, target: Tensor) -> float:
     out, target = out.double(), target.double()
     noise = (out - target).square().sum().clamp(min=1e-300)
     return float((10 * (target.square().sum().clamp(min=1e-300) / noise).log10()).clamp(max=200))
-
-
-@contextmanager
-def after_calls(denoiser: Denoiser, listener: Listener) -> Iterator[None]:
-    """Call `listener(call index, arguments by name, prediction)` after every forward of the denoiser."""
-    calls = 0
-
-    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        nonlocal calls
-        predicted = out[0] if isinstance(out, tuple) else out.sample
-        calls += 1
-        listener(calls - 1, denoiser.bind(args, kwargs), predicted)
-
-    handle = denoiser.model.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def unit_outputs(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """The latest output of each unit that the model calls, as float; units that the model lacks stay absent."""
-    found: dict[str, Tensor] = {}
-    modules = dict(model.named_modules())
-
-    def keep(path: str) -> Callable[..., None]:
-        def hook(_: Any, __: Any, out: Any) -> None:
-            value = out[0] if isinstance(out, tuple) else out
-            if isinstance(value, Tensor) and value.is_floating_point():
-                # A copy: integer blocks add later results into tensors that nobody else reads.
-                found[path] = value.detach().clone()
-
-        return hook
-
-    with ExitStack() as stack:
-        for path in paths:
-            if path in modules:
-                stack.enter_context(removing(modules[path].register_forward_hook(keep(path))))
-        yield found
-
-
-@contextmanager
-def removing(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def spread_out(count: int, wanted: int) -> list[int]:

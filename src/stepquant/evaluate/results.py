@@ -20,8 +20,8 @@ from stepquant.evaluate.instruments import Weights, load_networks
 from stepquant.evaluate.metrics import Batch, Measured
 from stepquant.evaluate.probe import trace
 from stepquant.evaluate.quality import judge
-from stepquant.evaluate.speed import first_arguments
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.hooks import first_arguments
 from stepquant.models.sampling import prompts_of, run
 from stepquant.progress import Progress, Silent
 

@@ -29,8 +29,8 @@ from stepquant.evaluate.features import Extractor
 from stepquant.evaluate.journal import Lines
 from stepquant.evaluate.pairs import TOO_SMALL, psnr, ssim
 from stepquant.evaluate.sites import StudiedSite, plan_with, studied_sites
-from stepquant.evaluate.speed import first_arguments
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.hooks import first_arguments
 from stepquant.models.sampling import run
 from stepquant.progress import Progress, Silent
 from stepquant.quant.insert import Inserted, insert

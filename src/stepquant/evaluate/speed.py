@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from stepquant.calib.record import Enough, listening
 from stepquant.core.precision import multiplies_bf16
 from stepquant.errors import EvaluationError
 from stepquant.evaluate.peers import openvino_calls, peers_installed
 from stepquant.evaluate.turns import Call, interleave, summarize
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.hooks import first_arguments, listening
 from stepquant.models.sampling import run
 from stepquant.progress import Progress, Silent
 
@@ -46,32 +46,6 @@ def threads(count: int | None) -> Iterator[int]:
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(former)
-
-
-def first_arguments(
-    pipeline: Any, batch: int, prompts: Sequence[str] | None = None, quantized: Any = None
-) -> dict[str, Any]:
-    """What the pipeline's denoiser receives on the first step of a batch of images.
-
-    Where `quantized`, or the pipeline itself, knows some t only, the t is the first of those.
-    """
-    caught: dict[str, Any] = {}
-
-    def listener(_: int, arguments: dict[str, Any]) -> None:
-        caught.update(arguments)
-        raise Enough
-
-    try:
-        with torch.no_grad(), listening(Denoiser.of(pipeline), listener):
-            run(pipeline, list(range(batch)), 2, None, prompts)
-    except Enough:
-        pass
-    denoiser = Denoiser.of(pipeline if quantized is None else quantized)
-    tables = getattr(denoiser.model, "steps", None)
-    if tables is not None:
-        t = torch.as_tensor(caught[denoiser.family.t])
-        caught[denoiser.family.t] = torch.full_like(t, tables.times().times[0].item())
-    return caught
 
 
 def cast(arguments: Mapping[str, Any], dtype: torch.dtype, layout: torch.memory_format) -> dict[str, Any]:

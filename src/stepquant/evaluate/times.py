@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.models.structure import time_path
+from stepquant.models.blocks.structure import time_path
 
 # Of the cosines, as many steps as a page can show.
 MOST_SHOWN = 20

@@ -10,8 +10,8 @@ from stepquant.errors import MethodError
 from stepquant.fit.learner import Sample, Schedule
 from stepquant.fit.reconstruct import Report, reconstruct
 from stepquant.fit.streams import PROBES, Piece, Table, shape_of
+from stepquant.models.blocks.structure import Structure, structure
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.structure import Structure, structure
 from stepquant.quant.insert import Inserted
 from stepquant.quant.quantizer import Clock
 

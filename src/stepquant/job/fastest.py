@@ -15,8 +15,8 @@ from stepquant.calib.cache import atomically, cache_folder
 from stepquant.errors import StepquantError
 from stepquant.evaluate.data import file_digest
 from stepquant.evaluate.describe import cpu_name
-from stepquant.evaluate.speed import first_arguments
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.hooks import first_arguments
 from stepquant.progress import Progress
 from stepquant.runtime import ops
 from stepquant.runtime.faster import LayerTime, Seconds, keep_faster

@@ -19,12 +19,12 @@ from stepquant.evaluate.cost import coverage
 from stepquant.evaluate.data import check_data
 from stepquant.evaluate.describe import describe_float, describe_plan, describe_quantized, environment
 from stepquant.evaluate.results import FORMAT
-from stepquant.evaluate.speed import first_arguments
 from stepquant.job.fastest import fastest
 from stepquant.job.files import writing
 from stepquant.job.pipelines import load, sampling_of
 from stepquant.models import zoo
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.hooks import first_arguments
 from stepquant.progress import Progress
 from stepquant.report import write as write_report
 

@@ -10,11 +10,12 @@ import torch
 
 from stepquant.evaluate.breakdown import breakdown
 from stepquant.evaluate.generation import generation
-from stepquant.evaluate.speed import calling, first_arguments, threads
+from stepquant.evaluate.speed import calling, threads
 from stepquant.job.child import first_images
 from stepquant.job.pipelines import load
 from stepquant.job.results import artifact_config, load_twin
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.hooks import first_arguments
 from stepquant.progress import Progress
 
 

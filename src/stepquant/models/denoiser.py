@@ -15,25 +15,15 @@ from torch.utils._pytree import tree_map
 
 from stepquant.core.digest import tensors_digest, value_digest
 from stepquant.errors import ModelError
-from stepquant.models import unet
-from stepquant.models.family import Family, matches
-from stepquant.models.parts import LEAVES, PRODUCTS, part_roles
+from stepquant.models.families import unet
+from stepquant.models.families.family import matches
+from stepquant.models.families.registry import family_of
+from stepquant.models.families.roles import LEAVES, PRODUCTS, part_roles
 from stepquant.models.split import SplitLayer
-
-FAMILIES: tuple[Family, ...] = unet.FAMILIES
 
 
 def device_of(module: nn.Module) -> torch.device:
     return next(chain(module.parameters(), module.buffers())).device
-
-
-def family_of(model: nn.Module) -> Family:
-    name = type(model).__name__
-    for family in FAMILIES:
-        if name in family.models:
-            return family
-    known = ", ".join(sorted(model for family in FAMILIES for model in family.models))
-    raise ModelError(f"models of class {name} are not supported", expected=known)
 
 
 class Denoiser:
@@ -89,7 +79,7 @@ class Denoiser:
                 raise ModelError(
                     f"layer '{leaf}' has {'no role' if not roles else 'several roles: ' + ', '.join(roles)}",
                     where=type(self.model).__name__,
-                    fix="declare its building block in stepquant/models/parts.py",
+                    fix="declare its building block in stepquant/models/families/roles.py",
                 )
         return {leaf: roles[0] for leaf, roles in claims.items()}
 

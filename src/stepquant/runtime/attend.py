@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stepquant.models.structure import AttentionUnit
+from stepquant.models.blocks.attention import AttentionUnit
 from stepquant.runtime import ops
 from stepquant.runtime.cpu import LinearKernel, joined
 from stepquant.runtime.fused import Chain, codes_for, kernel_of, pixels, run

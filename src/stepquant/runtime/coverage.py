@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepquant.models.parts import LEAVES, PRODUCTS
+from stepquant.models.families.roles import LEAVES, PRODUCTS
 from stepquant.runtime.cpu import ConvKernel, LinearKernel
 from stepquant.runtime.fused import Chain, chains
 from stepquant.runtime.layers import IntegerLayer

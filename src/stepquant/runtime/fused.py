@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepquant.models.blocks.resampling import Resampler
+from stepquant.models.blocks.residual import ResidualUnit
+from stepquant.models.blocks.up import UpBlock
 from stepquant.models.split import SplitLayer
-from stepquant.models.structure import Resampler, ResidualUnit, UpBlock
 from stepquant.runtime import ops
 from stepquant.runtime.layers import IntegerLayer
 from stepquant.runtime.swallowed import Swallowed

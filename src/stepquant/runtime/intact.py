@@ -10,7 +10,7 @@ from stepquant.artifact import StepSpec, bounds_of
 from stepquant.core.bounds import Bounds
 from stepquant.core.entries import AGAIN
 from stepquant.errors import ArtifactError
-from stepquant.models.structure import structure
+from stepquant.models.blocks.structure import structure
 from stepquant.runtime.layers import IntegerLayer
 from stepquant.runtime.product import IntegerProduct
 from stepquant.runtime.steps import StepTensors

@@ -15,10 +15,11 @@ from stepquant.core.entries import AGAIN
 from stepquant.core.grid import GridError
 from stepquant.errors import ArtifactError, ModelError, RuntimeSupportError
 from stepquant.models.attention import KeepProduct, NoFusing, rebind
-from stepquant.models.denoiser import device_of, family_of
-from stepquant.models.parts import PRODUCTS
+from stepquant.models.blocks.structure import Structure, roles, structure
+from stepquant.models.denoiser import device_of
+from stepquant.models.families.registry import family_of
+from stepquant.models.families.roles import PRODUCTS
 from stepquant.models.split import find, split_concats
-from stepquant.models.structure import Structure, roles, structure
 from stepquant.runtime.attend import Attention, Readers
 from stepquant.runtime.convolutions import IntegerConv1d, IntegerConv2d, channels_last
 from stepquant.runtime.fused import Chain, Done, NormOut, Resample, Residual, Up

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from stepquant.models.denoiser import family_of
+from stepquant.models.families.registry import family_of
 from stepquant.runtime import ops
 from stepquant.runtime.finite import NotFinite
 from stepquant.runtime.fused import Chain, chains

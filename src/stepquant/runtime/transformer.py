@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stepquant.models.structure import TextBlock, TransformerUnit
+from stepquant.models.blocks.transformer import TextBlock, TransformerUnit
 from stepquant.runtime import ops, reference
 from stepquant.runtime.attend import Mix, Readers
 from stepquant.runtime.fused import Chain, NormThen, addable, codes_for, kernel_of, pixels, run

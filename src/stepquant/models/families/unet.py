@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from stepquant.models.family import Family
+from stepquant.models.families.family import Family
 
 TIME = {"time_embedding.linear_1": "time", "time_embedding.linear_2": "time"}
 CLASS = {"class_embedding.linear_1": "cond", "class_embedding.linear_2": "cond"}

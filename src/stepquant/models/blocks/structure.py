@@ -1,0 +1,102 @@
+"""Structure: the chains of a model that may run as one, by module path; declared here, never guessed while running."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffusers.models.unets import unet_2d_condition
+from torch import nn
+
+from stepquant.errors import ModelError
+from stepquant.models.blocks.attention import AttentionUnit, attention_unit, is_plain_attention
+from stepquant.models.blocks.resampling import Resampler, is_plain_resampler, resampler
+from stepquant.models.blocks.residual import ResidualUnit, is_plain_residual, residual_unit
+from stepquant.models.blocks.transformer import (
+    TextBlock,
+    TransformerUnit,
+    is_plain_text_block,
+    is_plain_transformer,
+    text_block,
+    transformer_unit,
+)
+from stepquant.models.blocks.up import UpBlock, is_plain_up_block, up_block
+from stepquant.models.families.family import matches
+from stepquant.models.families.registry import family_of
+from stepquant.models.families.roles import part_roles
+
+
+@dataclass(frozen=True)
+class Structure:
+    """All chains of one model. `tail` is norm -> SiLU -> head; `time` is projection -> embedding of t alone.
+
+    `text` is the argument that reaches every text block as it is.
+    """
+
+    residuals: tuple[ResidualUnit, ...] = ()
+    attentions: tuple[AttentionUnit, ...] = ()
+    transformers: tuple[TransformerUnit, ...] = ()
+    text_blocks: tuple[TextBlock, ...] = ()
+    resamplers: tuple[Resampler, ...] = ()
+    up_blocks: tuple[UpBlock, ...] = ()
+    tail: tuple[str, str, str] | None = None
+    time: tuple[str, str] | None = None
+    text: str | None = None
+
+    def time_layers(self) -> list[str]:
+        """The layers between the time projection and what each residual unit adds."""
+        if self.time is None:
+            return []
+        embedding = [f"{self.time[1]}.linear_1", f"{self.time[1]}.linear_2"]
+        return embedding + [f"{unit.path}.time_emb_proj" for unit in self.residuals if unit.timed]
+
+
+def structure(model: nn.Module) -> Structure:
+    """What of `model` fits the chains above; blocks that differ in any way are left out."""
+    named = [(path, module) for path, module in model.named_modules() if path]
+    return Structure(
+        residuals=tuple(residual_unit(p, m) for p, m in named if is_plain_residual(m)),
+        attentions=tuple(attention_unit(p, m) for p, m in named if is_plain_attention(m)),
+        transformers=tuple(transformer_unit(p, m) for p, m in named if is_plain_transformer(m)),
+        text_blocks=tuple(text_block(p, m) for p, m in named if is_plain_text_block(m)),
+        resamplers=tuple(resampler(p, m) for p, m in named if is_plain_resampler(m)),
+        up_blocks=tuple(up_block(p, m) for p, m in named if is_plain_up_block(m)),
+        tail=tail(model),
+        time=time_path(model),
+        text=text_argument(model),
+    )
+
+
+def roles(model: nn.Module) -> dict[str, str]:
+    """Path -> role wherever a declaration names one; unlike `Denoiser.sites` also when layers were replaced."""
+    paths = {path for path, _ in model.named_modules()}
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        found |= {f"{path}.{child}" if path else child: role for child, role in part_roles(module).items()}
+    try:
+        top = family_of(model).top
+    except ModelError:
+        top = {}
+    found |= {path: role for pattern, role in top.items() for path in paths if matches(pattern, path)}
+    halves = {f"{path}.{half}": role for path, role in found.items() for half in (0, 1)}
+    return {path: role for path, role in (found | halves).items() if path in paths}
+
+
+def tail(model: nn.Module) -> tuple[str, str, str] | None:
+    names = ("conv_norm_out", "conv_act", "conv_out")
+    norm, activation, head = (getattr(model, name, None) for name in names)
+    return (
+        names
+        if isinstance(norm, nn.GroupNorm) and isinstance(activation, nn.SiLU) and head is not None
+        else None
+    )
+
+
+def time_path(model: nn.Module) -> tuple[str, str] | None:
+    names = ("time_proj", "time_embedding")
+    return names if all(isinstance(getattr(model, name, None), nn.Module) for name in names) else None
+
+
+def text_argument(model: nn.Module) -> str | None:
+    """The argument that every text block reads unchanged."""
+    plain = type(model) is unet_2d_condition.UNet2DConditionModel and model.encoder_hid_proj is None
+    return "encoder_hidden_states" if plain else None

@@ -1,0 +1,1 @@
+"""Families of models: what is declared of each, and the role of every layer."""
