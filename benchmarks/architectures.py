@@ -19,7 +19,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
-from stepquant.artifact import Artifact, freeze
+from stepquant.artifact import Artifact
 from stepquant.core.affine import scale_and_zero
 from stepquant.core.ranges import minmax
 from stepquant.evaluate.peers import peers_installed
@@ -37,6 +37,7 @@ from stepquant.evaluate.speed import (
 from stepquant.evaluate.turns import interleave, summarize
 from stepquant.fit.ranges import set_weight_ranges
 from stepquant.models.denoiser import Denoiser
+from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.quantizer import Quantizer
 from stepquant.quant.schemes import scheme

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepquant.artifact import Artifact, LayerSpec, freeze
+from stepquant.artifact import Artifact, LayerSpec
 from stepquant.calib.pick import every
 from stepquant.calib.record import Source
 from stepquant.core.affine import dequantize
@@ -14,6 +14,7 @@ from stepquant.core.ranges import minmax
 from stepquant.errors import ArtifactError
 from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.models.denoiser import Denoiser
+from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan, Rule
 from stepquant.quant.schemes import SCHEMES, scheme

@@ -24,12 +24,8 @@ from stepquant.core.entries import (
     whole,
 )
 from stepquant.core.grid import Grid, GridError
-from stepquant.core.pack import pack
 from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import ArtifactError
-from stepquant.quant.insert import Inserted
-from stepquant.quant.layers import QuantLayer
-from stepquant.quant.quantizer import Quantizer
 
 # The entries of `quantization_config`.
 FORMAT, UNCOVERED = 2, 1  # what is written; what says nothing about its configuration
@@ -173,63 +169,8 @@ class Artifact:
         }
 
 
-def freeze(network: Inserted, time_table: Tensor | None = None) -> Artifact:
-    """Round and pack what the quantizers describe; the network itself is left as it is.
-
-    `time_table` has a row for each t of the network's clock, in place of the layers that depend on t alone.
-    """
-    tensors: dict[str, Tensor] = {}
-    layers: dict[str, LayerSpec] = {}
-    products: dict[str, ProductSpec] = {}
-    for path, layer in network.layers.items():
-        if layer.weight_quantizer is None:
-            continue
-        inputs = layer.input_quantizer.grid if layer.input_quantizer else None
-        layers[path] = LayerSpec(layer.weight_quantizer.grid, inputs)
-        tensors |= {f"{path}.{name}": value for name, value in packed_tensors(layer).items()}
-    for path, product in network.products.items():
-        grids = {port: quantizer.grid for port, quantizer in product.ports().items()}
-        products[path] = ProductSpec(**grids, shifted=product.shift is not None)
-        if product.shift is not None:
-            tensors[f"{path}.product.probabilities_shift"] = product.shift.cpu().float().reshape(1)
-        for port, quantizer in product.ports().items():
-            tensors |= range_tensors(f"{path}.product.{port}", quantizer)
-    steps = None
-    if network.clock is not None:
-        table = network.clock.table
-        tensors |= table_tensors(table)
-        steps = StepSpec(len(table.times), table.groups)
-        if time_table is not None:
-            tensors["steps.table"] = time_table.detach().cpu().float().contiguous()
-            steps = replace(steps, table=time_table.shape[1])
-    return Artifact(layers, products, tensors, dict(network.splits), steps)
-
-
 def table_tensors(table: StepTable) -> dict[str, Tensor]:
     return {"steps.bits": table.to_bits(), "steps.rows": table.rows.int()}
-
-
-def packed_tensors(layer: QuantLayer) -> dict[str, Tensor]:
-    quantizer = layer.weight_quantizer
-    assert quantizer is not None
-    scale, zero_point = quantizer.range()
-    integers = layer.weight_integers().cpu()
-    out = {"weight": pack(integers, quantizer.grid), "weight_scale": scale.float()}
-    if not quantizer.grid.symmetric:
-        out["weight_zero_point"] = zero_point.to(torch.int16)
-    if layer.bias is not None:
-        out["bias"] = layer.bias.detach().float()
-    if layer.input_quantizer is not None:
-        out |= range_tensors("input", layer.input_quantizer)
-    return {name: value.detach().cpu().clone().contiguous() for name, value in out.items()}
-
-
-def range_tensors(prefix: str, quantizer: Quantizer) -> dict[str, Tensor]:
-    scale, zero_point = quantizer.range()
-    return {
-        f"{prefix}_scale": scale.detach().cpu().float().reshape(-1).clone(),
-        f"{prefix}_zero_point": zero_point.detach().cpu().to(torch.int32).reshape(-1).clone(),
-    }
 
 
 def bounds_of(

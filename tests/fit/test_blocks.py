@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepquant.artifact import packed_tensors
 from stepquant.core.pack import unpack
 from stepquant.errors import CalibrationError
 from stepquant.fit.blocks import hold_out, reconstruct_blocks
 from stepquant.fit.journal import Journal
 from stepquant.fit.learner import Schedule
 from stepquant.progress import Silent
+from stepquant.quant.freeze import packed_tensors
 from tests.fit.conftest import Bench
 
 QUICK = Schedule(iterations=8, batch=8, rounding_rate=0.1, penalty=0.1)

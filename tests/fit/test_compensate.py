@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from stepquant.artifact import packed_tensors
 from stepquant.core.pack import unpack
 from stepquant.fit.blocks import fit_blocks, without_gradients
 from stepquant.fit.compensate import Compensation, InputHessian, calls, compensate_block, run_until, unfolded
 from stepquant.fit.journal import Journal
 from stepquant.fit.learnable import FixedIntegers
 from stepquant.fit.learner import inside
+from stepquant.quant.freeze import packed_tensors
 from tests.fit.conftest import Bench
 
 

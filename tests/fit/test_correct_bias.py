@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from stepquant.artifact import freeze, packed_tensors
 from stepquant.calib.pick import every
 from stepquant.calib.record import Source
 from stepquant.core.ranges import minmax
@@ -19,6 +18,7 @@ from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.fit.streams import Streams
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.split import SplitLayer
+from stepquant.quant.freeze import freeze, packed_tensors
 from stepquant.quant.insert import insert
 from stepquant.quant.layers import QuantLayer
 from stepquant.quant.schemes import scheme

@@ -8,13 +8,14 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from stepquant.artifact import Artifact, LayerSpec, freeze
+from stepquant.artifact import Artifact, LayerSpec
 from stepquant.core.affine import quantize, scale_and_zero, to_groups
 from stepquant.core.grid import Grid
 from stepquant.core.pack import pack
 from stepquant.core.ranges import minmax
 from stepquant.fit.ranges import set_weight_ranges
 from stepquant.models.denoiser import Denoiser
+from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import Inserted, insert
 from stepquant.quant.plan import Plan
 from stepquant.quant.quantizer import Quantizer

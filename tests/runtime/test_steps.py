@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
 from stepquant import hub
-from stepquant.artifact import Artifact, StepSpec, freeze
+from stepquant.artifact import Artifact, StepSpec
 from stepquant.calib.calibset import CalibSet
 from stepquant.calib.pick import every
 from stepquant.calib.record import Source
@@ -22,6 +22,7 @@ from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.fit.time_block import ROLES, time_chains, time_table
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import run, scheduler_of
+from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan, Rule
 from stepquant.quant.schemes import scheme

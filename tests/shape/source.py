@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).parents[2] / "src" / "stepquant"
 # Rungs of the ladder, lowest first. What shares a rung never imports its neighbour.
 RUNGS: tuple[tuple[str, ...], ...] = (
     ("core", "errors", "progress", "schema", "version"),
-    ("models",),
+    ("models", "artifact"),
     ("quant",),
-    ("calib", "artifact"),
+    ("calib",),
     ("fit", "runtime"),
     ("methods", "hub"),
     ("evaluate", "report"),

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from stepquant.artifact import Artifact, freeze
+from stepquant.artifact import Artifact
 from stepquant.calib.density import counts, likeness_of_steps
 from stepquant.calib.pick import spread, uniform
 from stepquant.calib.record import Source
@@ -28,6 +28,7 @@ from stepquant.core.losses import BlockLoss
 from stepquant.fit.streams import Streams
 from stepquant.methods.method import BlockMethod, split_here
 from stepquant.models.denoiser import Denoiser
+from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from stepquant.artifact import Artifact, freeze
+from stepquant.artifact import Artifact
 from stepquant.calib.record import Source
 from stepquant.core.steps import StepTable
 from stepquant.fit.blocks import of_last_trajectories
@@ -26,6 +26,7 @@ from stepquant.fit.time_block import ROLES, has_time_block, reconstruct_time, ti
 from stepquant.fit.weights import Weighing, weigh_block
 from stepquant.methods.method import StridedMethod
 from stepquant.models.denoiser import Denoiser
+from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from pydantic import Field
 
-from stepquant.artifact import Artifact, freeze
+from stepquant.artifact import Artifact
 from stepquant.calib.pick import spread, uniform
 from stepquant.calib.record import Source
 from stepquant.core.ranges import lp_search, lp_search_binned
@@ -28,6 +28,7 @@ from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.fit.streams import Streams
 from stepquant.methods.method import Method, split_here
 from stepquant.models.denoiser import Denoiser
+from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from stepquant.artifact import Artifact, freeze
+from stepquant.artifact import Artifact
 from stepquant.calib.calibset import CalibSet
 from stepquant.calib.pick import normal, one_each, single, spread, uniform
 from stepquant.calib.record import Source
@@ -27,6 +27,7 @@ from stepquant.core.ranges import lp_search, lp_search_binned
 from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.methods.method import Method
 from stepquant.models.denoiser import Denoiser
+from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 

@@ -13,12 +13,13 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from stepquant.artifact import Artifact, freeze
+from stepquant.artifact import Artifact
 from stepquant.calib.record import Source
 from stepquant.core.losses import BlockLoss
 from stepquant.fit.streams import Streams
 from stepquant.methods.method import StridedMethod, split_here
 from stepquant.models.denoiser import Denoiser
+from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stepquant.artifact import Artifact, freeze
+from stepquant.artifact import Artifact
 from stepquant.calib.pick import every
 from stepquant.calib.record import Source
 from stepquant.core.steps import StepTable
@@ -21,6 +21,7 @@ from stepquant.fit.streams import Streams
 from stepquant.fit.time_block import ROLES, reconstruct_time, time_chains, time_table
 from stepquant.methods.method import StridedMethod
 from stepquant.models.denoiser import Denoiser
+from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan, Rule
 
