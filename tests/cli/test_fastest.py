@@ -13,9 +13,9 @@ from stepquant.cli import main
 from stepquant.errors import StepquantError
 from stepquant.job.fastest import KnownTimes
 from stepquant.models.denoiser import Denoiser
-from stepquant.runtime import faster
-from stepquant.runtime.cpu import why_no_integers
-from stepquant.runtime.faster import integer_layers
+from stepquant.runtime.cpu import float_layers
+from stepquant.runtime.cpu.float_layers import integer_layers
+from stepquant.runtime.cpu.products import why_no_integers
 
 pytestmark = pytest.mark.skipif(why_no_integers(1) is not None, reason=str(why_no_integers(1)))
 
@@ -35,13 +35,13 @@ def test_inspect_shows_what_stays_float_and_why(
 ) -> None:
     plain = run(tmp_path, "inspect", artifact)
     assert plain["times"] == []
-    monkeypatch.setattr(faster, "race", race(slow=True))
+    monkeypatch.setattr(float_layers, "race", race(slow=True))
     found = run(tmp_path, "inspect", artifact, "--fastest", "--batch", 2)
     assert {row["kernel"] for row in plain["coverage"]} == {"", "attention", "convolution", "linear"}
     assert {row["kernel"] for row in found["coverage"]} == {"", "attention"}
     assert all(layer["stays_float"] for layer in found["times"])
     assert "bfloat16 is faster here: 10 us, not 20" in capfd.readouterr().out
-    monkeypatch.setattr(faster, "race", lambda *_: pytest.fail("timed again"))
+    monkeypatch.setattr(float_layers, "race", lambda *_: pytest.fail("timed again"))
     assert run(tmp_path, "inspect", artifact, "--fastest", "--batch", 2)["times"] == found["times"]
 
 
@@ -53,7 +53,7 @@ def test_generate_says_how_many_stay_float(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(faster, "race", race(slow))
+    monkeypatch.setattr(float_layers, "race", race(slow))
     words = ("generate", artifact, "--images", 3, "--steps", 2, "--out", tmp_path / "x.png")
     run(tmp_path, *words, "--fastest")
     said = capfd.readouterr().err

@@ -20,8 +20,9 @@ from stepquant.quant.insert import Inserted, insert
 from stepquant.quant.plan import Plan
 from stepquant.quant.quantizer import Quantizer
 from stepquant.quant.schemes import scheme
-from stepquant.runtime.fused import Chain, Done, NormOut
-from stepquant.runtime.layers import IntegerLayer
+from stepquant.runtime.blocks.chain import Chain
+from stepquant.runtime.blocks.tail import Done, NormOut
+from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.lower import integer_layer
 from tests.models.tiny import unconditional
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.quant.schemes import scheme
-from stepquant.runtime import faster, ops
+from stepquant.runtime import ops
 from stepquant.runtime.coverage import coverage
-from stepquant.runtime.cpu import why_no_integers
-from stepquant.runtime.faster import LayerTime, Seconds, keep_faster, release
+from stepquant.runtime.cpu import float_layers
+from stepquant.runtime.cpu.float_layers import LayerTime, Seconds, keep_faster, release
+from stepquant.runtime.cpu.products import why_no_integers
 from stepquant.runtime.lower import lower, own_tensors
 from tests.models.tiny import conditional, noise
 from tests.runtime.synthetic import artifact_of, inputs_of, make, quantized, relative
@@ -34,14 +35,14 @@ def arguments(model: nn.Module) -> dict[str, object]:
 
 def timed_as(monkeypatch: pytest.MonkeyPatch, slow: Callable[[str], bool]) -> None:
     """Let layers take twice or half the time of their float form, by what their text begins with."""
-    forms = faster.forms
+    forms = float_layers.forms
 
     def mark(layer: object, *rest: object) -> tuple[object, object]:
         forms(layer, *rest)  # type: ignore[arg-type]
         return layer, layer
 
-    monkeypatch.setattr(faster, "forms", mark)
-    monkeypatch.setattr(faster, "race", lambda layer, _: SLOW if slow(str(layer)) else QUICK)
+    monkeypatch.setattr(float_layers, "forms", mark)
+    monkeypatch.setattr(float_layers, "race", lambda layer, _: SLOW if slow(str(layer)) else QUICK)
 
 
 def kept(found: list[LayerTime]) -> set[str]:
@@ -56,7 +57,7 @@ def call(model: nn.Module) -> Tensor:
 def test_every_integer_layer_is_timed_once_for_a_shape(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(faster, "ROUNDS", 1)
+    monkeypatch.setattr(float_layers, "ROUNDS", 1)
     known: dict[str, Seconds] = {}
     found = keep_faster(model, arguments(model), known)
     release(model)
@@ -64,7 +65,7 @@ def test_every_integer_layer_is_timed_once_for_a_shape(
     assert all(layer.integer > 0 and layer.floating > 0 for layer in found)
     assert 0 < len(known) < len(found)
     assert all("Geometry(stride=" in key for key in known)  # two walks over one shape are two layers
-    monkeypatch.setattr(faster, "race", lambda *_: pytest.fail("timed again"))
+    monkeypatch.setattr(float_layers, "race", lambda *_: pytest.fail("timed again"))
     assert keep_faster(model, arguments(model), known) == found
 
 
@@ -121,15 +122,15 @@ def test_layers_of_one_product_go_together(monkeypatch: pytest.MonkeyPatch) -> N
     artifact, _ = quantized(one, scheme("w8a8"), lambda t: one(timestep=torch.tensor(t), **given).sample)
     model = lower(one, artifact)
     first = model.down_blocks[0].attentions[0].transformer_blocks[0].attn1
-    monkeypatch.setattr(faster, "forms", lambda layer, *_: (layer, layer))
+    monkeypatch.setattr(float_layers, "forms", lambda layer, *_: (layer, layer))
     monkeypatch.setattr(
-        faster, "race", lambda layer, _: (3e-5, 2e-5) if layer is first.to_q else (1e-5, 2e-5)
+        float_layers, "race", lambda layer, _: (3e-5, 2e-5) if layer is first.to_q else (1e-5, 2e-5)
     )
     known = NoMemory()
     with_text = {"timestep": torch.tensor(355), **given}
     assert not kept(keep_faster(model, with_text, known))
     monkeypatch.setattr(
-        faster, "race", lambda layer, _: (9e-5, 2e-5) if layer is first.to_q else (1e-5, 2e-5)
+        float_layers, "race", lambda layer, _: (9e-5, 2e-5) if layer is first.to_q else (1e-5, 2e-5)
     )
     place = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     assert kept(keep_faster(model, with_text, known)) == {f"{place}.to_{name}" for name in "qkv"}
@@ -147,11 +148,11 @@ class NoMemory(dict):
 @pytest.mark.skipif(not ops.compiled(), reason="the extension stepquant._C was not built")
 def test_forms_are_called_as_the_layer_was(model: nn.Module) -> None:
     """Doubled pixels and borders included: both forms put out the same shape."""
-    layers = faster.integer_layers(model)
-    readings = faster.read_once(model, layers, arguments(model))
+    layers = float_layers.integer_layers(model)
+    readings = float_layers.read_once(model, layers, arguments(model))
     assert any(reading.doubled for reading in readings.values())
     assert any(reading.added for reading in readings.values())
     for path, reading in readings.items():
-        integer, floating = faster.forms(layers[path], reading, torch.bfloat16)
+        integer, floating = float_layers.forms(layers[path], reading, torch.bfloat16)
         assert integer().shape == floating().shape, path
         assert integer().dtype == floating().dtype == reading.dtype

@@ -5,8 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.models.blocks.structure import structure
-from stepquant.runtime import fused
-from stepquant.runtime.attend import Attention
+from stepquant.runtime.blocks.attention import Attention
+from stepquant.runtime.blocks.resampling import Resample
+from stepquant.runtime.blocks.residual import Residual
+from stepquant.runtime.blocks.tail import NormOut
+from stepquant.runtime.blocks.up import Up
 from stepquant.runtime.lower import lower
 from tests.runtime.synthetic import (
     VARIANTS,
@@ -35,7 +38,7 @@ def test_every_fused_block_computes_what_its_own_class_computes(variant: str, sp
 def test_which_blocks_are_fused() -> None:
     model = make(downsample_padding=0)
     lowered = lower(model, artifact_of(model))
-    kinds = dict.fromkeys((fused.Residual, Attention, fused.Resample, fused.Up, fused.NormOut), 0)
+    kinds = dict.fromkeys((Residual, Attention, Resample, Up, NormOut), 0)
     for module in lowered.modules():
         forward = module.__dict__.get("forward")
         if type(forward) in kinds:

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from stepquant.runtime import cpu, layers
-from stepquant.runtime.layers import IntegerLinear
+from stepquant.runtime.cpu import products as cpu
+from stepquant.runtime.layers import layer as layers
+from stepquant.runtime.layers.linear import IntegerLinear
+from stepquant.runtime.layers.stored import not_needed_soon
 from stepquant.runtime.lower import integer_layer
-from stepquant.runtime.reference import Code
-from stepquant.runtime.stored import not_needed_soon
+from stepquant.runtime.ops.reference import Code
 from tests.runtime.synthetic import expected, filled, grids, integer_sums
 
 needs_integers = pytest.mark.skipif(cpu.why_no_integers(1) is not None, reason=str(cpu.why_no_integers(1)))

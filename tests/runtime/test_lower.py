@@ -12,7 +12,7 @@ from stepquant.quant.insert import Inserted
 from stepquant.quant.plan import Plan, Rule
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import ops
-from stepquant.runtime.layers import IntegerLayer
+from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.lower import lower, prepare, runtime_modules, skeleton
 from tests.models.tiny import conditional
 from tests.runtime.synthetic import (

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepquant.runtime import ops, reference
-from stepquant.runtime.ops import Code
+from stepquant.runtime import ops
+from stepquant.runtime.ops import Code, reference
 
 pytestmark = pytest.mark.skipif(not ops.compiled(), reason="the extension stepquant._C was not built")
 

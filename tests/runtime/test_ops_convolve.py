@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepquant.runtime import cpu, ops, reference
-from stepquant.runtime.cpu import ConvKernel, Geometry, LinearKernel
-from stepquant.runtime.ops import Code, Product
+from stepquant.runtime import ops
+from stepquant.runtime.cpu import products
+from stepquant.runtime.cpu.products import ConvKernel, Geometry, LinearKernel
+from stepquant.runtime.ops import Code, Product, reference
 
 pytestmark = pytest.mark.skipif(not ops.compiled(), reason="the extension stepquant._C was not built")
-needs_onednn = pytest.mark.skipif(cpu.why_not_onednn() is not None, reason=str(cpu.why_not_onednn()))
+needs_onednn = pytest.mark.skipif(
+    products.why_not_onednn() is not None, reason=str(products.why_not_onednn())
+)
 TYPES = [torch.bfloat16, torch.float32]
 
 # batch, inputs, outputs, height, width, kernel, stride, sides (left, right, top, bottom), dilation, doubled

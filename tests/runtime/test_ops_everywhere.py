@@ -14,14 +14,14 @@ from torch import Tensor
 
 from stepquant.core import affine
 from stepquant.core.grid import Grid
-from stepquant.runtime import ops, reference
-from stepquant.runtime.ops import Code
+from stepquant.runtime import ops
+from stepquant.runtime.ops import Code, reference
 
 CODE = Code(0.02, 128, 0, 255)
 # The package without what its __init__ imports, which takes longer than the tests.
 BARE = (
     "import sys, types; package = types.ModuleType('stepquant'); sys.modules['stepquant'] = package\n"
-    f"package.__path__ = [{str(Path(ops.__file__).parents[1])!r}]\n"
+    f"package.__path__ = [{str(Path(ops.__file__).parents[2])!r}]\n"
 )
 needs_extension = pytest.mark.skipif(not ops.compiled(), reason="the extension stepquant._C was not built")
 

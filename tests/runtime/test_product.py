@@ -8,7 +8,7 @@ from stepquant.core.affine import scale_and_zero
 from stepquant.core.grid import Grid
 from stepquant.quant.attention import QuantProduct
 from stepquant.quant.quantizer import Quantizer, Site
-from stepquant.runtime.product import IntegerProduct
+from stepquant.runtime.layers.attention_product import IntegerProduct
 
 GRIDS = {port: Grid.parse("int8/tensor") for port in ("query", "key", "value")}
 GRIDS["probabilities"] = Grid.parse("uint8/tensor/sym")

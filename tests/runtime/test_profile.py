@@ -14,10 +14,11 @@ from stepquant.artifact import Artifact
 from stepquant.core.grid import Grid
 from stepquant.quant.plan import Plan, Rule
 from stepquant.quant.schemes import scheme
-from stepquant.runtime import layers, lower, ops
-from stepquant.runtime.convolutions import IntegerConv2d
+from stepquant.runtime import lower, ops
 from stepquant.runtime.coverage import coverage
-from stepquant.runtime.cpu import ConvKernel, LinearKernel, why_no_integers
+from stepquant.runtime.cpu.products import ConvKernel, LinearKernel, why_no_integers
+from stepquant.runtime.layers import layer as layers
+from stepquant.runtime.layers.convolution import IntegerConv2d
 from tests.models.tiny import unconditional
 from tests.runtime.synthetic import quantized
 
@@ -113,7 +114,7 @@ def test_onednn_reports_kernels_on_bytes_where_it_computes(
     """The library's own log says which implementation ran, with the data types it was given."""
     script = (
         "import torch; from torch import nn\n"
-        "from stepquant.runtime.cpu import PackedKernel; PackedKernel.make_product = lambda self: None\n"
+        "from stepquant.runtime.cpu.products import PackedKernel; PackedKernel.make_product = lambda self: None\n"
         "from tests.runtime.synthetic import filled, grids\n"
         "spec = grids('int8/channel uint8/tensor')\n"
         "filled(nn.Conv2d(16, 16, 3, padding=1), spec, -1., 1.)(torch.randn(1, 16, 8, 8))\n"

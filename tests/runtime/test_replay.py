@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepquant.quant.schemes import scheme
-from stepquant.runtime import lower, ops, replay
-from stepquant.runtime.recording import Recording, UnrecordableError
-from stepquant.runtime.replay import Replay
+from stepquant.runtime import lower, ops
+from stepquant.runtime.cpu import replay
+from stepquant.runtime.cpu.recording import Recording, UnrecordableError
+from stepquant.runtime.cpu.replay import Replay
 from tests.models.tiny import conditional
 from tests.runtime.synthetic import artifact_of, inputs_of, make, noise, quantized
 

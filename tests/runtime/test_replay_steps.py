@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from stepquant.calib.record import Source
-from stepquant.runtime import ops, replay
+from stepquant.runtime import ops
+from stepquant.runtime.cpu import replay
+from stepquant.runtime.cpu.replay import Replay
 from stepquant.runtime.lower import lower
-from stepquant.runtime.replay import Replay
 from tests.runtime.test_steps import noise, stepped
 
 

@@ -14,11 +14,12 @@ from stepquant.artifact import Artifact
 from stepquant.models.blocks.structure import structure
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import ops
+from stepquant.runtime.blocks.chain import Chain
+from stepquant.runtime.blocks.texts import Texts
+from stepquant.runtime.blocks.transformer import Block, Transformer
+from stepquant.runtime.blocks.up import Up
 from stepquant.runtime.coverage import coverage
-from stepquant.runtime.fused import Chain, Up
 from stepquant.runtime.lower import lower, prepare
-from stepquant.runtime.texts import Texts
-from stepquant.runtime.transformer import Block, Transformer
 from tests.models.tiny import conditional
 from tests.runtime.synthetic import check_blocks, noise, quantized, relative
 

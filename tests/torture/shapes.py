@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stepquant.runtime import ops, reference
-from stepquant.runtime.ops import Code, Product
+from stepquant.runtime import ops
+from stepquant.runtime.ops import Code, Product, reference
 from tests.runtime.test_ops import assert_codes, channels_last
 from tests.runtime.test_ops_attention import check as check_attention
 from tests.torture.runs import Violations

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import removing
-from stepquant.runtime.layers import IntegerLayer
-from stepquant.runtime.product import IntegerProduct
-from stepquant.runtime.times import Tabled
+from stepquant.runtime.blocks.time_rows import Tabled
+from stepquant.runtime.layers.attention_product import IntegerProduct
+from stepquant.runtime.layers.layer import IntegerLayer
 
 FLOAT_BITS = 32
 QUERIES, KEYS = ("to_q", "add_q_proj"), ("to_k", "add_k_proj")

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from stepquant.models.denoiser import Denoiser
-from stepquant.runtime.layers import IntegerLayer
+from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.lower import runtime_modules
-from stepquant.runtime.reference import Code
+from stepquant.runtime.ops.reference import Code
 
 
 @dataclass(frozen=True)

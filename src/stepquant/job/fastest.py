@@ -19,7 +19,7 @@ from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import first_arguments
 from stepquant.progress import Progress
 from stepquant.runtime import ops
-from stepquant.runtime.faster import LayerTime, Seconds, keep_faster
+from stepquant.runtime.cpu.float_layers import LayerTime, Seconds, keep_faster
 
 
 def fastest(

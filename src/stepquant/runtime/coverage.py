@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepquant.models.families.roles import LEAVES, PRODUCTS
-from stepquant.runtime.cpu import ConvKernel, LinearKernel
-from stepquant.runtime.fused import Chain, chains
-from stepquant.runtime.layers import IntegerLayer
-from stepquant.runtime.lower import forget_kept
-from stepquant.runtime.product import IntegerProduct
+from stepquant.runtime.blocks.chain import Chain, chains
+from stepquant.runtime.blocks.install import forget_kept
+from stepquant.runtime.cpu.products import ConvKernel, LinearKernel
+from stepquant.runtime.layers.attention_product import IntegerProduct
+from stepquant.runtime.layers.layer import IntegerLayer
 
 INTEGER_OPS = tuple(name for kind in (ConvKernel, LinearKernel) for name in (kind.own_name, kind.name))
 INTEGER_OPS += ("stepquant::attention",)

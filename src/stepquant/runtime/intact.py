@@ -11,8 +11,8 @@ from stepquant.core.bounds import Bounds
 from stepquant.core.entries import AGAIN
 from stepquant.errors import ArtifactError
 from stepquant.models.blocks.structure import structure
-from stepquant.runtime.layers import IntegerLayer
-from stepquant.runtime.product import IntegerProduct
+from stepquant.runtime.layers.attention_product import IntegerProduct
+from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.steps import StepTensors
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,23 +15,22 @@ from stepquant.core.entries import AGAIN
 from stepquant.core.grid import GridError
 from stepquant.errors import ArtifactError, ModelError, RuntimeSupportError
 from stepquant.models.attention import KeepProduct, NoFusing, rebind
-from stepquant.models.blocks.structure import Structure, roles, structure
+from stepquant.models.blocks.structure import roles, structure
 from stepquant.models.denoiser import device_of
 from stepquant.models.families.registry import family_of
 from stepquant.models.families.roles import PRODUCTS
 from stepquant.models.split import find, split_concats
-from stepquant.runtime.attend import Attention, Readers
-from stepquant.runtime.convolutions import IntegerConv1d, IntegerConv2d, channels_last
-from stepquant.runtime.fused import Chain, Done, NormOut, Resample, Residual, Up
+from stepquant.runtime.blocks.chain import Chain
+from stepquant.runtime.blocks.install import bind, install, look_up
+from stepquant.runtime.blocks.time_rows import TableColumn, Tabled, TimeRows
+from stepquant.runtime.cpu.replay import Replay
 from stepquant.runtime.intact import check_steps, own_bounds
-from stepquant.runtime.layers import IntegerLayer, IntegerLinear
-from stepquant.runtime.product import IntegerProduct
-from stepquant.runtime.replay import Replay
+from stepquant.runtime.layers.attention_product import IntegerProduct
+from stepquant.runtime.layers.convolution import IntegerConv1d, IntegerConv2d, channels_last
+from stepquant.runtime.layers.layer import IntegerLayer
+from stepquant.runtime.layers.linear import IntegerLinear
+from stepquant.runtime.layers.stored import versions_of
 from stepquant.runtime.steps import StepForward, StepTensors
-from stepquant.runtime.stored import versions_of
-from stepquant.runtime.texts import Texts
-from stepquant.runtime.times import TableColumn, Tabled, TimeRows, TimeTable
-from stepquant.runtime.transformer import Block, Transformer
 
 # Layers whose output meets the stream inside the model; all others emit the dtype that they receive.
 INTO_STREAM = ("stem", "modulate", "context", "k_text", "v_text", "k_added", "v_added", "q_added")
@@ -149,17 +148,6 @@ def unbind(model: nn.Module) -> None:
             del module.forward
 
 
-def forget_kept(model: nn.Module) -> None:
-    """Let the next call compute what it kept of t and of texts anew."""
-    for module in model.modules():
-        forward = module.__dict__.get("forward")
-        times = getattr(forward, "__self__", None)
-        if isinstance(times, TimeRows):
-            times.rows.clear()
-        elif isinstance(forward, Block):
-            forward.texts.kept.clear()
-
-
 class Reload:
     """Prepares a model again after other tensors were loaded into it."""
 
@@ -207,68 +195,6 @@ def is_denoiser(model: nn.Module) -> bool:
     except ModelError:
         return False
     return True
-
-
-def install(model: nn.Module, chains: Structure) -> tuple[TimeRows | None, Texts]:
-    """Rebind the forwards of the blocks that the structure declares; returns what holds the rows of t and of texts."""
-    times = install_times(model, chains)
-    found: dict[str, Chain] = {}
-    timed = [unit.path for unit in chains.residuals if unit.timed]
-    for residual in chains.residuals:
-        index = timed.index(residual.path) if residual.timed else -1
-        found[residual.path] = Residual(model.get_submodule(residual.path), residual, times, index)
-    simple: tuple[tuple[Any, Sequence[Any]], ...] = (
-        (Attention, chains.attentions),
-        (Transformer, chains.transformers),
-        (Resample, chains.resamplers),
-        (Up, chains.up_blocks),
-    )
-    for kind, units in simple:
-        found |= {unit.path: kind(model.get_submodule(unit.path), unit) for unit in units}
-    blocks: list[Any] = [model.get_submodule(unit.path) for unit in chains.text_blocks]
-    texts = Texts([Readers(block.attn2.to_k, block.attn2.to_v) for block in blocks])
-    for index, (block, unit) in enumerate(zip(blocks, chains.text_blocks)):
-        found[unit.path] = Block(block, unit, texts, index)
-    if chains.tail is not None:
-        norm, activation, head = chains.tail
-        last = NormOut(*map(model.get_submodule, (norm, activation, head)))
-        found[norm], found[activation] = last, Done(model.get_submodule(activation), last)
-    for path, chain in found.items():
-        bind(model.get_submodule(path), chain)
-    return times, texts
-
-
-def bind(module: Any, forward: Callable[..., Any]) -> None:
-    """Let `module` run `forward`, on this instance alone."""
-    module.forward = forward
-
-
-def install_times(model: nn.Module, chains: Structure) -> TimeRows | None:
-    if chains.time is None:
-        return None
-    projection, embedding = (model.get_submodule(path) for path in chains.time)
-    blocks: list[Any] = [
-        model.get_submodule(f"{unit.path}.time_emb_proj") for unit in chains.residuals if unit.timed
-    ]
-    tensors = getattr(model, "steps", None)
-    if isinstance(tensors, StepTensors) and tensors.spec.table:
-        widths = [unit.width for unit in chains.residuals if unit.timed]
-        columns = tensors.table.split(widths, 1)  # type: ignore[operator]
-        times: TimeRows = TimeTable(projection, embedding, blocks, tensors.times(), columns)
-    else:
-        times = TimeRows(projection, embedding, blocks)
-    for index, layer in enumerate(blocks):
-        if isinstance(layer, Tabled):
-            bind(layer, TableColumn(times, index))
-    bind(projection, times.project)
-    bind(embedding, times.embed)
-    return times
-
-
-def look_up(model: nn.Module, chains: Structure) -> None:
-    """Without fused blocks: layers that a table stands in for return its rows."""
-    if any(isinstance(module, Tabled) for module in model.modules()):
-        install_times(model, chains)
 
 
 def integer_layer(layer: nn.Module, spec: LayerSpec, path: str, groups: int = 1) -> IntegerLayer:

@@ -15,9 +15,9 @@ from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import RuntimeSupportError
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import adds_noise
-from stepquant.runtime.layers import IntegerLayer
-from stepquant.runtime.product import IntegerProduct
-from stepquant.runtime.stored import Stored
+from stepquant.runtime.layers.attention_product import IntegerProduct
+from stepquant.runtime.layers.layer import IntegerLayer
+from stepquant.runtime.layers.stored import Stored
 from stepquant.runtime.turns import Turns
 
 

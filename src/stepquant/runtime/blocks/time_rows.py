@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.core.steps import StepTable
-from stepquant.runtime.layers import IntegerLayer
-from stepquant.runtime.stored import versions_of
-from stepquant.runtime.swallowed import Swallowed
+from stepquant.runtime.blocks.swallowed import Swallowed
+from stepquant.runtime.layers.layer import IntegerLayer
+from stepquant.runtime.layers.stored import versions_of
 
 KEPT_TIMES = 1024
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stepquant.runtime import fakes, reference
-from stepquant.runtime.reference import Code
+from stepquant.runtime.ops import fakes, reference
+from stepquant.runtime.ops.reference import Code
 
 __all__ = [
     "Code",

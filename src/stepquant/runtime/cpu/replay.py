@@ -21,13 +21,13 @@ from torch.utils._pytree import tree_flatten
 
 from stepquant.models.families.registry import family_of
 from stepquant.runtime import ops
+from stepquant.runtime.blocks.chain import Chain, chains
+from stepquant.runtime.blocks.texts import Texts
+from stepquant.runtime.blocks.time_rows import Row, TimeRows
+from stepquant.runtime.cpu.recording import Recording, UnrecordableError
 from stepquant.runtime.finite import NotFinite
-from stepquant.runtime.fused import Chain, chains
-from stepquant.runtime.layers import IntegerLayer
-from stepquant.runtime.recording import Recording, UnrecordableError
-from stepquant.runtime.stored import OFFLOADED, versions_of
-from stepquant.runtime.texts import Texts
-from stepquant.runtime.times import Row, TimeRows
+from stepquant.runtime.layers.layer import IntegerLayer
+from stepquant.runtime.layers.stored import OFFLOADED, versions_of
 from stepquant.runtime.turns import Turns
 
 KEPT_KINDS = 64

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.runtime import ops
-from stepquant.runtime.attend import Readers
-from stepquant.runtime.layers import IntegerLayer
-from stepquant.runtime.stored import versions_of
+from stepquant.runtime.blocks.attention import Readers
+from stepquant.runtime.layers.layer import IntegerLayer
+from stepquant.runtime.layers.stored import versions_of
 
 KEPT_TEXTS = 2  # one with a prompt and one without may take turns
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepquant.runtime.product import IntegerProduct
-from stepquant.runtime.stored import OFFLOADED
+from stepquant.runtime.layers.attention_product import IntegerProduct
+from stepquant.runtime.layers.stored import OFFLOADED
 
 
 class Swallowed:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from stepquant.models.blocks.attention import AttentionUnit
 from stepquant.runtime import ops
-from stepquant.runtime.cpu import LinearKernel, joined
-from stepquant.runtime.fused import Chain, codes_for, kernel_of, pixels, run
-from stepquant.runtime.reference import Code
+from stepquant.runtime.blocks.chain import Chain, codes_for, kernel_of, pixels, run
+from stepquant.runtime.cpu.products import LinearKernel, joined
+from stepquant.runtime.ops.reference import Code
 
 
 class Readers:

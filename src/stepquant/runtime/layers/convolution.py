@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.artifact import LayerSpec
-from stepquant.runtime.cpu import ConvKernel, Geometry
-from stepquant.runtime.layers import IntegerLayer
+from stepquant.runtime.cpu.products import ConvKernel, Geometry
+from stepquant.runtime.layers.layer import IntegerLayer
 
 
 class IntegerConv2d(IntegerLayer):

@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from stepquant.models.blocks.transformer import TextBlock, TransformerUnit
-from stepquant.runtime import ops, reference
-from stepquant.runtime.attend import Mix, Readers
-from stepquant.runtime.fused import Chain, NormThen, addable, codes_for, kernel_of, pixels, run
-from stepquant.runtime.texts import Texts
+from stepquant.runtime import ops
+from stepquant.runtime.blocks.attention import Mix, Readers
+from stepquant.runtime.blocks.chain import Chain, NormThen, addable, codes_for, kernel_of, pixels, run
+from stepquant.runtime.blocks.texts import Texts
+from stepquant.runtime.ops import reference
 
 
 class Transformer(Chain):

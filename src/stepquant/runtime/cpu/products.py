@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepquant.runtime import ops
-from stepquant.runtime.reference import Code
+from stepquant.runtime.ops.reference import Code
 
 KEPT_SHAPES = 2  # packed copies of one weight: a batch size that comes back is not packed again
 # Where oneDNN has tiles, four times as fast as vectors, more products than these repay its slower start.

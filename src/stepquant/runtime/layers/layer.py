@@ -1,4 +1,4 @@
-"""Layers that hold packed integers and multiply with them: what all have in common, and linears."""
+"""Layers that hold packed integers and multiply with them: what all have in common."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.artifact import LayerSpec
 from stepquant.core.affine import dequantize, to_groups
 from stepquant.core.pack import packed_bytes, unpack
 from stepquant.runtime import ops
-from stepquant.runtime.cpu import Geometry, LinearKernel, PackedKernel, why_no_integers
-from stepquant.runtime.reference import Code
-from stepquant.runtime.stored import Stored, forget_loaded, not_needed_soon
+from stepquant.runtime.cpu.products import Geometry, PackedKernel, why_no_integers
+from stepquant.runtime.layers.stored import Stored, forget_loaded, not_needed_soon
+from stepquant.runtime.ops.reference import Code
 
 WEIGHT_ONLY = "weight-only: dequantized at every call, which saves memory and not time"
 HELD = "weight-only: dequantized once, because it is small and often read"
@@ -228,24 +227,3 @@ class IntegerLayer(Stored, ABC):
     def extra_repr(self) -> str:
         inputs = f", input {self.spec.input}" if self.spec.input else ""
         return f"{tuple(self.weight_shape)}, weight {self.spec.weight}{inputs}"
-
-
-class IntegerLinear(IntegerLayer):
-    kernel_type, outputs_dim = LinearKernel, -1
-
-    def __init__(self, layer: nn.Linear, spec: LayerSpec, groups: int = 1) -> None:
-        super().__init__(layer, spec, groups)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-
-    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        kernel = self.kernel or self.prepared().kernel
-        assert isinstance(kernel, LinearKernel)
-        if codes.dim() == 2:
-            return kernel(codes, dtype, into)
-        flat = None if into is None else into.reshape(-1, self.out_features)
-        return kernel(codes.reshape(-1, self.in_features), dtype, flat).reshape(
-            *codes.shape[:-1], self.out_features
-        )
-
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from stepquant.artifact import ProductSpec
 from stepquant.runtime import ops
-from stepquant.runtime.reference import Code
-from stepquant.runtime.stored import Stored, forget_loaded
+from stepquant.runtime.layers.stored import Stored, forget_loaded
+from stepquant.runtime.ops.reference import Code
 
 PORTS = ("query", "key", "value", "probabilities")
 

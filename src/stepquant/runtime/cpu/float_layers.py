@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.progress import Progress, Silent
-from stepquant.runtime.convolutions import IntegerConv2d, channels_last
+from stepquant.runtime.blocks.chain import chains
+from stepquant.runtime.blocks.install import forget_kept
 from stepquant.runtime.coverage import apart
-from stepquant.runtime.fused import chains
-from stepquant.runtime.layers import IntegerLayer
-from stepquant.runtime.lower import forget_kept
+from stepquant.runtime.layers.convolution import IntegerConv2d, channels_last
+from stepquant.runtime.layers.layer import IntegerLayer
 
 Seconds = tuple[float, float]  # in integers, in float
 

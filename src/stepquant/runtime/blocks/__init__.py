@@ -1,0 +1,1 @@
+"""Blocks run as one: the twins of those in `models/blocks`, a file each."""

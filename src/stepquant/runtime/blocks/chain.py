@@ -1,0 +1,113 @@
+"""Chains of a U-Net run as one: codes are made where the numbers are made, and only where an integer layer reads them.
+
+Each class here takes the place of the `forward` of one block, on the instance; the block keeps its class, its
+children and the names of its tensors. Whatever a chain cannot take goes the way of the block's own class.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.models.split import SplitLayer
+from stepquant.runtime import ops
+from stepquant.runtime.blocks.swallowed import Swallowed
+from stepquant.runtime.layers.layer import IntegerLayer
+
+
+class Chain(ABC):
+    """What stands in for the forward of `module`; `swallowed` are modules inside whose own calls it leaves out."""
+
+    joints: Sequence[Any] = ()  # groups of its layers that share one product
+    goes_along = True  # its module runs as it would by itself
+
+    def __init__(self, module: Any, *swallowed: Any) -> None:
+        self.module, self.swallowed = module, Swallowed(*swallowed)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.swallowed.awaited():
+            return self.unfused(*args, **kwargs)
+        with self.swallowed:
+            return self.fused(*args, **kwargs)
+
+    def unfused(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def state(self) -> list[Any]:
+        """What the way it goes depends on besides its arguments; the very same things mean the same way."""
+        return []
+
+    @abstractmethod
+    def fused(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def chains(model: nn.Module) -> list[Chain]:
+    forwards = [module.__dict__.get("forward") for module in model.modules()]
+    return [forward for forward in forwards if isinstance(forward, Chain)]
+
+
+class NormThen:
+    """Group norm, activation and the layer that reads it; the norm writes codes if that layer takes them."""
+
+    def __init__(self, norm: Any, activation: str, layer: Any) -> None:
+        self.norm, self.activation, self.layer = norm, activation, layer
+
+    def __call__(
+        self, x: Tensor, add: Tensor | None = None, skip: Tensor | None = None, into: Tensor | None = None
+    ) -> Tensor:
+        return run(self.layer, self.normed(x, add, skip), x.dtype, into)
+
+    def normed(self, x: Tensor, add: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        """What the layer reads: codes, or floats if it computes in float."""
+        kernel, norm = kernel_of(self.layer), self.norm
+        norming = (x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+        if kernel is None:
+            return ops.group_norm(*norming, self.activation, add, None, None, skip)
+        return ops.group_norm_quantize(*norming, kernel.code, self.activation, add, None, None, skip)
+
+
+def kernel_of(layer: Any) -> Any:
+    """The integer kernel of a layer, or None if it computes in float."""
+    return layer.prepared().kernel if isinstance(layer, IntegerLayer) else None
+
+
+def codes_for(layer: Any, x: Tensor) -> Tensor:
+    """`x` as `layer` reads it: codes, or as it is."""
+    kernel = kernel_of(layer)
+    return x if kernel is None else ops.quantize(x, kernel.code)
+
+
+def run(layer: Any, x: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    """`layer` on codes, put out in `dtype`, or on floats; added to `into`, which may be consumed."""
+    if x.dtype == torch.uint8:
+        return layer.from_codes(x, dtype, into)  # type: ignore[no-any-return]
+    y = layer(x)
+    return y if into is None else y + into  # type: ignore[no-any-return]
+
+
+def read_raw(layer: Any, x: Tensor, skip: Tensor | None) -> Tensor:
+    """`layer` on concat(x, skip), quantized without concatenating floats, in memory that may be written to."""
+    if skip is None:
+        return layer(x)
+    kernel = kernel_of(layer)
+    if kernel is not None:
+        return layer.from_codes(ops.quantize_concat(x, skip, kernel.code), x.dtype)
+    if isinstance(layer, SplitLayer) and layer.widths == (x.shape[1], skip.shape[1]):
+        first, second = layer.children()
+        return run(second, codes_for(second, skip), x.dtype, first(x))
+    return layer(torch.cat([x, skip], dim=1))
+
+
+def addable(x: Tensor, layer: Any) -> Tensor:
+    """`x`, or a copy of it where `layer` may write into what it adds."""
+    kernel = kernel_of(layer)
+    return x.clone() if kernel is not None and kernel.product is None else x
+
+
+def pixels(x: Tensor) -> Tensor:
+    """(batch * height * width, channels) of an image."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])

@@ -1,0 +1,93 @@
+"""Give the blocks that a structure declares the forwards that run them as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from stepquant.models.blocks.structure import Structure
+from stepquant.runtime.blocks.attention import Attention, Readers
+from stepquant.runtime.blocks.chain import Chain
+from stepquant.runtime.blocks.resampling import Resample
+from stepquant.runtime.blocks.residual import Residual
+from stepquant.runtime.blocks.tail import Done, NormOut
+from stepquant.runtime.blocks.texts import Texts
+from stepquant.runtime.blocks.time_rows import TableColumn, Tabled, TimeRows, TimeTable
+from stepquant.runtime.blocks.transformer import Block, Transformer
+from stepquant.runtime.blocks.up import Up
+from stepquant.runtime.steps import StepTensors
+
+
+def forget_kept(model: nn.Module) -> None:
+    """Let the next call compute what it kept of t and of texts anew."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        times = getattr(forward, "__self__", None)
+        if isinstance(times, TimeRows):
+            times.rows.clear()
+        elif isinstance(forward, Block):
+            forward.texts.kept.clear()
+
+
+def install(model: nn.Module, chains: Structure) -> tuple[TimeRows | None, Texts]:
+    """Rebind the forwards of the blocks that the structure declares; returns what holds the rows of t and of texts."""
+    times = install_times(model, chains)
+    found: dict[str, Chain] = {}
+    timed = [unit.path for unit in chains.residuals if unit.timed]
+    for residual in chains.residuals:
+        index = timed.index(residual.path) if residual.timed else -1
+        found[residual.path] = Residual(model.get_submodule(residual.path), residual, times, index)
+    simple: tuple[tuple[Any, Sequence[Any]], ...] = (
+        (Attention, chains.attentions),
+        (Transformer, chains.transformers),
+        (Resample, chains.resamplers),
+        (Up, chains.up_blocks),
+    )
+    for kind, units in simple:
+        found |= {unit.path: kind(model.get_submodule(unit.path), unit) for unit in units}
+    blocks: list[Any] = [model.get_submodule(unit.path) for unit in chains.text_blocks]
+    texts = Texts([Readers(block.attn2.to_k, block.attn2.to_v) for block in blocks])
+    for index, (block, unit) in enumerate(zip(blocks, chains.text_blocks)):
+        found[unit.path] = Block(block, unit, texts, index)
+    if chains.tail is not None:
+        norm, activation, head = chains.tail
+        last = NormOut(*map(model.get_submodule, (norm, activation, head)))
+        found[norm], found[activation] = last, Done(model.get_submodule(activation), last)
+    for path, chain in found.items():
+        bind(model.get_submodule(path), chain)
+    return times, texts
+
+
+def bind(module: Any, forward: Callable[..., Any]) -> None:
+    """Let `module` run `forward`, on this instance alone."""
+    module.forward = forward
+
+
+def install_times(model: nn.Module, chains: Structure) -> TimeRows | None:
+    if chains.time is None:
+        return None
+    projection, embedding = (model.get_submodule(path) for path in chains.time)
+    blocks: list[Any] = [
+        model.get_submodule(f"{unit.path}.time_emb_proj") for unit in chains.residuals if unit.timed
+    ]
+    tensors = getattr(model, "steps", None)
+    if isinstance(tensors, StepTensors) and tensors.spec.table:
+        widths = [unit.width for unit in chains.residuals if unit.timed]
+        columns = tensors.table.split(widths, 1)  # type: ignore[operator]
+        times: TimeRows = TimeTable(projection, embedding, blocks, tensors.times(), columns)
+    else:
+        times = TimeRows(projection, embedding, blocks)
+    for index, layer in enumerate(blocks):
+        if isinstance(layer, Tabled):
+            bind(layer, TableColumn(times, index))
+    bind(projection, times.project)
+    bind(embedding, times.embed)
+    return times
+
+
+def look_up(model: nn.Module, chains: Structure) -> None:
+    """Without fused blocks: layers that a table stands in for return its rows."""
+    if any(isinstance(module, Tabled) for module in model.modules()):
+        install_times(model, chains)

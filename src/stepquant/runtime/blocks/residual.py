@@ -1,0 +1,44 @@
+"""Residual blocks run as one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stepquant.models.blocks.residual import ResidualUnit
+from stepquant.runtime.blocks.chain import Chain, NormThen, addable, read_raw
+from stepquant.runtime.blocks.time_rows import TimeRows
+
+
+class Residual(Chain):
+    """A residual block. `skip` is the half of its input that would have been concatenated."""
+
+    def __init__(self, module: Any, unit: ResidualUnit, times: TimeRows | None, index: int) -> None:
+        self.shortcut = module.conv_shortcut if unit.shortcut else None
+        inside = (module.norm1, module.conv1, module.norm2, module.conv2, self.shortcut)
+        super().__init__(module, *inside, module.nonlinearity, module.dropout)
+        self.unit, self.times, self.index = unit, times, index
+        self.first = NormThen(module.norm1, "silu", module.conv1)
+        self.second = NormThen(module.norm2, "silu", module.conv2)
+
+    def unfused(self, x: Tensor, *args: Any, skip: Tensor | None = None, **kwargs: Any) -> Any:
+        return super().unfused(x if skip is None else torch.cat([x, skip], dim=1), *args, **kwargs)
+
+    def fused(
+        self, x: Tensor, temb: Tensor | None = None, *_: Any, skip: Tensor | None = None, **__: Any
+    ) -> Tensor:
+        hidden = self.first(x, None, skip)
+        kept = addable(x, self.module.conv2) if self.shortcut is None else read_raw(self.shortcut, x, skip)
+        out = self.second(hidden, self.time_row(temb, len(x)), None, kept)
+        return out if self.unit.divisor == 1.0 else out / self.unit.divisor
+
+    def time_row(self, temb: Tensor | None, batch: int) -> Tensor | None:
+        if temb is None or not self.unit.timed:
+            return None
+        row = self.times.block(self.index, temb) if self.times is not None else None
+        if row is None:
+            return self.module.time_emb_proj(F.silu(temb))
+        return row if batch == 1 else row.expand(batch, -1)

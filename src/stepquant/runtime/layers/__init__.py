@@ -1,0 +1,1 @@
+"""Layers and attention products that hold packed integers and multiply with them."""

@@ -1,0 +1,32 @@
+"""Linears that hold packed integers and multiply with them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stepquant.artifact import LayerSpec
+from stepquant.runtime.cpu.products import LinearKernel
+from stepquant.runtime.layers.layer import IntegerLayer
+
+
+class IntegerLinear(IntegerLayer):
+    kernel_type, outputs_dim = LinearKernel, -1
+
+    def __init__(self, layer: nn.Linear, spec: LayerSpec, groups: int = 1) -> None:
+        super().__init__(layer, spec, groups)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        kernel = self.kernel or self.prepared().kernel
+        assert isinstance(kernel, LinearKernel)
+        if codes.dim() == 2:
+            return kernel(codes, dtype, into)
+        flat = None if into is None else into.reshape(-1, self.out_features)
+        return kernel(codes.reshape(-1, self.in_features), dtype, flat).reshape(
+            *codes.shape[:-1], self.out_features
+        )
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
