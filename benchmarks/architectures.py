@@ -22,8 +22,7 @@ from torch import Tensor
 from stepquant.artifact import Artifact
 from stepquant.core.affine import scale_and_zero
 from stepquant.core.ranges import minmax
-from stepquant.evaluate.peers import peers_installed
-from stepquant.evaluate.speed import (
+from stepquant.evaluate.speed.calls import (
     QUANTIZED,
     REFERENCE,
     Contender,
@@ -34,7 +33,8 @@ from stepquant.evaluate.speed import (
     in_layouts,
     peer,
 )
-from stepquant.evaluate.turns import interleave, summarize
+from stepquant.evaluate.speed.peers import peers_installed
+from stepquant.evaluate.speed.turns import interleave, summarize
 from stepquant.fit.ranges import set_weight_ranges
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze

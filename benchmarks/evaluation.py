@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from stepquant.evaluate.classifier import shipped_classifier
-from stepquant.evaluate.metrics import Batch, measure
+from stepquant.evaluate.metrics.classifiers import shipped_classifier
+from stepquant.evaluate.metrics.measure import Batch, measure
 from stepquant.job.compare import Evaluation
 from stepquant.job.compare.tasks import batch_file, keep_batch, make_batch
 from stepquant.job.memory import peak_bytes

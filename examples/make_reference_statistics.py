@@ -12,16 +12,10 @@ import torch
 from data import DEFAULT_DATA, load_split
 from safetensors.torch import save_file
 
-from stepquant.evaluate.classifier import read_classifier
-from stepquant.evaluate.features import (
-    REFERENCE_NAME,
-    Extractor,
-    Split,
-    Statistics,
-    frechet,
-    merge,
-    to_tensors,
-)
+from stepquant.evaluate.metrics.classifiers import read_classifier
+from stepquant.evaluate.metrics.frechet import Statistics, frechet, merge
+from stepquant.evaluate.metrics.reference import REFERENCE_NAME, Split, to_tensors
+from stepquant.evaluate.networks.reader import Extractor
 
 # Of the test split; enough for nearest neighbours and kernel distances, and small in the package.
 KEPT = 2048

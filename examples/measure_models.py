@@ -22,7 +22,7 @@ from rich.progress import track
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from stepquant.evaluate.feature_net import FeatureNet, load_feature_net
+from stepquant.evaluate.networks.classifier import FeatureNet, load_feature_net
 
 console = Console()
 

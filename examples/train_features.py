@@ -19,8 +19,8 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stepquant.evaluate.feature_net import CONFIG_NAME, WEIGHTS_NAME, FeatureNet, load_feature_net
-from stepquant.evaluate.speed import fastest_type
+from stepquant.evaluate.networks.classifier import CONFIG_NAME, WEIGHTS_NAME, FeatureNet, load_feature_net
+from stepquant.evaluate.speed.calls import fastest_type
 
 console = Console()
 

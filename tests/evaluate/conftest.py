@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepquant.evaluate.feature_net import FeatureNet
-from stepquant.evaluate.features import Extractor
+from stepquant.evaluate.networks.classifier import FeatureNet
+from stepquant.evaluate.networks.reader import Extractor
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ from diffusers import DDIMPipeline
 from stepquant import hub, methods
 from stepquant.calib.record import Source
 from stepquant.errors import EvaluationError, UnknownNameError
-from stepquant.evaluate.allocate import allocate, read_sensitivity
-from stepquant.evaluate.layer_times import clocks, layer_times, read_times
-from stepquant.evaluate.sites import StudiedSite
+from stepquant.evaluate.speed.layers import clocks, layer_times, read_times
+from stepquant.evaluate.study.allocate import allocate, read_sensitivity
+from stepquant.evaluate.study.sites import StudiedSite
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.plan import Plan
 from stepquant.quant.schemes import scheme
@@ -129,7 +129,7 @@ def test_a_metric_that_was_not_studied_is_named() -> None:
 
 def test_the_plan_gives_every_site_its_bits(pipeline: DDIMPipeline, source: Source, tmp_path: Path) -> None:
     """Through JSON and a method, down to the packed bytes that the budget counted."""
-    from stepquant.evaluate.sensitivity import Study, sensitivity
+    from stepquant.evaluate.study.sensitivity import Study, sensitivity
 
     data = sensitivity(
         pipeline, scheme("w8a8"), Study((3, 6), samples=2, steps=2, ports=("weight",)), cache=tmp_path

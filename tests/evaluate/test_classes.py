@@ -5,8 +5,8 @@ import pytest
 import torch
 from torchmetrics.image.inception import InceptionScore
 
-from stepquant.evaluate import classes
-from stepquant.evaluate.classes import ClassSums, add_classes, inception_score, score_interval
+from stepquant.evaluate.metrics import inception_score as classes
+from stepquant.evaluate.metrics.inception_score import ClassSums, add_classes, inception_score, score_interval
 
 
 def logits(count: int, seed: int = 0, width: int = 10) -> torch.Tensor:

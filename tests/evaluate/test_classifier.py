@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.classifier import (
+from stepquant.evaluate.metrics.classifiers import (
     ASKED,
     NOBODY,
     Classifier,
@@ -17,13 +17,14 @@ from stepquant.evaluate.classifier import (
     read_classifier,
     shipped_classifier,
 )
-from stepquant.evaluate.feature_net import FeatureNet
-from stepquant.evaluate.features import Statistics, frechet
-from stepquant.evaluate.instruments import Networks, Weights, load_networks
-from stepquant.evaluate.metrics import Batch, Number
-from stepquant.evaluate.parts import read_parts
-from stepquant.evaluate.quality import judge
-from stepquant.evaluate.singles import wilson
+from stepquant.evaluate.metrics.frechet import Statistics, frechet
+from stepquant.evaluate.metrics.instruments import Networks, Weights, load_networks
+from stepquant.evaluate.metrics.measure import Batch
+from stepquant.evaluate.metrics.number import Number
+from stepquant.evaluate.metrics.parts import read_parts
+from stepquant.evaluate.metrics.quality import judge
+from stepquant.evaluate.metrics.singles import wilson
+from stepquant.evaluate.networks.classifier import FeatureNet
 from stepquant.models import zoo
 
 CLASSES = ("diamond-blue", "frog", "diamond", "star-sparkles")

@@ -9,7 +9,7 @@ import transformers
 from PIL import Image
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.clip import MEAN, STD, ClipScore, load_clip
+from stepquant.evaluate.networks.clip import MEAN, STD, ClipScore, load_clip
 
 PROMPTS = ["a cat", "the dog runs"]
 

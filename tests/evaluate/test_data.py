@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate import data
-from stepquant.evaluate.data import read_data
-from stepquant.evaluate.features import Extractor, View, frechet
+from stepquant.evaluate.metrics import reference
+from stepquant.evaluate.metrics.frechet import frechet
+from stepquant.evaluate.metrics.reference import read_data
+from stepquant.evaluate.networks.reader import Extractor, View
 
 
 class Small:
@@ -28,7 +29,7 @@ class Small:
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "MOMENTS", {"FID": ("mu", "sigma", 4), "sFID": ("mu_s", "sigma_s", 3)})
+    monkeypatch.setattr(reference, "MOMENTS", {"FID": ("mu", "sigma", 4), "sFID": ("mu_s", "sigma_s", 3)})
 
 
 def save_images(folder: Path, count: int, size: int = 8) -> np.ndarray:
@@ -112,27 +113,27 @@ def test_an_image_too_large_to_be_meant(tmp_path: Path, monkeypatch: pytest.Monk
     save_images(tmp_path, 1, size=64)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(EvaluationError, match="cannot read the image"):
-        list(data.folder_images(tmp_path))
+        list(reference.folder_images(tmp_path))
 
 
 def test_the_first_images_of_a_folder_are_of_all_its_classes(tmp_path: Path) -> None:
     for name in ("cat", "dog", "horse", "ship"):
         (tmp_path / name).mkdir()
         save_images(tmp_path / name, 50)
-    files = data.image_files(tmp_path)
+    files = reference.image_files(tmp_path)
     assert len(files) == len(set(files)) == 200
     shares = Counter(file.parent.name for file in files[:80])
     assert len(shares) == 4
     assert min(shares.values()) >= 10
     moved = tmp_path.with_name("moved")
     tmp_path.rename(moved)
-    assert [file.relative_to(moved) for file in data.image_files(moved)] == [
+    assert [file.relative_to(moved) for file in reference.image_files(moved)] == [
         file.relative_to(tmp_path) for file in files
     ]
 
 
 def test_the_digest_of_a_folder_tells_other_pixels_of_the_same_size(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png", compress_level=0)
-    before = data.data_digest(str(tmp_path))
+    before = reference.data_digest(str(tmp_path))
     Image.fromarray(np.ones((8, 8, 3), np.uint8)).save(tmp_path / "a.png", compress_level=0)
-    assert data.data_digest(str(tmp_path)) != before
+    assert reference.data_digest(str(tmp_path)) != before

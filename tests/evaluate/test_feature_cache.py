@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stepquant.evaluate.feature_cache import CachedReader, images_digest
-from stepquant.evaluate.features import Extractor
+from stepquant.evaluate.networks.cache import CachedReader, images_digest
+from stepquant.evaluate.networks.reader import Extractor
 
 
 class Counting(nn.Module):

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.features import (
+from stepquant.evaluate.metrics.frechet import (
     MOST_BLOCKS,
-    Extractor,
-    Split,
     Statistics,
     add_block,
     frechet,
@@ -22,9 +20,9 @@ from stepquant.evaluate.features import (
     jackknife_interval,
     merge,
     most_blocks,
-    read_reference,
-    to_tensors,
 )
+from stepquant.evaluate.metrics.reference import Split, read_reference, to_tensors
+from stepquant.evaluate.networks.reader import Extractor
 
 
 def gaussian(count: int, width: int, seed: int, shift: float = 0.0) -> Tensor:

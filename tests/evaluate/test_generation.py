@@ -10,10 +10,10 @@ import torch
 from diffusers import DDIMPipeline
 from PIL import Image
 
-from stepquant.evaluate import speed
-from stepquant.evaluate.breakdown import breakdown
-from stepquant.evaluate.generation import generation
-from stepquant.evaluate.speed import calling
+from stepquant.evaluate.speed import calls
+from stepquant.evaluate.speed.breakdown import breakdown
+from stepquant.evaluate.speed.calls import calling
+from stepquant.evaluate.speed.generation import generation
 from stepquant.models.hooks import first_arguments
 from stepquant.report.bars import write_bars
 from stepquant.runtime import ops
@@ -23,7 +23,7 @@ from stepquant.runtime import ops
 def test_generations_have_a_row_for_everyone(
     pipeline: DDIMPipeline, monkeypatch: pytest.MonkeyPatch, bf16: bool
 ) -> None:
-    monkeypatch.setattr(speed, "multiplies_bf16", lambda _: bf16)
+    monkeypatch.setattr(calls, "multiplies_bf16", lambda _: bf16)
     found = generation(pipeline, pipeline, batches=(1, 2), steps=2, seconds=0.0, count=1)
     names = ["fp32 eager", "bf16 eager", "stepquant"] if bf16 else ["fp32 eager", "stepquant"]
     assert [(row["batch"], row["name"]) for row in found["rows"]] == [(b, n) for b in (1, 2) for n in names]

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.inception import InceptionReader, InceptionV3, load_inception, resize
+from stepquant.evaluate.networks.inception import InceptionReader, InceptionV3, load_inception, resize
 
 # Every convolution of the ported graph as torchvision's documentation names it: inputs, outputs, kernel height and width.
 A = "branch1x1 {i} 64 1 1|branch5x5_1 {i} 48 1 1|branch5x5_2 48 64 5 5|branch3x3dbl_1 {i} 64 1 1|branch3x3dbl_2 64 96 3 3|branch3x3dbl_3 96 96 3 3|branch_pool {i} {p} 1 1"

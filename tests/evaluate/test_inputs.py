@@ -10,8 +10,8 @@ from torch import Tensor
 from stepquant import hub, methods
 from stepquant.calib.record import Source
 from stepquant.core.affine import fake_quantize
-from stepquant.evaluate.inputs import limits, see, watch_inputs
-from stepquant.evaluate.probe import trace
+from stepquant.evaluate.trajectory.inputs import limits, see, watch_inputs
+from stepquant.evaluate.trajectory.probe import trace
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import first_arguments
 from stepquant.quant.schemes import scheme

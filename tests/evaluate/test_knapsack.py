@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.knapsack import choose
+from stepquant.evaluate.study.knapsack import choose
 
 
 def best_of_all(losses: list[list[float]], costs: list[list[float]], budget: float) -> float:

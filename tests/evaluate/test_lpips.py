@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.functional.image.lpips import ScalingLayer, _normalize_tensor, _spatial_average
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.lpips import load_lpips
+from stepquant.evaluate.networks.lpips import load_lpips
 
 ALEX = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
 VGG_PLAN = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)

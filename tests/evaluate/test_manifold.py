@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 from torchmetrics.image.kid import poly_mmd
 
-from stepquant.evaluate import manifold
-from stepquant.evaluate.manifold import PAIRS, compare_neighbours, kernel_distance, radii, rows_at_once
+from stepquant.evaluate.metrics import neighbours
+from stepquant.evaluate.metrics.neighbours import (
+    PAIRS,
+    compare_neighbours,
+    kernel_distance,
+    radii,
+    rows_at_once,
+)
 
 
 def normal(count: int, seed: int, shift: float = 0.0, width: int = 4) -> Tensor:
@@ -30,7 +36,7 @@ def test_kernel_distance_equals_its_definition(monkeypatch: pytest.MonkeyPatch) 
     a, b = normal(13, 0), normal(13, 1, 0.5)
     expected = distance_by_hand(a.double().numpy(), b.double().numpy())
     assert kernel_distance(a, b)[0] == pytest.approx(expected, rel=1e-9)
-    monkeypatch.setattr(manifold, "CHUNK", 5)
+    monkeypatch.setattr(neighbours, "CHUNK", 5)
     assert kernel_distance(a, b)[0] == pytest.approx(expected, rel=1e-9)
 
 
@@ -66,7 +72,7 @@ def neighbours_by_hand(real: np.ndarray, fake: np.ndarray) -> dict[str, list[flo
 
 @pytest.mark.parametrize("chunk", [7, 1024])
 def test_neighbours_equal_their_definitions(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(manifold, "CHUNK", chunk)
+    monkeypatch.setattr(neighbours, "CHUNK", chunk)
     real, fake = normal(40, 5), normal(31, 6, 0.7)
     found = compare_neighbours(real, fake)
     for name, expected in neighbours_by_hand(real.double().numpy(), fake.double().numpy()).items():

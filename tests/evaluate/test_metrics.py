@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.features import Extractor, Statistics, merge
-from stepquant.evaluate.metrics import Batch, as_saved, mean_interval, measure, pair_number
-from stepquant.evaluate.pairs import PAIR_METRICS, psnr
+from stepquant.evaluate.metrics.frechet import Statistics, merge
+from stepquant.evaluate.metrics.measure import Batch, as_saved, measure, pair_number
+from stepquant.evaluate.metrics.number import mean_interval
+from stepquant.evaluate.metrics.pairs import PAIR_METRICS, psnr
+from stepquant.evaluate.networks.reader import Extractor
 
 
 def images(count: int, seed: int, size: int = 32) -> Tensor:

@@ -7,7 +7,7 @@ from scipy import ndimage
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from stepquant.evaluate.pairs import colour_shift, detail, over_exposure, psnr, ssim, structure_change
+from stepquant.evaluate.metrics.pairs import colour_shift, detail, over_exposure, psnr, ssim, structure_change
 
 
 def images(count: int, seed: int, size: int = 32) -> Tensor:

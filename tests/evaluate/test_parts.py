@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate import parts as module
-from stepquant.evaluate.parts import Parts, read_parts
+from stepquant.evaluate.metrics import parts as module
+from stepquant.evaluate.metrics.parts import Parts, read_parts
 
 SIZE = 6
 COUNTS = {"ground": 2, "body": 5, "badge": 6, "head": 4}

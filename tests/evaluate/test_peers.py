@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from stepquant.evaluate.peers import quantized
+from stepquant.evaluate.speed.peers import quantized
 
 
 def test_what_a_peer_prints_does_not_reach_our_output(

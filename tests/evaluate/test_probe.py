@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMPipeline
 from torch import nn
 
-from stepquant.evaluate.probe import compare, cosine, relative_error, spread_out, sqnr, trace
+from stepquant.evaluate.trajectory.probe import compare, cosine, relative_error, spread_out, sqnr, trace
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import unit_outputs
 from stepquant.models.sampling import denoise

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate import instruments
-from stepquant.evaluate.features import View
-from stepquant.evaluate.instruments import Networks, Weights, load_networks
-from stepquant.evaluate.metrics import Batch, Number
-from stepquant.evaluate.pairs import PairMetric
-from stepquant.evaluate.quality import judge
+from stepquant.evaluate.metrics import instruments
+from stepquant.evaluate.metrics.instruments import Networks, Weights, load_networks
+from stepquant.evaluate.metrics.measure import Batch
+from stepquant.evaluate.metrics.number import Number
+from stepquant.evaluate.metrics.pairs import PairMetric
+from stepquant.evaluate.metrics.quality import judge
+from stepquant.evaluate.networks.reader import View
 
 NONE = Networks(None, None, None)
 

@@ -18,9 +18,10 @@ from stepquant.artifact import Artifact
 from stepquant.calib.record import Source, trajectory_seed
 from stepquant.errors import EvaluationError
 from stepquant.evaluate import evaluate
-from stepquant.evaluate.data import read_data
-from stepquant.evaluate.features import Extractor, Statistics
-from stepquant.evaluate.pairs import psnr
+from stepquant.evaluate.metrics.frechet import Statistics
+from stepquant.evaluate.metrics.pairs import psnr
+from stepquant.evaluate.metrics.reference import read_data
+from stepquant.evaluate.networks.reader import Extractor
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import run
 from stepquant.quant.schemes import scheme

@@ -14,9 +14,9 @@ from stepquant.core.affine import fake_quantize, scale_and_zero
 from stepquant.core.grid import Grid
 from stepquant.core.ranges import lp_search
 from stepquant.errors import EvaluationError, StepquantError
-from stepquant.evaluate import sensitivity as module
-from stepquant.evaluate.journal import Lines
-from stepquant.evaluate.sensitivity import Study, sensitivity
+from stepquant.evaluate.study import sensitivity as module
+from stepquant.evaluate.study.journal import Lines
+from stepquant.evaluate.study.sensitivity import Study, sensitivity
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.plan import Plan, Rule
 

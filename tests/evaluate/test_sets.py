@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepquant.evaluate.features import Extractor, Statistics, frechet
-from stepquant.evaluate.manifold import compare_neighbours, kernel_distance
-from stepquant.evaluate.metrics import OTHER_SEEDS, SAME_SEEDS, Batch, Number, Sets, as_saved, measure
-from stepquant.evaluate.sets import Target, set_numbers
+from stepquant.evaluate.metrics.frechet import Statistics, frechet
+from stepquant.evaluate.metrics.measure import Batch, Sets, as_saved, measure
+from stepquant.evaluate.metrics.neighbours import compare_neighbours, kernel_distance
+from stepquant.evaluate.metrics.number import OTHER_SEEDS, SAME_SEEDS, Number
+from stepquant.evaluate.metrics.sets import Target, set_numbers
+from stepquant.evaluate.networks.reader import Extractor
 
 
 def images(count: int, seed: int) -> Tensor:

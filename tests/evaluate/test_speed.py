@@ -10,10 +10,10 @@ import torch
 from diffusers import DDIMPipeline
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate import speed
 from stepquant.evaluate.disk import size
-from stepquant.evaluate.speed import benchmark, best, cast
-from stepquant.evaluate.turns import interleave, summarize
+from stepquant.evaluate.speed import calls as speed
+from stepquant.evaluate.speed.calls import benchmark, best, cast
+from stepquant.evaluate.speed.turns import interleave, summarize
 from stepquant.models.hooks import first_arguments
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import DDIMPipeline
 
-from stepquant.evaluate.probe import trace
-from stepquant.evaluate.times import MOST_SHOWN, confusion, spread, watch_embedding
+from stepquant.evaluate.trajectory.probe import trace
+from stepquant.evaluate.trajectory.time_confusion import MOST_SHOWN, confusion, spread, watch_embedding
 from stepquant.models.denoiser import Denoiser
 from tests.models.tiny import CASES, Case
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.instruments import Networks, Weights, load_networks
-from stepquant.evaluate.metrics import Batch, Number
-from stepquant.evaluate.parts import Parts, named, read_parts
-from stepquant.evaluate.quality import Judged, judge
-from stepquant.evaluate.truth import Truth, psnr
+from stepquant.evaluate.metrics.instruments import Networks, Weights, load_networks
+from stepquant.evaluate.metrics.measure import Batch
+from stepquant.evaluate.metrics.number import Number
+from stepquant.evaluate.metrics.parts import Parts, named, read_parts
+from stepquant.evaluate.metrics.quality import Judged, judge
+from stepquant.evaluate.metrics.truth import Truth, psnr
 
 COUNT = 40
 

@@ -9,8 +9,8 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate import weights
-from stepquant.evaluate.weights import local
+from stepquant.evaluate.networks import weights
+from stepquant.evaluate.networks.weights import local
 
 
 def test_a_path_is_a_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ from diffusers import DDIMPipeline, DDIMScheduler, StableDiffusionPipeline, UNet
 from safetensors.torch import save_file
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate import instruments
-from stepquant.evaluate.instruments import Weights
-from stepquant.evaluate.lpips import load_lpips
-from stepquant.evaluate.metrics import as_saved
+from stepquant.evaluate.metrics import instruments
+from stepquant.evaluate.metrics.instruments import Weights
+from stepquant.evaluate.metrics.measure import as_saved
+from stepquant.evaluate.networks.lpips import load_lpips
 from stepquant.job.compare import Cell, Evaluation, Inline, Processes, Variant, cluster, compare, grid
 from stepquant.job.compare.cell import Origin
 from stepquant.job.compare.executor import Finished

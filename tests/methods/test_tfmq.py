@@ -15,7 +15,7 @@ from stepquant.calib.record import Source
 from stepquant.core.grid import Grid
 from stepquant.core.steps import StepTable
 from stepquant.errors import MethodError
-from stepquant.evaluate.times import confusion
+from stepquant.evaluate.trajectory.time_confusion import confusion
 from stepquant.fit.time_block import TimeBlock, time_chains
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.plan import Plan, Rule

@@ -130,7 +130,7 @@ def compare(
 
     Run the same command again to go on: finished cells are kept, failed ones are tried again.
     """
-    from stepquant.evaluate.instruments import Weights
+    from stepquant.evaluate.metrics.instruments import Weights
     from stepquant.job.compare import Evaluation, compare, grid
     from stepquant.job.results import DATA
 

@@ -69,7 +69,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure quality against the float model, seed by seed and step by step; keeps it in DIR/results.json."""
-    from stepquant.evaluate.instruments import Weights
+    from stepquant.evaluate.metrics.instruments import Weights
     from stepquant.job.results import evaluate_artifact
 
     screen = Screen(quiet)
@@ -116,7 +116,7 @@ def benchmark(
 ) -> None:
     """Time one call of the denoiser, in turns with float ones, eager and compiled; keeps it in DIR/results.json."""
     from stepquant.evaluate import benchmark as time_float
-    from stepquant.evaluate.speed import baselines_here
+    from stepquant.evaluate.speed.calls import baselines_here
     from stepquant.job.results import benchmark_artifact
 
     screen = Screen(quiet)

@@ -86,13 +86,13 @@ def weights(metavar: str, text: str) -> Any:
 
 
 def fetched(where: str) -> Path:
-    from stepquant.evaluate.weights import local
+    from stepquant.evaluate.networks.weights import local
 
     return local(where)
 
 
 def parts(where: str) -> Path:
-    from stepquant.evaluate.parts import named
+    from stepquant.evaluate.metrics.parts import named
 
     return named(where)
 

@@ -72,7 +72,7 @@ def sensitivity(
     quiet: Quiet = False,
 ) -> None:
     """Measure what each site loses when it alone has few bits; an interrupted run goes on where it was."""
-    from stepquant.evaluate.sensitivity import Study
+    from stepquant.evaluate.study.sensitivity import Study
     from stepquant.job.study import study_model
 
     screen = Screen(quiet)

@@ -13,6 +13,6 @@ What the results hold is told in `stepquant.schema`.
 
 from stepquant.evaluate.disk import size
 from stepquant.evaluate.results import evaluate
-from stepquant.evaluate.speed import benchmark
+from stepquant.evaluate.speed.calls import benchmark
 
 __all__ = ["benchmark", "evaluate", "size"]

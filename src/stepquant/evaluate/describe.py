@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from stepquant import hub
-from stepquant.evaluate.metrics import as_saved
+from stepquant.evaluate.metrics.measure import as_saved
 from stepquant.models import zoo
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.plan import Plan

@@ -16,10 +16,10 @@ from stepquant.evaluate.describe import (
     encode,
     environment,
 )
-from stepquant.evaluate.instruments import Weights, load_networks
-from stepquant.evaluate.metrics import Batch, Measured
-from stepquant.evaluate.probe import trace
-from stepquant.evaluate.quality import judge
+from stepquant.evaluate.metrics.instruments import Weights, load_networks
+from stepquant.evaluate.metrics.measure import Batch, Measured
+from stepquant.evaluate.metrics.quality import judge
+from stepquant.evaluate.trajectory.probe import trace
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import first_arguments
 from stepquant.models.sampling import prompts_of, run

@@ -20,7 +20,7 @@ from stepquant import hub
 from stepquant.artifact import LayerSpec
 from stepquant.core.pack import unpack
 from stepquant.errors import ArtifactError, StepquantError
-from stepquant.evaluate.pairs import psnr
+from stepquant.evaluate.metrics.pairs import psnr
 from stepquant.job.pipelines import find_folder, load
 from stepquant.job.results import RESULTS, artifact_config, read_results
 from stepquant.job.store import weights_bytes

@@ -13,8 +13,8 @@ import torch
 from stepquant import hub
 from stepquant.calib.cache import atomically, cache_folder
 from stepquant.errors import StepquantError
-from stepquant.evaluate.data import file_digest
 from stepquant.evaluate.describe import cpu_name
+from stepquant.evaluate.metrics.reference import file_digest
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import first_arguments
 from stepquant.progress import Progress

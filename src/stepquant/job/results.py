@@ -16,8 +16,8 @@ from stepquant.calib.cache import atomically
 from stepquant.errors import ArtifactError, StepquantError
 from stepquant.evaluate import benchmark, evaluate, size
 from stepquant.evaluate.cost import coverage
-from stepquant.evaluate.data import check_data
 from stepquant.evaluate.describe import describe_float, describe_plan, describe_quantized, environment
+from stepquant.evaluate.metrics.reference import check_data
 from stepquant.evaluate.results import FORMAT
 from stepquant.job.fastest import fastest
 from stepquant.job.files import writing

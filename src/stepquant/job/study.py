@@ -10,9 +10,9 @@ from typing import Any
 from stepquant import hub
 from stepquant.calib.cache import atomically
 from stepquant.errors import ModelError, StepquantError
-from stepquant.evaluate.allocate import Allocation, Budget, allocate, read_sensitivity
-from stepquant.evaluate.layer_times import layer_times, read_times
-from stepquant.evaluate.sensitivity import Study, sensitivity
+from stepquant.evaluate.speed.layers import layer_times, read_times
+from stepquant.evaluate.study.allocate import Allocation, Budget, allocate, read_sensitivity
+from stepquant.evaluate.study.sensitivity import Study, sensitivity
 from stepquant.job.pipelines import load
 from stepquant.job.recipe import Recipe
 from stepquant.job.results import artifact_config, load_twin

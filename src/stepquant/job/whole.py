@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from stepquant.evaluate.breakdown import breakdown
-from stepquant.evaluate.generation import generation
-from stepquant.evaluate.speed import calling, threads
+from stepquant.evaluate.speed.breakdown import breakdown
+from stepquant.evaluate.speed.calls import calling, threads
+from stepquant.evaluate.speed.generation import generation
 from stepquant.job.child import first_images
 from stepquant.job.pipelines import load
 from stepquant.job.results import artifact_config, load_twin

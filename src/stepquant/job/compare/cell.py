@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stepquant.calib.record import trajectory_seed
 from stepquant.core.digest import value_digest
 from stepquant.errors import StepquantError
-from stepquant.evaluate.classifier import SHIPPED
-from stepquant.evaluate.data import data_digest, is_statistics
-from stepquant.evaluate.instruments import Weights, load_networks
+from stepquant.evaluate.metrics.classifiers import SHIPPED
+from stepquant.evaluate.metrics.instruments import Weights, load_networks
+from stepquant.evaluate.metrics.reference import data_digest, is_statistics
 from stepquant.evaluate.results import FIRST_SEED
 from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stepquant.errors import StepquantError
 from stepquant.evaluate import benchmark, evaluate
-from stepquant.evaluate.metrics import Batch
+from stepquant.evaluate.metrics.measure import Batch
 from stepquant.job.compare.cell import Evaluation, other_seed
 from stepquant.job.compare.store import ARTIFACT, QUANTIZED, read_json
 from stepquant.job.pipelines import load

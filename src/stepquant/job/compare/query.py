@@ -13,11 +13,11 @@ from typing import Any
 
 from stepquant.calib.cache import atomically
 from stepquant.errors import StepquantError
-from stepquant.evaluate.classifier import ASKED
-from stepquant.evaluate.metrics import OTHER_SEEDS
-from stepquant.evaluate.sets import CLASSES
-from stepquant.evaluate.singles import PROMPTS
-from stepquant.evaluate.truth import LEGAL
+from stepquant.evaluate.metrics.classifiers import ASKED
+from stepquant.evaluate.metrics.number import OTHER_SEEDS
+from stepquant.evaluate.metrics.sets import CLASSES
+from stepquant.evaluate.metrics.singles import PROMPTS
+from stepquant.evaluate.metrics.truth import LEGAL
 from stepquant.job.compare.store import CELL, ERROR, Store, read_found, read_json
 
 Row = Mapping[str, Any]

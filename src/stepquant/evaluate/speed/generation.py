@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stepquant.evaluate.speed import (
+from stepquant.evaluate.speed.calls import (
     QUANTIZED,
     REFERENCE,
     Contender,
@@ -17,7 +17,7 @@ from stepquant.evaluate.speed import (
     threads,
     twin_of,
 )
-from stepquant.evaluate.turns import interleave
+from stepquant.evaluate.speed.turns import interleave
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import first_arguments
 from stepquant.models.sampling import run

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from stepquant.evaluate.classes import inception_score, score_interval
-from stepquant.evaluate.features import Statistics, frechet, frechet_interval, merge
-from stepquant.evaluate.manifold import DENSITY_NEIGHBOURS, compare_neighbours, kernel_distance
-from stepquant.evaluate.metrics import OTHER_SEEDS, SAME_SEEDS, Number, Sets, mean_interval
+from stepquant.evaluate.metrics.frechet import Statistics, frechet, frechet_interval, merge
+from stepquant.evaluate.metrics.inception_score import inception_score, score_interval
+from stepquant.evaluate.metrics.measure import Sets
+from stepquant.evaluate.metrics.neighbours import DENSITY_NEIGHBOURS, compare_neighbours, kernel_distance
+from stepquant.evaluate.metrics.number import OTHER_SEEDS, SAME_SEEDS, Number, mean_interval
 
 NEIGHBOUR_NOTES = {
     "precision": "share of images that lie among the other set",

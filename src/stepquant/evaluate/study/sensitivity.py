@@ -24,11 +24,11 @@ from stepquant.core.affine import scale_and_zero, to_groups
 from stepquant.core.digest import value_digest
 from stepquant.core.ranges import Search, lp_search, lp_search_binned
 from stepquant.errors import EvaluationError, UnknownNameError
-from stepquant.evaluate.classifier import shipped_classifier
-from stepquant.evaluate.features import Extractor
-from stepquant.evaluate.journal import Lines
-from stepquant.evaluate.pairs import TOO_SMALL, psnr, ssim
-from stepquant.evaluate.sites import StudiedSite, plan_with, studied_sites
+from stepquant.evaluate.metrics.classifiers import shipped_classifier
+from stepquant.evaluate.metrics.pairs import TOO_SMALL, psnr, ssim
+from stepquant.evaluate.networks.reader import Extractor
+from stepquant.evaluate.study.journal import Lines
+from stepquant.evaluate.study.sites import StudiedSite, plan_with, studied_sites
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import first_arguments
 from stepquant.models.sampling import run

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from itertools import chain
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.instruments import Instruments, Networks, fit
-from stepquant.evaluate.metrics import Batch, Measured, Number, measure, pair_number
-from stepquant.evaluate.sets import set_numbers
-from stepquant.evaluate.truth import Portion, Truth
+from stepquant.evaluate.metrics.instruments import Instruments, Networks, fit
+from stepquant.evaluate.metrics.measure import Batch, Measured, measure, pair_number
+from stepquant.evaluate.metrics.number import Number
+from stepquant.evaluate.metrics.sets import set_numbers
+from stepquant.evaluate.metrics.truth import Portion, Truth
 
 
 @dataclass(frozen=True)

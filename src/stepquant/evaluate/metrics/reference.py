@@ -6,20 +6,23 @@ import hashlib
 import platform
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stepquant.core.digest import value_digest
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.classifier import SHIPPED
-from stepquant.evaluate.features import REFERENCE_NAME, Reader, Statistics, frechet, read_reference
-from stepquant.evaluate.inception import SPATIAL_WIDTH, WIDTH
-from stepquant.evaluate.metrics import Sets
-from stepquant.evaluate.sets import Target
+from stepquant.evaluate.metrics.classifiers import SHIPPED
+from stepquant.evaluate.metrics.frechet import Statistics, frechet
+from stepquant.evaluate.metrics.measure import Sets
+from stepquant.evaluate.metrics.sets import Target
+from stepquant.evaluate.networks.inception import SPATIAL_WIDTH, WIDTH
+from stepquant.evaluate.networks.reader import Reader
 from stepquant.models import zoo
 
 SAMPLED = 256  # files of a folder of images whose bytes count in its digest
@@ -201,3 +204,57 @@ def read_image(file: Path, size: torch.Size | None) -> Tensor:
             expected=f"{tuple(size)} as the first one",
         )
     return found
+
+
+REFERENCE_NAME = "reference.safetensors"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Sums over all images of a split of real data, and the features of a few of them."""
+
+    statistics: Statistics
+    features: Tensor | None = None
+
+
+def to_tensors(splits: Mapping[str, Split]) -> dict[str, Tensor]:
+    """Mean, covariance and count of each split in fp32, features in fp16, as they are stored."""
+    out: dict[str, Tensor] = {}
+    for name, split in splits.items():
+        found = split.statistics
+        out |= {
+            f"{name}.mean": found.mean.float(),
+            f"{name}.covariance": found.covariance.float().contiguous(),
+        }
+        out[f"{name}.count"] = torch.tensor([found.count])
+        if split.features is not None:
+            out[f"{name}.features"] = split.features.half().contiguous()
+    return out
+
+
+def read_reference(extractor: Reader, file: Path) -> dict[str, Split]:
+    """Stored splits by name; they must have been made by this very extractor."""
+    try:
+        with safe_open(file, "pt") as stored:
+            digest = (stored.metadata() or {}).get("extractor", "none")
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError) as error:
+        raise EvaluationError(f"the reference statistics cannot be read: {error}", where=str(file)) from error
+    if digest != extractor.digest:
+        raise EvaluationError(
+            "the reference statistics were made by another extractor",
+            where=str(file),
+            got=digest,
+            expected=extractor.digest,
+            fix="make them again: examples/make_reference_statistics.py",
+        )
+    return {name: to_split(name, tensors) for name in sorted({key.partition(".")[0] for key in tensors})}
+
+
+def to_split(name: str, tensors: Mapping[str, Tensor]) -> Split:
+    count = int(tensors[f"{name}.count"])
+    features = tensors.get(f"{name}.features")
+    return Split(
+        Statistics.from_moments(count, tensors[f"{name}.mean"], tensors[f"{name}.covariance"]),
+        None if features is None else features.float(),
+    )

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.core.digest import tensors_digest
-from stepquant.evaluate.features import View
-from stepquant.evaluate.weights import read_weights
+from stepquant.evaluate.networks.reader import View
+from stepquant.evaluate.networks.weights import read_weights
 
 SIDE, WIDTH, CLASSES = 299, 2048, 1008
 # The spatial features of sFID (arXiv:2103.03841): the first channels of this branch, as in the evaluator of arXiv:2105.05233.

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from stepquant.errors import EvaluationError, UnknownNameError
 from stepquant.evaluate.cost import FLOAT_BITS
-from stepquant.evaluate.knapsack import choose
-from stepquant.evaluate.sites import StudiedSite, plan_with
+from stepquant.evaluate.study.knapsack import choose
+from stepquant.evaluate.study.sites import StudiedSite, plan_with
 from stepquant.quant.plan import Plan
 
 Budget = Literal["bytes", "bops", "ms"]

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from stepquant.core.digest import tensors_digest, value_digest
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.feature_net import FeatureNet, load_feature_net
-from stepquant.evaluate.features import Extractor
-from stepquant.evaluate.metrics import Number, unavailable
-from stepquant.evaluate.singles import share_number
+from stepquant.evaluate.metrics.number import Number, unavailable
+from stepquant.evaluate.metrics.singles import share_number
+from stepquant.evaluate.networks.classifier import FeatureNet, load_feature_net
+from stepquant.evaluate.networks.reader import Extractor
 from stepquant.models import zoo
 
 ASKED = "class asked for"

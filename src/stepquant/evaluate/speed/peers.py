@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calib.calibset import flatten, unflatten
-from stepquant.evaluate.turns import Call
+from stepquant.evaluate.speed.turns import Call
 
 HINTS = ("LATENCY", "THROUGHPUT")
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}

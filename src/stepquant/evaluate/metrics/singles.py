@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stepquant.evaluate.clip import ClipScore
-from stepquant.evaluate.metrics import OTHER_SEEDS, Number, mean_interval
+from stepquant.evaluate.metrics.number import OTHER_SEEDS, Number, mean_interval
+from stepquant.evaluate.networks.clip import ClipScore
 
 PROMPTS = "prompts"
 

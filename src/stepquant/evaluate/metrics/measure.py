@@ -3,50 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.classes import ClassSums, add_classes
-from stepquant.evaluate.features import Reader, Statistics, View, add_block
-from stepquant.evaluate.pairs import PAIR_METRICS, PairMetric
+from stepquant.evaluate.metrics.frechet import Statistics, add_block
+from stepquant.evaluate.metrics.inception_score import ClassSums, add_classes
+from stepquant.evaluate.metrics.number import OTHER_SEEDS, SAME_SEEDS, Number, mean_interval
+from stepquant.evaluate.metrics.pairs import PAIR_METRICS, PairMetric
+from stepquant.evaluate.networks.reader import Reader, View
 
 # Features beyond these go into the sums alone.
 MOST_FEATURES = 5_000
-SAME_SEEDS = "float, same seeds"
-OTHER_SEEDS = "float, other seeds"
 SETS = ("float", "quantized", "other")
-
-
-@dataclass(frozen=True)
-class Number:
-    """One measured value and all that is needed to read it, or the reason why there is none.
-
-    `floor` is the same number with the float model on other seeds in the quantized model's place;
-    `reference`, against data, that of the float model on the same seeds.
-    """
-
-    name: str
-    against: str
-    n: int
-    better: str
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    unit: str = ""
-    reference: float | None = None
-    floor: float | None = None
-    floor_of: str = ""
-    extractor: str = ""  # digest of the network that measured
-    resize: str = ""  # what was done to the images before it
-    note: str = ""
-    unavailable: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -174,19 +146,6 @@ def join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 
-def mean_interval(values: Tensor, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """A 95 % bootstrap interval of the mean."""
-    generator = torch.Generator().manual_seed(seed)
-    means = torch.stack(
-        [
-            values[torch.randint(len(values), (len(values),), generator=generator)].mean()
-            for _ in range(resamples)
-        ]
-    )
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
-    return low, high
-
-
 def pair_number(metric: PairMetric, measured: Measured) -> Number:
     """The mean over pairs, with its interval."""
     values, other = measured.pairs.get(metric.name), measured.other_pairs.get(metric.name)
@@ -207,7 +166,3 @@ def pair_number(metric: PairMetric, measured: Measured) -> Number:
         extractor=metric.extractor,
         note=metric.note,
     )
-
-
-def unavailable(name: str, against: str, why: str, better: str = "lower") -> Number:
-    return Number(name, against, 0, better, unavailable=why)

@@ -2,79 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
-from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from scipy.special import stdtrit
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepquant.errors import EvaluationError
 
-REFERENCE_NAME = "reference.safetensors"
 # More blocks do not make an interval better, and each holds a square of the feature width: 8 of 2048 are 270 MB.
 MOST_BLOCKS, FEWEST_BLOCKS = 64, 8
 BLOCK_NUMBERS = 2**25
-
-
-@dataclass(frozen=True)
-class View:
-    """One thing that an extractor sees in images, and the numbers about it."""
-
-    name: str  # of its Frechet distance, or of its score
-    kernel: str = ""  # name of its kernel distance; without one there are no nearest neighbours either
-    suffix: str = ""  # behind the names of precision, recall, density and coverage
-    classes: bool = False  # class logits: they have a score of their own instead of distances
-
-
-class Reader(Protocol):
-    """An extractor with all that it sees in one pass."""
-
-    @property
-    def digest(self) -> str: ...
-
-    @property
-    def resize(self) -> str: ...
-
-    @property
-    def views(self) -> tuple[View, ...]: ...
-
-    def read(self, images: Tensor) -> dict[str, Tensor]:
-        """Rows (n, width) by the name of the view, of images (n, 3, h, w) in [0, 1]."""
-        ...
-
-
-@dataclass(frozen=True)
-class Extractor:
-    """A network from images (n, 3, size, size) in [0, 1] to features (n, width), and the name of its distance."""
-
-    name: str
-    net: nn.Module
-    digest: str
-    size: int
-    resize: str = ""
-
-    @property
-    def views(self) -> tuple[View, ...]:
-        return (View(self.name, self.name.replace("FD", "KD", 1)),)
-
-    def read(self, images: Tensor) -> dict[str, Tensor]:
-        return {self.name: self(images).float()}
-
-    def __call__(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2:] != (self.size, self.size):
-            shown = "x".join(str(side) for side in images.shape[1:])
-            raise EvaluationError(
-                f"{self.name} reads images of 3x{self.size}x{self.size}, these are {shown}",
-                fix="measure such images against the float model by PSNR and SSIM",
-            )
-        with torch.no_grad():
-            features: Tensor = self.net(images.float())
-        return features
 
 
 @dataclass(frozen=True)
@@ -183,54 +123,3 @@ def jackknife_interval(
     error = float(((len(a) - 1) / len(a) * (left - left.mean()).square().sum()).sqrt())
     half = float(stdtrit(len(a) - 1, 0.975)) * error  # Student's t
     return max(value - half, 0.0), value + half
-
-
-@dataclass(frozen=True)
-class Split:
-    """Sums over all images of a split of real data, and the features of a few of them."""
-
-    statistics: Statistics
-    features: Tensor | None = None
-
-
-def to_tensors(splits: Mapping[str, Split]) -> dict[str, Tensor]:
-    """Mean, covariance and count of each split in fp32, features in fp16, as they are stored."""
-    out: dict[str, Tensor] = {}
-    for name, split in splits.items():
-        found = split.statistics
-        out |= {
-            f"{name}.mean": found.mean.float(),
-            f"{name}.covariance": found.covariance.float().contiguous(),
-        }
-        out[f"{name}.count"] = torch.tensor([found.count])
-        if split.features is not None:
-            out[f"{name}.features"] = split.features.half().contiguous()
-    return out
-
-
-def read_reference(extractor: Reader, file: Path) -> dict[str, Split]:
-    """Stored splits by name; they must have been made by this very extractor."""
-    try:
-        with safe_open(file, "pt") as stored:
-            digest = (stored.metadata() or {}).get("extractor", "none")
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError) as error:
-        raise EvaluationError(f"the reference statistics cannot be read: {error}", where=str(file)) from error
-    if digest != extractor.digest:
-        raise EvaluationError(
-            "the reference statistics were made by another extractor",
-            where=str(file),
-            got=digest,
-            expected=extractor.digest,
-            fix="make them again: examples/make_reference_statistics.py",
-        )
-    return {name: to_split(name, tensors) for name in sorted({key.partition(".")[0] for key in tensors})}
-
-
-def to_split(name: str, tensors: Mapping[str, Tensor]) -> Split:
-    count = int(tensors[f"{name}.count"])
-    features = tensors.get(f"{name}.features")
-    return Split(
-        Statistics.from_moments(count, tensors[f"{name}.mean"], tensors[f"{name}.covariance"]),
-        None if features is None else features.float(),
-    )

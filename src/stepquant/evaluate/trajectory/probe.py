@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.evaluate.inputs import Seen, limits, watch_inputs
-from stepquant.evaluate.times import confusion, watch_embedding
+from stepquant.evaluate.trajectory.inputs import Seen, limits, watch_inputs
+from stepquant.evaluate.trajectory.time_confusion import confusion, watch_embedding
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import after_calls, unit_outputs
 from stepquant.models.sampling import run

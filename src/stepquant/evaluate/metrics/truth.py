@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.metrics import Number
-from stepquant.evaluate.pairs import MOST_DECIBELS
-from stepquant.evaluate.parts import Parts
-from stepquant.evaluate.singles import mean_number, share_number
+from stepquant.evaluate.metrics.number import Number
+from stepquant.evaluate.metrics.pairs import MOST_DECIBELS
+from stepquant.evaluate.metrics.parts import Parts
+from stepquant.evaluate.metrics.singles import mean_number, share_number
 
 LEGAL = "legal images"
 Percent: TypeAlias = float

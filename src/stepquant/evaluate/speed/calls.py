@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_map
 
 from stepquant.core.precision import multiplies_bf16
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.peers import openvino_calls, peers_installed
-from stepquant.evaluate.turns import Call, interleave, summarize
+from stepquant.evaluate.speed.peers import openvino_calls, peers_installed
+from stepquant.evaluate.speed.turns import Call, interleave, summarize
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import first_arguments, listening
 from stepquant.models.sampling import run

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepquant.calib.cache import atomically, cache_folder
 from stepquant.core.digest import tensors_digest
-from stepquant.evaluate.features import Reader, View
+from stepquant.evaluate.networks.reader import Reader, View
 
 FORMAT = 1  # raised when the same network comes to see something else in the same images
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from stepquant.core.digest import tensors_digest
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.pairs import PairMetric
-from stepquant.evaluate.weights import load, read_weights
+from stepquant.evaluate.metrics.pairs import PairMetric
+from stepquant.evaluate.networks.weights import load, read_weights
 
 HINT = (
     'python -c "import torch, torchvision, safetensors.torch as s; '

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepquant.errors import EvaluationError, StepquantError
-from stepquant.evaluate.classifier import (
+from stepquant.evaluate.metrics.classifiers import (
     ASKED,
     DEFAULT,
     SHIPPED,
@@ -15,18 +15,19 @@ from stepquant.evaluate.classifier import (
     read_classifier,
     shipped_classifier,
 )
-from stepquant.evaluate.clip import ClipScore, load_clip
-from stepquant.evaluate.data import read_data
-from stepquant.evaluate.feature_cache import CachedReader
-from stepquant.evaluate.features import Reader
-from stepquant.evaluate.inception import load_inception
-from stepquant.evaluate.lpips import Lpips, load_lpips
-from stepquant.evaluate.metrics import SAME_SEEDS, Number, SingleMetric, unavailable
-from stepquant.evaluate.pairs import PAIR_METRICS, PairMetric
-from stepquant.evaluate.parts import read_parts
-from stepquant.evaluate.sets import CLASSES, Target
-from stepquant.evaluate.singles import PROMPTS, TextMetric
-from stepquant.evaluate.truth import Truth
+from stepquant.evaluate.metrics.measure import SingleMetric
+from stepquant.evaluate.metrics.number import SAME_SEEDS, Number, unavailable
+from stepquant.evaluate.metrics.pairs import PAIR_METRICS, PairMetric
+from stepquant.evaluate.metrics.parts import read_parts
+from stepquant.evaluate.metrics.reference import read_data
+from stepquant.evaluate.metrics.sets import CLASSES, Target
+from stepquant.evaluate.metrics.singles import PROMPTS, TextMetric
+from stepquant.evaluate.metrics.truth import Truth
+from stepquant.evaluate.networks.cache import CachedReader
+from stepquant.evaluate.networks.clip import ClipScore, load_clip
+from stepquant.evaluate.networks.inception import load_inception
+from stepquant.evaluate.networks.lpips import Lpips, load_lpips
+from stepquant.evaluate.networks.reader import Reader
 
 COMPOSED = "characters"  # the data that the package knows the parts of
 

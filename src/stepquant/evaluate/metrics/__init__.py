@@ -1,0 +1,1 @@
+"""Numbers about images: of pairs, of sets, and against data."""

@@ -1,0 +1,1 @@
+"""Times: of calls, of whole generations, of layers and of operations."""

@@ -1,0 +1,1 @@
+"""What quantization does along the denoising trajectory."""
