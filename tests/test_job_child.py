@@ -8,7 +8,7 @@ import pytest
 from diffusers import DDIMPipeline, DDIMScheduler
 
 from stepquant.errors import EvaluationError
-from stepquant.job.child import first_images
+from stepquant.job.fresh_process import first_images
 from tests.models.tiny import unconditional
 
 

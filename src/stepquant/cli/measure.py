@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from stepquant import hub
+from stepquant.cli.benchmark import Chart, Generation, Profile, beside_calls, draw, show_speed
 from stepquant.cli.options import (
     AnyModel,
     ArtifactFolder,
@@ -29,7 +30,6 @@ from stepquant.cli.options import (
     read_prompts,
 )
 from stepquant.cli.screen import Screen, command_text
-from stepquant.cli.whole import Chart, Generation, Profile, beside_calls, draw, show_speed
 from stepquant.job import load
 from stepquant.models.denoiser import Denoiser
 

@@ -47,13 +47,13 @@ def beside_calls(
     found: dict[str, Any] = {}
     common = {name: options[name] for name in ("count", "prompts")}
     if steps and hub.config_of(Denoiser.of(load(model)).model) is not None:
-        from stepquant.job.whole import benchmark_generation
+        from stepquant.job.benchmark import benchmark_generation
 
         timing = {name: options[name] for name in ("batches", "seconds")}
         found["generation"] = benchmark_generation(Path(model), against, steps=steps, **timing, **common)
         show_generation(screen, found["generation"])
     if profile:
-        from stepquant.job.whole import profile_call
+        from stepquant.job.benchmark import profile_call
 
         found["profile"] = profile_call(model, options["batches"][0], **common)
         show_profile(screen, found["profile"])

@@ -1,6 +1,6 @@
 """What loading a model and making its first images costs a process that does nothing else.
 
-`python -m stepquant.job.child` runs in that process and writes one line of JSON; `first_images` starts it.
+`python -m stepquant.job.fresh_process` runs in that process and writes one line of JSON; `first_images` starts it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def first_images(
         }
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "stepquant.job.child", json.dumps(words)],
+            [sys.executable, "-W", "ignore", "-m", "stepquant.job.fresh_process", json.dumps(words)],
             capture_output=True,
             text=True,
             env=environment,

@@ -11,7 +11,7 @@ import torch
 from stepquant.evaluate.speed.breakdown import breakdown
 from stepquant.evaluate.speed.calls import calling, threads
 from stepquant.evaluate.speed.generation import generation
-from stepquant.job.child import first_images
+from stepquant.job.fresh_process import first_images
 from stepquant.job.pipelines import load
 from stepquant.job.results import artifact_config, load_twin
 from stepquant.models.denoiser import Denoiser
