@@ -2,9 +2,9 @@
 #include "attention.h"
 #include "group_norm.h"
 #include "layer_norm.h"
-#include "patches.h"
+#include "winograd.h"
 #include "quantize.h"
-#include "rows.h"
+#include "pointwise.h"
 #include "upsample.h"
 
 namespace stepquant {

@@ -1,6 +1,6 @@
 // Convolution with AVX-512 VNNI, and instructions that round to bfloat16: half of what becomes of a sum is its rounding.
-#include "patches.h"
-#include "rows.h"
+#include "winograd.h"
+#include "pointwise.h"
 
 namespace stepquant {
 

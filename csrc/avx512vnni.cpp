@@ -1,7 +1,7 @@
 // Attention and convolution with AVX-512 VNNI instructions: four products of bytes in each 32-bit lane.
 #include "attention.h"
-#include "patches.h"
-#include "rows.h"
+#include "winograd.h"
+#include "pointwise.h"
 
 namespace stepquant {
 

@@ -4,7 +4,7 @@
 // multiplies rows of probabilities by packed values. Rows come in multiples of `rows`, a block of queries has `block`.
 #pragma once
 
-#include "emit.h"
+#include "epilogue.h"
 
 namespace stepquant {
 namespace {

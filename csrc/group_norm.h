@@ -3,7 +3,7 @@
 #pragma once
 
 #include "activation.h"
-#include "emit.h"
+#include "epilogue.h"
 #include "scratch.h"
 
 namespace stepquant {

@@ -1,7 +1,7 @@
 // Layer norm over dense rows with adaptive modulation, to bytes.
 #pragma once
 
-#include "emit.h"
+#include "epilogue.h"
 #include "scratch.h"
 
 namespace stepquant {

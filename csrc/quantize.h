@@ -2,7 +2,7 @@
 #pragma once
 
 #include "activation.h"
-#include "emit.h"
+#include "epilogue.h"
 
 namespace stepquant {
 namespace {

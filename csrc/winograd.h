@@ -1,7 +1,7 @@
 // 3 x 3 convolutions by patches of 4 x 4 outputs: 36 products, each of a transformed code and weight, instead of 144.
 #pragma once
 
-#include "patch_transforms.h"
+#include "winograd_transforms.h"
 
 namespace stepquant {
 namespace {
