@@ -17,8 +17,8 @@ from torch import Tensor
 
 from stepquant.runtime import ops
 from stepquant.runtime.ops import Code, Product, reference
-from tests.runtime.test_ops import assert_codes, channels_last
-from tests.runtime.test_ops_attention import check as check_attention
+from tests.runtime.ops.test_attention import check as check_attention
+from tests.runtime.ops.test_ops import assert_codes, channels_last
 from tests.torture.runs import Violations
 
 

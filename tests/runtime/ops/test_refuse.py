@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepquant.runtime import ops
-from tests.runtime.test_ops_everywhere import BARE, CODE, arguments
+from tests.runtime.ops.test_everywhere import BARE, CODE, arguments
 
 pytestmark = pytest.mark.skipif(not ops.compiled(), reason="the extension stepquant._C was not built")
 
@@ -108,8 +108,8 @@ def test_no_samples_are_no_samples_in_both() -> None:
 # Arguments of every operation, one or two of them replaced at random: each call must end in a result or an error.
 FUZZ = """
 import random, torch
-from tests.runtime.test_ops_everywhere import arguments
-from tests.runtime.test_ops_refuse import call, products
+from tests.runtime.ops.test_everywhere import arguments
+from tests.runtime.ops.test_refuse import call, products
 draw = random.Random(int(sys.argv[1]))
 numbers = [0, -1, 1, 2, 3, 7, 255, 256, -128, 2**31, -2**31, 2**62, -2**63]
 def other(value):

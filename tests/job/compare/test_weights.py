@@ -25,11 +25,11 @@ from stepquant.job.compare.query import cell_row
 from stepquant.job.pipelines import load
 from stepquant.models.sampling import prompts_of
 from tests.conftest import make_unet
-from tests.evaluate.test_clip import make_clip
-from tests.evaluate.test_lpips import alex_state
-from tests.evaluate.test_quality import Wide
+from tests.evaluate.metrics.test_quality import Wide
+from tests.evaluate.networks.test_clip import make_clip
+from tests.evaluate.networks.test_lpips import alex_state
+from tests.job.compare.test_compare import numbers
 from tests.job.conftest import QUICK
-from tests.job.test_compare import numbers
 
 Make = Callable[..., list[Cell]]
 

@@ -15,7 +15,7 @@ from stepquant.errors import StepquantError
 from stepquant.job.compare import Cell, Inline, cluster, compare, tasks
 from stepquant.job.compare.cluster import Cluster
 from stepquant.job.compare.executor import Finished
-from tests.job.test_compare import numbers, weights
+from tests.job.compare.test_compare import numbers, weights
 
 Cells = Callable[..., list[Cell]]
 
