@@ -8,8 +8,9 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "src" / "stepquant"
+Rungs = tuple[tuple[str, ...], ...]
 # Rungs of the ladder, lowest first. What shares a rung never imports its neighbour.
-RUNGS: tuple[tuple[str, ...], ...] = (
+RUNGS: Rungs = (
     ("core", "errors", "progress", "schema", "version"),
     ("models", "artifact"),
     ("quant", "runtime"),
@@ -22,6 +23,34 @@ RUNGS: tuple[tuple[str, ...], ...] = (
 )
 # Rung 0 has no order among the pure maths and the two files that everything may use.
 NEIGHBOURS_ALLOWED = {("core", "errors"), ("core", "progress"), ("schema", "errors")}
+# What quantizes and what serves meet in the artifact. `methods` lowers what it quantized, to correct what really runs.
+APART = ({"quant", "calib", "fit"}, {"runtime", "hub"})
+# The ladders inside: rooms, or single files of a room that stand lower or higher than the rest of it.
+INSIDE: dict[str, Rungs] = {
+    "models": (
+        ("families", "split", "attention", "zoo"),
+        ("denoiser", "blocks"),
+        ("sampling",),
+        ("hooks",),
+    ),
+    "runtime": (
+        ("ops", "finite", "turns"),
+        ("cpu.products",),
+        ("layers",),
+        ("steps",),
+        ("blocks", "intact"),
+        ("cpu",),
+        ("lower", "coverage"),
+        ("cpu.float_layers",),
+    ),
+    "evaluate": (
+        ("metrics.pairs",),
+        ("networks",),
+        ("metrics",),
+        ("cost", "describe", "disk", "speed", "trajectory"),
+        ("results", "study"),
+    ),
+}
 OUTSIDE = ("__init__", "__main__")  # they only name what users may import
 
 
@@ -38,18 +67,30 @@ def tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
+def name_of(file: Path) -> str:
+    """`evaluate.metrics.pairs`; a folder's own file has the folder's name."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
 def part_of(file: Path) -> str:
     """The top-level module or folder that a file belongs to."""
-    first = file.relative_to(PACKAGE).parts[0]
-    return first.removesuffix(".py")
+    return name_of(file).partition(".")[0]
 
 
-def rung(part: str) -> int:
-    return next(level for level, parts in enumerate(RUNGS) if part in parts)
+def rung(part: str, rungs: Rungs = RUNGS) -> int:
+    return next(level for level, parts in enumerate(rungs) if part in parts)
 
 
-def imported_parts(file: Path) -> Iterator[tuple[int, str]]:
-    """(line, part of stepquant) for every import in the file, those inside functions included."""
+def room_of(name: str) -> str | None:
+    """The longest entry of its part's inner ladder that `evaluate.metrics.pairs` lies in."""
+    part, _, inner = name.partition(".")
+    entries = [entry for parts in INSIDE.get(part, ()) for entry in parts]
+    return max((e for e in entries if f"{inner}.".startswith(f"{e}.")), key=len, default=None)
+
+
+def imported(file: Path) -> Iterator[tuple[int, str]]:
+    """(line, module of stepquant or "" for the package's root) for every import, those inside functions included."""
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -59,13 +100,21 @@ def imported_parts(file: Path) -> Iterator[tuple[int, str]]:
         else:
             continue
         for name in names:
-            parts = name.split(".")
-            if parts[0] == "stepquant" and len(parts) > 1 and is_module(parts[1]):
-                yield node.lineno, parts[1]
+            root, *parts = name.split(".")
+            if root == "stepquant":
+                yield node.lineno, module_in(parts)
 
 
-def is_module(name: str) -> bool:
-    return (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()
+def module_in(parts: list[str]) -> str:
+    """The longest beginning of a dotted name that is a module."""
+    while parts and not is_module(parts):
+        parts = parts[:-1]
+    return ".".join(parts)
+
+
+def is_module(parts: list[str]) -> bool:
+    place = PACKAGE.joinpath(*parts)
+    return place.is_dir() or place.with_suffix(".py").is_file()
 
 
 def functions(file: Path) -> Iterator[tuple[str, int, int]]:
