@@ -24,7 +24,7 @@ BLOCKS = {
     "joint": ("--method", "eda_dm", "--set", "chunk=2"),
 }
 FEW = ("--steps", "5", "--samples", "24", "--set", "trajectories=6", "--set", "iterations=3")
-PATIENCE = 120.0  # seconds for a loaded machine
+PATIENCE = 600.0  # seconds for a loaded machine
 
 
 class Run:
