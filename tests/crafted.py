@@ -57,7 +57,11 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def write(folder: Path, config: Any, tensors: dict[str, Tensor] | None = None) -> None:
     (folder / CONFIG).write_text(json.dumps(config))
     if tensors is not None:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+        save_file(
+            {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()},
+            folder / WEIGHTS,
+            {"format": "pt"},
+        )
 
 
 def agree(
