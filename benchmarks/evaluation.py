@@ -70,7 +70,7 @@ def main() -> None:
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--model", default="stepquant:cifar10", help="a float model, or the folder of an artifact")
+    add("--model", default="stepquant:characters", help="a float model, or the folder of an artifact")
     add("--images", type=int, default=64)
     add("--steps", type=int, default=50)
     add("--batch", type=int, default=32)

@@ -31,7 +31,7 @@ from stepquant.job.compare import Cell, Evaluation, Processes, Variant, compare,
 from stepquant.job.compare.grid import check_used, shared
 from stepquant.job.results import DATA
 
-MODEL = "stepquant:cifar10"
+MODEL = "stepquant:characters"
 SCHEMES, MAIN = ("w8a8", "w6a6", "w4a8", "w4a4"), "w4a8"
 # What the tables are made of: title and rows. The rows of an ablation are all at MAIN.
 EDA_DM = [

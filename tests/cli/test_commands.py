@@ -100,7 +100,7 @@ def test_schemes(tmp_path: Path) -> None:
 
 def test_models(tmp_path: Path) -> None:
     listed = run(tmp_path, "models")
-    assert "stepquant:cifar10" in listed
+    assert "stepquant:characters" in listed
     assert all(model["bytes"] < 30e6 for model in listed.values())
 
 

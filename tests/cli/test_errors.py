@@ -36,7 +36,8 @@ def test_unknown_names_get_the_nearest(
 
 
 def test_an_unknown_embedded_model(tmp_path: Path, fails: Fails) -> None:
-    assert "stepquant:cifar10" in fails("quantize", "stepquant:cifar", "--out", tmp_path / "out")
+    for former in ("stepquant:cifar10", "stepquant:character"):
+        assert "stepquant:characters" in fails("quantize", former, "--out", tmp_path / "out")
 
 
 def test_an_unknown_command_and_an_unknown_option(fails: Fails) -> None:

@@ -50,8 +50,8 @@ class TestLoad:
         assert isinstance(load(saved), DDIMPipeline)
 
     def test_a_misspelt_embedded_model_gets_the_nearest_name(self) -> None:
-        with pytest.raises(ModelError, match="did you mean 'stepquant:cifar10'"):
-            load("stepquant:cifar01")
+        with pytest.raises(ModelError, match="did you mean 'stepquant:characters'"):
+            load("stepquant:charcaters")
 
     def test_an_unknown_model(self) -> None:
         with pytest.raises(ModelError, match="there is no model 'nowhere'"):

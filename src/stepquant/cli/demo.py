@@ -26,6 +26,9 @@ def demo(
     ),
     seed: Seed = 0,
     device: Device = "cpu",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Also time torch.compile, which takes minutes to build.")
+    ] = False,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -38,16 +41,21 @@ def demo(
     )
     start = time.monotonic()
     with keeping(f"what is finished is kept in {out}; run it again to go on"), screen.reporter:
-        results, page = run_demo(screen, out, seed, device)
+        results, page = run_demo(screen, out, seed, device, compiled)
     show_table(screen, results)
-    screen.show(f"\nreport: {page}   artifact: {out / 'cifar10-w8a8'}   in {time.monotonic() - start:.0f} s")
+    screen.show(
+        f"\nreport: {page}   artifact: {out / 'characters-w8a8'}   in {time.monotonic() - start:.0f} s"
+    )
     screen.finish(json, results)
 
 
-def run_demo(screen: Screen, out: Path, seed: int, device: str) -> tuple[dict[str, Any], Path]:
+def run_demo(
+    screen: Screen, out: Path, seed: int, device: str, compiled: bool
+) -> tuple[dict[str, Any], Path]:
+    from stepquant.evaluate.speed.calls import baselines_here
     from stepquant.job.results import benchmark_artifact, evaluate_artifact, report_artifact
 
-    folder, progress = out / "cifar10-w8a8", screen.reporter
+    folder, progress = out / "characters-w8a8", screen.reporter
     recipe = Recipe.of(
         model=DEFAULT_MODEL, settings={"samples": SAMPLES}, steps=CALIBRATION_STEPS, seed=seed, device=device
     )
@@ -55,7 +63,8 @@ def run_demo(screen: Screen, out: Path, seed: int, device: str) -> tuple[dict[st
     outcome = quantize_to(recipe, folder, resume=True, progress=progress)
     screen.say(outcome_text(outcome, time.monotonic() - start))
     evaluate_artifact(folder, device=device, progress=progress, images=IMAGES, steps=STEPS, seed=seed)
-    results = benchmark_artifact(folder, device=device, progress=progress, batches=BATCHES, seconds=SECONDS)
+    timing: dict[str, Any] = {"batches": BATCHES, "seconds": SECONDS, "baselines": baselines_here(compiled)}
+    results = benchmark_artifact(folder, device=device, progress=progress, **timing)
     page, _ = report_artifact(folder, out)
     return results, page
 

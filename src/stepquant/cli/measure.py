@@ -124,7 +124,7 @@ def benchmark(
         "batches": read_counts(batch, "--batch"),
         "seconds": seconds,
         "count": threads,
-        "baselines": [name for name in baselines_here() if compiled or "compiled" not in name],
+        "baselines": baselines_here(compiled),
         "prompts": read_prompts(prompts),
     }
     pipeline = load(model, device)

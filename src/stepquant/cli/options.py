@@ -14,7 +14,7 @@ from stepquant.calib.cache import is_special
 from stepquant.cli.words import LARGEST
 from stepquant.errors import StepquantError
 
-DEFAULT_MODEL = "stepquant:cifar10"
+DEFAULT_MODEL = "stepquant:characters"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 Model = Annotated[

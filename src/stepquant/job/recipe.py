@@ -26,7 +26,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = "stepquant:cifar10"
+    model: str = "stepquant:characters"
     method: str = "ptq4dm"
     scheme: str | None = None  # None: the plan alone, or w8a8 without one
     plan: dict[str, Any] | None = None  # rules that come before those of the scheme

@@ -30,9 +30,7 @@ from stepquant.report import write as write_report
 
 RESULTS = "results.json"
 # What a model was trained on, where the distance to data can be measured offline.
-DATA = {"stepquant:cifar10": "cifar10"} | dict.fromkeys(
-    ("stepquant:characters", "stepquant:characters-dit", "stepquant:characters-text"), "characters"
-)
+DATA = {"stepquant:characters": "characters"}
 
 
 def artifact_config(pipeline: Any, folder: Path) -> hub.StepquantConfig:

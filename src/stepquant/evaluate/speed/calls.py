@@ -147,12 +147,12 @@ def fastest_type() -> torch.dtype:
     return torch.bfloat16 if multiplies_bf16(torch.device("cpu")) else torch.float32
 
 
-def baselines_here() -> tuple[str, ...]:
-    """What is worth timing on this machine: fp32 eager, and all others in its fastest type."""
+def baselines_here(compiled: bool = True) -> tuple[str, ...]:
+    """What is worth timing on this machine: fp32 eager, and all others in its fastest type; compiling takes minutes."""
     fast = "bf16" if fastest_type() == torch.bfloat16 else "fp32"
     eager = dict.fromkeys((REFERENCE, f"{fast} eager"))
     peers = (f"OpenVINO {fast}", "OpenVINO INT8") if peers_installed() else ()
-    return (*eager, f"{fast} compiled", *peers)
+    return (*eager, *((f"{fast} compiled",) if compiled else ()), *peers)
 
 
 def contenders(

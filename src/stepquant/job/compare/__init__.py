@@ -1,6 +1,6 @@
 """Many recipes on one model, measured alike: a grid of cells in a run store, and the page about them.
 
-cells = grid("stepquant:cifar10", methods=["minmax"], schemes=["w8a8", "w4a8"], seeds=3)
+cells = grid("stepquant:characters", methods=["minmax"], schemes=["w8a8", "w4a8"], seeds=3)
 outcome = compare(cells, Path("runs/compare"))
 """
 
