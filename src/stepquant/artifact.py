@@ -188,7 +188,8 @@ def bounds_of(
             found |= range_bounds(f"{path}.product.{port}", getattr(product, port))
         found[f"{path}.product.probabilities_shift"] = FINITE
     if steps is not None:
-        last = steps.groups - 1
+        # One group of ranges serves every row; corrections have a row for each time.
+        last = (steps.groups if steps.groups > 1 else steps.times) - 1
         found["steps.bits"] = TIMES
         found["steps.rows"] = Bounds(0, last, f"rows from 0 to {last}")
         found |= {f"steps.{name}": FINITE for name in ("table", "correction_scale", "correction_bias")}

@@ -149,7 +149,8 @@ def test_guidance_branches_are_kept_apart(text_pipeline: StableDiffusionPipeline
         assert torch.equal(batch.arguments["sample"][first], batch.arguments["sample"][second])
         assert not torch.equal(text[first], text[second])
     unconditional = text[batch.branch == 0]
-    assert torch.equal(unconditional[0], unconditional[-1]), "the empty prompt is the same for all"
+    # A product of floats may sum the rows of a batch in different orders.
+    torch.testing.assert_close(unconditional[0], unconditional[-1], atol=1e-5, rtol=1e-5)
 
 
 def test_a_damaged_shard_is_recorded_again(source: Source) -> None:

@@ -30,7 +30,8 @@ from stepquant.runtime.lower import lower
 from stepquant.runtime.steps import StepTensors
 from tests.runtime.synthetic import relative
 
-WITHIN = {"w8a8": 0.02, "w4a4": 0.1}  # codes next to a border may land on the other side of it
+# Codes next to a border may land on the other side of it; how many do depends on the order in which a processor sums floats.
+WITHIN = {"w8a8": 0.02, "w4a4": 0.15}
 FLOAT_TIME = Rule(None, "tabled", ROLES, optional=True)
 
 

@@ -235,7 +235,7 @@ class TestFailed:
         assert (found.made, found.failed) == (1, 1)
         assert found.results[0]["error"] == "ValueError: no <range> today"
         assert "no &lt;range&gt; today" in found.page.read_text()
-        assert "no <range> today" in (tmp_path / "compare.md").read_text()
+        assert r"no \<range\> today" in (tmp_path / "compare.md").read_text()
         again = compare(cells("minmax", "ptq4dm"), tmp_path, executor=Inline())
         assert (again.made, again.found, again.failed) == (1, 1, 0)
         assert "today" not in again.page.read_text()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from stepquant.runtime.layers.attention_product import IntegerProduct
@@ -21,22 +20,18 @@ class Swallowed:
 
     def awaited(self) -> bool:
         """Whether somebody's code runs when one of them is called, so that they must be."""
-        if torch.compiler.is_compiling():
-            return False
         return any(map(is_awaited, self.modules, self.forwards))
 
     def __enter__(self) -> None:
         """Bring the tensors of those that are offloaded."""
-        if not torch.compiler.is_compiling():
-            for module in self.modules:
-                if OFFLOADED in module.__dict__:
-                    module.__dict__[OFFLOADED].pre_forward(module)
+        for module in self.modules:
+            if OFFLOADED in module.__dict__:
+                module.__dict__[OFFLOADED].pre_forward(module)
 
     def __exit__(self, *error: object) -> None:
-        if not torch.compiler.is_compiling():
-            for module in self.modules:
-                if OFFLOADED in module.__dict__:
-                    module.__dict__[OFFLOADED].post_forward(module, None)
+        for module in self.modules:
+            if OFFLOADED in module.__dict__:
+                module.__dict__[OFFLOADED].post_forward(module, None)
 
 
 def is_awaited(module: nn.Module, forward: Any) -> bool:
