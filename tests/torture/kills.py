@@ -54,30 +54,30 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    draw, found, violations, start = (
-        random.Random(options.seed),
-        Counter[str](),
-        Violations("kills"),
-        time.time(),
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of the first kill: each has its own draws"
     )
+    options = parser.parse_args()
+    found, violations, start = Counter[str](), Violations("kills"), time.time()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         model = make_model(root / "tiny")
         began = time.time()
         expected = undisturbed(model, root)
         seconds = (time.time() - began) / len(expected)
-        for number in range(options.count):
+        for number in range(options.first, options.first + options.count):
             place = root / str(number)
             place.mkdir()
+            draw = random.Random(f"{options.seed} {number}")
             ended, wrong = kill_once(draw, model, place, expected, seconds)
             found[ended] += 1
             violations.check(
-                not wrong, f"{wrong}: {(place / 'cache.txt').read_text()[-500:]}" if wrong else ""
+                not wrong,
+                f"number {number}: {wrong}: {(place / 'cache.txt').read_text()[-500:]}" if wrong else "",
             )
     ends = ", ".join(f"{count} {name}" for name, count in sorted(found.items()))
     print(
-        f"kills: {options.count} random kills ({ends}), seed {options.seed}, each resumed to the same bytes: "
+        f"kills: {options.count} random kills ({ends}), seed {options.seed} from {options.first}, each resumed to the same bytes: "
         f"{violations.count} violations, {time.time() - start:.0f} s"
     )
     return min(violations.count, 1)
