@@ -240,8 +240,9 @@ EDITS: list[dict[str, Any]] = [
 def test_an_edited_model_is_refused(folder: Path, edit: dict[str, Any]) -> None:
     config, _ = crafted.read(folder)
     crafted.write(folder, config | edit)
-    with pytest.raises(ArtifactError, match="config.json was edited"):
+    with pytest.raises(ArtifactError, match="config.json was edited") as caught:
         load(folder.parent)
+    assert caught.value.where == str(folder / "config.json")
 
 
 @pytest.mark.parametrize("edit", [{"norm_num_groups": 4}, {"flip_sin_to_cos": False}, {"act_fn": ...}])

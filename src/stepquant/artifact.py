@@ -60,14 +60,14 @@ def stored_grid(port: str, text: str, where: str) -> Grid:
     except GridError as error:
         raise ArtifactError(
             f"'{where}.{port}' is no grid: {error.what}",
-            where=f"config.json, {where}",
+            where=where,
             expected=error.expected,
             fix=AGAIN,
         ) from error
     if grid.granularity not in allowed:
         raise ArtifactError(
             f"'{where}.{port}' cannot carry its grid",
-            where=f"config.json, {where}",
+            where=where,
             got=grid,
             expected=f"a grid per {' or '.join(allowed)}",
             fix=AGAIN,

@@ -252,7 +252,13 @@ def check_folder(folder: Path) -> None:
             continue  # diffusers says what is wrong with it
         quantized = settings.get("quantization_config") if isinstance(settings, Mapping) else None
         if isinstance(quantized, Mapping) and quantized.get("quant_method") == Name.STEPQUANT.value:
-            StepquantConfig.from_dict(quantized).check_settings(settings, str(file))
+            try:
+                StepquantConfig.from_dict(quantized).check_settings(settings)
+            except ArtifactError as error:
+                where = f"{file}{f' ({error.where})' if error.where else ''}"
+                raise ArtifactError(
+                    error.what, where=where, got=error.got, expected=error.expected, fix=error.fix
+                ) from error
 
 
 def digests_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:

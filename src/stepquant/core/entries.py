@@ -66,7 +66,7 @@ def entries(
     if missing or unknown:
         raise ArtifactError(
             f"'{where}' {'lacks' if missing else 'has the unknown'} key '{shown((missing or unknown)[0])}'",
-            where=f"config.json, {where}",
+            where=where,
             got=", ".join(map(shown, sorted(data))) or "no key",
             expected=", ".join(kinds),
             fix=AGAIN,
@@ -80,7 +80,7 @@ def entries(
 def wrong(where: str, value: Any, kind: Kind) -> ArtifactError:
     return ArtifactError(
         f"'{where}' cannot be read",
-        where=f"config.json, {where}",
+        where=where,
         got=shown(repr(value)),
         expected=kind.words,
         fix=AGAIN,
