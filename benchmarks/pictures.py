@@ -11,10 +11,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
+from stepquant.evaluate.metrics.pairs import psnr
 from stepquant.job import Recipe, load, quantize_to
 
 COLUMNS, STEPS, SIDE, GAP, MARGIN = 10, 50, 64, 4, 64
@@ -28,12 +30,13 @@ def draw(pipeline: Any) -> list[Image.Image]:
 
 
 def decibels(images: list[Image.Image], reference: list[Image.Image]) -> float:
-    """PSNR of the mean squared error over all pictures."""
-    pair = [
-        torch.stack([torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).float() for i in row])
-        for row in (images, reference)
-    ]
-    return float(10 * (255**2 / (pair[0] - pair[1]).square().mean()).log10())
+    """Mean PSNR over the pairs."""
+    a, b = (torch.stack([pil_to_tensor(image) for image in row]) for row in (images, reference))
+    return float(psnr(a, b).mean())
+
+
+def pil_to_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).float() / 255
 
 
 def sheet(rows: dict[str, list[Image.Image]]) -> Image.Image:

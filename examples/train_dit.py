@@ -13,9 +13,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from data import DATA, DataError, draws, grid, load_pictures, pad_to
+from data import DataError, draws, grid, load_pictures, pad_to
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from export import finish, load_average
+from export import add_latent_arguments, finish, load_average, train_and_export
 from torch import Tensor, nn
 from train_autoencoder import decode, latents_of
 from training import SCHEDULER, Loss, Trainer, add_arguments, main, run
@@ -140,30 +140,12 @@ def export(args: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser, training, exporting = train_and_export(
+        __doc__, train, export, title="Characters DiT", run=Path("runs/characters-dit")
     )
-    commands = parser.add_subparsers(required=True)
-    training = commands.add_parser("train")
-    training.set_defaults(command=train)
     training.add_argument("--compile", action="store_true", help="worth its minutes in long runs")
     add_arguments(training, images=400_000, cooldown=200_000, lr=1e-3)
-    exporting = commands.add_parser("export")
-    exporting.set_defaults(command=export)
-    exporting.add_argument("--out", type=Path, required=True, help="the pipeline folder to write")
-    exporting.add_argument("--samples", type=int, default=64, help="pictures of the grid")
-    exporting.add_argument("--title", default="Characters DiT")
-    exporting.add_argument("--license", default="cc0-1.0")
-    exporting.add_argument("--guidance", type=float, default=GUIDANCE)
-    exporting.add_argument("--processor", default="", help="what it was trained on, for the card")
-    for command in (training, exporting):
-        command.add_argument(
-            "--data", type=Path, default=DATA / "characters32", help="folder of parquet files"
-        )
-        command.add_argument("--autoencoder", type=Path, default=Path("runs/autoencoder"), help="its run")
-        command.add_argument(
-            "--run", type=Path, default=Path("runs/characters-dit"), help="checkpoint's folder"
-        )
+    add_latent_arguments(training, exporting, GUIDANCE)
     return parser
 
 

@@ -14,9 +14,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from data import DATA, draws, grid, load_pictures, pad_to
+from data import draws, grid, load_pictures, pad_to
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from export import finish, load_average
+from export import add_latent_arguments, finish, load_average, train_and_export
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from train_autoencoder import latents_of
@@ -161,29 +161,11 @@ def export(args: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser, training, exporting = train_and_export(
+        __doc__, train, export, title="Characters from text", run=Path("runs/characters-text")
     )
-    commands = parser.add_subparsers(required=True)
-    training = commands.add_parser("train")
-    training.set_defaults(command=train)
     add_arguments(training, images=400_000, cooldown=200_000, lr=1e-3)
-    exporting = commands.add_parser("export")
-    exporting.set_defaults(command=export)
-    exporting.add_argument("--out", type=Path, required=True, help="the pipeline folder to write")
-    exporting.add_argument("--samples", type=int, default=64, help="pictures of the grid")
-    exporting.add_argument("--title", default="Characters from text")
-    exporting.add_argument("--license", default="cc0-1.0")
-    exporting.add_argument("--guidance", type=float, default=GUIDANCE)
-    exporting.add_argument("--processor", default="", help="what it was trained on, for the card")
-    for command in (training, exporting):
-        command.add_argument(
-            "--data", type=Path, default=DATA / "characters32", help="folder of parquet files"
-        )
-        command.add_argument("--autoencoder", type=Path, default=Path("runs/autoencoder"), help="its run")
-        command.add_argument(
-            "--run", type=Path, default=Path("runs/characters-text"), help="checkpoint's folder"
-        )
+    add_latent_arguments(training, exporting, GUIDANCE)
     return parser
 
 

@@ -16,7 +16,7 @@ import torch
 from data import DATA, draws, grid, load_pictures, pad_to, random_flip, signed
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
-from export import finish, load_average
+from export import finish, load_average, train_and_export
 from torch import Tensor, nn
 from training import SCHEDULER, Loss, Trainer, add_arguments, main, run
 
@@ -107,26 +107,14 @@ def export(args: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser, training, _ = train_and_export(
+        __doc__, train, export, title="Characters U-Net", run=Path("runs/characters")
     )
-    commands = parser.add_subparsers(required=True)
-    training = commands.add_parser("train")
-    training.set_defaults(command=train)
     training.add_argument("--data", type=Path, default=DATA / "characters32", help="folder of parquet files")
     training.add_argument("--size", choices=sorted(CHANNELS), default="characters", help="the network's size")
     training.add_argument("--flip", action="store_true", help="mirror half of the images")
     training.add_argument("--compile", action="store_true", help="worth its minutes in long runs")
     add_arguments(training, images=300_000, cooldown=150_000, lr=1e-3)
-    exporting = commands.add_parser("export")
-    exporting.set_defaults(command=export)
-    exporting.add_argument("--out", type=Path, required=True, help="the pipeline folder to write")
-    exporting.add_argument("--samples", type=int, default=64, help="pictures of the grid")
-    exporting.add_argument("--title", default="Characters U-Net")
-    exporting.add_argument("--license", default="cc0-1.0")
-    exporting.add_argument("--processor", default="", help="what it was trained on, for the card")
-    for command in (training, exporting):
-        command.add_argument("--run", type=Path, default=Path("runs/characters"), help="checkpoint's folder")
     return parser
 
 
