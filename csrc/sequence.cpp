@@ -132,7 +132,28 @@ class Sequence : public torch::CustomClassHolder {
   std::vector<int64_t> outputs_;
 };
 
+// Whether tensors are as they were, by how often each was written to; those of inference mode do not count that.
+class Versions : public torch::CustomClassHolder {
+ public:
+  explicit Versions(std::vector<Tensor> tensors) : tensors_(std::move(tensors)) {
+    for (const Tensor& tensor : tensors_) versions_.push_back(version(tensor));
+  }
+  bool same() const {
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (version(tensors_[i]) != versions_[i]) return false;
+    }
+    return true;
+  }
+
+ private:
+  static int64_t version(const Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
+
+  std::vector<Tensor> tensors_;
+  std::vector<int64_t> versions_;
+};
+
 TORCH_LIBRARY_FRAGMENT(stepquant, library) {
+  library.class_<Versions>("Versions").def(torch::init<std::vector<Tensor>>()).def("same", &Versions::same);
   library.class_<Sequence>("Sequence")
       .def(torch::init<int64_t>())
       .def("call", &Sequence::call)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, ValuesView
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -27,7 +28,7 @@ from stepquant.runtime.blocks.time_rows import Row, TimeRows
 from stepquant.runtime.cpu.recording import Recording, UnrecordableError
 from stepquant.runtime.finite import NotFinite
 from stepquant.runtime.layers.layer import IntegerLayer
-from stepquant.runtime.layers.stored import OFFLOADED, versions_of
+from stepquant.runtime.layers.stored import OFFLOADED
 from stepquant.runtime.turns import Turns
 
 KEPT_KINDS = 64
@@ -153,7 +154,7 @@ class Watch:
 
     hooks: list[Any]  # of all modules but the model itself, whose own run around the sequence
     attributes: list[dict[str, Any]]
-    tensors: list[dict[str, Any]]  # parameters and buffers of the modules that have any
+    tensors: list[ValuesView[Any]]  # parameters and buffers of the modules that have any
     bound: list[dict[str, Any]]  # of the modules with a forward of their own
     layers: list[dict[str, Any]]  # attributes of the layers with one range
     stepped_layers: list[dict[str, Any]]  # whose kernel is another one at every step, with the same weight
@@ -167,11 +168,11 @@ class Watch:
         return cls(
             [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)],
             [module.__dict__ for module in modules],
-            [found for module in modules for found in (module._parameters, module._buffers) if found],
+            [found.values() for m in modules for found in (m._parameters, m._buffers) if found],
             [module.__dict__ for module in modules if "forward" in module.__dict__],
             [layer.__dict__ for layer in layers if not getattr(layer, "stepped", False)],
             [layer.__dict__ for layer in layers if getattr(layer, "stepped", False)],
-            [chain.state for chain in chains(model) if type(chain).state is not Chain.state],
+            [one.state for one in chains(model) if type(one).state is not Chain.state],
             [module for module in modules if getattr(module, "stepped", False)],
         )
 
@@ -181,20 +182,17 @@ class State:
 
     def __init__(self, watch: Watch) -> None:
         self.places, self.parts = count(watch), parts(watch)
-        self.tensors = tensors_of(watch)
-        self.versions = versions_of(self.tensors)
+        self.tensors = list(chain.from_iterable(watch.tensors))
+        held = [tensor for tensor in self.tensors if tensor is not None]
+        self.versions = torch.classes.stepquant.Versions(held)
 
     def still(self, watch: Watch) -> bool:
         return count(watch) == self.places and parts(watch) == self.parts and self.same_numbers(watch)
 
     def same_numbers(self, watch: Watch) -> bool:
-        now = tensors_of(watch)
+        now = list(chain.from_iterable(watch.tensors))
         same = len(now) == len(self.tensors) and all(map(is_, now, self.tensors))
-        return same and versions_of(now) == self.versions
-
-
-def tensors_of(watch: Watch) -> list[Tensor]:
-    return [tensor for found in watch.tensors for tensor in found.values() if tensor is not None]
+        return same and self.versions.same()  # type: ignore[no-any-return]
 
 
 def offloads(watch: Watch) -> bool:
