@@ -5,6 +5,7 @@
 
 Ctrl-C or SIGTERM saves and stops; the same command goes on from there. To finish early, run it again with
 a smaller `--images`: the learning rate then falls to zero over `--cooldown` images from where it stands.
+With a larger `--images`, a finished run goes on at the full rate.
 """
 
 from __future__ import annotations

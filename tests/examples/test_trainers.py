@@ -139,6 +139,34 @@ def test_a_text_model_reads_words(data: Path, autoencoder: Path, tmp_path: Path)
     assert images.shape == (1, 32, 32, 3)
 
 
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (16, 16)])
+def test_muon_steps_as_the_one_of_torch(shape: tuple[int, int]) -> None:
+    """Which multiplies in bfloat16, so that its steps are off by one or two percent."""
+    muon, torch_muon = importlib.import_module("training").Muon, torch.optim.Muon
+    torch.manual_seed(0)
+    begin = torch.randn(shape)
+    ours, theirs = (torch.nn.Parameter(begin.clone()) for _ in range(2))
+    both = muon([ours], 0.1), torch_muon([theirs], 0.1, 0.0, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        for optimizer in both:
+            optimizer.step()
+    assert (ours - theirs).norm() < 0.03 * (theirs - begin).norm()
+
+
+def test_a_finished_training_goes_on_at_the_full_rate(data: Path, tmp_path: Path) -> None:
+    begin = ["train", "--data", data, "--run", tmp_path, *SHORT]
+    call("train_unet.py", *begin, "--images", 4, "--cooldown", 4)
+    with pytest.MonkeyPatch.context() as patch:
+        trainer, rates = importlib.import_module("training").Trainer, []
+        step = trainer.step
+        patch.setattr(trainer, "step", lambda self, loss: (step(self, loss), rates.append(self.rate)))
+        call("train_unet.py", *begin, "--images", 16, "--cooldown", 4, "--warmup", 1, "--lr", 1e-3)
+    assert seen(tmp_path) == 20
+    assert rates == [1e-3, 1e-3, 0.0]
+
+
 def test_images_of_28_pixels_are_padded(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_split(tmp_path / "data", split, [28] * 8)
