@@ -113,7 +113,9 @@ def test_a_unet_is_trained_resumed_and_exported(data: Path, tmp_path: Path) -> N
     assert "12 images" in (out / "README.md").read_text()
 
 
-def test_a_transformer_draws_the_class_that_is_asked(data: Path, autoencoder: Path, tmp_path: Path) -> None:
+def test_a_transformer_draws_the_class_that_is_asked(
+    data: Path, autoencoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     files = ["--data", data, "--autoencoder", autoencoder, "--run", run]
     call("train_dit.py", "train", *files, "--images", 4, "--cooldown", 4, *SHORT)
@@ -126,9 +128,18 @@ def test_a_transformer_draws_the_class_that_is_asked(data: Path, autoencoder: Pa
     ).sample
     assert torch.equal(drawn[0], drawn[1]), "a label beyond the classes must be no class"
     assert pipe(class_labels=[0], num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
+    assert "recognised as asked" in measured(capsys, out, data)
 
 
-def test_a_text_model_reads_words(data: Path, autoencoder: Path, tmp_path: Path) -> None:
+def measured(capsys: pytest.CaptureFixture[str], out: Path, data: Path) -> str:
+    capsys.readouterr()
+    call("measure_models.py", "--pipeline", out, "--data", data, "--samples", 3, "--steps", 1, "--threads", 1)
+    return capsys.readouterr().out
+
+
+def test_a_text_model_reads_words(
+    data: Path, autoencoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     files = ["--data", data, "--autoencoder", autoencoder, "--run", run]
     call("train_text.py", "train", *files, "--images", 4, "--cooldown", 4, *SHORT)
@@ -137,6 +148,8 @@ def test_a_text_model_reads_words(data: Path, autoencoder: Path, tmp_path: Path)
     assert pipe.tokenizer.tokenize("Frog, teal zebra") == ["frog", "teal", "<unknown>"]
     images = pipe("frog, teal body", num_inference_steps=1, output_type="np").images
     assert images.shape == (1, 32, 32, 3)
+    said = measured(capsys, out, data)
+    assert all(word in said for word in ("FD-CH to test", "recognised as asked", "truth: "))
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (16, 16)])
