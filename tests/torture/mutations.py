@@ -111,7 +111,8 @@ def retype(rng: random.Random, _: dict[str, Any], tensors: Tensors) -> str:
         torch.float8_e4m3fn,
     ]
     kind = rng.choice([kind for kind in kinds if kind != tensors[name].dtype])
-    if kind == torch.float64 and name.endswith(("norm.weight", "norm.bias")):
+    owner, _, leaf = name.rpartition(".")
+    if kind == torch.float64 and leaf in ("weight", "bias") and f"{owner}.weight_scale" not in tensors:
         kind = torch.int64  # floats that are not packed may be of any kind
     tensors[name] = tensors[name].to(kind)
     return f"{name} as {kind}"
