@@ -11,7 +11,7 @@ from stepquant.runtime.layers import layer as layers
 from stepquant.runtime.layers.linear import IntegerLinear
 from stepquant.runtime.layers.stored import not_needed_soon
 from stepquant.runtime.lower import integer_layer
-from stepquant.runtime.ops.reference import Code
+from stepquant.runtime.ops.code import Code
 from tests.runtime.synthetic import expected, filled, grids, integer_sums
 
 needs_integers = pytest.mark.skipif(cpu.why_no_integers(1) is not None, reason=str(cpu.why_no_integers(1)))

@@ -15,7 +15,8 @@ from torch import Tensor
 from stepquant.core import affine
 from stepquant.core.grid import Grid
 from stepquant.runtime import ops
-from stepquant.runtime.ops import Code, reference
+from stepquant.runtime.ops import Code
+from tests.runtime import reference
 
 CODE = Code(0.02, 128, 0, 255)
 # The package without what its __init__ imports, which takes longer than the tests.

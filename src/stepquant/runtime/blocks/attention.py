@@ -13,7 +13,7 @@ from stepquant.models.blocks.attention import AttentionUnit
 from stepquant.runtime import ops
 from stepquant.runtime.blocks.chain import Chain, codes_for, kernel_of, pixels, run
 from stepquant.runtime.cpu.products import LinearKernel, joined
-from stepquant.runtime.ops.reference import Code
+from stepquant.runtime.ops.code import Code
 
 
 class Readers:

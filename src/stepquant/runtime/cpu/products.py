@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepquant.runtime import ops
-from stepquant.runtime.ops.reference import Code
+from stepquant.runtime.ops.code import Code
 
 KEPT_SHAPES = 2  # packed copies of one weight: a batch size that comes back is not packed again
 # Where oneDNN has tiles, four times as fast as vectors, more products than these repay its slower start.
@@ -125,7 +125,7 @@ class ConvKernel(PackedKernel):
         left, right, top, bottom = border or (0, 0, 0, 0)
         if product is not None and not better_with_tiles(codes, product):
             sides = (left + wide, right + wide, top + high, bottom + high)
-            return ops.convolve(codes, self.code, product, dtype, into, g.stride, sides, g.dilation, doubled)
+            return product.convolve(codes, self.code, dtype, into, g.stride, sides, g.dilation, doubled)
         codes = ops.upsample_nearest2x(codes) if doubled else codes
         codes = codes if border is None else F.pad(codes, list(border), value=self.code.zero_point)
         codes = codes.contiguous(memory_format=torch.channels_last)
@@ -159,7 +159,7 @@ class LinearKernel(PackedKernel):
         """The product plus `into`, which stays as it is."""
         product = self.product
         if product is not None and not better_with_tiles(codes, product):
-            return ops.linear(codes, self.code, product, dtype, into)
+            return product.linear(codes, self.code, dtype, into)
         code, weight = self.code, self.packed_for(codes.shape)
         if into is None:
             return torch.ops.onednn.qlinear_pointwise.default(

@@ -10,7 +10,7 @@ from torch import Tensor
 from stepquant.artifact import ProductSpec
 from stepquant.runtime import ops
 from stepquant.runtime.layers.stored import Stored, forget_loaded
-from stepquant.runtime.ops.reference import Code
+from stepquant.runtime.ops.code import Code
 
 PORTS = ("query", "key", "value", "probabilities")
 

@@ -14,7 +14,7 @@ from stepquant.core.pack import packed_bytes, unpack
 from stepquant.runtime import ops
 from stepquant.runtime.cpu.products import Geometry, PackedKernel, why_no_integers
 from stepquant.runtime.layers.stored import Stored, forget_loaded, not_needed_soon
-from stepquant.runtime.ops.reference import Code
+from stepquant.runtime.ops.code import Code
 
 WEIGHT_ONLY = "weight-only: dequantized at every call, which saves memory and not time"
 HELD = "weight-only: dequantized once, because it is small and often read"
