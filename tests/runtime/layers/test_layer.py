@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from stepquant.runtime.cpu import device as cpu_device
 from stepquant.runtime.cpu import products as cpu
 from stepquant.runtime.layers import layer as layers
 from stepquant.runtime.layers.linear import IntegerLinear
@@ -209,7 +210,7 @@ def test_other_paddings_run_in_float(mode: str) -> None:
 
 
 def test_a_cpu_that_saturates_runs_in_float_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "why_no_integers", lambda groups: "products saturate")
+    monkeypatch.setattr(cpu_device, "why_no_integers", lambda groups: "products saturate")
     layer, x = nn.Linear(8, 4), torch.randn(3, 8)
     new = filled(layer, grids("int8/channel uint8/tensor"), -2.0, 2.0)
     assert not new.integer

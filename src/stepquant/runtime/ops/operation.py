@@ -44,9 +44,10 @@ class Operation(Generic[P]):
         LIBRARY.define(f"{name}({schema(plain)}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
         self.plain, self.__doc__ = plain, plain.__doc__
         self.overload: Any = getattr(torch.ops.stepquant, name).default
-        flat = with_codes(plain)
-        torch.library.impl(f"stepquant::{name}", "default", flat, lib=LIBRARY)
-        torch.library.register_fake(f"stepquant::{name}", without_numbers(self.overload, flat), lib=LIBRARY)
+        self.flat = with_codes(plain)  # for the arguments of the schema
+        torch.library.impl(f"stepquant::{name}", "default", self.flat, lib=LIBRARY)
+        fake = without_numbers(self.overload, self.flat)
+        torch.library.register_fake(f"stepquant::{name}", fake, lib=LIBRARY)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         flat: list[object] = []
