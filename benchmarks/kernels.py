@@ -140,7 +140,7 @@ def convolution_calls(sizes: tuple[int, ...]) -> list[Callable[[], object]]:
     product = ops.Product.of(weight, torch.full((outputs,), 1e-3), torch.zeros(outputs))
     floats = weight.float().contiguous(memory_format=torch.channels_last)
     return [
-        lambda: ops.convolve(codes, CODE, product, torch.bfloat16, None, sides=sides),
+        lambda: product.convolve(codes, CODE, torch.bfloat16, None, sides=sides),
         lambda: F.conv2d(x, floats, None, 1, kernel // 2),
     ]
 

@@ -16,8 +16,8 @@ from stepquant.quant.plan import Plan, Rule
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import lower, ops
 from stepquant.runtime.coverage import coverage
+from stepquant.runtime.cpu import device as cpu_device
 from stepquant.runtime.cpu.products import ConvKernel, LinearKernel, why_no_integers
-from stepquant.runtime.layers import layer as layers
 from stepquant.runtime.layers.convolution import IntegerConv2d
 from tests.models.tiny import unconditional
 from tests.runtime.synthetic import quantized
@@ -89,7 +89,7 @@ def test_the_trace_of_a_lowered_network_holds_integer_operations_only(
 def test_a_silent_float_fallback_fails_the_proof(
     frozen: tuple[UNet2DModel, Artifact], x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "why_no_integers", lambda groups: "told to")
+    monkeypatch.setattr(cpu_device, "why_no_integers", lambda groups: "told to")
     model = lowered(frozen)
     with pytest.raises(AssertionError):
         prove(model, frozen[1], x)

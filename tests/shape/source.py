@@ -35,7 +35,9 @@ INSIDE: dict[str, Rungs] = {
     ),
     "runtime": (
         ("ops", "finite", "turns"),
-        ("cpu.products",),
+        ("kernel",),
+        ("device", "cpu.products"),
+        ("cpu.device", "plain"),
         ("layers",),
         ("steps",),
         ("blocks", "intact"),

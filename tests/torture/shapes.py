@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from stepquant.runtime import ops
-from stepquant.runtime.ops import Code, Product, reference
+from stepquant.runtime.ops import Code, Product
+from tests.runtime import reference
 from tests.runtime.ops.test_attention import check as check_attention
 from tests.runtime.ops.test_ops import assert_codes, channels_last
 from tests.torture.runs import Violations
@@ -94,7 +95,7 @@ def group_norm_quantize(case: Case) -> None:
     around = {name: case.maybe(batch, channels) for name in ("add", "scale", "shift")} | rest
     affine = case.maybe(channels, dtype=torch.float32), case.maybe(channels, dtype=torch.float32)
     code, activation = case.code(), case.draw.choice(("none", "silu"))
-    exact = reference._group_norm(
+    exact = reference.normed(
         x, *affine, groups, 1e-5, activation, *(around.get(n) for n in ("add", "scale", "shift", "skip"))
     )
     got = ops.group_norm_quantize(x, *affine, groups, 1e-5, code, activation, **around)  # type: ignore[arg-type]
@@ -106,8 +107,8 @@ def layer_norm_quantize(case: Case) -> None:
     x, code = case.numbers(batch, tokens, width), case.code()
     affine = case.maybe(width, dtype=torch.float32), case.maybe(width, dtype=torch.float32)
     scale, shift = case.maybe(batch, width), case.maybe(batch, width)
-    y = reference._affine(reference._standardize(x, 1e-5), *affine, (1, 1, -1))
-    exact = reference._modulate(y, scale, shift, (batch, 1, -1))
+    y = reference.affine(reference.standardized(x, 1e-5), *affine, (1, 1, -1))
+    exact = reference.modulated(y, scale, shift, (batch, 1, -1))
     got = ops.layer_norm_quantize(x, *affine, 1e-5, code, scale, shift)
     assert_codes(got, exact, code, doubtful=1.0)
 
@@ -146,7 +147,7 @@ def convolve(case: Case) -> None:
     add = case.maybe(*plain.shape)
     want = reference.convolve(codes, 0.02, zero, weight, scale, bias, case.dtype, add, **walk)  # type: ignore[arg-type]
     product = Product.of(weight, scale, bias)
-    assert torch.equal(ops.convolve(codes, Code(0.02, zero), product, case.dtype, add, **walk), want)  # type: ignore[arg-type]
+    assert torch.equal(product.convolve(codes, Code(0.02, zero), case.dtype, add, **walk), want)  # type: ignore[arg-type]
 
 
 def linear(case: Case) -> None:
@@ -157,7 +158,7 @@ def linear(case: Case) -> None:
     zero = case.draw.choice((0, 255, case.draw.randint(0, 255)))
     want = reference.linear(codes, 0.5, zero, weight, scale, bias, case.dtype, add)
     product = Product.of(weight[:, :, None, None], scale, bias)
-    assert torch.equal(ops.linear(codes, Code(0.5, zero), product, case.dtype, add), want)
+    assert torch.equal(product.linear(codes, Code(0.5, zero), case.dtype, add), want)
 
 
 def attention(case: Case) -> None:

@@ -15,12 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stepquant.models.families.roles import LEAVES, PRODUCTS
 from stepquant.runtime.blocks.chain import Chain, chains
 from stepquant.runtime.blocks.install import forget_kept
-from stepquant.runtime.cpu.products import ConvKernel, LinearKernel
+from stepquant.runtime.device import operations
 from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.layer import IntegerLayer
 
-INTEGER_OPS = tuple(name for kind in (ConvKernel, LinearKernel) for name in (kind.own_name, kind.name))
-INTEGER_OPS += ("stepquant::attention",)
+INTEGER_OPS = operations()
 NOT_PLANNED = "the plan keeps it in float"
 
 

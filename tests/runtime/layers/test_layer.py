@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from stepquant.runtime.cpu import device as cpu_device
 from stepquant.runtime.cpu import products as cpu
 from stepquant.runtime.layers import layer as layers
 from stepquant.runtime.layers.linear import IntegerLinear
 from stepquant.runtime.layers.stored import not_needed_soon
 from stepquant.runtime.lower import integer_layer
-from stepquant.runtime.ops.reference import Code
+from stepquant.runtime.ops.code import Code
 from tests.runtime.synthetic import expected, filled, grids, integer_sums
 
 needs_integers = pytest.mark.skipif(cpu.why_no_integers(1) is not None, reason=str(cpu.why_no_integers(1)))
@@ -209,7 +210,7 @@ def test_other_paddings_run_in_float(mode: str) -> None:
 
 
 def test_a_cpu_that_saturates_runs_in_float_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "why_no_integers", lambda groups: "products saturate")
+    monkeypatch.setattr(cpu_device, "why_no_integers", lambda groups: "products saturate")
     layer, x = nn.Linear(8, 4), torch.randn(3, 8)
     new = filled(layer, grids("int8/channel uint8/tensor"), -2.0, 2.0)
     assert not new.integer

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from stepquant.runtime import ops
-from stepquant.runtime.ops import Code, reference
+from stepquant.runtime.ops import Code
+from tests.runtime import reference
 
 pytestmark = pytest.mark.skipif(not ops.compiled(), reason="the extension stepquant._C was not built")
 

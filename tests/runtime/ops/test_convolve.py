@@ -9,7 +9,8 @@ from torch import Tensor
 from stepquant.runtime import ops
 from stepquant.runtime.cpu import products
 from stepquant.runtime.cpu.products import ConvKernel, Geometry, LinearKernel
-from stepquant.runtime.ops import Code, Product, reference
+from stepquant.runtime.ops import Code, Product
+from tests.runtime import reference
 
 pytestmark = pytest.mark.skipif(not ops.compiled(), reason="the extension stepquant._C was not built")
 needs_onednn = pytest.mark.skipif(
@@ -79,13 +80,13 @@ def test_convolve_gives_the_bytes_of_the_specification(
     walk = {"stride": stride, "sides": sides, "dilation": dilation, "doubled": doubled}
     product, code = Product.of(weight, scale, bias), Code(0.021, zero_point)
     plain = reference.convolve(codes, code.scale, zero_point, weight, scale, bias, dtype, None, **walk)
-    got = ops.convolve(channels_last(codes), code, product, dtype, None, **walk)
+    got = product.convolve(channels_last(codes), code, dtype, None, **walk)
     assert torch.equal(got, plain)
     assert got.is_contiguous(memory_format=torch.channels_last)
     add = torch.randn(plain.shape, generator=generator(2)).to(dtype)
     want = reference.convolve(codes, code.scale, zero_point, weight, scale, bias, dtype, add, **walk)
     former = add.clone()
-    assert torch.equal(ops.convolve(channels_last(codes), code, product, dtype, add, **walk), want)
+    assert torch.equal(product.convolve(channels_last(codes), code, dtype, add, **walk), want)
     assert torch.equal(add, former)
 
 
@@ -102,7 +103,7 @@ def test_convolve_of_other_layouts(layout: str, taps: int) -> None:
     }[layout]
     code, product, sides = Code(1.0, 3), Product.of(weight, scale, None), (taps // 2,) * 4
     want = reference.convolve(given, 1.0, 3, weight, scale, None, torch.float32, None, sides=sides)
-    assert torch.equal(ops.convolve(given, code, product, torch.float32, None, sides=sides), want)
+    assert torch.equal(product.convolve(given, code, torch.float32, None, sides=sides), want)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -130,10 +131,10 @@ def test_linear_gives_the_bytes_of_the_specification(
     product = Product.of(weight[:, :, None, None], scale, bias)
     for zero_point, add in ((0, None), (255, torch.randn(rows, outputs, generator=generator(2)))):
         want = reference.linear(codes, 0.5, zero_point, weight, scale, bias, dtype, add)
-        assert torch.equal(ops.linear(codes, Code(0.5, zero_point), product, dtype, add), want)
+        assert torch.equal(product.linear(codes, Code(0.5, zero_point), dtype, add), want)
     wide = random_bytes(rows, inputs + 8)[:, 3 : 3 + inputs]
     want = reference.linear(wide, 0.5, 7, weight, scale, None, dtype)
-    assert torch.equal(ops.linear(wide, Code(0.5, 7), product._replace(bias=None), dtype), want)
+    assert torch.equal(product._replace(bias=None).linear(wide, Code(0.5, 7), dtype), want)
 
 
 @pytest.mark.parametrize("value, sign", [(255, 127), (255, -128), (0, -128)])
@@ -143,7 +144,7 @@ def test_extreme_sums_are_exact(inputs: int, size: int, value: int, sign: int) -
     codes = torch.full((1, inputs, size, size), value, dtype=torch.uint8)
     weight, scale = torch.full((16, inputs, 3, 3), sign, dtype=torch.int8), torch.ones(16)
     for zero_point in (0, 255):
-        got = ops.convolve(codes, Code(1.0, zero_point), Product.of(weight, scale, None), torch.float32)
+        got = Product.of(weight, scale, None).convolve(codes, Code(1.0, zero_point), torch.float32)
         want = torch.tensor(float((value - zero_point) * sign * inputs * 9))
         assert (got == want).all()
 
@@ -157,7 +158,7 @@ def test_results_beyond_the_normal_numbers_are_rounded_as_ever(value: float) -> 
     for sides in ((1, 1, 1, 1), (0, 0, 0, 0)):
         want = reference.convolve(codes, 0.5, 9, weight, scale, bias, torch.bfloat16, None, sides=sides)
         product = Product.of(weight, scale, bias)
-        got = ops.convolve(channels_last(codes), Code(0.5, 9), product, torch.bfloat16, None, sides=sides)
+        got = product.convolve(channels_last(codes), Code(0.5, 9), torch.bfloat16, None, sides=sides)
         assert torch.equal(got.isnan(), want.isnan())
         same = got.view(torch.int16) == want.view(torch.int16)
         assert (same | want.isnan()).all()
@@ -176,7 +177,7 @@ def test_thread_counts_give_the_same_bytes(images: int, outputs: int, taps: int)
         for threads in (1, 2, 3, 4, 16):
             torch.set_num_threads(threads)
             product = Product.of(weight, scale, None)
-            got = ops.convolve(codes, Code(0.1, 9), product, torch.bfloat16, None, sides=sides)
+            got = product.convolve(codes, Code(0.1, 9), torch.bfloat16, None, sides=sides)
             assert torch.equal(got, want), threads
     finally:
         torch.set_num_threads(former)
@@ -185,11 +186,11 @@ def test_thread_counts_give_the_same_bytes(images: int, outputs: int, taps: int)
 def test_operations_refuse_what_would_read_beyond_memory() -> None:
     product = Product.of(random_weight(16, 8, 3, 3), torch.ones(16), None)
     with pytest.raises(RuntimeError, match="does not fit"):
-        ops.convolve(random_bytes(1, 12, 4, 4), Code(1.0), product, torch.float32)
+        product.convolve(random_bytes(1, 12, 4, 4), Code(1.0), torch.float32)
     with pytest.raises(RuntimeError, match="another shape"):
-        ops.convolve(random_bytes(1, 8, 4, 4), Code(1.0), product, torch.float32, torch.zeros(1, 16, 4, 4))
+        product.convolve(random_bytes(1, 8, 4, 4), Code(1.0), torch.float32, torch.zeros(1, 16, 4, 4))
     with pytest.raises(RuntimeError, match="larger than"):
-        ops.convolve(random_bytes(1, 8, 2, 2), Code(1.0), product, torch.float32)
+        product.convolve(random_bytes(1, 8, 2, 2), Code(1.0), torch.float32)
 
 
 def test_fake_tensors_have_the_true_shapes_and_strides() -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from stepquant.core import affine
 from stepquant.core.grid import Grid
 from stepquant.runtime import ops
-from stepquant.runtime.ops import Code, reference
+from stepquant.runtime.ops import Code
+from tests.runtime import reference
 
 CODE = Code(0.02, 128, 0, 255)
 # The package without what its __init__ imports, which takes longer than the tests.
@@ -48,6 +49,12 @@ def arguments() -> dict[str, tuple]:
 def test_fake_tensors_have_the_true_shapes_and_strides(name: str) -> None:
     operation = getattr(torch.ops.stepquant, name).default
     torch.library.opcheck(operation, arguments()[name], test_utils=("test_schema", "test_faketensor"))
+
+
+def test_every_operation_has_arguments_here() -> None:
+    """And so do those of test_refuse, whose weights are packed."""
+    defined = {name for name, value in vars(ops).items() if isinstance(value, ops.Operation)}
+    assert defined == {*arguments(), "convolve", "linear"}
 
 
 def block(x: Tensor, skip: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def test_an_argument_that_does_not_fit_is_named(name: str, place: int, value: ob
 
 
 def test_no_samples_are_no_samples_in_both() -> None:
-    from stepquant.runtime.ops import reference
+    from tests.runtime import reference
 
     x, skip, rows = torch.randn(0, 32, 4, 6), torch.randn(0, 16, 4, 6), torch.randn(0, 48)
     norming = (x, torch.ones(48), None, 4, 1e-5)

@@ -105,7 +105,7 @@ def integer_product() -> tuple[Callable[[], Any], int] | None:
     weight = torch.ones(width, width, 1, 1, dtype=torch.int8)
     product = ops.Product.of(weight, torch.ones(width), None)
     codes = torch.zeros(rows, width, dtype=torch.uint8)
-    return lambda: ops.linear(codes, ops.Code(1.0), product, torch.bfloat16), rows * width * width
+    return lambda: product.linear(codes, ops.Code(1.0), torch.bfloat16), rows * width * width
 
 
 def fastest(call: Callable[[], Any], rounds: int = 8) -> float:

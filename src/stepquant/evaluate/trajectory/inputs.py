@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stepquant.models.denoiser import Denoiser
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.lower import runtime_modules
-from stepquant.runtime.ops.reference import Code
+from stepquant.runtime.ops.code import Code
 
 
 @dataclass(frozen=True)

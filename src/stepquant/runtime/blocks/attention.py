@@ -12,8 +12,9 @@ from torch import Tensor
 from stepquant.models.blocks.attention import AttentionUnit
 from stepquant.runtime import ops
 from stepquant.runtime.blocks.chain import Chain, codes_for, kernel_of, pixels, run
-from stepquant.runtime.cpu.products import LinearKernel, joined
-from stepquant.runtime.ops.reference import Code
+from stepquant.runtime.device import device_for
+from stepquant.runtime.kernel import Kernel
+from stepquant.runtime.ops.code import Code
 
 
 class Readers:
@@ -23,7 +24,7 @@ class Readers:
         self.layers = layers
         self.widths = [layer.out_features for layer in layers]
         self.joins = True
-        self.joint: tuple[tuple[LinearKernel, ...], LinearKernel] | None = None
+        self.joint: tuple[tuple[Kernel, ...], Kernel] | None = None
 
     def kernels(self) -> tuple[Any, ...]:
         return tuple(kernel_of(layer) for layer in self.layers)
@@ -40,11 +41,11 @@ class Readers:
             return [run(layer, rows, dtype) for layer in self.layers]
         return self.joint_kernel(self.kernels())(rows, dtype).split(self.widths, 1)
 
-    def joint_kernel(self, kernels: tuple[LinearKernel, ...]) -> LinearKernel:
+    def joint_kernel(self, kernels: tuple[Kernel, ...]) -> Kernel:
         """Made again when a layer has made its own kernel again."""
         code = kernels[0].code
         if self.joint is None or any(a.packed is not b.packed for a, b in zip(self.joint[0], kernels)):
-            self.joint = (kernels, joined(kernels))
+            self.joint = (kernels, device_for(kernels[0].scales.device).joined(kernels))
         if self.joint[1].code != code:
             self.joint = (kernels, self.joint[1].with_code(code))
         return self.joint[1]

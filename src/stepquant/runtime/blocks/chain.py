@@ -107,7 +107,7 @@ def read_raw(layer: Any, x: Tensor, skip: Tensor | None) -> Tensor:
 def addable(x: Tensor, layer: Any) -> Tensor:
     """`x`, or a copy of it where `layer` may write into what it adds."""
     kernel = kernel_of(layer)
-    return x.clone() if kernel is not None and kernel.product is None else x
+    return x.clone() if kernel is not None and not kernel.leaves_added else x
 
 
 def pixels(x: Tensor) -> Tensor:

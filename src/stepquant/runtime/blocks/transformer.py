@@ -11,7 +11,6 @@ from stepquant.runtime import ops
 from stepquant.runtime.blocks.attention import Mix, Readers
 from stepquant.runtime.blocks.chain import Chain, NormThen, addable, codes_for, kernel_of, pixels, run
 from stepquant.runtime.blocks.texts import Texts
-from stepquant.runtime.ops import reference
 
 
 class Transformer(Chain):
@@ -103,7 +102,7 @@ class Block(Chain):
     def gated(self, wide: Tensor) -> Tensor:
         kernel = kernel_of(self.narrow)
         if kernel is None:
-            return reference.activate(wide, "geglu")
+            return ops.activate(wide, "geglu")
         return ops.activation_quantize(wide, "geglu", kernel.code)
 
     def changed(self, x: Tensor, text: Tensor) -> bool:

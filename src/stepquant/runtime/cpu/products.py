@@ -6,63 +6,38 @@ in oneDNN's, if those give the same sums on this processor.
 
 from __future__ import annotations
 
-import copy
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Sequence
 from functools import cache
-from typing import Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stepquant.runtime import ops
-from stepquant.runtime.ops.reference import Code
+from stepquant.runtime.kernel import Geometry, Kernel
+from stepquant.runtime.ops.code import Code
 
 KEPT_SHAPES = 2  # packed copies of one weight: a batch size that comes back is not packed again
 # Where oneDNN has tiles, four times as fast as vectors, more products than these repay its slower start.
 FEW_WITH_TILES = 16_000_000
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """How a two-dimensional convolution walks; `padding` is the same on both sides."""
-
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-
-
-class PackedKernel(ABC):
-    """A weight of signed bytes, packed at the first call, and everything that stays the same.
-
-    `weight` yields the signed bytes on demand, so that only the packed copies stay in memory.
-    """
+class PackedKernel(Kernel):
+    """Products in this package's kernels, or in oneDNN's."""
 
     name: str  # of oneDNN's operation
     own_name: str  # of this package's
 
-    def __init__(
-        self,
-        weight: Callable[[], Tensor],
-        scales: Tensor,
-        bias: Tensor | None,
-        code: Code,
-        geometry: Geometry,
-    ) -> None:
-        self.weight, self.scales, self.bias, self.code = weight, scales.contiguous(), bias, code
-        self.geometry = geometry
-        self.zeros = torch.zeros(scales.numel(), dtype=torch.int32)
-        self.packed: dict[tuple[torch.Size, bool], Tensor] = {}
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.zeros = torch.zeros(self.scales.numel(), dtype=torch.int32)
         self.products: list[ops.Product | None] = []  # at most one, shared with every twin
 
-    def with_code(self, code: Code) -> Self:
-        """The same weight behind another input code; both use the same packed copies."""
-        twin = copy.copy(self)
-        twin.code = code
-        return twin
+    @property
+    def leaves_added(self) -> bool:  # type: ignore[override]
+        return self.product is not None
 
     def packed_for(self, shape: torch.Size) -> Tensor:
         key = (shape, self.code.zero_point == 0)  # a layout is chosen with or without room for zero points
@@ -125,7 +100,7 @@ class ConvKernel(PackedKernel):
         left, right, top, bottom = border or (0, 0, 0, 0)
         if product is not None and not better_with_tiles(codes, product):
             sides = (left + wide, right + wide, top + high, bottom + high)
-            return ops.convolve(codes, self.code, product, dtype, into, g.stride, sides, g.dilation, doubled)
+            return product.convolve(codes, self.code, dtype, into, g.stride, sides, g.dilation, doubled)
         codes = ops.upsample_nearest2x(codes) if doubled else codes
         codes = codes if border is None else F.pad(codes, list(border), value=self.code.zero_point)
         codes = codes.contiguous(memory_format=torch.channels_last)
@@ -159,7 +134,7 @@ class LinearKernel(PackedKernel):
         """The product plus `into`, which stays as it is."""
         product = self.product
         if product is not None and not better_with_tiles(codes, product):
-            return ops.linear(codes, self.code, product, dtype, into)
+            return product.linear(codes, self.code, dtype, into)
         code, weight = self.code, self.packed_for(codes.shape)
         if into is None:
             return torch.ops.onednn.qlinear_pointwise.default(

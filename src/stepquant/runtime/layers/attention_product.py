@@ -9,8 +9,9 @@ from torch import Tensor
 
 from stepquant.artifact import ProductSpec
 from stepquant.runtime import ops
+from stepquant.runtime.device import device_for
 from stepquant.runtime.layers.stored import Stored, forget_loaded
-from stepquant.runtime.ops.reference import Code
+from stepquant.runtime.ops.code import Code
 
 PORTS = ("query", "key", "value", "probabilities")
 
@@ -62,18 +63,17 @@ class IntegerProduct(Stored):
             self.row, self.codes = row, ()
 
     def why_float(self) -> str | None:
-        if not ops.compiled():
-            return "the compiled attention kernel is missing: whole numbers multiplied in float32"
         if self.codes[3].zero_point != 0:
             return "probabilities with a zero point have no integer kernel"
-        return None
+        device = self.get_buffer("query_scale").device
+        return device_for(device).why_no_attention(device)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
         self.prepared()
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        if self.reason is None and mask is None and q.is_cpu:
+        if self.reason is None and mask is None:
             return self.shifted(ops.attention(q, k, v, scale, *self.codes), v)
         return self.shifted(self.whole_numbers(q, k, v, mask, scale), v)
 

@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.artifact import LayerSpec
-from stepquant.runtime.cpu.products import ConvKernel, Geometry
+from stepquant.runtime.device import device_for
+from stepquant.runtime.kernel import Geometry, Kernel
 from stepquant.runtime.layers.layer import IntegerLayer
 
 
 class IntegerConv2d(IntegerLayer):
     """A convolution whose border is padded with the input's zero point, which is what a float zero becomes."""
 
-    kernel_type, outputs_dim = ConvKernel, 1
+    outputs_dim = 1
 
     def __init__(self, layer: nn.Conv1d | nn.Conv2d, spec: LayerSpec, groups: int = 1) -> None:
         super().__init__(layer, spec, groups)
@@ -27,8 +28,13 @@ class IntegerConv2d(IntegerLayer):
         self.sides: tuple[int, ...] = tuple(layer._reversed_padding_repeated_twice)
         self.even = self.sides[::2] == self.sides[1::2]
 
-    def geometry_reason(self) -> str | None:
-        return None if self.padding_mode == "zeros" else f"no integer kernel for {self.padding_mode} padding"
+    def kernel_type(self) -> type[Kernel]:
+        return device_for(self.weight.device).convolution
+
+    def why_no_kernel(self) -> str | None:
+        if self.padding_mode != "zeros":
+            return f"no integer kernel for {self.padding_mode} padding"
+        return device_for(self.weight.device).why_no_convolution(self.weight.device, self.geometry())
 
     def geometry(self) -> Geometry:
         padding = self.sides[::-2] if self.even else (0,) * len(self.stride)
@@ -36,7 +42,7 @@ class IntegerConv2d(IntegerLayer):
 
     def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, *walk: Any) -> Tensor:
         kernel = self.kernel or self.prepared().kernel
-        assert isinstance(kernel, ConvKernel)
+        assert kernel is not None, self.reason
         return kernel(codes, dtype, into, *(walk if self.even else ((*self.sides, 0, 0)[:4],)))
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,9 +12,9 @@ from stepquant.artifact import LayerSpec
 from stepquant.core.affine import dequantize, to_groups
 from stepquant.core.pack import packed_bytes, unpack
 from stepquant.runtime import ops
-from stepquant.runtime.cpu.products import Geometry, PackedKernel, why_no_integers
+from stepquant.runtime.kernel import Geometry, Kernel
 from stepquant.runtime.layers.stored import Stored, forget_loaded, not_needed_soon
-from stepquant.runtime.ops.reference import Code
+from stepquant.runtime.ops.code import Code
 
 WEIGHT_ONLY = "weight-only: dequantized at every call, which saves memory and not time"
 HELD = "weight-only: dequantized once, because it is small and often read"
@@ -32,7 +32,6 @@ class IntegerLayer(Stored, ABC):
     bias: Tensor | None
     input_scale: Tensor
     input_zero_point: Tensor
-    kernel_type: type[PackedKernel]
     outputs_dim: int  # where the output channels are
 
     def __init__(self, layer: nn.Module, spec: LayerSpec, groups: int = 1) -> None:
@@ -40,11 +39,11 @@ class IntegerLayer(Stored, ABC):
         weight: Tensor = layer.weight  # type: ignore[assignment]
         self.spec, self.weight_shape = spec, torch.Size(weight.shape)
         self.row = 0  # of the input's ranges, where there is one for every step
-        self.kernels: dict[int, PackedKernel] = {}
+        self.kernels: dict[int, Kernel] = {}
         self.codes: dict[int, Code] = {}
         self.emit: torch.dtype | None = None
         self.reason: str | None = "not prepared"
-        self.kernel: PackedKernel | None = None
+        self.kernel: Kernel | None = None
         self.ready = False
         self.faster: str | None = None  # why it stays float, where its integers would be slower
         self.forgotten = 0  # how often what follows from the buffers was dropped
@@ -147,11 +146,9 @@ class IntegerLayer(Stored, ABC):
             return f"no integer kernel for inputs on {self.spec.input}"
         if self.spec.weight.granularity == "group":
             return "no integer kernel sums groups of inputs with a scale each"
-        if self.weight.device.type != "cpu":
-            return f"no integer kernel on device '{self.weight.device.type}'"
         if not self.fits_signed_bytes():
             return "weights minus their zero point need more than a signed byte"
-        return self.geometry_reason() or why_no_integers(self.geometry().groups)
+        return self.why_no_kernel()
 
     def fits_signed_bytes(self) -> bool:
         grid = self.spec.weight
@@ -161,12 +158,9 @@ class IntegerLayer(Stored, ABC):
         centred = integers - zero_point
         return bool(centred.min() >= -128 and centred.max() <= 127)
 
-    def geometry_reason(self) -> str | None:
-        return None
-
-    def make_kernel(self) -> PackedKernel:
+    def make_kernel(self) -> Kernel:
         scales = self.weight_scale.expand(self.weight_shape[0]).contiguous()
-        return self.kernel_type(self.kernel_weight, scales, self.bias, self.code, self.geometry())
+        return self.kernel_type()(self.kernel_weight, scales, self.bias, self.code, self.geometry())
 
     def kernel_weight(self) -> Tensor:
         """The signed bytes in the shape that the kernel takes, which keeps them in its own order."""
@@ -207,6 +201,14 @@ class IntegerLayer(Stored, ABC):
         shape = [1] * out.dim()
         shape[self.outputs_dim] = -1
         return shape
+
+    @abstractmethod
+    def kernel_type(self) -> type[Kernel]:
+        """Of the device that holds the weight."""
+
+    @abstractmethod
+    def why_no_kernel(self) -> str | None:
+        """What stands in the way of integers on that device."""
 
     @abstractmethod
     def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:

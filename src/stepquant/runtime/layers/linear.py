@@ -7,20 +7,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.artifact import LayerSpec
-from stepquant.runtime.cpu.products import LinearKernel
+from stepquant.runtime.device import device_for
+from stepquant.runtime.kernel import Kernel
 from stepquant.runtime.layers.layer import IntegerLayer
 
 
 class IntegerLinear(IntegerLayer):
-    kernel_type, outputs_dim = LinearKernel, -1
+    outputs_dim = -1
 
     def __init__(self, layer: nn.Linear, spec: LayerSpec, groups: int = 1) -> None:
         super().__init__(layer, spec, groups)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
+    def kernel_type(self) -> type[Kernel]:
+        return device_for(self.weight.device).linear
+
+    def why_no_kernel(self) -> str | None:
+        return device_for(self.weight.device).why_no_linear(self.weight.device)
+
     def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         kernel = self.kernel or self.prepared().kernel
-        assert isinstance(kernel, LinearKernel)
+        assert kernel is not None, self.reason
         if codes.dim() == 2:
             return kernel(codes, dtype, into)
         flat = None if into is None else into.reshape(-1, self.out_features)

@@ -1,0 +1,53 @@
+"""What multiplies the codes that one layer reads: its weight with all that stands behind the sums."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import Tensor
+
+from stepquant.runtime.ops.code import Code
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a two-dimensional convolution walks; `padding` is the same on both sides."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+class Kernel(ABC):
+    """A weight of signed bytes, packed at the first call, and everything that stays the same.
+
+    `weight` yields the signed bytes on demand, so that only the packed copies stay in memory.
+    """
+
+    leaves_added = True  # as it was, when it adds its output to a tensor
+
+    def __init__(
+        self,
+        weight: Callable[[], Tensor],
+        scales: Tensor,
+        bias: Tensor | None,
+        code: Code,
+        geometry: Geometry,
+    ) -> None:
+        self.weight, self.scales, self.bias, self.code = weight, scales.contiguous(), bias, code
+        self.geometry = geometry
+        self.packed: dict[Any, Tensor] = {}
+
+    def with_code(self, code: Code) -> Self:
+        """The same weight behind another input code; both use the same packed copies."""
+        twin = copy.copy(self)
+        twin.code = code
+        return twin
+
+    @abstractmethod
+    def __call__(self, codes: Tensor, *args: Any) -> Tensor: ...

@@ -1,0 +1,54 @@
+"""Numbers to bytes, and what is done to bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stepquant.runtime.ops.code import Code, channels_last, codes
+from stepquant.runtime.ops.operation import Operation
+
+
+@Operation
+def quantize(x: Tensor, code: Code) -> Tensor:
+    """The codes of `x`, in its shape and memory format."""
+    return torch.empty_like(x, dtype=torch.uint8).copy_(codes(x, code))
+
+
+@Operation
+def quantize_concat(x: Tensor, skip: Tensor, code: Code) -> Tensor:
+    """The codes of `x` and `skip` side by side along the channels, without their float concatenation."""
+    return channels_last(codes(torch.cat([x, skip], dim=1), code))
+
+
+@Operation
+def activation_quantize(x: Tensor, activation: str, code: Code) -> Tensor:
+    """The codes of an activation: 'silu', 'gelu', 'gelu_tanh', or 'geglu', 'swiglu', which halve the last dimension."""
+    y = codes(activate(x.float(), activation), code)
+    return y.contiguous() if activation in GATED else torch.empty_like(x, dtype=torch.uint8).copy_(y)
+
+
+@Operation
+def upsample_nearest2x(x: Tensor) -> Tensor:
+    """Bytes (batch, channels, height, width) with every pixel twice in both directions, channels densest."""
+    return channels_last(x.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2))
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The activation by name; the gated ones halve the last dimension (first half values, second half gates)."""
+    if activation in GATED:
+        values, gates = x.chunk(2, dim=-1)
+        return values * GATED[activation](gates)
+    return ACTIVATIONS[activation](x)
+
+
+GATED: dict[str, Callable[[Tensor], Tensor]] = {"geglu": F.gelu, "swiglu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}

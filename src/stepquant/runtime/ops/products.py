@@ -1,0 +1,128 @@
+"""Codes times a weight of signed bytes: convolutions and linears whose sums are without error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stepquant.runtime.ops.code import Code, channels_last, exact, single
+from stepquant.runtime.ops.operation import Operation
+
+# Every layout holds whole groups of outputs and whole words of inputs.
+OUTPUTS, INPUTS = 16, 4
+
+
+@Operation
+def pack_weight(weight: Tensor) -> Tensor:
+    """Signed bytes (out, in, height, width) in the layout that the products of this device read."""
+    outs, ins = weight.shape[:2]
+    return F.pad(weight, (0, 0, 0, 0, 0, -ins % INPUTS, 0, -outs % OUTPUTS)).flatten()
+
+
+@Operation
+def convolve(
+    codes: Tensor,
+    code_scale: float,
+    zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor,
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    sides: Sequence[int],
+    dilation: Sequence[int],
+    doubled: bool,
+    dtype: torch.dtype,
+    add: Tensor | None = None,
+) -> Tensor:
+    """The convolution of an image of codes, times both scales, plus bias, plus `add`, channels densest.
+
+    `sides` (left, right, top, bottom) are padded with the zero point; `doubled` counts every pixel twice in both
+    directions first. `weight` is packed, `weight_sum` the sum of each output's bytes.
+    """
+    bytes_of = unpacked(weight, weight_scale.shape[0], codes.shape[1], kernel)
+    x = exact(codes) - zero_point
+    x = x.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2) if doubled else x
+    sums = F.conv2d(F.pad(x, list(sides)), exact(bytes_of), None, tuple(stride), 0, tuple(dilation))
+    return channels_last(behind(sums, code_scale, weight_scale, bias, dtype, add, (1, -1, 1, 1)))
+
+
+@Operation
+def linear(
+    codes: Tensor,
+    code_scale: float,
+    zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    add: Tensor | None = None,
+) -> Tensor:
+    """Rows of codes times the packed weight, times both scales, plus bias, plus `add`."""
+    bytes_of = unpacked(weight, weight_scale.shape[0], codes.shape[1], (1, 1))
+    sums = (exact(codes) - zero_point) @ exact(bytes_of.flatten(1)).T
+    return behind(sums, code_scale, weight_scale, bias, dtype, add, (1, -1))
+
+
+def unpacked(weight: Tensor, outs: int, ins: int, kernel: Sequence[int]) -> Tensor:
+    """The signed bytes that `pack_weight` laid out plainly."""
+    return weight.reshape(outs + -outs % OUTPUTS, ins + -ins % INPUTS, *kernel)[:outs, :ins]
+
+
+def behind(
+    sums: Tensor,
+    code_scale: float,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    add: Tensor | None,
+    shape: tuple[int, ...],
+) -> Tensor:
+    """What stands behind the sums, in float32; one rounding to `dtype` ends it."""
+    y = sums.float() * (weight_scale.float() * single(code_scale)).reshape(shape)
+    y = y if bias is None else y + bias.float().reshape(shape)
+    return (y if add is None else y + add.to(dtype).float()).to(dtype)
+
+
+class Product(NamedTuple):
+    """A weight of signed bytes as the operations read it, with what stands behind the sums."""
+
+    weight: Tensor  # packed
+    scale: Tensor  # per output channel
+    sums: Tensor  # of each output channel's bytes, padded to whole groups
+    bias: Tensor | None
+    kernel: tuple[int, int]
+
+    @classmethod
+    def of(cls, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Product:
+        """Of signed bytes (out, in, height, width)."""
+        outs, _, high, wide = weight.shape
+        sums = F.pad(weight.sum((1, 2, 3), dtype=torch.int32), (0, -outs % OUTPUTS))
+        return cls(pack_weight(weight), scale.float(), sums, bias, (high, wide))
+
+    def convolve(
+        self,
+        codes: Tensor,
+        code: Code,
+        dtype: torch.dtype,
+        add: Tensor | None = None,
+        stride: Sequence[int] = (1, 1),
+        sides: Sequence[int] = (0, 0, 0, 0),
+        dilation: Sequence[int] = (1, 1),
+        doubled: bool = False,
+    ) -> Tensor:
+        weight, scale, sums, bias, kernel = self
+        return convolve(
+            codes, code.scale, code.zero_point, weight, scale, sums, bias,
+            kernel, stride, sides, dilation, doubled, dtype, add,
+        )  # fmt: skip
+
+    def linear(self, codes: Tensor, code: Code, dtype: torch.dtype, add: Tensor | None = None) -> Tensor:
+        weight, scale, sums, bias, _ = self
+        return linear(codes, code.scale, code.zero_point, weight, scale, sums, bias, dtype, add)

@@ -1,0 +1,84 @@
+"""Linears by torch's own product of signed bytes, where the device has it; the rest in the model's float type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stepquant.runtime.device import Device
+from stepquant.runtime.kernel import Geometry, Kernel
+from stepquant.runtime.ops.products import behind
+
+# torch._int_mm on CUDA takes more than 16 rows, and widths in multiples of 8.
+ROWS, WIDTH = 17, 8
+
+
+class Linear(Kernel):
+    """Codes of any zero point less 128 are signed bytes; the difference comes back with the sums of the weight."""
+
+    def __call__(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        rows, outs = len(codes), len(self.scales)
+        weight, sums = self.packed_once()
+        signed = (codes ^ 128).view(torch.int8)
+        signed = F.pad(signed, (0, -codes.shape[1] % WIDTH, 0, max(ROWS - rows, 0)))
+        products = torch._int_mm(signed, weight)[:rows, :outs] + (128 - self.code.zero_point) * sums
+        return behind(products, self.code.scale, self.scales, self.bias, dtype, into, (1, -1))
+
+    def packed_once(self) -> tuple[Tensor, Tensor]:
+        if not self.packed:
+            weight = self.weight()
+            outs, ins = weight.shape
+            self.packed["weight"] = F.pad(weight, (0, -ins % WIDTH, 0, -outs % WIDTH)).t()
+            self.packed["sums"] = weight.sum(1, dtype=torch.int32)
+        return self.packed["weight"], self.packed["sums"]
+
+
+class Convolution(Kernel):
+    """There is none: torch convolves no integers."""
+
+    def __call__(self, codes: Tensor, *args: Any) -> Tensor:
+        raise NotImplementedError
+
+
+def joined(kernels: Sequence[Kernel]) -> Linear:
+    biases = [torch.zeros_like(kernel.scales) if kernel.bias is None else kernel.bias for kernel in kernels]
+
+    def weight() -> Tensor:
+        return torch.cat([kernel.weight() for kernel in kernels])
+
+    scales = torch.cat([kernel.scales for kernel in kernels])
+    return Linear(weight, scales, torch.cat(biases), kernels[0].code, kernels[0].geometry)
+
+
+def why_no_convolution(device: torch.device, _: Geometry) -> str:
+    return f"no integer convolution on device '{device.type}'"
+
+
+def why_no_attention(device: torch.device) -> str:
+    return f"no integer attention on device '{device.type}': whole numbers multiplied in float32"
+
+
+@cache
+def why_no_linear(device: torch.device) -> str | None:
+    """None if the device multiplies signed bytes without error."""
+    sides = (ROWS, WIDTH), (WIDTH, WIDTH)
+    low, high = (
+        torch.full(side, number, dtype=torch.int8, device=device) for side, number in zip(sides, (-128, 127))
+    )
+    try:
+        out = torch._int_mm(low, high)
+    except (NotImplementedError, RuntimeError) as error:
+        return f"torch._int_mm does not run on device '{device.type}' ({str(error).splitlines()[0][:80]})"
+    if bool((out == -128 * 127 * WIDTH).all()):
+        return None
+    return f"torch._int_mm errs on device '{device.type}'"
+
+
+DEVICE = Device(
+    Convolution, Linear, why_no_convolution, why_no_linear, why_no_attention, joined, ("aten::_int_mm",)
+)
