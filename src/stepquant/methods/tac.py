@@ -20,11 +20,11 @@ from torch import Tensor
 from stepquant.calib.record import Source
 from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.fit.correct import follow
-from stepquant.methods.method import Correction
+from stepquant.methods.correction import IntegerCorrection
 from stepquant.models.denoiser import Denoiser
 
 
-class TAC(Correction):
+class TAC(IntegerCorrection):
     """Noise estimation reconstruction and input bias correction, step behind corrected step."""
 
     samples: int = Field(32, ge=2, description="trajectories that are followed")
