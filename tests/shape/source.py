@@ -36,7 +36,7 @@ INSIDE: dict[str, Rungs] = {
     "runtime": (
         ("ops", "finite", "turns"),
         ("cpu.products",),
-        ("layers",),
+        ("layers", "macs"),
         ("steps",),
         ("blocks", "intact"),
         ("cpu",),
