@@ -25,9 +25,10 @@ speed        {threads, rounds, reference, rows: [{batch, name, layout, milliseco
               ratio_high, unavailable}]}: quartiles; `ratio` is how many times faster than `reference`
 size         {float_bytes, bytes, ratio}
 making       {seconds, peak_bytes, start_bytes}: what quantizing took; a comparison measures it
-coverage     [{path, role, macs, bytes, weight, input, kernel, integer, reason}]: `integer` is whether integers
-             multiplied
-cost         {macs, bops, float_bops, bytes, rows: [{weight, input, layers, macs, bops, bytes}]}: by bits
+coverage     [{path, role, macs, bytes, weight, input, kernel, integer, reason}]: what one call did that was followed
+             operation by operation; `macs` for an image, `integer` whether integer kernels multiplied all of them
+cost         {macs, bops, float_bops, bytes, rows: [{weight, input, layers, macs, bops, bytes}]}: by the bits of the
+             grids, whatever kernel multiplied
 plan         [{path, role, port, grid, reason}]: grid null where the site stays float
 """
 

@@ -38,7 +38,7 @@ INSIDE: dict[str, Rungs] = {
         ("kernel",),
         ("device", "cpu.products"),
         ("cpu.device", "plain"),
-        ("layers",),
+        ("layers", "macs"),
         ("steps",),
         ("blocks", "intact"),
         ("cpu",),

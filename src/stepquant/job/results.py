@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from stepquant import hub
 from stepquant.calib.cache import atomically
@@ -85,7 +84,7 @@ def describe_artifact(source: Any, quantized: Any, folder: Path, name: str) -> d
 def inspect_artifact(
     folder: Path, batch: int | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Recipe and coverage, from the artifact alone: shapes need no float weights.
+    """Recipe and coverage, from the artifact alone: roles need no float weights.
 
     With `batch`, as it runs where layers stay in float that are faster so for such batches.
     """
@@ -98,18 +97,13 @@ def inspect_artifact(
     config = {name: value for name, value in model.config.items() if name != "quantization_config"}
     with torch.device("meta"):
         shapes = Denoiser(type(model).from_config(config))
-    arguments = tree_map(to_meta, first_arguments(pipeline, 1, prompts))
     return {
         "quantized": describe_quantized(pipeline) | {"name": folder.resolve().name},
-        "coverage": coverage(shapes, quantized, arguments),
+        "coverage": coverage(shapes, quantized, first_arguments(pipeline, 1, prompts)),
         "plan": describe_plan(shapes, quantized),
         "steps": settings.steps,
         "times": [asdict(layer) for layer in timed],
     }
-
-
-def to_meta(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
 def read_results(folder: Path) -> dict[str, Any]:

@@ -123,10 +123,16 @@ class Denoiser:
 
     def predict(self, arguments: Mapping[str, Any]) -> Tensor:
         """The model's prediction for recorded arguments, which may lie on another device."""
-        device = self.device
-        there = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, dict(arguments))
-        out: Tensor = self.model(**there, return_dict=False)[0]
+        out: Tensor = self.model(**self.there(arguments), return_dict=False)[0]
         return out
+
+    def there(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Recorded arguments where the model is."""
+        device = self.device
+        found: dict[str, Any] = tree_map(
+            lambda x: x.to(device) if isinstance(x, Tensor) else x, dict(arguments)
+        )
+        return found
 
     @cached_property
     def output(self) -> type:

@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepquant.models.families.roles import LEAVES, PRODUCTS
 from stepquant.runtime.blocks.chain import Chain, chains
 from stepquant.runtime.blocks.install import forget_kept
-from stepquant.runtime.device import operations
+from stepquant.runtime.blocks.time_rows import Tabled
 from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.layer import IntegerLayer
+from stepquant.runtime.macs import INTEGER_OPS, multiply_accumulates
 
-INTEGER_OPS = operations()
 NOT_PLANNED = "the plan keeps it in float"
+TABLED = "a table holds what it returns for every t"
+IDLE = "it did not run in this pass"
+INLINE = "its processor multiplies by itself, in float"
+ASTRAY = "it has an integer kernel, and multiplied in float all the same"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One layer or attention product. `planned` means that the plan gives all its operands a grid."""
+    """One layer or attention product, and what it did.
+
+    `planned` means that the plan gives all its operands a grid; `integer` that integer kernels multiplied all of them.
+    """
 
     path: str
     kind: str  # layer or product
     macs: int
     planned: bool
     integer: bool
-    kernel: str
+    kernel: str  # the operation that multiplied most, or float
     reason: str | None
 
 
@@ -68,29 +75,32 @@ class Coverage:
 
 
 def coverage(model: nn.Module, arguments: Mapping[str, Any]) -> Coverage:
-    """Run `model(**arguments)` once and see which kernels each layer and product reached."""
+    """Run `model(**arguments)` once and see which operations each layer and product multiplied by."""
     forget_kept(model)
-    with Trace(model) as trace, torch.no_grad():
+    # Operations made of others are seen as those others, except in inference mode.
+    with Trace(model) as trace, torch.inference_mode(False), torch.no_grad():
         model(**arguments)
     return Coverage(tuple(trace.lines()))
 
 
 class Trace(TorchDispatchMode):
-    """Which operations ran while each layer or product was at work, and how much it multiplied."""
+    """How much was multiplied, by which operations, while each layer or product was at work."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.working: list[str] = []
-        self.ran: dict[str, Counter[str]] = {}
-        self.macs: Counter[str] = Counter()
-        self.float_products: Counter[str] = Counter()
+        self.work: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.reasons: dict[str, str | None] = {}  # of products, for the operands that they had
         self.stack = ExitStack()
 
     def __enter__(self) -> Trace:
+        path_of = {module: path for path, module in self.model.named_modules()}
         for chain in chains(self.model):
             self.stack.enter_context(apart(chain))
-        for path, module in self.model.named_modules():
+            for mix in chain.mixes:  # which multiplies without its attention being called
+                self.stack.enter_context(self.watched(path_of[mix.module], mix, "product"))
+        for module, path in path_of.items():
             if isinstance(module, IntegerLayer):
                 self.stack.enter_context(self.watched(path, module, "from_codes"))
                 self.stack.enter_context(self.watched(path, module, "float_forward"))
@@ -104,18 +114,18 @@ class Trace(TorchDispatchMode):
         self.stack.close()
 
     @contextmanager
-    def watched(self, path: str, module: nn.Module, name: str) -> Iterator[None]:
+    def watched(self, path: str, module: Any, name: str) -> Iterator[None]:
         """While open, calls of `module.name` are at work under `path`."""
         former, own = getattr(module, name), name in module.__dict__
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.working.append(path)
             try:
-                out = former(*args, **kwargs)
+                return former(*args, **kwargs)
             finally:
                 self.working.pop()
-            self.macs[path] += multiplications(module, args, out)
-            return out
+                if isinstance(module, IntegerProduct):
+                    self.reasons[path] = module.why_not(*args, **kwargs)
 
         call.goes_along = True  # type: ignore[attr-defined]  # whatever way the module is gone by
         setattr(module, name, call)
@@ -130,50 +140,39 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        out = func(*args, **(kwargs or {}))
         name = func.name().partition(".")[0]  # type: ignore[attr-defined]
-        if self.working:
-            self.ran.setdefault(self.working[-1], Counter())[name] += 1
-            if "scaled_dot_product" in name:
-                self.float_products[self.working[-1]] += product_size(args[0], args[1])
-        return func(*args, **(kwargs or {}))
+        macs = multiply_accumulates(name, args, out)
+        if macs and self.working:
+            self.work[self.working[-1]][name] += macs
+        return out
 
     def lines(self) -> Iterator[Line]:
         """In module order; what never ran has no multiplications."""
         for path, module in self.model.named_modules():
-            kernel = next((op for op in INTEGER_OPS if self.ran.get(path, Counter())[op]), "")
             if isinstance(module, IntegerLayer):
-                planned = module.spec.input is not None
-                yield Line(
-                    path,
-                    "layer",
-                    self.macs[path],
-                    planned,
-                    bool(kernel),
-                    kernel or "float",
-                    self.why(path, module, kernel),
-                )
-            elif isinstance(module, IntegerProduct):
-                owner = path.rpartition(".")[0]
-                yield Line(
-                    owner,
-                    "product",
-                    self.macs[path],
-                    True,
-                    bool(kernel),
-                    kernel or "float",
-                    self.why(path, module, kernel),
-                )
+                yield self.line(path, "layer", self.work[path], module.spec.input is not None, module.reason)
             elif isinstance(module, LEAVES):
-                yield Line(path, "layer", self.macs[path], False, False, "float", NOT_PLANNED)
-            elif isinstance(module, PRODUCTS) and self.float_products[path]:
-                yield Line(path, "product", self.float_products[path], False, False, "float", NOT_PLANNED)
+                yield self.line(path, "layer", self.work[path], False, NOT_PLANNED)
+            elif isinstance(module, Tabled):
+                yield Line(path, "layer", 0, False, False, "float", TABLED)
+            elif isinstance(module, PRODUCTS):
+                yield self.product(path, module)
 
-    def why(self, path: str, module: IntegerLayer | IntegerProduct, kernel: str) -> str | None:
-        if kernel:
-            return None
-        if path not in self.ran:
-            return "it did not run in this pass"
-        return module.reason or "no integer kernel was reached: a mask, or another device"
+    def product(self, path: str, attention: nn.Module) -> Line:
+        """Of one attention, which may have multiplied beside the product that was put into it."""
+        inner, own = f"{path}.product", self.work[path]
+        if not isinstance(getattr(attention, "product", None), IntegerProduct):
+            return self.line(path, "product", own, False, NOT_PLANNED)
+        reason = INLINE if own else self.reasons.get(inner)
+        return self.line(path, "product", own + self.work[inner], True, reason)
+
+    @staticmethod
+    def line(path: str, kind: str, work: Counter[str], planned: bool, reason: str | None) -> Line:
+        integer = bool(work) and all(operation in INTEGER_OPS for operation in work)
+        kernel = max(work, key=work.__getitem__) if integer else "float"
+        why = None if integer else (reason or ASTRAY) if work else IDLE
+        return Line(path, kind, work.total(), planned, integer, kernel, why)
 
 
 @contextmanager
@@ -186,16 +185,3 @@ def apart(chain: Chain) -> Iterator[None]:
     finally:
         for joint in chain.joints:
             joint.joins = True
-
-
-def multiplications(module: nn.Module, args: tuple[Any, ...], out: Any) -> int:
-    if isinstance(module, IntegerLayer):
-        return int(out.numel() * module.weight_shape[1:].numel())
-    if isinstance(module, LEAVES):
-        return int(out.numel() * module.weight[0].numel())
-    return product_size(args[0], args[1]) if isinstance(module, IntegerProduct) else 0
-
-
-def product_size(query: Tensor, key: Tensor) -> int:
-    """Both products of attention: query with key, and probabilities with value."""
-    return 2 * query.numel() * key.shape[-2]

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stepquant.runtime import ops
+from stepquant.runtime.macs import Work, multiply_accumulates
 
 REPEATS = 5
 
@@ -39,20 +40,8 @@ class Traffic(TorchDispatchMode):
                 t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor) and not t.is_mkldnn
             ]
             self.bytes[name] += sum(t.numel() * t.element_size() for t in tensors)
-            self.macs[name] += multiplications(name, args, out)
+            self.macs[name] += multiply_accumulates(name, args, out)
         return out
-
-
-def multiplications(name: str, args: Any, out: Any) -> int:
-    """Products of one integer operation; others are not counted."""
-    if name == "stepquant::attention":
-        query, key = args[:2]
-        return 2 * int(query.numel()) * int(key.shape[-2])
-    if name in ("stepquant::convolve", "stepquant::linear"):
-        packed, scales = args[3], args[4]
-        vectors = (len(scales) + 15) // 16
-        return int(out.numel()) * (packed.numel() // (16 * vectors))
-    return 0
 
 
 def breakdown(call: Callable[[], Any]) -> dict[str, Any]:
@@ -90,14 +79,15 @@ def ceilings() -> dict[str, float]:
     target = torch.empty_like(source)
     copied = fastest(lambda: target.copy_(source))
     found = {"gigabytes_per_second": 2 * source.numel() / copied / 1e9}
-    product = integer_product()
-    if product is not None:
-        call, macs = product
-        found["tera_operations_per_second"] = 2 * macs / fastest(call) / 1e12
+    call = integer_product()
+    if call is not None:
+        with Work() as work:
+            call()
+        found["tera_operations_per_second"] = 2 * work.macs.total() / fastest(call) / 1e12
     return found
 
 
-def integer_product() -> tuple[Callable[[], Any], int] | None:
+def integer_product() -> Callable[[], Any] | None:
     """A product of bytes large enough to hide what surrounds it."""
     if not ops.compiled():
         return None
@@ -105,7 +95,7 @@ def integer_product() -> tuple[Callable[[], Any], int] | None:
     weight = torch.ones(width, width, 1, 1, dtype=torch.int8)
     product = ops.Product.of(weight, torch.ones(width), None)
     codes = torch.zeros(rows, width, dtype=torch.uint8)
-    return lambda: product.linear(codes, ops.Code(1.0), torch.bfloat16), rows * width * width
+    return lambda: product.linear(codes, ops.Code(1.0), torch.bfloat16)
 
 
 def fastest(call: Callable[[], Any], rounds: int = 8) -> float:

@@ -87,7 +87,7 @@ class Attention(Chain):
         self.unit, self.norm = unit, module.group_norm
         self.readers = Readers(module.to_q, module.to_k, module.to_v)
         self.mix = Mix(module, unit.heads)
-        self.joints = (self.readers,)
+        self.joints, self.mixes = (self.readers,), (self.mix,)
 
     def fused(
         self,

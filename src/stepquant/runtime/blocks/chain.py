@@ -23,6 +23,7 @@ class Chain(ABC):
     """What stands in for the forward of `module`; `swallowed` are modules inside whose own calls it leaves out."""
 
     joints: Sequence[Any] = ()  # groups of its layers that share one product
+    mixes: Sequence[Any] = ()  # the products of its attentions
     goes_along = True  # its module runs as it would by itself
 
     def __init__(self, module: Any, *swallowed: Any) -> None:

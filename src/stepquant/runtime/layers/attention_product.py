@@ -68,12 +68,20 @@ class IntegerProduct(Stored):
         device = self.get_buffer("query_scale").device
         return device_for(device).why_no_attention(device)
 
+    def why_not(
+        self, q: Tensor, _k: Tensor, _v: Tensor, mask: Tensor | None = None, *_: object
+    ) -> str | None:
+        """Why these operands are not multiplied as integers; None if they are."""
+        if self.reason is None and mask is not None:
+            return "no integer kernel takes a mask: whole numbers multiplied in float32"
+        return self.reason
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
         self.prepared()
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        if self.reason is None and mask is None:
+        if self.why_not(q, k, v, mask) is None:
             return self.shifted(ops.attention(q, k, v, scale, *self.codes), v)
         return self.shifted(self.whole_numbers(q, k, v, mask, scale), v)
 
