@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from stepquant.evaluate.networks.classifier import CONFIG_NAME, WEIGHTS_NAME, FeatureNet, load_feature_net
 from stepquant.evaluate.speed.calls import fastest_type
+from stepquant.runtime.macs import Work
 
 console = Console()
 
@@ -184,19 +185,10 @@ def save(net: FeatureNet, folder: Path) -> None:
 
 
 def multiplications(net: FeatureNet) -> int:
-    """Multiply-adds of the layers for one image."""
-    counted: list[int] = []
-    hooks = [
-        layer.register_forward_hook(
-            lambda layer, _, out: counted.append(layer.weight.numel() * out[0, 0].numel())
-        )
-        for layer in net.modules()
-        if isinstance(layer, nn.Conv2d | nn.Linear)
-    ]
-    net.logits(torch.zeros(1, 3, net.size, net.size))
-    for hook in hooks:
-        hook.remove()
-    return sum(counted)
+    """Multiply-adds for one image."""
+    with Work() as work:
+        net.logits(torch.zeros(1, 3, net.size, net.size))
+    return work.macs.total()
 
 
 def write_card(

@@ -194,7 +194,9 @@ def test_inspect(artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert all(row["reason"] for row in result["coverage"] if not row["integer"])
 
 
-def test_evaluate_benchmark_report(tiny: Path, artifact: Path, tmp_path: Path) -> None:
+def test_evaluate_benchmark_report(
+    tiny: Path, artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     evaluated = run(
         tmp_path, "evaluate", artifact, "--against", tiny, "--images", 4, "--steps", 2, "--batch", 2
     )
@@ -203,9 +205,15 @@ def test_evaluate_benchmark_report(tiny: Path, artifact: Path, tmp_path: Path) -
         tmp_path, "benchmark", artifact, "--against", tiny, "--batch", 1, "--seconds", 0.1, "--no-compile"
     )
     assert {row["name"] for row in timed["speed"]["rows"]} >= {"fp32 eager", "stepquant"}
+    inspected = run(tmp_path, "inspect", artifact)
+    assert inspected["coverage"] == timed["coverage"] == evaluated["coverage"]
+    shares = inspected["shares"]
+    assert capfd.readouterr().out.count(f"{shares['of_all']:.2%} of the multiply-accumulates") == 2
     assert timed["quality"] == evaluated["quality"]  # what was measured before is kept
     run(tmp_path, "report", artifact, "--out", tmp_path / "page")
     page = (tmp_path / "page" / "report.html").read_text()
+    assert f"{100 * shares['of_all']:.2f} %" in page
+    assert f"| MACs in integers | – | {100 * shares['of_all']:.2f} %" in (artifact / "README.md").read_text()
     assert "PSNR" in page
     assert "<script src" not in page
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from diffusers import UNet2DModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch.profiler import ProfilerActivity, profile
 
 from stepquant.artifact import Artifact
@@ -180,3 +181,17 @@ def test_coverage_names_what_the_plan_keeps_in_float(x: torch.Tensor) -> None:
     assert ("down_blocks.0.downsamplers.0.conv", "layer") in kept
     assert found.share_of_planned == 1.0
     assert all(line.macs > 0 for line in found.lines)
+
+
+def test_an_attention_whose_processor_multiplies_by_itself_is_float(
+    frozen: tuple[UNet2DModel, Artifact], x: torch.Tensor
+) -> None:
+    model = lowered(frozen)
+    former = {line.path: line for line in coverage(model, {"sample": x, "timestep": 5}).lines}
+    model.mid_block.attentions[0].processor = AttnProcessor()
+    found = {line.path: line for line in coverage(model, {"sample": x, "timestep": 5}).lines}
+    changed = [path for path in found if found[path] != former[path]]
+    assert changed == ["mid_block.attentions.0"]
+    line = found["mid_block.attentions.0"]
+    assert (line.macs, line.planned, line.integer) == (former[line.path].macs, True, False)
+    assert "by itself, in float" in (line.reason or "")

@@ -20,12 +20,15 @@ from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import CalibrationError, RuntimeSupportError
 from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.fit.time_block import ROLES, time_chains, time_table
+from stepquant.models.blocks.structure import structure
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.hooks import first_arguments
 from stepquant.models.sampling import run, scheduler_of
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan, Rule
 from stepquant.quant.schemes import scheme
+from stepquant.runtime.coverage import TABLED, coverage
 from stepquant.runtime.lower import lower
 from stepquant.runtime.steps import StepTensors
 from tests.runtime.synthetic import relative
@@ -133,6 +136,16 @@ def test_the_tabled_layers_are_gone_and_the_table_is_exact(source: Source) -> No
     place = [unit.path for unit in chains.residuals if unit.timed].index("mid_block.resnets.0")
     stored = artifact.tensors["steps.table"][4].split(before)[place]
     torch.testing.assert_close(stored, exact[0], atol=1e-6, rtol=1e-6)
+
+
+def test_layers_that_a_table_stands_for_multiply_nothing(source: Source) -> None:
+    artifact, _, _ = stepped(source, table=True)
+    lowered = lower(copy.deepcopy(source.pipeline.unet), artifact)
+    arguments = first_arguments(source.pipeline, 1) | {"timestep": source.times()[:1]}
+    lines = {line.path: line for line in coverage(lowered, arguments).lines}
+    tabled = {path for path, line in lines.items() if line.reason == TABLED}
+    assert tabled == set(structure(source.pipeline.unet).time_layers()) != set()
+    assert {path for path, line in lines.items() if not line.macs} == tabled
 
 
 @pytest.mark.parametrize("table", [False, True])

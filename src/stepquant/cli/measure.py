@@ -30,6 +30,7 @@ from stepquant.cli.options import (
     read_prompts,
 )
 from stepquant.cli.screen import Screen, command_text
+from stepquant.cli.show import integer_shares, shares_text
 from stepquant.job import load
 from stepquant.models.denoiser import Denoiser
 
@@ -130,11 +131,13 @@ def benchmark(
     pipeline = load(model, device)
     with screen.reporter as progress:
         if hub.config_of(Denoiser.of(pipeline).model) is None:
-            result = {"speed": time_float(pipeline, progress=progress, **options)}
+            result: dict[str, Any] = {"speed": time_float(pipeline, progress=progress, **options)}
         else:
             screen.warn_if_plain()
             result = benchmark_artifact(Path(model), against, device=device, progress=progress, **options)
     show_speed(screen, result["speed"])
+    if "coverage" in result:
+        screen.show(shares_text(integer_shares(result["coverage"])))
     result = {**result, **beside_calls(screen, model, against, generation, profile, options)}
     draw(screen, result["speed"], chart)
     screen.finish(json, result)

@@ -25,7 +25,7 @@ def inspect(
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Batch size for --fastest.")] = 1,
     json: Json = None,
 ) -> None:
-    """Show how an artifact was made, and which share of its work runs in integers on this machine."""
+    """Show how an artifact was made, and which share of its work ran in integers in one call on this machine."""
     from stepquant.job.results import inspect_artifact
 
     screen = Screen()
@@ -43,10 +43,7 @@ def inspect(
     if found["steps"]:
         screen.show(steps_text(found["steps"]))
     shares = integer_shares(rows)
-    screen.show(
-        f"{shares['of_all']:.2%} of the multiply-accumulates run in integers, "
-        f"{shares['of_planned']:.2%} of those that the plan quantizes"
-    )
+    screen.show(shares_text(shares))
     screen.show()
     total = sum(row["macs"] for row in rows) or 1
     listed = [row for row in rows if layers or not row["integer"]]
@@ -84,6 +81,13 @@ def integer_shares(rows: Rows) -> dict[str, float]:
     """Shares of multiply-accumulates in integers: of all, and of those whose weight and input the plan quantizes."""
     planned = [row for row in rows if "float" not in (row["weight"], row["input"])]
     return {"of_all": share(rows), "of_planned": share(planned)}
+
+
+def shares_text(shares: Mapping[str, float]) -> str:
+    return (
+        f"{shares['of_all']:.2%} of the multiply-accumulates ran in integers, "
+        f"{shares['of_planned']:.2%} of those that the plan quantizes"
+    )
 
 
 def share(rows: Rows) -> float:

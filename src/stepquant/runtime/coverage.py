@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,14 +64,6 @@ class Coverage:
     @property
     def share_of_all(self) -> float:
         return sum(line.macs for line in self.lines if line.integer) / self.macs if self.macs else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        totals = {
-            "macs": self.macs,
-            "share_of_planned": self.share_of_planned,
-            "share_of_all": self.share_of_all,
-        }
-        return totals | {"lines": [asdict(line) for line in self.lines]}
 
 
 def coverage(model: nn.Module, arguments: Mapping[str, Any]) -> Coverage:
