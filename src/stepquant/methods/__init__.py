@@ -12,13 +12,12 @@ from pydantic import BaseModel, ValidationError
 from stepquant.errors import MethodError, UnknownNameError
 from stepquant.methods.method import Corrected, Correction, Method
 
-SHARED = ("method", "correction")  # files that define none
 JOINT = "+"  # method+correction
 MOST = 2**31 - 1  # of anything that is counted
 
 
 def names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in SHARED)
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "method")
 
 
 def kind(name: str) -> type[Method] | type[Correction]:

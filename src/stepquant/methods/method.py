@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from functools import partial
@@ -25,6 +26,7 @@ from stepquant.fit.streams import Streams
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.insert import Inserted
 from stepquant.quant.plan import Plan
+from stepquant.runtime.lower import lower
 
 
 class Reconstruct(Protocol):
@@ -80,20 +82,16 @@ class Correction(BaseModel, ABC):
         self, denoiser: Denoiser, quantized: Denoiser, source: Source
     ) -> tuple[StepCorrection, StepTable]: ...
 
-    @abstractmethod
-    def running(self, denoiser: Denoiser, artifact: Artifact) -> Denoiser:
-        """The quantized denoiser that it is fitted on."""
-
 
 class Corrected(Method):
-    """A method, and a correction behind it."""
+    """A method, and behind it a correction that is fitted on the very integers that will run."""
 
     method: SerializeAsAny[Method]
     correction: SerializeAsAny[Correction]
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         artifact = self.method(denoiser, plan, source)
-        quantized = self.correction.running(denoiser, artifact)
+        quantized = Denoiser(lower(copy.deepcopy(denoiser.model), artifact))
         return artifact.with_correction(*self.correction(denoiser, quantized, source))
 
 

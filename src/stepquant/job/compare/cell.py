@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stepquant.calib.record import trajectory_seed
 from stepquant.core.digest import value_digest
-from stepquant.core.sources import code_digest
 from stepquant.errors import StepquantError
 from stepquant.evaluate.metrics.classifiers import SHIPPED
 from stepquant.evaluate.metrics.instruments import Weights, load_networks
@@ -25,10 +26,9 @@ from stepquant.models.sampling import scheduler_of
 from stepquant.version import __version__
 
 FORMAT = 1  # raised when the same settings come to mean another result
-# The modules that make a float model's images, an artifact (besides its method), and what is measured of it.
-MODEL_CODE = ("models.sampling",)
-QUANTIZE_CODE = ("artifact", "calib.record", "quant.freeze")
-MEASURE_CODE = ("job.compare.measure",)
+MODEL_CODE = ("models",)
+QUANTIZE_CODE = ("core", "models", "quant", "calib", "fit", "artifact.py", "methods/method.py")
+MEASURE_CODE = ("core", "models", "runtime", "hub.py", "evaluate")
 
 
 class Evaluation(BaseModel):
@@ -132,7 +132,7 @@ class Origin:
         """Of all that decides the bytes of the artifact."""
         known = cell.recipe.provenance(self.pipeline)
         kept = {name: value for name, value in known.items() if name not in ("model", "versions")}
-        methods = [f"methods.{name}" for name in cell.recipe.method.split("+")]
+        methods = [f"methods/{name}.py" for name in cell.recipe.method.split("+")]
         scheduler = self.schedulers[str(cell.recipe.sampler)]
         return key_of(kept | {"scheduler": scheduler}, (*QUANTIZE_CODE, *methods))
 
@@ -163,4 +163,16 @@ def key_of(known: Mapping[str, Any], code: Sequence[str]) -> str:
     """Values before a dot, code behind it: cells that differ in their code alone share the first half."""
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
     values = value_digest({"format": FORMAT, "versions": versions} | dict(known))
-    return f"{values[:16]}.{value_digest([__version__, code_digest(tuple(code))])[:8]}"
+    return f"{values[:16]}.{code_digest(tuple(code))[:8]}"
+
+
+@lru_cache
+def code_digest(parts: tuple[str, ...]) -> str:
+    """Over the version and the source of those parts of the package."""
+    root, total = Path(__file__).parents[2], hashlib.sha256(__version__.encode())
+    for part in parts:
+        files = sorted((root / part).rglob("*.py")) if (root / part).is_dir() else [root / part]
+        for file in files:
+            total.update(f"|{file.relative_to(root)}|".encode())
+            total.update(file.read_bytes() if file.exists() else b"")
+    return total.hexdigest()
