@@ -18,9 +18,8 @@ from stepquant.models.hooks import first_arguments
 from stepquant.quant.plan import Plan, Rule
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import ops
-from stepquant.runtime.cpu import float_layers
+from stepquant.runtime.cpu import device, float_layers
 from stepquant.runtime.cpu.products import ConvKernel
-from stepquant.runtime.layers import layer
 from stepquant.runtime.lower import lower
 from tests.models.tiny import conditional, noise
 from tests.runtime.synthetic import artifact_of, inputs_of, make, quantized
@@ -114,7 +113,7 @@ def test_a_grouped_convolution_is_what_its_kernel_did(
     in_float: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has a kernel and gives no reason against it; whether that multiplies integers is for the trace to say."""
-    monkeypatch.setattr(layer, "why_no_integers", lambda groups: None)
+    monkeypatch.setattr(device, "why_no_integers", lambda groups: None)
     if in_float:
         monkeypatch.setattr(ConvKernel, "onednn", float_convolution)
     model = make()

@@ -16,7 +16,7 @@ from stepquant.calib.pick import every
 from stepquant.calib.record import Source
 from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.fit.correct import Moments, check_noise, measure
-from stepquant.methods.method import Correction
+from stepquant.methods.correction import Correction
 from stepquant.models.denoiser import Denoiser
 
 

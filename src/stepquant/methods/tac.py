@@ -20,7 +20,7 @@ from torch import Tensor
 from stepquant.calib.record import Source
 from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.fit.correct import follow
-from stepquant.methods.method import Correction
+from stepquant.methods.correction import Correction
 from stepquant.models.denoiser import Denoiser
 
 
