@@ -30,18 +30,23 @@ from stepquant.errors import StepquantError  # noqa: E402
 
 if TYPE_CHECKING:
     from stepquant.job import Recipe, load, quantize, quantize_to
+    from stepquant.job.card import write_card
     from stepquant.job.fastest import fastest
 
-__all__ = ["Recipe", "StepquantError", "fastest", "load", "quantize", "quantize_to"]
+__all__ = ["Recipe", "StepquantError", "fastest", "load", "quantize", "quantize_to", "write_card"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'stepquant' has no attribute '{name}'")
-    if name == "fastest":  # imports what measures, which takes a second
+    if name == "fastest":  # these two import what measures, which takes a second
         from stepquant.job.fastest import fastest
 
         return fastest
+    if name == "write_card":
+        from stepquant.job.card import write_card
+
+        return write_card
     from stepquant import job
 
     return getattr(job, name)

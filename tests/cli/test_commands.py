@@ -12,8 +12,13 @@ from PIL import Image
 
 from stepquant import methods
 from stepquant.cli import main
+from stepquant.job import pipelines
 from stepquant.quant.schemes import SCHEMES
 from tests.cli.conftest import QUICK
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def run(tmp_path: Path, *words: object) -> Any:
@@ -26,6 +31,7 @@ def run(tmp_path: Path, *words: object) -> Any:
 COMMANDS = (
     "demo",
     "quantize",
+    "card",
     "generate",
     "evaluate",
     "benchmark",
@@ -122,6 +128,51 @@ class TestQuantize:
         said = capfd.readouterr()
         assert len(said.out.splitlines()) == 1
         assert not said.err
+
+    def test_the_card_can_be_left_out_and_made_later(
+        self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        loaded: list[str] = []
+        opened = pipelines.open_pipeline
+        monkeypatch.setattr(pipelines, "open_pipeline", lambda at: loaded.append(at.name) or opened(at))
+        whole, bare = tmp_path / "a" / "out", tmp_path / "b" / "out"
+        assert run(tmp_path, "quantize", tiny, *QUICK, "--out", whole)["card"] == str(whole / "README.md")
+        assert loaded == ["tiny", "out"]  # the float model once
+        assert run(tmp_path, "quantize", tiny, *QUICK, "--no-card", "--out", bare)["card"] is None
+        assert loaded == ["tiny", "out", "tiny"]
+        assert not {"README.md", "samples.png"} & {file.name for file in bare.iterdir()}
+        assert run(tmp_path, "card", bare)["card"] == str(bare / "README.md")
+        assert contents(bare) == contents(whole)
+        for name in ("README.md", "samples.png"):
+            (bare / name).unlink()
+        assert run(tmp_path, "quantize", tiny, *QUICK, "--resume", "--out", bare)["found"]
+        assert contents(bare) == contents(whole)
+
+    @pytest.mark.parametrize(
+        ("failure", "code"), [(KeyboardInterrupt, 130), (MemoryError, 2), (RuntimeError, 1)]
+    )
+    def test_the_artifact_stays_whatever_becomes_of_its_card(
+        self,
+        failure: type[BaseException],
+        code: int,
+        tiny: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise failure("of the card")
+
+        out = tmp_path / "out"
+        with monkeypatch.context() as patch:
+            patch.setattr("stepquant.job.card.write_grid", fail)
+            assert main(["quantize", str(tiny), *QUICK, "--out", str(out), "--quiet"]) == code
+        said = capfd.readouterr()
+        assert f"wrote {out}" in said.out
+        assert f"stepquant card {out}" in said.err
+        assert "--resume" not in said.err
+        run(tmp_path, "card", out)
+        run(tmp_path, "generate", out, "--images", 1, "--steps", 1, "--out", tmp_path / "x.png")
 
     def test_resume_keeps_what_is_there(
         self, tiny: Path, artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -83,11 +83,18 @@ class Run:
         return len(list(self.cache.glob(f"journal/*/{stage}/*.safetensors"))) >= 2
 
     def writing(self) -> bool:
-        return bool(list(self.out.parent.glob(".out.*.part/unet/config.json")))
+        return self.out.exists() or bool(list(self.out.parent.glob(".out.*.part/unet/config.json")))
+
+    def drawing(self) -> bool:
+        return self.out.exists()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def artifact(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: data for name, data in files.items() if name not in ("README.md", "samples.png")}
 
 
 @pytest.fixture
@@ -121,7 +128,7 @@ def uninterrupted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         return quantize(tiny, place / "out")
 
 
-@pytest.mark.parametrize("stage", ["recording", "fitting", "writing"])
+@pytest.mark.parametrize("stage", ["recording", "fitting", "writing", "drawing"])
 def test_kill_and_resume(
     stage: str,
     start: Callable[..., Run],
@@ -132,7 +139,9 @@ def test_kill_and_resume(
     run = start()
     run.wait_until(getattr(run, stage))
     assert run.send(signal.SIGKILL) == -signal.SIGKILL
-    assert not run.out.exists()
+    written = contents(run.out)  # the whole artifact or nothing: its card comes later
+    assert written == {name: data for name, data in artifact(uninterrupted).items() if written}
+    assert not written or stage in ("writing", "drawing")
     recorded = {file: file.stat().st_mtime_ns for file in run.cache.glob("*/*.safetensors")}
     assert recorded
 
@@ -170,6 +179,19 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(start: Callable[..., Run]) ->
     assert "Traceback" not in said
     assert not run.out.exists()
     assert not list(run.out.parent.glob(".out*"))
+
+
+def test_ctrl_c_while_the_card_is_made_keeps_the_artifact(
+    start: Callable[..., Run], uninterrupted: dict[str, bytes]
+) -> None:
+    run = start()
+    run.wait_until(run.drawing)
+    run.wait_until(lambda: f"wrote {run.out}" in run.said.read_text())
+    assert run.send(signal.SIGINT) == 130
+    assert f"stepquant card {run.out}" in run.said.read_text()
+    assert contents(run.out) == artifact(uninterrupted)
+    assert main(["card", str(run.out), "--quiet"]) == 0
+    assert contents(run.out) == uninterrupted
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])

@@ -105,7 +105,7 @@ def test_the_ladder_would_notice(importer: str, imported: str) -> None:
         ("evaluate.metrics.sets", "evaluate.metrics.number"),
         ("runtime.cpu.replay", "runtime.cpu.products"),
         ("schema", "errors"),
-        ("methods.method", "runtime.lower"),
+        ("methods.correction", "runtime.lower"),
     ],
 )
 def test_the_ladder_lets_pass_what_points_down(importer: str, imported: str) -> None:

@@ -55,6 +55,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def artifact(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Those that a folder takes its name with; its card comes later."""
+    return {name: data for name, data in files.items() if name not in ("README.md", "samples.png")}
+
+
 def undisturbed(model: Path, place: Path) -> dict[str, dict[str, bytes]]:
     """What each recipe makes alone."""
     made = {}

@@ -117,7 +117,10 @@ def run(given: Sequence[str], debug: bool) -> int:
     except BrokenPipeError:
         return close_output()
     except Exception as error:  # the border of the program
-        return explain(error, debug)
+        code = explain(error, debug)
+        for note in getattr(error, "__notes__", ()):
+            say(note)
+        return code
     else:
         code = DONE
     try:

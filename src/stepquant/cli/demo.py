@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from stepquant.cli.interrupt import keeping
-from stepquant.cli.make import outcome_text
+from stepquant.cli.make import add_card, outcome_text
 from stepquant.cli.measure import show_table
 from stepquant.cli.options import DEFAULT_MODEL, Device, Json, Quiet, Seed
 from stepquant.cli.screen import Screen
@@ -62,6 +62,7 @@ def run_demo(
     start = time.monotonic()
     outcome = quantize_to(recipe, folder, resume=True, progress=progress)
     screen.say(outcome_text(outcome, time.monotonic() - start))
+    add_card(screen, folder, device)
     evaluate_artifact(folder, device=device, progress=progress, images=IMAGES, steps=STEPS, seed=seed)
     timing: dict[str, Any] = {"batches": BATCHES, "seconds": SECONDS, "baselines": baselines_here(compiled)}
     results = benchmark_artifact(folder, device=device, progress=progress, **timing)

@@ -1,4 +1,4 @@
-"""Commands that make things: quantize, generate."""
+"""Commands that make things: quantize, card, generate."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from stepquant.cli.interrupt import keeping
 from stepquant.cli.options import (
     DEFAULT_MODEL,
     AnyModel,
+    ArtifactFolder,
     CalibrationSteps,
     Device,
     Explain,
@@ -26,6 +27,7 @@ from stepquant.cli.options import (
     Memory,
     Method,
     Model,
+    NoCard,
     OutFolder,
     PlanFile,
     Prompts,
@@ -44,6 +46,7 @@ from stepquant.cli.options import (
 from stepquant.cli.screen import Screen, command_text, size_text
 from stepquant.errors import StepquantError
 from stepquant.job import Outcome, Recipe, load, plan_json, quantize_to
+from stepquant.job.files import CARD
 from stepquant.job.pipelines import sampling_of
 from stepquant.models.denoiser import Denoiser
 
@@ -61,6 +64,7 @@ def quantize(
     prompts: Prompts = None,
     explain: Explain = False,
     resume: Resume = False,
+    no_card: NoCard = False,
     seed: Seed = 0,
     device: Device = "cpu",
     memory: Memory = MEMORY / 2**30,
@@ -95,6 +99,10 @@ def quantize(
         result |= explain_plan(screen, Denoiser.of(load(recipe.model)), recipe.build_plan())
     if out is not None:
         result |= make_artifact(screen, recipe, out, resume, int(memory * 2**30))
+        result |= {"card": None if no_card else str(add_card(screen, out, recipe.device))}
+        if not result["found"]:
+            words = ["generate", str(out)] + (["--sampler", recipe.sampler] if recipe.sampler else [])
+            screen.say(f"next: {command_text([*words, '--out', 'grid.png'])}")
     screen.finish(json, result)
 
 
@@ -108,11 +116,6 @@ def make_artifact(
         outcome = quantize_to(recipe, out, resume=resume, memory=memory, progress=screen.reporter)
     seconds = time.monotonic() - start
     screen.show(outcome_text(outcome, seconds))
-    if not outcome.found:
-        words = (
-            ["generate", str(out), "--sampler", recipe.sampler] if recipe.sampler else ["generate", str(out)]
-        )
-        screen.say(f"next: {command_text([*words, '--out', 'grid.png'])}")
     return {
         "out": str(out),
         "found": outcome.found,
@@ -132,6 +135,33 @@ def outcome_text(outcome: Outcome, seconds: float) -> str:
     if outcome.found:
         return f"{outcome.out} is there already, finished, from the same recipe: {size}"
     return f"wrote {outcome.out}: {recipe['method']} {recipe['scheme']}, {size}, in {seconds:.0f} s"
+
+
+def add_card(screen: Screen, folder: Path, device: str) -> Path:
+    """The model card of a finished artifact, which is kept as it is whatever becomes of the card."""
+    if (folder / CARD).exists():
+        return folder / CARD
+    later = f"{folder} is finished and can be used; make its model card with: {command_text(['card', str(folder)])}"
+    with keeping(later), screen.reporter as progress:
+        try:
+            from stepquant.job.card import write_card  # imports what measures, which takes a second
+
+            return write_card(folder, device=device, progress=progress)
+        except Exception as error:
+            error.add_note(later)
+            raise
+
+
+def card(folder: ArtifactFolder, device: Device = "cpu", json: Json = None, quiet: Quiet = False) -> None:
+    """Write the model card of an artifact: README.md with images (samples.png) and what was measured so far."""
+    from stepquant.job.card import write_card
+
+    screen = Screen(quiet)
+    screen.warn_if_plain()
+    with screen.reporter as progress:
+        page = write_card(folder, device=device, progress=progress)
+    screen.show(f"wrote {page}")
+    screen.finish(json, {"card": str(page)})
 
 
 def how_to_resume(out: Path) -> str:
@@ -191,4 +221,4 @@ def go_fastest(screen: Screen, pipeline: Any, batch: int, prompts: Any) -> None:
     screen.say(f"{kept} of {len(found)} layers are faster in bfloat16 here, at batch {batch}, and stay in it")
 
 
-COMMANDS: Mapping[str, Callable[..., None]] = {"quantize": quantize, "generate": generate}
+COMMANDS: Mapping[str, Callable[..., None]] = {"quantize": quantize, "card": card, "generate": generate}

@@ -161,6 +161,9 @@ Fastest = Annotated[
 Explain = Annotated[
     bool, typer.Option("--explain", help="Print what every site gets and why; without --out, that is all.")
 ]
+NoCard = Annotated[
+    bool, typer.Option("--no-card", help="Write the artifact alone, without README.md and samples.png.")
+]
 Resume = Annotated[
     bool,
     typer.Option(

@@ -11,7 +11,11 @@ from stepquant.models.denoiser import Denoiser
 
 def size(float_pipeline: Any, folder: Path) -> dict[str, Any]:
     """Bytes of the quantized denoiser's weight files, against four bytes for each number of the float one."""
-    denoiser = Denoiser.of(float_pipeline)
+    return size_beside(Denoiser.of(float_pipeline), folder)
+
+
+def size_beside(denoiser: Denoiser, folder: Path) -> dict[str, Any]:
+    """The same beside a float denoiser, of which only the shapes count."""
     inside = Path(folder) / denoiser.component
     files = sorted((inside if inside.is_dir() else Path(folder)).glob("*.safetensors"))
     if not files:

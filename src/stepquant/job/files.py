@@ -17,6 +17,7 @@ from stepquant.errors import StepquantError
 
 MORE_SPACE = "free disk space, then run again with --resume: recorded trajectories are kept"
 WHAT_TO_DO = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None), MORE_SPACE)
+CARD = "README.md"  # the model card of a pipeline, which may come into its folder later
 LAST = "model_index.json"  # what makes a folder a pipeline
 INSIDE = ".stepquant"  # how folders on their way are called inside of the one that they fill
 

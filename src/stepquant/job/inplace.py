@@ -35,7 +35,8 @@ def quantize(
 ) -> Any:
     """Quantize the denoiser of `pipeline` in place: it runs in integers afterwards, and saves them.
 
-    `plan` puts rules before those of `scheme`, or stands alone when `scheme` is None.
+    `plan` puts rules before those of `scheme`, or stands alone when `scheme` is None. What `save_pretrained` then writes has
+    no model card; `stepquant.write_card(folder)` adds one.
     """
     recipe = Recipe.of(
         model=str(pipeline.config.get("_name_or_path") or type(pipeline).__name__),

@@ -16,6 +16,7 @@ from stepquant.errors import ArtifactError, StepquantError
 from stepquant.evaluate import benchmark, evaluate, size
 from stepquant.evaluate.cost import coverage
 from stepquant.evaluate.describe import describe_float, describe_plan, describe_quantized, environment
+from stepquant.evaluate.disk import size_beside
 from stepquant.evaluate.metrics.reference import check_data
 from stepquant.evaluate.results import FORMAT
 from stepquant.job.fastest import fastest
@@ -81,6 +82,35 @@ def describe_artifact(source: Any, quantized: Any, folder: Path, name: str) -> d
     }
 
 
+def describe_alone(pipeline: Any, folder: Path) -> dict[str, Any]:
+    """The same from the artifact alone, whose recipe names the float model: its shapes need no weights."""
+    quantized, recipe = Denoiser.of(pipeline), artifact_config(pipeline, folder).recipe
+    shapes = shapes_of(quantized)
+    model = {
+        "name": recipe.get("model", ""),
+        "class": type(shapes.model).__name__,
+        "parameters": sum(value.numel() for value in shapes.model.parameters()),
+        "digest": recipe.get("model_digest", "")[:12],
+    }
+    arguments = first_arguments(pipeline, 1, recipe.get("prompts"))
+    return {
+        "format": FORMAT,
+        "float": model,
+        "quantized": describe_quantized(pipeline) | {"name": folder.resolve().name},
+        "size": size_beside(shapes, folder),
+        "coverage": coverage(shapes, quantized, arguments),
+        "plan": describe_plan(shapes, quantized),
+    }
+
+
+def shapes_of(quantized: Denoiser) -> Denoiser:
+    """The float model that an artifact was made of, without numbers."""
+    model: Any = quantized.model
+    config = {name: value for name, value in model.config.items() if name != "quantization_config"}
+    with torch.device("meta"):
+        return Denoiser(type(model).from_config(config))
+
+
 def inspect_artifact(
     folder: Path, batch: int | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
@@ -92,18 +122,8 @@ def inspect_artifact(
     settings = artifact_config(pipeline, folder)
     prompts = settings.recipe.get("prompts")
     timed = [] if batch is None else fastest(pipeline, batch, prompts=prompts, progress=progress)
-    quantized = Denoiser.of(pipeline)
-    model: Any = quantized.model
-    config = {name: value for name, value in model.config.items() if name != "quantization_config"}
-    with torch.device("meta"):
-        shapes = Denoiser(type(model).from_config(config))
-    return {
-        "quantized": describe_quantized(pipeline) | {"name": folder.resolve().name},
-        "coverage": coverage(shapes, quantized, first_arguments(pipeline, 1, prompts)),
-        "plan": describe_plan(shapes, quantized),
-        "steps": settings.steps,
-        "times": [asdict(layer) for layer in timed],
-    }
+    known = describe_alone(pipeline, folder)
+    return known | {"steps": settings.steps, "times": [asdict(layer) for layer in timed]}
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -117,18 +137,22 @@ def read_results(folder: Path) -> dict[str, Any]:
         ) from error
 
 
+def measured_so_far(folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of the artifact with what is known now; those of former weights are dropped."""
+    former = read_results(folder)
+    same = former.get("quantized", {}).get("digest") == known["quantized"]["digest"]
+    return (former if same else {}) | dict(known)
+
+
 def keep_results(folder: Path, results: Mapping[str, Any]) -> None:
     text = json.dumps(results, indent=1) + "\n"
     atomically(folder / RESULTS, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def update_results(folder: Path, source: Any, quantized: Any, measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Add what was measured to the results of the artifact; those of former weights are dropped."""
+    """Add what was measured to the results of the artifact."""
     known = describe_artifact(source, quantized, folder, folder.resolve().name)
-    former = read_results(folder)
-    if former.get("quantized", {}).get("digest") != known["quantized"]["digest"]:
-        former = {}
-    results = former | dict(measured) | known
+    results = measured_so_far(folder, dict(measured) | known)
     keep_results(folder, results)
     return results
 

@@ -17,10 +17,7 @@ from stepquant.job.inplace import run
 from stepquant.job.pipelines import load, without_bars
 from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sampling import sample
 from stepquant.progress import Progress
-
-GRID, SHOWN, MOST_STEPS = "samples.png", 16, 50  # the images beside the weights
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,7 @@ def quantize_to(
 
     With `resume`, a finished artifact of the same recipe is kept as it is, and an interrupted run goes on from the
     trajectories that it has recorded; the bytes are those of an uninterrupted run. `memory`: see `inplace.run`.
+    The folder is then complete; a model card comes into it by `stepquant.write_card`, if it is to have one.
     """
     recipe.check()
     target = Path(out)
@@ -63,26 +61,7 @@ def quantize_to(
         hub.attach(Denoiser.of(pipeline).model, run(pipeline, recipe, progress, memory=memory))
         with writing(target), without_bars():
             pipeline.save_pretrained(folder)
-        illustrate(pipeline, recipe, folder, target, progress)
     return Outcome(target, provenance, weights_bytes(target), float_bytes, found=False)
-
-
-def illustrate(pipeline: Any, recipe: Recipe, folder: Path, target: Path, progress: Progress | None) -> None:
-    """Beside the weights: a grid of samples and the model card that shows it."""
-    # What measures takes a second to import, which loading and quantizing in place do not need.
-    from stepquant.job.results import describe_artifact
-    from stepquant.report import card
-    from stepquant.report.images import write_grid
-
-    steps = min(recipe.steps, MOST_STEPS)
-    drawn = sample(
-        pipeline, range(SHOWN), steps=steps, sampler=recipe.sampler, prompts=recipe.prompts, progress=progress
-    )
-    batches = list(drawn)
-    known = describe_artifact(load(recipe.model, recipe.device), pipeline, folder, target.resolve().name)
-    with writing(target):
-        write_grid(batches, folder / GRID)
-        (folder / "README.md").write_text(card(known), encoding="utf-8")
 
 
 def existing(out: Path, wanted: Mapping[str, Any], resume: bool) -> Mapping[str, Any]:

@@ -10,15 +10,21 @@ from typing import Any, cast
 from pydantic import BaseModel, ValidationError
 
 from stepquant.errors import MethodError, UnknownNameError
-from stepquant.methods.method import Corrected, Correction, Method
+from stepquant.methods.correction import Corrected, Correction
+from stepquant.methods.method import Method
 
-SHARED = ("method", "correction")  # files that define none
+KINDS = ("method", "correction")  # files that say what the others define
 JOINT = "+"  # method+correction
 MOST = 2**31 - 1  # of anything that is counted
 
 
 def names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in SHARED)
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in KINDS)
+
+
+def modules(name: str) -> tuple[str, ...]:
+    """The modules in which `method` or `method+correction` is written."""
+    return tuple(f"methods.{part}" for part in name.split(JOINT))
 
 
 def kind(name: str) -> type[Method] | type[Correction]:

@@ -1,17 +1,42 @@
-"""What the corrections share: they are fitted on the very integers that will run."""
+"""Correction: what makes the predictions of a quantized denoiser come nearer to the float one's.
+
+It is fitted on the integers that will run, so it alone of all that methods share stands on the runtime.
+"""
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
+
+from pydantic import BaseModel, ConfigDict, SerializeAsAny
 
 from stepquant.artifact import Artifact
-from stepquant.methods.method import Correction
+from stepquant.calib.record import Source
+from stepquant.core.steps import StepCorrection, StepTable
+from stepquant.methods.method import Method
 from stepquant.models.denoiser import Denoiser
+from stepquant.quant.plan import Plan
 from stepquant.runtime.lower import lower
 
 
-class IntegerCorrection(Correction):
-    """Alone in leaning on the runtime, so that the artifacts of methods do not depend on how they run."""
+class Correction(BaseModel, ABC):
+    """Corrects the predictions of a quantized denoiser at every step, so that they come near to the float one's."""
 
-    def running(self, denoiser: Denoiser, artifact: Artifact) -> Denoiser:
-        return Denoiser(lower(copy.deepcopy(denoiser.model), artifact))
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @abstractmethod
+    def __call__(
+        self, denoiser: Denoiser, quantized: Denoiser, source: Source
+    ) -> tuple[StepCorrection, StepTable]: ...
+
+
+class Corrected(Method):
+    """A method, and behind it a correction that is fitted on the very integers that will run."""
+
+    method: SerializeAsAny[Method]
+    correction: SerializeAsAny[Correction]
+
+    def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
+        artifact = self.method(denoiser, plan, source)
+        quantized = Denoiser(lower(copy.deepcopy(denoiser.model), artifact))
+        return artifact.with_correction(*self.correction(denoiser, quantized, source))

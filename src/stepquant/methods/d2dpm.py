@@ -16,11 +16,11 @@ from stepquant.calib.pick import every
 from stepquant.calib.record import Source
 from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.fit.correct import Moments, check_noise, measure
-from stepquant.methods.correction import IntegerCorrection
+from stepquant.methods.correction import Correction
 from stepquant.models.denoiser import Denoiser
 
 
-class D2DPM(IntegerCorrection):
+class D2DPM(Correction):
     """Dual denoising: takes the conditional mean of the error off, and treats its variance as noise."""
 
     trajectories: int = Field(32, gt=0, description="float trajectories that errors are measured on")

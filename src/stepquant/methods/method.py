@@ -7,14 +7,13 @@ from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from stepquant.artifact import Artifact
 from stepquant.calib.calibset import CalibSet
 from stepquant.calib.pick import Pick, every, strided
 from stepquant.calib.record import Source
 from stepquant.core.ranges import lp_search, lp_search_binned
-from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import MethodError
 from stepquant.fit.blocks import reconstruct_blocks
 from stepquant.fit.journal import Journal
@@ -68,33 +67,6 @@ def split_here(wanted: bool, asked: bool, denoiser: Denoiser, source: Source) ->
         raise MethodError("this model has no skip concatenations to split", fix="leave --set split=true out")
     source.progress.note("no skip concatenations in this model: nothing to split")
     return False
-
-
-class Correction(BaseModel, ABC):
-    """Corrects the predictions of a quantized denoiser at every step, so that they come near to the float one's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @abstractmethod
-    def __call__(
-        self, denoiser: Denoiser, quantized: Denoiser, source: Source
-    ) -> tuple[StepCorrection, StepTable]: ...
-
-    @abstractmethod
-    def running(self, denoiser: Denoiser, artifact: Artifact) -> Denoiser:
-        """The quantized denoiser that it is fitted on."""
-
-
-class Corrected(Method):
-    """A method, and a correction behind it."""
-
-    method: SerializeAsAny[Method]
-    correction: SerializeAsAny[Correction]
-
-    def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
-        artifact = self.method(denoiser, plan, source)
-        quantized = self.correction.running(denoiser, artifact)
-        return artifact.with_correction(*self.correction(denoiser, quantized, source))
 
 
 class BlockMethod(PresetMethod):

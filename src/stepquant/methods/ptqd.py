@@ -17,11 +17,11 @@ from stepquant.calib.pick import every
 from stepquant.calib.record import Source
 from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.fit.correct import Moments, check_noise, measure
-from stepquant.methods.correction import IntegerCorrection
+from stepquant.methods.correction import Correction
 from stepquant.models.denoiser import Denoiser
 
 
-class PTQD(IntegerCorrection):
+class PTQD(Correction):
     """Corrects the correlated part and the bias of the noise; a noisy sampler absorbs its variance."""
 
     trajectories: int = Field(32, gt=0, description="float trajectories that errors are measured on")

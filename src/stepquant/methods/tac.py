@@ -20,11 +20,11 @@ from torch import Tensor
 from stepquant.calib.record import Source
 from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.fit.correct import follow
-from stepquant.methods.correction import IntegerCorrection
+from stepquant.methods.correction import Correction
 from stepquant.models.denoiser import Denoiser
 
 
-class TAC(IntegerCorrection):
+class TAC(Correction):
     """Noise estimation reconstruction and input bias correction, step behind corrected step."""
 
     samples: int = Field(32, ge=2, description="trajectories that are followed")

@@ -13,8 +13,11 @@ from stepquant.schema import Report
 MOST_STEPS = 50
 
 
-def card(results: Mapping[str, Any], samples: str | None = "samples.png") -> str:
-    """Who it is, how to load it, what was measured. `samples` is an image beside it, or None."""
+def card(results: Mapping[str, Any], samples: str | None = "samples.png", steps: int | None = None) -> str:
+    """Who it is, how to load it, what was measured. `samples` is an image beside it, or None.
+
+    steps: in which it is best sampled; those it was calibrated over, at most 50, where nothing is said.
+    """
     report = Report.from_json(results)
     recipe = report.quantized.recipe
     text: str = template("card.md", escape=False).render(
@@ -22,7 +25,7 @@ def card(results: Mapping[str, Any], samples: str | None = "samples.png") -> str
         base=base_model(report.source.name),
         samples=samples,
         prompt='"a prompt", ' if recipe.get("prompts") else "",
-        steps=min(int(recipe.get("steps", MOST_STEPS)), MOST_STEPS),
+        steps=steps or min(int(recipe.get("steps", MOST_STEPS)), MOST_STEPS),
         runs=how_it_runs(report),
         rows=table(report),
         table=markdown(report),

@@ -11,24 +11,24 @@ import diffusers
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from stepquant import methods
 from stepquant.calib.record import trajectory_seed
 from stepquant.core.digest import value_digest
-from stepquant.core.sources import code_digest
 from stepquant.errors import StepquantError
 from stepquant.evaluate.metrics.classifiers import SHIPPED
 from stepquant.evaluate.metrics.instruments import Weights, load_networks
 from stepquant.evaluate.metrics.reference import data_digest, is_statistics
 from stepquant.evaluate.results import FIRST_SEED
+from stepquant.job.compare.code import code_digest
 from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import scheduler_of
-from stepquant.version import __version__
 
-FORMAT = 1  # raised when the same settings come to mean another result
-# The modules that make a float model's images, an artifact (besides its method), and what is measured of it.
-MODEL_CODE = ("models.sampling",)
-QUANTIZE_CODE = ("artifact", "calib.record", "quant.freeze")
-MEASURE_CODE = ("job.compare.measure",)
+# Raised when the same settings come to mean another result by what no key covers: jobs, and how artifacts are stored.
+FORMAT = 1
+# Modules that make images of the float model and measure; an artifact is made by those of its method.
+SAMPLING = ("models.sampling", "calib.record")
+MEASURING = ("evaluate", "evaluate.cost", "evaluate.describe", "hub", "models.hooks")
 
 
 class Evaluation(BaseModel):
@@ -132,21 +132,20 @@ class Origin:
         """Of all that decides the bytes of the artifact."""
         known = cell.recipe.provenance(self.pipeline)
         kept = {name: value for name, value in known.items() if name not in ("model", "versions")}
-        methods = [f"methods.{name}" for name in cell.recipe.method.split("+")]
         scheduler = self.schedulers[str(cell.recipe.sampler)]
-        return key_of(kept | {"scheduler": scheduler}, (*QUANTIZE_CODE, *methods))
+        return key_of(kept | {"scheduler": scheduler}, methods.modules(cell.recipe.method))
 
     def images_key(self, cell: Cell, seed: int) -> str:
         """Of all that decides the float model's images of one seed."""
         asked = self.sampling(cell) | {"seed": seed, "model": self.digest}
-        return key_of(asked, MODEL_CODE)
+        return key_of(asked, SAMPLING)
 
     def cell_key(self, cell: Cell, artifact: str) -> str:
         """Of all that decides what is measured of the artifact with that name."""
         asked = cell.evaluation.model_dump(mode="json", exclude={"weights"}) | self.sampling(cell)
         # Where files lie decides nothing.
         asked |= self.instruments[cell.evaluation]
-        return key_of(asked | {"artifact": artifact}, MEASURE_CODE)
+        return key_of(asked | {"artifact": artifact}, MEASURING)
 
     def sampling(self, cell: Cell) -> dict[str, Any]:
         chosen = cell.evaluation
@@ -159,8 +158,8 @@ class Origin:
         }
 
 
-def key_of(known: Mapping[str, Any], code: Sequence[str]) -> str:
+def key_of(known: Mapping[str, Any], modules: tuple[str, ...]) -> str:
     """Values before a dot, code behind it: cells that differ in their code alone share the first half."""
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
     values = value_digest({"format": FORMAT, "versions": versions} | dict(known))
-    return f"{values[:16]}.{value_digest([__version__, code_digest(tuple(code))])[:8]}"
+    return f"{values[:16]}.{code_digest(modules)[:8]}"
