@@ -5,13 +5,12 @@ A device without a folder takes the plain one: slower, and the same numbers with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,14 +19,13 @@ from stepquant.runtime.kernel import Geometry, Kernel
 
 @dataclass(frozen=True)
 class Device:
-    """Kernels for codes of images and of rows, what stands in their way, and how several multiply as one."""
+    """Kernels for codes of images and of rows, and what stands in their way."""
 
-    convolution: type[Kernel]  # codes (batch, channels, height, width)
+    convolution: type[Kernel] | None  # codes (batch, channels, height, width)
     linear: type[Kernel]  # codes (rows, inputs)
     why_no_convolution: Callable[[torch.device, Geometry], str | None]
     why_no_linear: Callable[[torch.device], str | None]
     why_no_attention: Callable[[torch.device], str | None]
-    joined: Callable[[Sequence[Any]], Any]
     operations: tuple[str, ...]  # of torch's dispatcher, that multiply integers
 
 

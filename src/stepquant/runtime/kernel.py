@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from stepquant.runtime.ops.code import Code
@@ -48,6 +49,17 @@ class Kernel(ABC):
         twin = copy.copy(self)
         twin.code = code
         return twin
+
+    @classmethod
+    def joined(cls, kernels: Sequence[Kernel]) -> Self:
+        """One kernel for several that read the same codes; its outputs lie side by side."""
+        biases = [torch.zeros_like(k.scales) if k.bias is None else k.bias for k in kernels]
+
+        def weight() -> Tensor:
+            return torch.cat([kernel.weight() for kernel in kernels])
+
+        scales = torch.cat([kernel.scales for kernel in kernels])
+        return cls(weight, scales, torch.cat(biases), kernels[0].code, kernels[0].geometry)
 
     @abstractmethod
     def __call__(self, codes: Tensor, *args: Any) -> Tensor: ...

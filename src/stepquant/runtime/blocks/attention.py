@@ -12,7 +12,6 @@ from torch import Tensor
 from stepquant.models.blocks.attention import AttentionUnit
 from stepquant.runtime import ops
 from stepquant.runtime.blocks.chain import Chain, codes_for, kernel_of, pixels, run
-from stepquant.runtime.device import device_for
 from stepquant.runtime.kernel import Kernel
 from stepquant.runtime.ops.code import Code
 
@@ -45,7 +44,7 @@ class Readers:
         """Made again when a layer has made its own kernel again."""
         code = kernels[0].code
         if self.joint is None or any(a.packed is not b.packed for a, b in zip(self.joint[0], kernels)):
-            self.joint = (kernels, device_for(kernels[0].scales.device).joined(kernels))
+            self.joint = (kernels, type(kernels[0]).joined(kernels))
         if self.joint[1].code != code:
             self.joint = (kernels, self.joint[1].with_code(code))
         return self.joint[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from stepquant.runtime import ops
-from stepquant.runtime.cpu.products import ConvKernel, LinearKernel, joined, why_no_integers
+from stepquant.runtime.cpu.products import ConvKernel, LinearKernel, why_no_integers
 from stepquant.runtime.device import Device
 from stepquant.runtime.kernel import Geometry
 
@@ -31,6 +31,5 @@ DEVICE = Device(
     why_no_convolution,
     why_no_linear,
     why_no_attention,
-    joined,
     (*OPERATIONS, "stepquant::attention"),
 )

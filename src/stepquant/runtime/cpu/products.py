@@ -152,17 +152,6 @@ def better_with_tiles(codes: Tensor, product: ops.Product) -> bool:
     return ops.capability() == "amx" and pixels * product.weight.numel() > FEW_WITH_TILES
 
 
-def joined(kernels: Sequence[LinearKernel]) -> LinearKernel:
-    """One kernel for several that read the same codes; its outputs lie side by side."""
-    biases = [torch.zeros_like(k.scales) if k.bias is None else k.bias for k in kernels]
-
-    def weight() -> Tensor:
-        return torch.cat([kernel.weight() for kernel in kernels])
-
-    scales = torch.cat([kernel.scales for kernel in kernels])
-    return LinearKernel(weight, scales, torch.cat(biases), kernels[0].code, kernels[0].geometry)
-
-
 def why_no_integers(groups: int) -> str | None:
     """None if products in so many groups are summed without error here; otherwise what stands in the way."""
     if ops.compiled() and groups == 1:

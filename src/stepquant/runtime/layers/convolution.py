@@ -29,7 +29,9 @@ class IntegerConv2d(IntegerLayer):
         self.even = self.sides[::2] == self.sides[1::2]
 
     def kernel_type(self) -> type[Kernel]:
-        return device_for(self.weight.device).convolution
+        kernel = device_for(self.weight.device).convolution
+        assert kernel is not None, self.why_no_kernel()
+        return kernel
 
     def why_no_kernel(self) -> str | None:
         if self.padding_mode != "zeros":

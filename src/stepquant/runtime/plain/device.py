@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,23 +36,6 @@ class Linear(Kernel):
         return self.packed["weight"], self.packed["sums"]
 
 
-class Convolution(Kernel):
-    """There is none: torch convolves no integers."""
-
-    def __call__(self, codes: Tensor, *args: Any) -> Tensor:
-        raise NotImplementedError
-
-
-def joined(kernels: Sequence[Kernel]) -> Linear:
-    biases = [torch.zeros_like(kernel.scales) if kernel.bias is None else kernel.bias for kernel in kernels]
-
-    def weight() -> Tensor:
-        return torch.cat([kernel.weight() for kernel in kernels])
-
-    scales = torch.cat([kernel.scales for kernel in kernels])
-    return Linear(weight, scales, torch.cat(biases), kernels[0].code, kernels[0].geometry)
-
-
 def why_no_convolution(device: torch.device, _: Geometry) -> str:
     return f"no integer convolution on device '{device.type}'"
 
@@ -72,13 +53,11 @@ def why_no_linear(device: torch.device) -> str | None:
     )
     try:
         out = torch._int_mm(low, high)
-    except (NotImplementedError, RuntimeError) as error:
+    except RuntimeError as error:  # also what says that there is no such kernel
         return f"torch._int_mm does not run on device '{device.type}' ({str(error).splitlines()[0][:80]})"
     if bool((out == -128 * 127 * WIDTH).all()):
         return None
     return f"torch._int_mm errs on device '{device.type}'"
 
 
-DEVICE = Device(
-    Convolution, Linear, why_no_convolution, why_no_linear, why_no_attention, joined, ("aten::_int_mm",)
-)
+DEVICE = Device(None, Linear, why_no_convolution, why_no_linear, why_no_attention, ("aten::_int_mm",))
