@@ -15,7 +15,8 @@ from stepquant import hub, methods
 from stepquant.calib.record import Source
 from stepquant.errors import ArtifactError
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sampling import SAMPLERS, run
+from stepquant.models.generate import run
+from stepquant.models.sampling import SAMPLERS
 from stepquant.quant.schemes import SCHEMES, scheme
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -23,7 +24,7 @@ IMAGES = """
 import sys, torch, stepquant
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-from stepquant.models.sampling import run
+from stepquant.models.generate import run
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
 save_file({"images": run(pipe, [1, 2], 3)}, sys.argv[2])
 """

@@ -70,7 +70,7 @@ def test_every_method_takes_the_number_of_records(
         built = methods.build(whole, drawn | methods.records(whole, 33))
         with pytest.raises(Asked):
             built(Denoiser.of(source.pipeline), scheme("w8a8"), source)
-        assert 33 <= len(asked) < 33 + source.steps
+        assert 33 <= len(asked) < 33 + source.sampling.steps
 
 
 def test_records_are_counted_in_one_way_only() -> None:

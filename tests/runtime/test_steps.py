@@ -22,8 +22,9 @@ from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.fit.time_block import ROLES, time_chains, time_table
 from stepquant.models.blocks.structure import structure
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.generate import run
 from stepquant.models.hooks import first_arguments
-from stepquant.models.sampling import run, scheduler_of
+from stepquant.models.sampling import scheduler_of
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan, Rule
@@ -51,7 +52,7 @@ def stepped(
 ) -> tuple[Artifact, list[Tensor], CalibSet]:
     """An artifact with ranges for every step, and what its fake-quant network returns for a batch at every t."""
     denoiser, times = Denoiser.of(source.pipeline), source.times()
-    data = source.record(every(4, range(source.steps)))
+    data = source.record(every(4, range(source.sampling.steps)))
     steps = StepTable.of(times, groups)
     rows = time_table(denoiser, time_chains(denoiser), steps.times.float()) if table else None
     with torch.no_grad(), insert(denoiser, plan(name, table), steps=steps) as network:
@@ -207,7 +208,7 @@ def test_a_noisy_sampler_absorbs_the_variance(source: Source, prediction: str, v
     error = variance**0.5 * torch.randn(draws, 3, 1, 1, generator=generator)
     spread = []
     for sampler, given in ((scheduler, predicted), (carrying, predicted + error)):
-        sampler.set_timesteps(source.steps)
+        sampler.set_timesteps(source.sampling.steps)
         spread.append(sampler.step(given, t, x, generator=generator).prev_sample.var().item())
     assert spread[1] == pytest.approx(spread[0], rel=0.03)
     own, less = (s._get_variance(t).max().item() for s in (scheduler, carrying))
@@ -217,7 +218,7 @@ def test_a_noisy_sampler_absorbs_the_variance(source: Source, prediction: str, v
 def test_a_deterministic_sampler_cannot_absorb(source: Source) -> None:
     corrected_pipeline(source, "absorb", 0.01)
     with pytest.raises(RuntimeSupportError, match="no noise that could absorb"):
-        run(source.pipeline, [0], source.steps)
+        run(source.pipeline, [0], source.sampling)
 
 
 def test_noise_is_taken_off_from_the_sampler_s_generator(source: Source) -> None:
@@ -225,11 +226,11 @@ def test_noise_is_taken_off_from_the_sampler_s_generator(source: Source) -> None
     scheduler, plain = scheduler_of(source.pipeline, None), DDIMScheduler()
     x, predicted = noise(2), torch.zeros(2, 3, 8, 8)
     for sampler in (scheduler, plain):
-        sampler.set_timesteps(source.steps)
+        sampler.set_timesteps(source.sampling.steps)
     t = scheduler.timesteps[4]
     seeded = torch.Generator().manual_seed(3)
     drawn = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     got = scheduler.step(predicted, t, x, generator=seeded).prev_sample
     torch.testing.assert_close(got, plain.step(predicted - 0.2 * drawn, t, x).prev_sample)
-    first, second = (run(source.pipeline, [1, 2], source.steps) for _ in range(2))
+    first, second = (run(source.pipeline, [1, 2], source.sampling) for _ in range(2))
     assert torch.equal(first, second)

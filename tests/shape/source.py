@@ -29,8 +29,10 @@ APART = ({"quant", "calib", "fit"}, {"runtime", "hub"})
 INSIDE: dict[str, Rungs] = {
     "models": (
         ("families", "split", "attention", "zoo"),
-        ("denoiser", "blocks"),
+        ("denoiser", "blocks", "tables"),
         ("sampling",),
+        ("pipelines",),
+        ("generate",),
         ("hooks",),
     ),
     "runtime": (
@@ -46,7 +48,7 @@ INSIDE: dict[str, Rungs] = {
         ("cpu.float_layers",),
     ),
     "evaluate": (
-        ("metrics.pairs",),
+        ("metrics.pairs", "twins"),
         ("networks",),
         ("metrics",),
         ("cost", "describe", "disk", "speed", "trajectory"),

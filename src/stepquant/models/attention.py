@@ -85,6 +85,11 @@ class Rebound:
         return rebound, (self.former, self.product, self.site)
 
 
+def given(processor: Any) -> Any:
+    """The processor that an attention was given, with its own product."""
+    return processor.former if isinstance(processor, Rebound) else processor
+
+
 class KeepProduct:
     """Takes the place of `set_processor` of an attention, whose product stays what it is."""
 

@@ -15,13 +15,14 @@ from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import RuntimeSupportError
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import adds_noise
+from stepquant.models.tables import StepTables
 from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.stored import Stored
 from stepquant.runtime.turns import Turns
 
 
-class StepTensors(Stored):
+class StepTensors(Stored, StepTables):
     """The tables of an artifact as buffers, in the dtypes they have on disk whatever the model is cast to."""
 
     def __init__(self, spec: StepSpec, device: torch.device) -> None:
