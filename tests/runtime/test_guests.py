@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from stepquant.calib.record import Source
 from stepquant.errors import ModelError, RuntimeSupportError
 from stepquant.models.attention import Rebound
+from stepquant.quant.plan import Rule
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import ops
 from stepquant.runtime.lower import lower
 from tests.models.tiny import conditional
-from tests.runtime.synthetic import artifact_of, make, noise, quantized, relative
+from tests.runtime.synthetic import artifact_of, calling, make, noise, quantized, relative
 from tests.runtime.test_steps import stepped
 
 compiled = pytest.mark.skipif(not ops.compiled(), reason="the extension stepquant._C was not built")
@@ -202,6 +203,21 @@ def test_edited_ranges_of_a_product_and_float_weights_take_effect(model: nn.Modu
         after = call(twin, x)
         assert not torch.equal(after, before)
         assert torch.equal(after, call(copy.deepcopy(twin), x))
+
+
+@torch.no_grad()
+def test_a_float_weight_of_the_time_embedding_that_was_replaced_takes_effect() -> None:
+    floating = make()
+    time = Rule(None, "test", path="time_embedding*")
+    artifact, _ = quantized(floating, scheme("w8a8").with_rules([time]), calling(floating))
+    twin, x = lower(floating, artifact), noise(1, 3, 16, 16)
+    assert "time_embedding.linear_1" not in artifact.layers
+    before = [call(twin, x) for _ in range(3)][-1]
+    layer = twin.time_embedding.linear_1
+    layer.weight = nn.Parameter(layer.weight.flip(0))
+    after = call(twin, x)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, call(copy.deepcopy(twin), x))
 
 
 def test_slicing_and_other_processors_keep_the_integer_product(textual: nn.Module) -> None:

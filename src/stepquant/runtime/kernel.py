@@ -50,6 +50,10 @@ class Kernel(ABC):
         twin.code = code
         return twin
 
+    def with_codes(self, codes: Sequence[Code]) -> tuple[Self, ...]:
+        """One for each code; this one is the first."""
+        return (self, *map(self.with_code, codes[1:]))
+
     @classmethod
     def joined(cls, kernels: Sequence[Kernel]) -> Self:
         """One kernel for several that read the same codes; its outputs lie side by side."""

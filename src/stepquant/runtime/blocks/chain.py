@@ -75,7 +75,7 @@ class NormThen:
 
 def kernel_of(layer: Any) -> Any:
     """The integer kernel of a layer, or None if it computes in float."""
-    return layer.prepared().kernel if isinstance(layer, IntegerLayer) else None
+    return layer.kernel if isinstance(layer, IntegerLayer) else None
 
 
 def codes_for(layer: Any, x: Tensor) -> Tensor:

@@ -27,8 +27,7 @@ from stepquant.runtime.blocks.texts import Texts
 from stepquant.runtime.blocks.time_rows import Row, TimeRows
 from stepquant.runtime.cpu.recording import Recording, UnrecordableError
 from stepquant.runtime.finite import NotFinite
-from stepquant.runtime.layers.layer import IntegerLayer
-from stepquant.runtime.layers.stored import OFFLOADED
+from stepquant.runtime.layers.stored import OFFLOADED, Stored
 from stepquant.runtime.turns import Turns
 
 KEPT_KINDS = 64
@@ -156,22 +155,19 @@ class Watch:
     attributes: list[dict[str, Any]]
     tensors: list[ValuesView[Any]]  # parameters and buffers of the modules that have any
     bound: list[dict[str, Any]]  # of the modules with a forward of their own
-    layers: list[dict[str, Any]]  # attributes of the layers with one range
-    stepped_layers: list[dict[str, Any]]  # whose kernel is another one at every step, with the same weight
+    stored: list[dict[str, Any]]  # attributes of the modules that derive something from their buffers
     states: list[Callable[[], list[Any]]]
     stepped: list[Any]  # modules with ranges for every step; all read the same row
 
     @classmethod
     def of(cls, model: nn.Module) -> Watch:
         modules = list(model.modules())
-        layers = [module for module in modules if isinstance(module, IntegerLayer)]
         return cls(
             [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)],
             [module.__dict__ for module in modules],
             [found.values() for m in modules for found in (m._parameters, m._buffers) if found],
             [module.__dict__ for module in modules if "forward" in module.__dict__],
-            [layer.__dict__ for layer in layers if not getattr(layer, "stepped", False)],
-            [layer.__dict__ for layer in layers if getattr(layer, "stepped", False)],
+            [module.__dict__ for module in modules if isinstance(module, Stored)],
             [one.state for one in chains(model) if type(one).state is not Chain.state],
             [module for module in modules if getattr(module, "stepped", False)],
         )
@@ -203,8 +199,7 @@ def offloads(watch: Watch) -> bool:
 def parts(watch: Watch) -> list[Any]:
     """Things that are equal only if they are the same."""
     found = [attributes.get("forward") for attributes in watch.bound]
-    found += [part for layer in watch.layers for part in (layer["kernel"], layer["forgotten"])]
-    found += [layer["kernel"] and layer["kernel"].weight for layer in watch.stepped_layers]
+    found += [attributes["ready"] for attributes in watch.stored]
     for state in watch.states:
         found += state()
     return found
