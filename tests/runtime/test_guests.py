@@ -251,6 +251,35 @@ def test_slicing_and_other_processors_keep_the_integer_product(textual: nn.Modul
         twin.fuse_qkv_projections()
 
 
+def test_a_processor_that_is_assigned_directly_is_taken_as_one_that_is_set(textual: nn.Module) -> None:
+    from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
+
+    twin, x = copy.deepcopy(textual), noise(1, 4, 16, 16)
+    text = {"encoder_hidden_states": noise(1, 7, 32, seed=4)}
+    want = [call(twin, x, **text) for _ in range(3)][-1]
+    attention = twin.mid_block.attentions[0].transformer_blocks[0].attn1
+
+    class Inline:
+        def __call__(self, attn: nn.Module, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+            return hidden_states
+
+    attention.processor = SlicedAttnProcessor(1)
+    with pytest.warns(UserWarning, match="SlicedAttnProcessor computes its product in float"):
+        assert torch.equal(call(twin, x, **text), want)
+    inline = attention.processor = Inline()
+    with pytest.warns(UserWarning, match="Inline computes its product itself"):
+        assert not torch.equal(call(twin, x, **text), want)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(twin, x, **text)
+        assert attention.processor is inline
+        for set_it in (twin.set_attn_processor, lambda one: setattr(attention, "processor", one)):
+            set_it(AttnProcessor2_0())
+            for _ in range(3):
+                assert torch.equal(call(twin, x, **text), want)
+    assert isinstance(attention.processor, Rebound)
+
+
 def test_a_copy_has_a_product_of_its_own(textual: nn.Module) -> None:
     twin = copy.deepcopy(textual)
     attention = twin.mid_block.attentions[0].transformer_blocks[0].attn1

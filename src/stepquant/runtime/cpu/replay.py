@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from stepquant.models.attention import KeepProduct
 from stepquant.models.families.registry import family_of
 from stepquant.runtime import ops
 from stepquant.runtime.blocks.chain import Chain, chains
@@ -46,6 +47,8 @@ class Replay:
         self.family = family_of(model)
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.turns, self.not_finite = Turns(), NotFinite()
+        setters = [module.__dict__.get("set_processor") for module in model.modules()]
+        self.keeps = [setter for setter in setters if isinstance(setter, KeepProduct)]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -53,6 +56,8 @@ class Replay:
         arguments = dict(zip(self.names, args)) | kwargs
         wrapped = arguments.pop("return_dict", True)
         with self.turns:
+            for keep in self.keeps:
+                keep.catch_up()
             prediction = None if wrapped and self.output is None else self.predict(arguments)
             if prediction is None:
                 made = self.own_forward(*args, **kwargs)
