@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import pytest
@@ -313,6 +314,33 @@ def test_another_process_makes_the_same_bytes(
     subprocess.run([sys.executable, "-c", script, given, got], env=environment, check=True)
     for outs, want in zip(pickle.loads(got.read_bytes()), wanted):
         assert all(torch.equal(out, want) for out in outs)
+
+
+def answer(model: nn.Module, calls: list[tuple[Tensor, Tensor]], sender: Any) -> None:
+    """What runs in the child; of the tensors that come through shared memory nothing is changed."""
+    torch.set_num_threads(1)
+    sender.send([call(model, x, encoder_hidden_states=text).numpy() for x, text in calls for _ in range(3)])
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_spawned_process_makes_the_same_bytes(textual: nn.Module, called: bool) -> None:
+    twin, text = copy.deepcopy(textual), noise(1, 7, 32, seed=4)
+    calls = [(noise(1, 4, 16, 16, seed=seed), text) for seed in (1, 2)]
+    if called:
+        for _ in range(3):
+            call(twin, *calls[0][:1], encoder_hidden_states=text)
+    context = torch.multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=answer, args=(twin, calls, sender))
+    child.start()
+    sender.close()
+    try:
+        outs = receiver.recv()
+    finally:
+        child.join()
+    assert child.exitcode == 0
+    want = [call(twin, x, encoder_hidden_states=text) for x, text in calls for _ in range(3)]
+    assert all(torch.equal(torch.from_numpy(out), one) for out, one in zip(outs, want, strict=True))
 
 
 @torch.no_grad()
