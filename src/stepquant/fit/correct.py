@@ -17,7 +17,8 @@ from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import MethodError
 from stepquant.fit.ranges import by_row
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sampling import adds_noise, advance, generators, is_unconditional, scheduler_of
+from stepquant.models.noise import adds_noise
+from stepquant.models.sampling import advance, generators, is_unconditional, scheduler_of
 from stepquant.progress import Progress
 
 Step = Callable[[Tensor], Tensor]  # prediction -> state after the step

@@ -16,7 +16,7 @@ from stepquant.core.bounds import check_values
 from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import RuntimeSupportError
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sampling import adds_noise
+from stepquant.models.noise import adds_noise
 from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.stored import Prepared, Stored, Versions
