@@ -34,7 +34,7 @@ INSIDE: dict[str, Rungs] = {
         ("hooks",),
     ),
     "runtime": (
-        ("ops", "finite", "turns"),
+        ("ops", "finite", "moving", "turns"),
         ("kernel",),
         ("device", "cpu.products"),
         ("cpu.device", "plain"),

@@ -31,6 +31,7 @@ from stepquant.runtime.layers.convolution import IntegerConv1d, IntegerConv2d, c
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.linear import IntegerLinear
 from stepquant.runtime.layers.stored import Prepared, Versions
+from stepquant.runtime.moving import Move
 from stepquant.runtime.steps import StepForward, StepTensors
 
 # Layers whose output meets the stream inside the model; all others emit the dtype that they receive.
@@ -132,6 +133,7 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
     tensors = getattr(model, "steps", None)
     if isinstance(tensors, StepTensors):
         bind(model, StepForward(model, tensors, model.__dict__.get("forward")))
+    model._apply = Move(model)  # type: ignore[assignment]
     model.register_load_state_dict_post_hook(Reload(dtype, fuse))
     return model
 
