@@ -1,4 +1,4 @@
-"""Keys and values of a text: the same at every step of a generation, so they are made once for each text."""
+"""Keys and values of cross-attention: the same at every step of a generation, so they are computed once for each text."""
 
 from __future__ import annotations
 

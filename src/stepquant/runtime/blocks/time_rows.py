@@ -1,4 +1,4 @@
-"""Rows that depend on t alone, computed once for each t: the time embedding and what every block makes of it."""
+"""A cache of what depends on t alone: the time embedding, and the row that each residual block projects it to."""
 
 from __future__ import annotations
 

@@ -184,8 +184,8 @@ class State:
     def __init__(self, watch: Watch) -> None:
         self.places, self.parts = count(watch), parts(watch)
         self.tensors = list(chain.from_iterable(watch.tensors))
-        held = [tensor for tensor in self.tensors if tensor is not None]
-        self.versions = torch.classes.stepquant.Versions(held)
+        present = [tensor for tensor in self.tensors if tensor is not None]
+        self.versions = torch.classes.stepquant.Versions(present)
 
     def still(self, watch: Watch) -> bool:
         return count(watch) == self.places and parts(watch) == self.parts and self.same_numbers(watch)

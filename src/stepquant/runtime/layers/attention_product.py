@@ -1,4 +1,4 @@
-"""The attention product in integers, with the ranges of its four operands as buffers."""
+"""softmax(Q K^T) V with both products in integers; the ranges of the four operands are buffers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class IntegerProduct(Stored[PreparedProduct]):
     ) -> str | None:
         """Why these operands are not multiplied as integers; None if they are."""
         if self.reason is None and mask is not None:
-            return "no integer kernel takes a mask: whole numbers multiplied in float32"
+            return "no integer kernel takes a mask: the codes are multiplied in float32"
         return self.reason
 
     def forward(
@@ -91,10 +91,10 @@ class IntegerProduct(Stored[PreparedProduct]):
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         if self.why_not(q, k, v, mask) is None:
             return self.shifted(ops.attention(q, k, v, scale, *codes), v, codes)
-        return self.shifted(whole_numbers(q, k, v, mask, scale, codes), v, codes)
+        return self.shifted(product_in_float32(q, k, v, mask, scale, codes), v, codes)
 
     def shifted(self, out: Tensor, v: Tensor, codes: tuple[Code, ...]) -> Tensor:
-        """A constant that is added to every probability adds that much of the sum of all values."""
+        """Add what a constant that is added to every probability contributes: as much of the sum of all values."""
         if not self.spec.shifted:
             return out
         value = codes[2]
@@ -104,10 +104,10 @@ class IntegerProduct(Stored[PreparedProduct]):
         return out + total.to(out.dtype)
 
 
-def whole_numbers(
+def product_in_float32(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, codes: tuple[Code, ...]
 ) -> Tensor:
-    """The same product on whole numbers in float32, which holds the sums of up to 1,000 widths exactly."""
+    """The same product of the same codes, as float32 numbers: their sums are exact for heads of up to 1,000 channels."""
     query, key, value, probabilities = codes
     left, right, values = (centred(x, code) for x, code in zip((q, k, v), codes))
     scores = left @ right.transpose(-1, -2)

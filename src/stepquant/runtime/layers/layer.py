@@ -186,7 +186,7 @@ class IntegerLayer(Stored[PreparedLayer]):
         return ready.kernels[self.row]
 
     def float_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The same numbers without an integer kernel; the codes of the input are whole numbers, exact in bfloat16."""
+        """The same numbers without an integer kernel; the codes of the input are small integers, exact in bfloat16."""
         weight, bias = self.float_weight(x.dtype), self.bias
         if self.spec.input is None or self.float_because:
             return self.multiply(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)

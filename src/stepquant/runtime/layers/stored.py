@@ -1,4 +1,4 @@
-"""Modules whose tensors stand for bytes on disk."""
+"""Modules whose buffers are tensors of the artifact, and what is derived from them once and kept."""
 
 from __future__ import annotations
 
