@@ -28,7 +28,7 @@ APART = ({"quant", "calib", "fit"}, {"runtime", "hub"})
 # The ladders inside: rooms, or single files of a room that stand lower or higher than the rest of it.
 INSIDE: dict[str, Rungs] = {
     "models": (
-        ("families", "split", "attention", "zoo"),
+        ("families", "split", "attention", "noise", "zoo"),
         ("denoiser", "blocks", "tables"),
         ("sampling",),
         ("pipelines",),
@@ -36,7 +36,7 @@ INSIDE: dict[str, Rungs] = {
         ("hooks",),
     ),
     "runtime": (
-        ("ops", "finite", "turns"),
+        ("ops", "finite", "moving", "turns"),
         ("kernel",),
         ("device", "cpu.products"),
         ("cpu.device", "plain"),

@@ -17,9 +17,10 @@ from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import MethodError
 from stepquant.fit.ranges import by_row
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.noise import adds_noise
 from stepquant.models.pipelines import unconditional
 from stepquant.models.pipelines.registry import kind_of
-from stepquant.models.sampling import adds_noise, advance, generators, scheduler_of
+from stepquant.models.sampling import advance, generators, scheduler_of
 from stepquant.progress import Progress
 
 Step = Callable[[Tensor], Tensor]  # prediction -> state after the step

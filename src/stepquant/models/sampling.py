@@ -59,15 +59,6 @@ def scheduler_of(pipeline: Any, sampler: str | None, steps: int | None = None) -
     return scheduler if tables is None else tables.carry(scheduler)
 
 
-def adds_noise(scheduler: Any) -> bool:
-    """Whether a scheduler adds noise of its own at every step, whose size can be changed.
-
-    Others may have the same configuration: what they do not use stays in it.
-    """
-    sized = scheduler.config.get("variance_type") in ("fixed_small", "fixed_large")
-    return sized and isinstance(scheduler, diffusers.DDPMScheduler)
-
-
 def advance(
     scheduler: Any, predicted: Tensor, t: Tensor, x: Tensor, noise: list[torch.Generator] | None = None
 ) -> Tensor:
