@@ -19,7 +19,7 @@ from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.convolution import IntegerConv2d
 from tests.models.tiny import conditional, unconditional
 from tests.pretended import DEVICE, Pretended, fetched, pretended
-from tests.runtime.ops.test_everywhere import arguments
+from tests.runtime.ops.examples import arguments
 from tests.runtime.synthetic import filled, grids, quantized
 
 Frozen = tuple[nn.Module, Artifact, dict[str, Any]]
