@@ -118,7 +118,7 @@ def test_an_extension_that_does_not_load_says_why(tmp_path: Path) -> None:
 def test_the_specification_is_the_affine_map_of_the_package(text: str) -> None:
     grid, x = Grid.parse(text), torch.randn(1000) * 2
     zero_point = 0 if grid.symmetric else (grid.qmin + grid.qmax) // 2 + 1
-    scale = 4 / grid.steps
+    scale = 4 / (grid.levels - 1)
     want = affine.quantize(x, torch.tensor(scale), torch.tensor(zero_point), grid)
     got = reference.quantize(x, Code.of_grid(grid, scale, zero_point))
     assert torch.equal(got.float() - (128 if grid.signed else 0), want)
