@@ -17,11 +17,11 @@ from stepquant.core.entries import (
     TEXT,
     TRUTH,
     entries,
+    integer,
     list_of,
     one_of,
     optional,
     table_of,
-    whole,
 )
 from stepquant.core.grid import Grid, GridError
 from stepquant.core.steps import StepCorrection, StepTable
@@ -32,7 +32,7 @@ FORMAT, UNCOVERED = 2, 1  # what is written; what says nothing about its configu
 FORMATS = (UNCOVERED, FORMAT)
 NEEDED = {
     "quant_method": one_of("stepquant"),
-    "format": whole(1),
+    "format": integer(1),
     "layers": table_of(OBJECT),
     "digests": table_of(TEXT),
     "digest": TEXT,
@@ -40,7 +40,7 @@ NEEDED = {
 }
 ALLOWED = {
     "products": table_of(OBJECT),
-    "splits": table_of(list_of(whole(1), 2)),
+    "splits": table_of(list_of(integer(1), 2)),
     "steps": optional(OBJECT),
     "recipe": OBJECT,
     "settings": optional(TEXT),
@@ -127,9 +127,9 @@ class StepSpec:
 
     @classmethod
     def from_json(cls, data: Any, where: str = "steps") -> StepSpec:
-        sizes = {"groups": whole(1), "table": whole(0), "channels": whole(0)}
+        sizes = {"groups": integer(1), "table": integer(0), "channels": integer(0)}
         noise = one_of("none", "absorb", "sample")
-        return cls(**entries(data, where, {"times": whole(1)}, {**sizes, "noise": noise}))
+        return cls(**entries(data, where, {"times": integer(1)}, {**sizes, "noise": noise}))
 
 
 @dataclass(frozen=True)

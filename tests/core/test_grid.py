@@ -26,7 +26,7 @@ def test_text_round_trip(bits: int, signed: bool, symmetric: bool, granularity: 
 )
 def test_limits(text: str, low: int, high: int) -> None:
     grid = Grid.parse(text)
-    assert (grid.qmin, grid.qmax, grid.steps) == (low, high, high - low)
+    assert (grid.qmin, grid.qmax, grid.levels) == (low, high, high - low + 1)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor
 from stepquant.calib.record import Source
 from stepquant.core.steps import StepTable
 from stepquant.errors import MethodError
-from stepquant.fit.correct import Moments, check_noise, follow, shift_of, try_step
+from stepquant.fit.correct import Moments, check_noise, follow, offset_of, try_step
 from stepquant.methods import d2dpm, ptqd, tac
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import Sampling
@@ -132,7 +132,7 @@ def test_the_shift_brings_the_mean_of_the_next_state_back(prediction: str, clip:
     for t in scheduler.timesteps:
         step = partial(try_step, scheduler, t, x)
         wanted = step(predicted + wanted_shift.reshape(1, 3, 1, 1))
-        found = shift_of(step, predicted, wanted)
+        found = offset_of(step, predicted, wanted)
         after = step(predicted + found.float().reshape(1, 3, 1, 1))
         before = (wanted - step(predicted)).mean((0, 2, 3)).abs()
         left = (wanted - after).mean((0, 2, 3)).abs()

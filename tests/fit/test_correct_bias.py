@@ -86,16 +86,16 @@ def test_corrected_layers_do_not_err_on_average(source: Source, tmp_path: Path, 
 
         layer = network.layers["conv_in"]
         stored = packed_tensors(layer)["bias"]
-        assert torch.equal(stored, layer.layer.bias + layer.shift)
+        assert torch.equal(stored, layer.layer.bias + layer.correction)
         assert not torch.equal(stored, layer.layer.bias)
 
         # A run that goes on from the journal ends at the same biases.
-        shifts = {path: layer.shift for path, layer in network.layers.items()}
+        corrections = {path: layer.correction for path, layer in network.layers.items()}
         for each in network.layers.values():
-            each.shift = None
+            each.correction = None
         fit_blocks(streams, None, journal, stage="biases", activations=True)  # type: ignore[arg-type]
         for path, each in network.layers.items():
-            same = each.shift is shifts[path] or torch.equal(each.shift, shifts[path])
+            same = each.correction is corrections[path] or torch.equal(each.correction, corrections[path])
             assert same, path
 
 
@@ -118,7 +118,7 @@ def test_one_linear_is_corrected_by_the_closed_form(source: Source) -> None:
         correct_block(network, piece, Sample(floats, floats, targets, rows, rows), 0)
         mean = floats.columns[0].mean(0)
         expected = (layer.weight - layer.weight_values()) @ mean
-        torch.testing.assert_close(layer.shift, expected, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(layer.correction, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_quantized_probabilities_sum_to_one_on_average(source: Source, tmp_path: Path) -> None:
@@ -145,16 +145,18 @@ def test_quantized_probabilities_sum_to_one_on_average(source: Source, tmp_path:
             keys = quantized.shape[-1]
             lacking = 1 / keys - float(quantized.double().mean())
             assert abs(lacking) > 0.01 / keys, path
-            assert float(product.shift) == pytest.approx(lacking, rel=0.02, abs=1e-4 / keys), path
+            assert float(product.correction) == pytest.approx(lacking, rel=0.02, abs=1e-4 / keys), path
 
         artifact = freeze(network)
         path = next(iter(network.products))
         assert artifact.products[path].shifted
         assert torch.equal(
-            artifact.tensors[f"{path}.product.probabilities_shift"], network.products[path].shift
+            artifact.tensors[f"{path}.product.probabilities_shift"], network.products[path].correction
         )
-        shifts = {path: product.shift for path, product in network.products.items()}
+        corrections = {path: product.correction for path, product in network.products.items()}
         for product in network.products.values():
-            product.shift = None
+            product.correction = None
         fit_blocks(streams, None, journal, stage="probabilities", activations=True)  # type: ignore[arg-type]
-        assert all(torch.equal(product.shift, shifts[path]) for path, product in network.products.items())
+        assert all(
+            torch.equal(product.correction, corrections[path]) for path, product in network.products.items()
+        )

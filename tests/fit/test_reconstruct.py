@@ -10,7 +10,7 @@ from stepquant.core.losses import BlockLoss, Outputs
 from stepquant.core.ranges import minmax
 from stepquant.errors import MethodError
 from stepquant.fit.blocks import hold_out, without_gradients
-from stepquant.fit.learnable import FixedRounding, LearnedStep, SoftRounding
+from stepquant.fit.learnable import FixedRounding, LearnedScale, SoftRounding
 from stepquant.fit.learner import Learner, Sample, Schedule, inside
 from stepquant.fit.ranges import set_input_ranges
 from stepquant.fit.reconstruct import batches, cosine, reconstruct
@@ -113,7 +113,7 @@ def test_activation_steps_are_learnt_with_their_zero_points_fixed(bench: Bench) 
     quantizer = bench.network.layers["up_blocks.1.resnets.0.conv1"].input_quantizer
     wide, zero_point = (value.clone() for value in quantizer.range())
     quantizer.set_range(wide * 8, zero_point)
-    schedule = Schedule(iterations=40, batch=12, rounding_rate=0, step_rate=0.1)
+    schedule = Schedule(iterations=40, batch=12, rounding_rate=0, scale_rate=0.1)
     report = reconstruct(bench.network, piece, sample, schedule, 0)
     scale, after = quantizer.range()
     assert report.hard < report.nearest
@@ -190,7 +190,7 @@ def test_dropped_activations_are_the_unquantized_ones(bench: Bench) -> None:
     set_input_ranges(bench.network, bench.data, minmax)
     quantizer = bench.network.layers["conv_out"].input_quantizer
     x = torch.randn(4, 3, 8, 8, generator=Generator().manual_seed(1))
-    step = LearnedStep(quantizer, keep=0.5, generator=Generator().manual_seed(0))
+    step = LearnedScale(quantizer, keep=0.5, generator=Generator().manual_seed(0))
     quantized = quantizer(x)
     mixed = step(quantizer, x)
     kept = (mixed == x).float().mean()

@@ -22,7 +22,7 @@ from stepquant.runtime.moving import one_device
 from tests import pretended as there
 from tests.models.tiny import conditional, unconditional
 from tests.pretended import DEVICE, Pretended, fetched, pretended
-from tests.runtime.ops.test_everywhere import CODE, arguments
+from tests.runtime.ops.examples import CODE, arguments
 from tests.runtime.synthetic import filled, grids, quantized
 
 no_accelerator = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a device")

@@ -36,9 +36,9 @@ class Likeness:
         """Of features (steps, batch, channels, ...)."""
         values = features.double()
         flat = values.flatten(1)
-        unit = (values / values.norm(dim=2, keepdim=True).clamp(min=epsilon)).flatten(1)
+        directions = (values / values.norm(dim=2, keepdim=True).clamp(min=epsilon)).flatten(1)
         elements = features[0].numel()
-        return cls(flat @ flat.T, unit @ unit.T, elements, elements // features.shape[2])
+        return cls(flat @ flat.T, directions @ directions.T, elements, elements // features.shape[2])
 
     def __add__(self, other: Likeness) -> Likeness:
         """Over the records of both."""
@@ -88,10 +88,10 @@ def share_out(score: Tensor, samples: int) -> Tensor:
     """Whole numbers in proportion to `score` that sum to `samples`: largest remainders, the earlier step in a tie."""
     score = torch.where(score.sum() > 0, score, torch.ones_like(score)).double()
     exact = score / score.sum() * samples
-    whole = exact.floor().long()
-    order = (exact - whole).sort(descending=True, stable=True).indices
-    whole[order[: samples - int(whole.sum())]] += 1
-    return whole
+    shares = exact.floor().long()
+    order = (exact - shares).sort(descending=True, stable=True).indices
+    shares[order[: samples - int(shares.sum())]] += 1
+    return shares
 
 
 def likeness_of_steps(source: Source, trajectories: int) -> Likeness:

@@ -73,7 +73,7 @@ def scale_and_zero(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tenso
         scale = torch.maximum(-low, high) / grid.qmax
         zero_point = torch.zeros_like(scale)
     else:
-        scale = (high - low) / grid.steps
+        scale = (high - low) / (grid.levels - 1)
         safe = torch.where(scale > 0, scale, torch.ones_like(scale))
         zero_point = (grid.qmin - torch.round(low / safe)).clamp(grid.qmin, grid.qmax)
     # An all-zero tensor keeps scale 1: every integer but the zero point would be wrong anyway.

@@ -27,7 +27,7 @@ OBJECT = Kind(
 ANYTHING = Kind("anything", lambda _: True)
 
 
-def whole(least: int) -> Kind:
+def integer(least: int) -> Kind:
     """true is no number, although Python counts with it."""
     return Kind(f"a whole number from {least} on", lambda v: type(v) is int and v >= least)
 

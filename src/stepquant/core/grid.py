@@ -48,9 +48,9 @@ class Grid:
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
     @property
-    def steps(self) -> int:
-        """Intervals between the lowest and the highest integer."""
-        return self.qmax - self.qmin
+    def levels(self) -> int:
+        """How many integers it has."""
+        return self.qmax - self.qmin + 1
 
     @classmethod
     def parse(cls, text: str) -> Grid:

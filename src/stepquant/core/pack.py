@@ -19,8 +19,8 @@ def pack(q: Tensor, grid: Grid) -> Tensor:
     codes = (q.reshape(-1).to(torch.int16) - grid.qmin).to(torch.uint8)
     if grid.bits == 8:
         return codes.clone()
-    shifts = torch.arange(grid.bits, dtype=torch.uint8, device=codes.device)
-    bits = (codes[:, None] >> shifts & 1).reshape(-1)
+    places = torch.arange(grid.bits, dtype=torch.uint8, device=codes.device)
+    bits = (codes[:, None] >> places & 1).reshape(-1)
     bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).reshape(-1, 8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
 

@@ -104,14 +104,14 @@ def check_noise(source: Source, wanted: str) -> str:
     return "absorb" if carried else "none"
 
 
-def shift_of(step: Step, predicted: Tensor, wanted: Tensor, rounds: int = 4) -> Tensor:
+def offset_of(step: Step, predicted: Tensor, wanted: Tensor, rounds: int = 4) -> Tensor:
     """What to add to each channel of `predicted` so that the state after the step has the mean of `wanted`.
 
-    The sampler may clip, so that its answer is no line: secants, and the best shift that was seen.
+    The sampler may clip, so that its answer is no line: secants, and the best offset that was seen.
     """
 
-    def gap(shift: Tensor) -> Tensor:
-        moved = predicted + by_channel(shift, predicted)
+    def gap(offset: Tensor) -> Tensor:
+        moved = predicted + by_channel(offset, predicted)
         return (wanted - step(moved)).double().transpose(0, 1).flatten(1).mean(1)
 
     near = torch.zeros(predicted.shape[1], dtype=torch.float64)
@@ -174,17 +174,17 @@ def follow(
             wanted, got = denoiser.predict(there).cpu(), quantized.predict(here).cpu()
             scale = factor(got, denoiser.predict(here).cpu())
         corrected = got * by_channel(scale, got)
-        shift = torch.zeros_like(scale)
+        offset = torch.zeros_like(scale)
         x = advance(exact, wanted, t, x, drawn)
         if bias:
             trial = partial(try_step, other, t, y)
-            shift = shift_of(trial, corrected, x)
-            corrected = corrected + by_channel(shift, corrected)
+            offset = offset_of(trial, corrected, x)
+            corrected = corrected + by_channel(offset, corrected)
         y = advance(other, corrected, t, y, again)
         scales.append(scale)
-        biases.append(shift)
-    scale, shift = torch.stack(scales).float(), torch.stack(biases).float()
-    return StepCorrection(scale, shift, torch.zeros_like(scale)), StepTable.of(exact.timesteps)
+        biases.append(offset)
+    scale, offset = torch.stack(scales).float(), torch.stack(biases).float()
+    return StepCorrection(scale, offset, torch.zeros_like(scale)), StepTable.of(exact.timesteps)
 
 
 def try_step(scheduler: Any, t: Tensor, x: Tensor, predicted: Tensor) -> Tensor:

@@ -29,15 +29,15 @@ def correct_block(network: Inserted, piece: Piece, sample: Sample, seed: int, *,
     """
     measure = Learner(network, piece, Schedule(0, batch, rounding_rate=0), Generator())
     layers = {path: layer for path, layer in measure.layers.items() if is_biased(layer)}
-    wholes = {path: whole(network, path) for path in layers}
+    unsplit = {path: without_split(network, path) for path in layers}
     with torch.no_grad():
         before = measure.held_loss(sample)
         network.switch(weights=False, inputs=False)
-        exact = mean_outputs(piece, wholes, sample.floats, batch)
+        exact = mean_outputs(piece, unsplit, sample.floats, batch)
         network.switch(weights=True, inputs=True)
         for path in calls(piece, layers, sample):
-            found = mean_outputs(piece, {path: wholes[path]}, sample.quants, batch)
-            layers[path].shift = exact[path] - found[path]
+            found = mean_outputs(piece, {path: unsplit[path]}, sample.quants, batch)
+            layers[path].correction = exact[path] - found[path]
         after = measure.held_loss(sample)
     return Report(piece.path, before, after, after, len(layers))
 
@@ -47,15 +47,15 @@ def correct_products(
 ) -> Report:
     """Add to the quantized probabilities of every attention product what they lack on average (SBC, arXiv:2309.01729).
 
-    Most probabilities of a wide softmax are below half a step and become 0, so that their sum is no longer 1.
+    Most probabilities of a wide softmax are below half of the scale and become 0, so that their sum is no longer 1.
     """
     measure = Learner(network, piece, Schedule(0, batch, rounding_rate=0), Generator())
     products = inside(network.products, piece.path)
     with torch.no_grad():
         before = measure.held_loss(sample)
         for product in products.values():
-            product.shift = None
-            product.shift = missing(piece, product, sample.quants, batch)
+            product.correction = None
+            product.correction = missing(piece, product, sample.quants, batch)
         after = measure.held_loss(sample) if products else before
     return Report(piece.path, before, after, after, len(products))
 
@@ -83,7 +83,7 @@ def is_biased(layer: QuantLayer) -> bool:
     return layer.weight_quantizer is not None and layer.bias is not None
 
 
-def whole(network: Inserted, path: str) -> nn.Module:
+def without_split(network: Inserted, path: str) -> nn.Module:
     """The layer at `path`, or the split layer that it is the first half of."""
     above = network.denoiser.model.get_submodule(path.rpartition(".")[0])
     return above if isinstance(above, SplitLayer) else network.layers[path]

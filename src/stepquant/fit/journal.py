@@ -52,11 +52,11 @@ class Journal:
                 tensors[f"up|{name}"] = layer.rounding.up.contiguous()
             if isinstance(layer.rounding, FixedIntegers):
                 tensors[f"integers|{name}"] = layer.rounding.given.contiguous()
-            if layer.shift is not None:
-                tensors[f"shift|{name}"] = layer.shift.contiguous()
+            if layer.correction is not None:
+                tensors[f"shift|{name}"] = layer.correction.contiguous()
         for name, product in inside(self.network.products, report.path).items():
-            if product.shift is not None:
-                tensors[f"shift|{name}.product"] = product.shift.contiguous()
+            if product.correction is not None:
+                tensors[f"shift|{name}.product"] = product.correction.contiguous()
         for quantizer in activation_quantizers(self.network, report.path):
             if quantizer.is_set:
                 tensors[f"range|{quantizer.site}"] = torch.stack(quantizer.range())
@@ -83,9 +83,9 @@ class Journal:
                 fix="delete this file and run again",
             ) from error
         for name, layer in inside(self.network.layers, path).items():
-            layer.rounding, layer.shift = stored_rounding(tensors, name), tensors.get(f"shift|{name}")
+            layer.rounding, layer.correction = stored_rounding(tensors, name), tensors.get(f"shift|{name}")
         for name, product in inside(self.network.products, path).items():
-            product.shift = tensors.get(f"shift|{name}.product")
+            product.correction = tensors.get(f"shift|{name}.product")
         for quantizer in activation_quantizers(self.network, path):
             if f"range|{quantizer.site}" in tensors:
                 quantizer.set_range(*tensors[f"range|{quantizer.site}"])

@@ -65,10 +65,10 @@ class SoftRounding:
         return FixedRounding(self.alpha.detach() >= 0)
 
 
-class LearnedStep:
-    """A step that is learnt as a factor of its start; while training only a part of the elements is quantized.
+class LearnedScale:
+    """A scale that is learnt as a factor of its start; while training only a part of the elements is quantized.
 
-    A factor, because one learning rate then fits sites whose steps differ by orders of magnitude.
+    A factor, because one learning rate then fits sites whose scales differ by orders of magnitude.
     """
 
     def __init__(self, quantizer: Quantizer, keep: float, generator: Generator) -> None:

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from stepquant.core.losses import BlockLoss, Outputs
 from stepquant.core.precision import multiplies_bf16
-from stepquant.fit.learnable import LearnedStep, SoftRounding, draw
+from stepquant.fit.learnable import LearnedScale, SoftRounding, draw
 from stepquant.fit.streams import Piece, Table
 from stepquant.models.split import SplitLayer
 from stepquant.quant.insert import Inserted
@@ -29,7 +29,7 @@ class Schedule:
     iterations: int
     batch: int = 32
     rounding_rate: float = 1e-3
-    step_rate: float = 0.0
+    scale_rate: float = 0.0
     last: float = 0.0  # share of the rates that is left at the end of the cosine
     penalty: float = 0.01  # weight of the rounding regulariser; 0 switches it off
     beta: tuple[float, float] = (20.0, 2.0)
@@ -66,7 +66,7 @@ class Sample:
 
 
 class Learner:
-    """The roundings and steps of one piece while they are learnt."""
+    """The roundings and scales of one piece while they are learnt."""
 
     def __init__(self, network: Inserted, piece: Piece, schedule: Schedule, generator: Generator) -> None:
         self.network, self.piece, self.schedule, self.generator = network, piece, schedule, generator
@@ -80,33 +80,33 @@ class Learner:
             for path, layer in self.layers.items():
                 if layer.weight_quantizer is not None:
                     self.roundings[path] = SoftRounding(layer.weight, layer.weight_quantizer)
-        self.steps: dict[Quantizer, LearnedStep] = {}
+        self.scales: dict[Quantizer, LearnedScale] = {}
         for quantizer in activation_quantizers(network, *piece.covers):
             if quantizer.enabled:
-                self.steps[quantizer] = LearnedStep(quantizer, schedule.keep, generator)
+                self.scales[quantizer] = LearnedScale(quantizer, schedule.keep, generator)
         self.watched = watched_layers(piece) if schedule.loss.layers else []
 
     def attach(self) -> None:
         for path, rounding in self.roundings.items():
             self.layers[path].rounding = rounding
-        for quantizer, step in self.steps.items():
-            quantizer.stand_in = step
+        for quantizer, learnt in self.scales.items():
+            quantizer.stand_in = learnt
 
     def detach(self) -> None:
-        """Back to rounding as it was before, and to steps as they were set."""
+        """Back to rounding as it was before, and to scales as they were set."""
         for path in self.roundings:
             self.layers[path].rounding = None
-        for quantizer in self.steps:
+        for quantizer in self.scales:
             quantizer.stand_in = None
 
     def settle(self) -> None:
-        """Make what was learnt permanent: weights round up or down, steps are set."""
+        """Make what was learnt permanent: weights round up or down, scales are set."""
         self.detach()
         for path, rounding in self.roundings.items():
             self.layers[path].rounding = rounding.fixed()
-        if self.schedule.step_rate:
-            for quantizer, step in self.steps.items():
-                quantizer.set_range(step.scale, step.zero_point)
+        if self.schedule.scale_rate:
+            for quantizer, learnt in self.scales.items():
+                quantizer.set_range(learnt.scale, learnt.zero_point)
 
     def parameters(self) -> list[dict[str, object]]:
         groups: list[dict[str, object]] = []
@@ -114,16 +114,18 @@ class Learner:
             groups.append(
                 {"params": [r.alpha for r in self.roundings.values()], "lr": self.schedule.rounding_rate}
             )
-        if self.steps and self.schedule.step_rate:
-            groups.append({"params": [s.factor for s in self.steps.values()], "lr": self.schedule.step_rate})
+        if self.scales and self.schedule.scale_rate:
+            groups.append(
+                {"params": [s.factor for s in self.scales.values()], "lr": self.schedule.scale_rate}
+            )
         return groups
 
     def state(self) -> list[Tensor]:
-        tensors = [r.alpha for r in self.roundings.values()] + [s.factor for s in self.steps.values()]
+        tensors = [r.alpha for r in self.roundings.values()] + [s.factor for s in self.scales.values()]
         return [tensor.detach().clone() for tensor in tensors]
 
     def restore(self, state: Sequence[Tensor]) -> None:
-        tensors = [r.alpha for r in self.roundings.values()] + [s.factor for s in self.steps.values()]
+        tensors = [r.alpha for r in self.roundings.values()] + [s.factor for s in self.scales.values()]
         with torch.no_grad():
             for tensor, value in zip(tensors, state, strict=True):
                 tensor.copy_(value)
@@ -133,16 +135,16 @@ class Learner:
         """Without random dropping, and with weights on integers if `hard`."""
         for rounding in self.roundings.values():
             rounding.hard = hard
-        for step in self.steps.values():
-            step.training = False
+        for learnt in self.scales.values():
+            learnt.training = False
         try:
             with torch.no_grad():
                 yield
         finally:
             for rounding in self.roundings.values():
                 rounding.hard = False
-            for step in self.steps.values():
-                step.training = True
+            for learnt in self.scales.values():
+                learnt.training = True
 
     def outputs(self, columns: Sequence[Tensor]) -> Outputs:
         """What the piece returns as it is switched now, and its layers with it."""
@@ -199,13 +201,13 @@ def watched_layers(piece: Piece) -> list[nn.Module]:
     """Layers whose own outputs count in the loss: all but the last, a split layer as one."""
     if isinstance(piece.module, QuantLayer):
         return []
-    whole: dict[str, nn.Module] = {}
+    outermost: dict[str, nn.Module] = {}
     for name, module in piece.module.named_modules():
         if isinstance(module, SplitLayer | QuantLayer) and not any(
-            name.startswith(f"{path}.") for path in whole
+            name.startswith(f"{path}.") for path in outermost
         ):
-            whole[name] = module
-    return list(whole.values())[:-1]
+            outermost[name] = module
+    return list(outermost.values())[:-1]
 
 
 def watch_layers(piece: Piece, layers: Sequence[nn.Module], columns: Sequence[Tensor]) -> Outputs:

@@ -1,4 +1,4 @@
-"""Reconstruction: learn roundings and steps of one block so that, quantized, it returns what it returns in float.
+"""Reconstruction: learn roundings and scales of one block so that, quantized, it returns what it returns in float.
 
 One loop for blocks and for single layers, for every loss, sample weight and choice of what is learnt.
 """
@@ -25,7 +25,7 @@ class Report:
     """Losses on held-out records, weights rounded for good in all but `soft`."""
 
     path: str
-    nearest: float  # before: rounding to nearest, steps as they were set
+    nearest: float  # before: rounding to nearest, scales as they were set
     hard: float
     soft: float
     iterations: int
@@ -37,7 +37,7 @@ class Report:
 
 
 def reconstruct(network: Inserted, piece: Piece, sample: Sample, schedule: Schedule, seed: int) -> Report:
-    """Learn the roundings and steps of `piece` and settle them; they stay as they are where that does not help."""
+    """Learn the roundings and scales of `piece` and settle them; they stay as they are where that does not help."""
     generator = Generator().manual_seed(seed)
     learner = Learner(network, piece, schedule, generator)
     with torch.no_grad():
@@ -68,22 +68,22 @@ def optimise(
     schedule = learner.schedule
     optimizer = torch.optim.Adam(groups, fused=True)
     rates = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: cosine(step / schedule.iterations, schedule.last)
+        optimizer, lambda iteration: cosine(iteration / schedule.iterations, schedule.last)
     )
     best, state, waited = float("inf"), learner.state(), 0
     every = max(schedule.iterations // schedule.checks, 1)
     annealed = bool(
         schedule.penalty and learner.roundings
     )  # hard losses fall last, so it has to run to its end
-    rows_by_step = reading_ahead(sample.mapped, batches(sample.train, schedule, learner.generator))
-    for step, rows in enumerate(rows_by_step, start=1):
+    chosen = reading_ahead(sample.mapped, batches(sample.train, schedule, learner.generator))
+    for iteration, rows in enumerate(chosen, start=1):
         optimizer.zero_grad(set_to_none=True)
-        loss = learner.loss(sample, rows) + regulariser(learner, step / schedule.iterations)
-        check_finite(loss, learner.piece.path, step)
+        loss = learner.loss(sample, rows) + regulariser(learner, iteration / schedule.iterations)
+        check_finite(loss, learner.piece.path, iteration)
         loss.backward()
         optimizer.step()
         rates.step()
-        if step % every and step != schedule.iterations:
+        if iteration % every and iteration != schedule.iterations:
             continue
         with learner.evaluating(hard=True):
             held = learner.held_loss(sample)
@@ -91,7 +91,7 @@ def optimise(
         if held < best:
             best, state = held, learner.state()
         if waited >= schedule.patience and not annealed:
-            return step, best, state
+            return iteration, best, state
     return schedule.iterations, best, state
 
 
@@ -141,10 +141,10 @@ def regulariser(learner: Learner, progress: float) -> Tensor | float:
     return schedule.penalty * torch.stack(shares).sum() if shares else 0.0
 
 
-def check_finite(loss: Tensor, path: str, step: int) -> None:
+def check_finite(loss: Tensor, path: str, iteration: int) -> None:
     if not torch.isfinite(loss):
         raise MethodError(
             f"the loss of '{path}' is not finite",
-            got=f"{loss.item()} in iteration {step}",
+            got=f"{loss.item()} in iteration {iteration}",
             fix="lower the learning rates, or keep this block in float with a plan rule",
         )

@@ -233,9 +233,9 @@ def arguments_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
 
 def find_pieces(network: Inserted, probes: Sequence[Mapping[str, Any]]) -> list[Piece]:
     """Blocks, and quantized layers outside them, in the order in which they are called."""
-    units = network.denoiser.units()
-    outside = [path for path in network.layers if not any(path.startswith(f"{unit}.") for unit in units)]
-    modules = {path: network.denoiser.model.get_submodule(path) for path in (*units, *outside)}
+    blocks = network.denoiser.units()
+    outside = [path for path in network.layers if not any(path.startswith(f"{block}.") for block in blocks)]
+    modules = {path: network.denoiser.model.get_submodule(path) for path in (*blocks, *outside)}
     seen = [watch(network, modules, probe) for probe in probes]
     lost = [path for path in modules if path not in seen[0]]
     if lost:

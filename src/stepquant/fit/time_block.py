@@ -19,14 +19,14 @@ ROLES = ("time", "modulate")
 
 
 class TimeBlock(nn.Module):
-    """From t to what each residual unit adds, through the layers that the model has at present."""
+    """From t to what each residual block adds, through the layers that the model has at present."""
 
     def __init__(self, model: nn.Module, chains: Structure, clock: Clock | None = None) -> None:
         super().__init__()
         assert chains.time is not None, "see `time_chains`"
         self.projection, self.embedding = (model.get_submodule(path) for path in chains.time)
-        units = [unit.path for unit in chains.residuals if unit.timed]
-        self.layers = nn.ModuleList(model.get_submodule(f"{path}.time_emb_proj") for path in units)
+        timed = [residual.path for residual in chains.residuals if residual.timed]
+        self.layers = nn.ModuleList(model.get_submodule(f"{path}.time_emb_proj") for path in timed)
         self.clock = clock
 
     def forward(self, t: Tensor) -> tuple[Tensor, ...]:
@@ -78,7 +78,7 @@ def reconstruct_time(
 
 
 def time_table(denoiser: Denoiser, chains: Structure, times: Tensor) -> Tensor:
-    """What every residual unit adds for each t, side by side: (times, channels), exact."""
+    """What every residual block adds for each t, side by side: (times, channels), exact."""
     others = ("class_embedding", "add_embedding", "time_embed_act")
     present = [name for name in others if getattr(denoiser.model, name, None) is not None]
     if present:

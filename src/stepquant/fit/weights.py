@@ -152,16 +152,16 @@ def step_groups(steps: Tensor, records: Tensor, count: int) -> list[Tensor]:
 
 
 class Displaced:
-    """Weights rounded to nearest and moved from there by `shift`, in steps of the grid."""
+    """Weights rounded to nearest and moved from there by `displacement`, in multiples of the scale."""
 
     def __init__(self, layer: QuantLayer, quantizer: Quantizer) -> None:
         scale, _ = quantizer.range()
         self.nearest = to_groups(from_integers(layer.weight_integers(), quantizer), quantizer.grid)
         self.scale = scale[:, None]
-        self.shift = torch.zeros_like(self.nearest)
+        self.displacement = torch.zeros_like(self.nearest)
 
     def values(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
-        return torch.addcmul(self.nearest, self.shift, self.scale).reshape(weight.shape)
+        return torch.addcmul(self.nearest, self.displacement, self.scale).reshape(weight.shape)
 
     def integers(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
         raise MethodError("displaced weights are for gradients: they are on no grid and cannot be packed")
@@ -182,15 +182,15 @@ def weigh_block(
     places = [Displaced(layer, layer.weight_quantizer) for layer in layers]  # type: ignore[arg-type]
     measure = BlockLoss()
 
-    def losses(shifts: Sequence[Tensor], records: Tensor) -> Tensor:
-        for place, shift in zip(places, shifts, strict=True):
-            place.shift = shift
+    def losses(displacements: Sequence[Tensor], records: Tensor) -> Tensor:
+        for place, displacement in zip(places, displacements, strict=True):
+            place.displacement = displacement
         return measure.each(learner.outputs(sample.quants.take(records)), learner.target(sample, records))
 
     try:
         for layer, place in zip(layers, places):
             layer.rounding = place
-        start = [place.shift for place in places]
+        start = [place.displacement for place in places]
         learnt = learn_weights(losses, start, sample.train, groups, settings, generator)
     finally:
         for layer in layers:

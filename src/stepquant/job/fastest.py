@@ -47,7 +47,7 @@ class KnownTimes:
     def __init__(self) -> None:
         self.file, self.machine = cache_folder() / "layer-times.json", machine()
         self.here = self.read().get(self.machine, {})
-        self.held = len(self.here)
+        self.known = len(self.here)
 
     def read(self) -> dict[str, dict[str, Seconds]]:
         try:
@@ -62,7 +62,7 @@ class KnownTimes:
             return {}
 
     def keep(self) -> None:
-        if len(self.here) == self.held:
+        if len(self.here) == self.known:
             return
         text = json.dumps(self.read() | {self.machine: self.here}, indent=1) + "\n"
         atomically(self.file, lambda temporary: temporary.write_text(text, encoding="utf-8"))

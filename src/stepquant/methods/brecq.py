@@ -63,7 +63,7 @@ class BRECQ(BlockMethod):
             # Activations follow: ranges first, then their steps by gradient (section 3.3).
             self.set_input_ranges(network, data, source)
             steps = self.schedule(
-                iterations=self.step_iterations, rounding_rate=0, step_rate=self.step_rate, last=0.0
+                iterations=self.step_iterations, rounding_rate=0, scale_rate=self.step_rate, last=0.0
             )
             reconstruct(steps, stage="steps", activations=True)
             return freeze(network)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, SerializeAsAny
 
@@ -23,6 +24,7 @@ class Correction(BaseModel, ABC):
     """Corrects the predictions of a quantized denoiser at every step, so that they come near to the float one's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    calibrates: ClassVar[bool] = True  # False: no record changes what it makes
 
     @abstractmethod
     def __call__(

@@ -84,7 +84,7 @@ class EDADM(BlockMethod):
 
             # FBR: block loss plus gamma times the losses of its layers; roundings and steps are learnt together.
             schedule = self.schedule(
-                step_rate=self.step_rate, mix=self.mix, keep=self.keep, loss=BlockLoss(layers=self.layers)
+                scale_rate=self.step_rate, mix=self.mix, keep=self.keep, loss=BlockLoss(layers=self.layers)
             )
             reconstruct(schedule, stage="joint", activations=True)
             return freeze(network)

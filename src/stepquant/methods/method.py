@@ -36,6 +36,7 @@ class Method(BaseModel, ABC):
     """Quantizes a denoiser with data from a source; the model is float again afterwards."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    calibrates: ClassVar[bool] = True  # False: no record changes what it makes
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact: ...

@@ -67,7 +67,7 @@ class QDiffusion(StridedMethod):
             schedule = self.schedule(
                 iterations=self.step_iterations,
                 rounding_rate=0,
-                step_rate=self.step_rate,
+                scale_rate=self.step_rate,
                 last=0.0,
                 loss=BlockLoss(self.p),
             )

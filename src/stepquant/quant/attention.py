@@ -16,7 +16,7 @@ class QuantProduct(nn.Module):
     def __init__(self, query: Quantizer, key: Quantizer, value: Quantizer, probabilities: Quantizer) -> None:
         super().__init__()
         self.query, self.key, self.value, self.probabilities = query, key, value, probabilities
-        self.shift: Tensor | None = None  # added to the probabilities where they are quantized
+        self.correction: Tensor | None = None  # added to the probabilities where they are quantized
 
     def ports(self) -> dict[str, Quantizer]:
         return {
@@ -32,6 +32,6 @@ class QuantProduct(nn.Module):
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         probabilities = self.probabilities(scores.softmax(-1))
-        if self.shift is not None and self.probabilities.enabled:
-            probabilities = probabilities + self.shift.to(probabilities.dtype)
+        if self.correction is not None and self.probabilities.enabled:
+            probabilities = probabilities + self.correction.to(probabilities.dtype)
         return probabilities @ self.value(v)

@@ -30,9 +30,9 @@ def freeze(network: Inserted, time_table: Tensor | None = None) -> Artifact:
         tensors |= {f"{path}.{name}": value for name, value in packed_tensors(layer).items()}
     for path, product in network.products.items():
         grids = {port: quantizer.grid for port, quantizer in product.ports().items()}
-        products[path] = ProductSpec(**grids, shifted=product.shift is not None)
-        if product.shift is not None:
-            tensors[f"{path}.product.probabilities_shift"] = product.shift.cpu().float().reshape(1)
+        products[path] = ProductSpec(**grids, shifted=product.correction is not None)
+        if product.correction is not None:
+            tensors[f"{path}.product.probabilities_shift"] = product.correction.cpu().float().reshape(1)
         for port, quantizer in product.ports().items():
             tensors |= range_tensors(f"{path}.product.{port}", quantizer)
     steps = None

@@ -35,7 +35,7 @@ class QuantLayer(nn.Module):
         self.layer, self.role = layer, role
         self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
         self.rounding: Rounding | None = None
-        self.shift: Tensor | None = None  # added to the bias where weights are quantized
+        self.correction: Tensor | None = None  # added to the bias where weights are quantized
 
     @property
     def weight(self) -> Tensor:
@@ -46,7 +46,7 @@ class QuantLayer(nn.Module):
     def bias(self) -> Tensor | None:
         """The bias that is added and stored: that of the float layer, shifted where that was corrected."""
         bias: Tensor | None = self.layer.bias  # type: ignore[assignment]
-        return bias if bias is None or self.shift is None else bias + self.shift.to(bias.dtype)
+        return bias if bias is None or self.correction is None else bias + self.correction.to(bias.dtype)
 
     def weight_values(self) -> Tensor:
         """The weight that this layer multiplies with, in float."""

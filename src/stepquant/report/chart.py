@@ -62,9 +62,9 @@ def log_span(values: Sequence[float]) -> tuple[float, float]:
     return (low, high) if high > low else (low, low * 10)
 
 
-def log_ticks(low: float, high: float, steps: Sequence[int] = (1, 2, 5)) -> list[float]:
+def log_ticks(low: float, high: float, marks: Sequence[int] = (1, 2, 5)) -> list[float]:
     powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
-    found = [step * 10.0**power for power in powers for step in steps]
+    found = [mark * 10.0**power for power in powers for mark in marks]
     return [tick for tick in found if low * 0.9999 <= tick <= high * 1.0001]
 
 
@@ -72,9 +72,9 @@ def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers between two ends, about `count` of them."""
     rough = (high - low) / max(count, 1) or 1
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+    gap = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    first = math.ceil(low / gap - 1e-9)
+    return [index * gap for index in range(first, math.floor(high / gap + 1e-9) + 1)]
 
 
 def linear_span(values: Sequence[float]) -> tuple[float, float]:
@@ -98,8 +98,8 @@ def axes(
     """Rules, ticks and titles; `x_names` names places along x instead of numbers."""
     base, out = frame.height - frame.bottom, []
     narrow = frame.width < 500
-    steps = (1, 2, 5) if frame.log and frame.y[1] / frame.y[0] < 300 else (1,)
-    for tick in log_ticks(*frame.y, steps) if frame.log else linear_ticks(*frame.y):
+    marks = (1, 2, 5) if frame.log and frame.y[1] / frame.y[0] < 300 else (1,)
+    for tick in log_ticks(*frame.y, marks) if frame.log else linear_ticks(*frame.y):
         y = frame.py(tick)
         out.append(
             f'<line class="rule" x1="{frame.left}" x2="{frame.width - frame.right}" y1="{y:.1f}" y2="{y:.1f}"/>'
@@ -188,11 +188,11 @@ def scatter(marks: Sequence[Mark], x_label: str, y_label: str, about: str, *, lo
     out = []
     for width, height, style in ((520, 360, "wide"), (400, 320, "narrow")):
         frame = Frame(width, height, span_x, span_y, log)
-        steps = " ".join(
+        stairs = " ".join(
             f"{'L' if index else 'M'}{frame.px(mark.x):.1f} {frame.py(mark.y):.1f}"
             for index, mark in enumerate(front)
         )
-        line = f'<path class="front" d="{steps}"/>'
+        line = f'<path class="front" d="{stairs}"/>'
         parts = [
             *axes(frame, x_label, y_label),
             line,

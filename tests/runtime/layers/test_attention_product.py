@@ -34,7 +34,7 @@ def test_a_shift_of_the_probabilities_is_the_same_in_integers(masked: bool) -> N
             quantizer.enabled = True
             getattr(lowered, f"{port}_scale").copy_(quantizer.scale)
         if shift:
-            fake.shift = torch.tensor([shift])
+            fake.correction = torch.tensor([shift])
             lowered.probabilities_shift.fill_(shift)
         outs[shift] = fake(q, k, v, mask, None)
         # A probability that lies on the edge between two integers may go either way.

@@ -17,8 +17,8 @@ from stepquant.core.grid import Grid
 from stepquant.runtime import ops
 from stepquant.runtime.ops import Code
 from tests.runtime import reference
+from tests.runtime.ops.examples import CODE, arguments
 
-CODE = Code(0.02, 128, 0, 255)
 # The package without what its __init__ imports, which takes longer than the tests.
 BARE = (
     "import sys, types; package = types.ModuleType('stepquant'); sys.modules['stepquant'] = package\n"
@@ -27,34 +27,11 @@ BARE = (
 needs_extension = pytest.mark.skipif(not ops.compiled(), reason="the extension stepquant._C was not built")
 
 
-def arguments() -> dict[str, tuple]:
-    x = torch.randn(2, 32, 4, 6).contiguous(memory_format=torch.channels_last)
-    skip, rows, tokens = torch.randn(2, 16, 4, 6), torch.randn(2, 48), torch.randn(2, 9, 32)
-    heads = tokens.view(2, 9, 4, 8).transpose(1, 2)
-    return {
-        "quantize": (x, *CODE),
-        "quantize_concat": (x, skip, *CODE),
-        "group_norm": (x, None, None, 4, 1e-5, "silu", rows, None, None, skip),
-        "group_norm_quantize": (x, None, None, 4, 1e-5, *CODE, "silu", rows, rows, rows, skip),
-        "layer_norm_quantize": (tokens, None, None, 1e-5, *CODE),
-        "activation_quantize": (tokens, "geglu", *CODE),
-        "upsample_nearest2x": (reference.quantize(x, CODE),),
-        "pack_weight": (torch.ones(20, 8, 3, 3, dtype=torch.int8),),
-        "attention": (heads, heads, heads, 0.3, *CODE, *CODE, *CODE, 1 / 255, 0, 0, 255),
-    }
-
-
 @needs_extension
 @pytest.mark.parametrize("name", arguments())
 def test_fake_tensors_have_the_true_shapes_and_strides(name: str) -> None:
     operation = getattr(torch.ops.stepquant, name).default
     torch.library.opcheck(operation, arguments()[name], test_utils=("test_schema", "test_faketensor"))
-
-
-def test_every_operation_has_arguments_here() -> None:
-    """And so do those of test_refuse, whose weights are packed."""
-    defined = {name for name, value in vars(ops).items() if isinstance(value, ops.Operation)}
-    assert defined == {*arguments(), "convolve", "linear"}
 
 
 def block(x: Tensor, skip: Tensor) -> Tensor:
@@ -141,7 +118,7 @@ def test_an_extension_that_does_not_load_says_why(tmp_path: Path) -> None:
 def test_the_specification_is_the_affine_map_of_the_package(text: str) -> None:
     grid, x = Grid.parse(text), torch.randn(1000) * 2
     zero_point = 0 if grid.symmetric else (grid.qmin + grid.qmax) // 2 + 1
-    scale = 4 / grid.steps
+    scale = 4 / (grid.levels - 1)
     want = affine.quantize(x, torch.tensor(scale), torch.tensor(zero_point), grid)
     got = reference.quantize(x, Code.of_grid(grid, scale, zero_point))
     assert torch.equal(got.float() - (128 if grid.signed else 0), want)

@@ -11,28 +11,14 @@ import torch
 from torch import Tensor
 
 from stepquant.runtime import ops
-from tests.runtime.ops.test_everywhere import BARE, CODE, arguments
+from tests.runtime.ops.examples import CODE, examples, packed
+from tests.runtime.ops.test_everywhere import BARE
 
 pytestmark = pytest.mark.skipif(not ops.compiled(), reason="the extension stepquant._C was not built")
 
 
-def products() -> dict[str, tuple]:
-    image = torch.full((2, 8, 5, 6), 7, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    weight = torch.ones(20, 8, 3, 3, dtype=torch.int8)
-    conv = ops.Product.of(weight, torch.ones(20), torch.ones(20))
-    line = ops.Product.of(weight[:, :, :1, :1].contiguous(), torch.ones(20), torch.ones(20))
-    walk = ([3, 3], [1, 1], [1, 1, 1, 1], [1, 1])
-    return {
-        "convolve": (image, 0.1, 3, *conv[:4], *walk, False, torch.float32, torch.ones(2, 20, 5, 6)),
-        "linear": (
-            image.flatten(2)[0].T.contiguous(),
-            0.1,
-            3,
-            *line[:4],
-            torch.float32,
-            torch.ones(30, 20),
-        ),
-    }
+def every() -> dict[str, tuple]:
+    return {name: packed(given, ops.pack_weight) for name, given in examples().items()}
 
 
 def call(name: str, given: tuple) -> Tensor:
@@ -72,7 +58,7 @@ BAD = [
 
 @pytest.mark.parametrize("name, place, value, message", BAD)
 def test_an_argument_that_does_not_fit_is_named(name: str, place: int, value: object, message: str) -> None:
-    given = list((arguments() | products())[name])
+    given = list(every()[name])
     call(name, tuple(given))
     given[place] = value
     with pytest.raises(RuntimeError, match=message):
@@ -108,8 +94,7 @@ def test_no_samples_are_no_samples_in_both() -> None:
 # Arguments of every operation, one or two of them replaced at random: each call must end in a result or an error.
 FUZZ = """
 import random, torch
-from tests.runtime.ops.test_everywhere import arguments
-from tests.runtime.ops.test_refuse import call, products
+from tests.runtime.ops.test_refuse import call, every
 draw = random.Random(int(sys.argv[1]))
 numbers = [0, -1, 1, 2, 3, 7, 255, 256, -128, 2**31, -2**31, 2**62, -2**63]
 def other(value):
@@ -126,9 +111,9 @@ def other(value):
     return draw.choice([made, made.transpose(0, -1) if made.dim() else made, made.expand(2, *shape)])
 ended = {True: 0, False: 0}
 for turn in range(int(sys.argv[2])):
-    every = arguments() | products()
-    name = draw.choice(sorted(every))
-    given = list(every[name])
+    known = every()
+    name = draw.choice(sorted(known))
+    given = list(known[name])
     for _ in range(draw.choice([1, 1, 2])):
         place = draw.randrange(len(given))
         given[place] = other(given[place])

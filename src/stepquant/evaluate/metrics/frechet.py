@@ -118,8 +118,8 @@ def jackknife_interval(
     Unpaired, only the blocks of `a` are: those of `b` are many more, or are one.
     """
     without = lambda blocks, i: merge([block for j, block in enumerate(blocks) if j != i])  # noqa: E731
-    whole = merge(b)
-    left = torch.tensor([frechet(without(a, i), without(b, i) if paired else whole) for i in range(len(a))])
+    other = merge(b)
+    left = torch.tensor([frechet(without(a, i), without(b, i) if paired else other) for i in range(len(a))])
     error = float(((len(a) - 1) / len(a) * (left - left.mean()).square().sum()).sqrt())
     half = float(stdtrit(len(a) - 1, 0.975)) * error  # Student's t
     return max(value - half, 0.0), value + half

@@ -44,15 +44,15 @@ def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
     """
     count = min(len(a), len(b))
     a, b = a[:count].double(), b[:count].double()
-    step = rows_at_once(count)
-    rows = torch.cat([paired_rows(a, b, start, step) for start in range(0, count, step)])
+    at_once = rows_at_once(count)
+    rows = torch.cat([paired_rows(a, b, start, at_once) for start in range(0, count, at_once)])
     # A U-statistic of pairs (a_i, b_i): its variance is four times that of its projections, over n.
     return float(rows.mean()), float(2 * rows.std() / count**0.5)
 
 
-def paired_rows(a: Tensor, b: Tensor, start: int, step: int) -> Tensor:
-    """Mean over j != i of k(a_i, a_j) + k(b_i, b_j) - k(a_i, b_j) - k(b_i, a_j), for `step` of the i."""
-    mine, theirs = a[start : start + step], b[start : start + step]
+def paired_rows(a: Tensor, b: Tensor, start: int, at_once: int) -> Tensor:
+    """Mean over j != i of k(a_i, a_j) + k(b_i, b_j) - k(a_i, b_j) - k(b_i, a_j), for `at_once` of the i."""
+    mine, theirs = a[start : start + at_once], b[start : start + at_once]
     values = kernel(mine, a) + kernel(theirs, b) - kernel(mine, b) - kernel(theirs, a)
     index = torch.arange(len(mine))
     values[index, index + start] = 0
@@ -75,8 +75,8 @@ def compare_neighbours(real: Tensor, fake: Tensor) -> Neighbours:
     near_fake = radii(fake, PRECISION_NEIGHBOURS)
     recalled = torch.zeros(len(real), dtype=torch.bool)
     covered = torch.zeros(len(real), dtype=torch.bool)
-    precision, density, step = [], [], rows_at_once(len(real))
-    for part, reach in zip(fake.split(step), near_fake.split(step)):
+    precision, density, at_once = [], [], rows_at_once(len(real))
+    for part, reach in zip(fake.split(at_once), near_fake.split(at_once)):
         apart = distances(part, real)
         precision.append((apart <= near_real).any(1))
         density.append((apart < wide_real).sum(1) / DENSITY_NEIGHBOURS)

@@ -36,7 +36,7 @@ Layer = tuple[str, int, Size, int]  # name, channels, kernel, stride
 Chain = Sequence[Layer | tuple[Layer, Layer]]  # a pair of layers reads the same input and is concatenated
 
 
-class Unit(nn.Module):
+class ConvNorm(nn.Module):
     """Convolution, normalization, ReLU."""
 
     def __init__(
@@ -51,7 +51,7 @@ class Unit(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Chains of units beside a pooling, concatenated. Units keep the size of the image, or halve it without a border."""
+    """Chains of convolutions beside a pooling, concatenated. They keep the size of the image, or halve it without a border."""
 
     def __init__(self, inputs: int, chains: Sequence[Chain], pool: str, pooled: int = 0) -> None:
         super().__init__()
@@ -63,11 +63,11 @@ class Mixed(nn.Module):
                 layers = link if isinstance(link[0], tuple) else (link,)
                 for name, outputs, kernel, stride in layers:  # type: ignore[misc]
                     padding = ((kernel[0] - 1) // 2, (kernel[1] - 1) // 2) if stride == 1 else (0, 0)
-                    self.add_module(name, Unit(channels, outputs, kernel, stride, padding))
+                    self.add_module(name, ConvNorm(channels, outputs, kernel, stride, padding))
                 channels = sum(layer[1] for layer in layers)  # type: ignore[misc]
             self.width += channels
         if pooled:
-            self.branch_pool = Unit(inputs, pooled, (1, 1))
+            self.branch_pool = ConvNorm(inputs, pooled, (1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         found = []
@@ -142,11 +142,11 @@ class InceptionV3(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = Unit(3, 32, (3, 3), stride=2)
-        self.Conv2d_2a_3x3 = Unit(32, 32, (3, 3))
-        self.Conv2d_2b_3x3 = Unit(32, 64, (3, 3), padding=(1, 1))
-        self.Conv2d_3b_1x1 = Unit(64, 80, (1, 1))
-        self.Conv2d_4a_3x3 = Unit(80, 192, (3, 3))
+        self.Conv2d_1a_3x3 = ConvNorm(3, 32, (3, 3), stride=2)
+        self.Conv2d_2a_3x3 = ConvNorm(32, 32, (3, 3))
+        self.Conv2d_2b_3x3 = ConvNorm(32, 64, (3, 3), padding=(1, 1))
+        self.Conv2d_3b_1x1 = ConvNorm(64, 80, (1, 1))
+        self.Conv2d_4a_3x3 = ConvNorm(80, 192, (3, 3))
         self.Mixed_5b = block_a(192, 32)
         self.Mixed_5c = block_a(256, 64)
         self.Mixed_5d = block_a(288, 64)

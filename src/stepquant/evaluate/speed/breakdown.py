@@ -50,7 +50,7 @@ def breakdown(call: Callable[[], Any]) -> dict[str, Any]:
     `milliseconds` is the call as it runs alone; what it has beyond its operations is Python and dispatching.
     """
     call(), call(), call()
-    whole = fastest(call) * 1000
+    total = fastest(call) * 1000
     with Traffic() as traffic:
         for _ in range(REPEATS):
             call()
@@ -59,7 +59,7 @@ def breakdown(call: Callable[[], Any]) -> dict[str, Any]:
     traced = sum(row["milliseconds"] for row in rows)
     for row in rows:
         row["share"] = row["milliseconds"] / traced
-    return {"milliseconds": whole, "operations_milliseconds": traced, "ceilings": ceilings(), "rows": rows}
+    return {"milliseconds": total, "operations_milliseconds": traced, "ceilings": ceilings(), "rows": rows}
 
 
 def one_row(name: str, traffic: Traffic) -> dict[str, Any]:

@@ -31,7 +31,7 @@ TOGETHER = (("weight", "input"), ("query", "key"), ("probabilities", "value"))
 
 @dataclass(frozen=True)
 class Option:
-    """Bits for every site of a unit (None: float), what that costs, and what it loses."""
+    """Bits for every site of a choice (None: float), what that costs, and what it loses."""
 
     bits: tuple[int | None, ...]
     cost: float
@@ -39,7 +39,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Unit:
+class Choice:
     """Sites that are decided together."""
 
     sites: tuple[StudiedSite, ...]
@@ -111,8 +111,8 @@ def decoupled(
     for content, name in ((True, "ssim"), (False, "features")):
         keys = {site.key for site in sites if (site.role in CONTENT) == content}
         mine = {key: max(loss, 0.0) for key, loss in values[name].items() if key[0] in keys}
-        whole = sum(mine.values()) or 1.0
-        found |= {key: loss / whole for key, loss in mine.items()}
+        total = sum(mine.values()) or 1.0
+        found |= {key: loss / total for key, loss in mine.items()}
     return found
 
 
@@ -123,55 +123,57 @@ def allocate(
 
     times: milliseconds by layer path and whether it multiplies integers; for a budget of milliseconds.
     """
-    units = {
-        "bytes": lambda: byte_units(study),
-        "bops": lambda: bop_units(study),
-        "ms": lambda: time_units(study, times or {}),
+    choices = {
+        "bytes": lambda: byte_choices(study),
+        "bops": lambda: bop_choices(study),
+        "ms": lambda: time_choices(study, times or {}),
     }[kind]()
     picked = choose(
-        [[option.loss for option in unit.options] for unit in units],
-        [[option.cost for option in unit.options] for unit in units],
+        [[option.loss for option in choice.options] for choice in choices],
+        [[option.cost for option in choice.options] for choice in choices],
         budget,
     )
-    chosen = [unit.options[index] for unit, index in zip(units, picked)]
+    chosen = [choice.options[index] for choice, index in zip(choices, picked)]
     bits = {
-        site.key: width for unit, option in zip(units, chosen) for site, width in zip(unit.sites, option.bits)
+        site.key: width
+        for choice, option in zip(choices, chosen)
+        for site, width in zip(choice.sites, option.bits)
     }
     return Allocation(
         plan_with(f"allocated-{kind}", study.plan, bits, study.sites),
         bits,
         sum(option.cost for option in chosen),
         sum(option.loss for option in chosen),
-        {width: uniform_of(units, width) for width in study.bits},
+        {width: uniform_of(choices, width) for width in study.bits},
     )
 
 
-def uniform_of(units: Sequence[Unit], width: int) -> tuple[float, float]:
+def uniform_of(choices: Sequence[Choice], width: int) -> tuple[float, float]:
     """Cost and loss where every site has the same bits."""
-    found = [option for unit in units for option in unit.options if set(option.bits) == {width}]
+    found = [option for choice in choices for option in choice.options if set(option.bits) == {width}]
     return sum(option.cost for option in found), sum(option.loss for option in found)
 
 
-def byte_units(study: Sensitivity) -> list[Unit]:
+def byte_choices(study: Sensitivity) -> list[Choice]:
     """Weights alone fill a file."""
     return [
-        Unit((site,), tuple(Option((b,), site.bytes(b), study.losses[site.key, b]) for b in study.bits))
+        Choice((site,), tuple(Option((b,), site.bytes(b), study.losses[site.key, b]) for b in study.bits))
         for site in study.sites
         if site.port == "weight"
     ]
 
 
-def bop_units(study: Sensitivity) -> list[Unit]:
+def bop_choices(study: Sensitivity) -> list[Choice]:
     """Bits of both operands multiply: they are chosen together. An operand that the plan keeps float has 32 bits."""
-    units, ports = [], {(site.path, site.port): site for site in study.sites}
+    choices, ports = [], {(site.path, site.port): site for site in study.sites}
     for first, second in TOGETHER:
         paths = dict.fromkeys(path for path, port in ports if port in (first, second))
         for path in paths:
             sites = tuple(ports[path, port] for port in (first, second) if (path, port) in ports)
             # A product of attention is two products of matrices.
             macs = sites[0].macs // (1 if first == "weight" else 2)
-            units.append(Unit(sites, tuple(bop_options(study, sites, macs))))
-    return units
+            choices.append(Choice(sites, tuple(bop_options(study, sites, macs))))
+    return choices
 
 
 def bop_options(study: Sensitivity, sites: Sequence[StudiedSite], macs: int) -> list[Option]:
@@ -186,9 +188,9 @@ def bop_options(study: Sensitivity, sites: Sequence[StudiedSite], macs: int) -> 
     return out
 
 
-def time_units(study: Sensitivity, times: Mapping[tuple[str, bool], float]) -> list[Unit]:
+def time_choices(study: Sensitivity, times: Mapping[tuple[str, bool], float]) -> list[Choice]:
     """Layers that were timed run in integers of each number of bits, or in float, which loses nothing."""
-    units = []
+    choices = []
     for path in dict.fromkeys(site.path for site in study.sites):
         sites = tuple(site for site in study.sites if site.path == path)
         if (path, True) not in times or (path, False) not in times:
@@ -197,10 +199,10 @@ def time_units(study: Sensitivity, times: Mapping[tuple[str, bool], float]) -> l
         for width in study.bits:
             loss = sum(study.losses[site.key, width] for site in sites)
             options.append(Option((width,) * len(sites), times[path, True], loss))
-        units.append(Unit(sites, tuple(options)))
-    if not units:
+        choices.append(Choice(sites, tuple(options)))
+    if not choices:
         raise EvaluationError(
             "no layer of this study was timed",
             fix="time the layers of an artifact of the same model: stepquant layers DIR --out times.json",
         )
-    return units
+    return choices

@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack, exactly: one option of every unit, the least total loss within a budget."""
+"""The multiple-choice knapsack, exactly: one option of every choice, the least total loss within a budget."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRIES = 20
 
 
 def choose(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float) -> list[int]:
-    """The option of every unit; the total of `costs` is at most `budget`, that of `losses` the least possible."""
+    """The option of every choice; the total of `costs` is at most `budget`, that of `losses` the least possible."""
     least = sum(min(options) for options in costs)
     if least > budget:
         raise EvaluationError(
@@ -44,7 +44,7 @@ def solve(owner: np.ndarray, loss: np.ndarray, cost: np.ndarray, budget: float) 
     """The chosen places, one for each owner."""
     count = len(loss)
     one = csr_array((np.ones(count), (owner, np.arange(count))), shape=(int(owner.max()) + 1, count))
-    unit = scale_of(cost)
+    grain = scale_of(cost)
     span = float(np.ptp(loss)) or 1.0
     found = milp(
         STRETCH * (loss - loss.min()) / span,
@@ -52,7 +52,7 @@ def solve(owner: np.ndarray, loss: np.ndarray, cost: np.ndarray, budget: float) 
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(one, 1, 1),
-            LinearConstraint(cost[None] / unit, -np.inf, budget / unit),
+            LinearConstraint(cost[None] / grain, -np.inf, budget / grain),
         ],
         options={"mip_rel_gap": 0.0, "presolve": True},
     )
@@ -66,7 +66,7 @@ def solve(owner: np.ndarray, loss: np.ndarray, cost: np.ndarray, budget: float) 
 
 def scale_of(cost: np.ndarray) -> float:
     """What costs are counted in: their greatest common divisor where they are whole numbers."""
-    whole = cost.astype(np.int64)
-    if (whole == cost).all() and cost.max() < 2**53:
-        return float(np.gcd.reduce(whole)) or 1.0
+    integers = cost.astype(np.int64)
+    if (integers == cost).all() and cost.max() < 2**53:
+        return float(np.gcd.reduce(integers)) or 1.0
     return float(cost.max()) or 1.0

@@ -62,15 +62,15 @@ def trace(twins: Twins, seeds: Sequence[int], sampling: Sampling, *, block_steps
     """
     source, other = twins.source, twins.other
     probed = set(spread_out(sampling.steps, block_steps))
-    units = source.units()
+    paths = source.units()
     rows: list[dict[str, Any]] = []
-    table: dict[str, list[float | None]] = {path: [] for path in units}
+    table: dict[str, list[float | None]] = {path: [] for path in paths}
     states: list[tuple[Tensor, Tensor]] = []
     allowed, inputs = limits(other), [dict[str, Seen]() for _ in probed]
 
     with torch.no_grad(), ExitStack() as stack:
-        ours = stack.enter_context(unit_outputs(other.model, units))
-        theirs = stack.enter_context(unit_outputs(source.model, units))
+        ours = stack.enter_context(unit_outputs(other.model, paths))
+        theirs = stack.enter_context(unit_outputs(source.model, paths))
         seen = stack.enter_context(watch_inputs(source, allowed, lambda: len(rows) in probed))
         our_times = stack.enter_context(watch_embedding(other.model))
         their_times = stack.enter_context(watch_embedding(source.model))
@@ -89,7 +89,7 @@ def trace(twins: Twins, seeds: Sequence[int], sampling: Sampling, *, block_steps
             states.append((arguments[source.family.x].detach().clone(), target.detach().clone()))
             if call in probed:
                 inputs[sorted(probed).index(call)].update(seen)
-                for path in units:
+                for path in paths:
                     table[path].append(compare(ours.get(path), theirs.get(path)))
 
         stack.enter_context(after_calls(source, follow))

@@ -43,9 +43,9 @@ def confusion(ours: Sequence[Tensor], theirs: Sequence[Tensor], t: Sequence[floa
     """
     if not ours or len(ours) != len(theirs) or len(t) != len(ours) or ours[0].shape != theirs[0].shape:
         return None
-    unit = [nn.functional.normalize(torch.stack(list(rows)).double(), dim=1) for rows in (ours, theirs)]
+    directions = [nn.functional.normalize(torch.stack(list(rows)).double(), dim=1) for rows in (ours, theirs)]
     # argmax over t' of cos(quantized embedding of t, float embedding of t'), arXiv:2311.16503.
-    cosine = unit[0] @ unit[1].T
+    cosine = directions[0] @ directions[1].T
     nearest = cosine.argmax(1).tolist()
     wrong = [t[found] != t[step] for step, found in enumerate(nearest)]
     shown = spread(len(t))

@@ -150,7 +150,7 @@ def perform_here(
     """On a worker: unpack, perform, and return the files that were made; an error of the task as words."""
     torch.set_num_threads(threads)
     task = read_task(text)
-    with tempfile.TemporaryDirectory(prefix="stepquant-") as scratch, ExitStack() as held:
+    with tempfile.TemporaryDirectory(prefix="stepquant-") as scratch, ExitStack() as locks:
         reads = {
             name: (kept(called, files) if name in LOADED else unpack(files, Path(scratch) / name / called))
             for (name, called), files in zip(places, folders)
@@ -159,7 +159,7 @@ def perform_here(
         out.mkdir(parents=True)
         lasting = Path(tempfile.gettempdir()) / f"stepquant-{getpass.getuser()}" / task.out.name
         if isinstance(task, Quantize) and (lock := take_lock(lasting)) is not None:
-            held.enter_context(lock)
+            locks.enter_context(lock)
             out = lasting  # what is fitted stays on this node, should the process die
         try:
             task.model_copy(update={"reads": reads, "out": out}).perform(Silent())

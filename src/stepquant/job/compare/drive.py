@@ -138,10 +138,10 @@ class Drive:
     def lock(self, folder: Path) -> bool:
         """Whether the folder is ours, until no task of ours writes there."""
         if folder not in self.locks:
-            held = take_lock(folder)
-            if held is None:
+            lock = take_lock(folder)
+            if lock is None:
                 return False
-            self.locks[folder] = held
+            self.locks[folder] = lock
         return True
 
     def take(self, end: Finished) -> list[Job]:

@@ -1,0 +1,148 @@
+"""What every method and correction promises about the bytes that it makes; found in the registry, never named."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from torch import nn
+
+from stepquant import hub, methods
+from stepquant.artifact import Artifact
+from stepquant.calib.pick import every
+from stepquant.calib.record import Source
+from stepquant.core.grid import Grid, GridError
+from stepquant.models.denoiser import Denoiser
+from stepquant.models.generate import run
+from stepquant.models.sampling import Sampling
+from stepquant.runtime.lower import lower
+from tests.contracts.smallest import Counting, Killed, Nearest, digest, made, plan_for, smallest
+
+NAMES = methods.names()
+WIDEST = 8  # bits
+
+
+def tiniest() -> UNet2DModel:
+    """One level: a residual block and attention on each side of a middle block, and skip concatenations."""
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=4,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        attention_head_dim=8,
+        down_block_types=("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",),
+    ).eval()
+
+
+def source_in(folder: Path, schedule: str = "linear") -> Source:
+    """Another noise schedule gives other records: of the same model, at the same steps, from the same seeds."""
+    pipeline = DDIMPipeline(tiniest(), DDIMScheduler(beta_schedule=schedule))
+    pipeline.set_progress_bar_config(disable=True)
+    return Source(pipeline, Sampling(4), batch=4, cache=folder)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Artifact, int]]:
+    """The artifact of every method that was asked for, and how many items it tracked."""
+    folder = tmp_path_factory.mktemp("first")
+
+    class Made(dict[str, tuple[Artifact, int]]):
+        def __missing__(self, name: str) -> tuple[Artifact, int]:
+            counting = Counting()
+            source = dataclasses.replace(source_in(folder / name), progress=counting)
+            self[name] = made(smallest(name), plan_for(name), source), counting.done
+            return self[name]
+
+    return Made()
+
+
+def answers(model: nn.Module, source: Source) -> torch.Tensor:
+    """Predictions on states of every step."""
+    records = source.record(every(2, range(source.sampling.steps)))
+    with torch.no_grad():
+        return Denoiser(model).predict(records.take(range(len(records))).arguments)
+
+
+def lowered(artifact: Artifact, source: Source) -> nn.Module:
+    return lower(copy.deepcopy(source.pipeline.unet), artifact, torch.float32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_seed_gives_the_same_bytes(
+    name: str, first: dict[str, tuple[Artifact, int]], tmp_path: Path
+) -> None:
+    """Out of an empty cache, so that nothing is merely read again."""
+    assert digest(made(smallest(name), plan_for(name), source_in(tmp_path))) == digest(first[name][0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calibration_changes_the_bytes(
+    name: str, first: dict[str, tuple[Artifact, int]], tmp_path: Path
+) -> None:
+    """Unless the class says `calibrates = False`; then it must change none."""
+    other = made(smallest(name), plan_for(name), source_in(tmp_path, "squaredcos_cap_v2"))
+    assert (digest(other) != digest(first[name][0])) == methods.kind(name).calibrates
+
+
+def test_calibration_without_effect_would_be_noticed(tmp_path: Path) -> None:
+    """What the contract compares is equal for a method that reads its records and makes nothing of them."""
+
+    class Deaf(Nearest):
+        calibrates: ClassVar[bool] = True
+
+        def __call__(self, denoiser, plan, source):  # type: ignore[no-untyped-def]
+            source.record(every(2, range(source.sampling.steps)))
+            return super().__call__(denoiser, plan, source)
+
+    one, two = (source_in(tmp_path / kind, kind) for kind in ("linear", "squaredcos_cap_v2"))
+    states = [answers(source.pipeline.unet, source) for source in (one, two)]
+    assert not torch.equal(*states), "the records differ"
+    plan = plan_for(next(filter(methods.corrects, NAMES)))
+    assert digest(made(Deaf(), plan, one)) == digest(made(Deaf(), plan, two))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_widest_grids_are_near_float(
+    name: str, first: dict[str, tuple[Artifact, int]], tmp_path: Path
+) -> None:
+    with pytest.raises(GridError):
+        Grid(WIDEST + 1)
+    source = source_in(tmp_path)
+    exact = answers(source.pipeline.unet, source)
+    wide = made(smallest(name), plan_for(name, WIDEST), source)
+    far, near = ((answers(lowered(a, source), source) - exact).norm() for a in (first[name][0], wide))
+    assert near < 0.1 * exact.norm(), "most of it from ranges, which four records decide"
+    assert near < 0.75 * far
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_saved_and_loaded_draws_the_same_images(
+    name: str, first: dict[str, tuple[Artifact, int]], tmp_path: Path
+) -> None:
+    artifact, source = first[name][0], source_in(tmp_path)
+    hub.attach(source.pipeline.unet, artifact)
+    seeds = [3, 4]
+    want = run(source.pipeline, seeds, source.sampling)
+    source.pipeline.unet.save_pretrained(tmp_path / "unet")
+    source.pipeline.unet = UNet2DModel.from_pretrained(tmp_path / "unet")
+    assert torch.equal(run(source.pipeline, seeds, source.sampling), want)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_that_was_interrupted_ends_with_the_same_bytes(
+    name: str, first: dict[str, tuple[Artifact, int]], tmp_path: Path
+) -> None:
+    """Ended early, ended again in the middle, and then left to end."""
+    artifact, items = first[name]
+    for last in (items // 4, items // 2):
+        killed = dataclasses.replace(source_in(tmp_path), progress=Counting(last))
+        with pytest.raises(Killed):
+            made(smallest(name), plan_for(name), killed)
+    assert digest(made(smallest(name), plan_for(name), source_in(tmp_path))) == digest(artifact)

@@ -1,0 +1,66 @@
+"""Example arguments of every operation, in the order of its schema; tests of all operations read them here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepquant.runtime.ops import Code
+from tests.runtime import reference
+
+CODE = Code(0.02, 128, 0, 255)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """A weight that an operation takes packed, each device in a layout of its own."""
+
+    weight: Tensor
+
+
+def examples() -> dict[str, tuple]:
+    """A new operation is added here; what `pack_weight` packs stands as `Bytes`."""
+    x = torch.randn(2, 32, 4, 6).contiguous(memory_format=torch.channels_last)
+    skip, rows, tokens = torch.randn(2, 16, 4, 6), torch.randn(2, 48), torch.randn(2, 9, 32)
+    heads = tokens.view(2, 9, 4, 8).transpose(1, 2)
+    image = reference.quantize(torch.randn(2, 8, 5, 6), CODE)
+    weight = torch.randint(-128, 128, (20, 8, 3, 3), dtype=torch.int8)
+    point = weight[:, :, :1, :1].contiguous()
+    scales, bias = torch.rand(20) * 1e-3, torch.randn(20)
+    walk = ([3, 3], [1, 1], [1, 1, 1, 1], [1, 1])
+    wide, flat = (Bytes(weight), scales, sums_of(weight), bias), (Bytes(point), scales, sums_of(point), bias)
+    return {
+        "quantize": (x, *CODE),
+        "quantize_concat": (x, skip, *CODE),
+        "group_norm": (x, None, None, 4, 1e-5, "silu", rows, None, None, skip),
+        "group_norm_quantize": (x, None, None, 4, 1e-5, *CODE, "silu", rows, rows, rows, skip),
+        "layer_norm_quantize": (tokens, None, None, 1e-5, *CODE),
+        "activation_quantize": (tokens, "geglu", *CODE),
+        "upsample_nearest2x": (reference.quantize(x, CODE),),
+        "pack_weight": (weight,),
+        "convolve": (image, 0.1, 3, *wide, *walk, False, torch.float32, torch.randn(2, 20, 5, 6)),
+        "linear": (image.flatten(2)[0].T.contiguous(), 0.1, 3, *flat, torch.float32, torch.randn(30, 20)),
+        "attention": (heads, heads, heads, 0.3, *CODE, *CODE, *CODE, 1 / 255, 0, 0, 255),
+    }
+
+
+def sums_of(weight: Tensor) -> Tensor:
+    """Of each output's bytes, padded as packed weights are."""
+    sums = weight.sum((1, 2, 3), dtype=torch.int32)
+    return torch.nn.functional.pad(sums, (0, -len(sums) % 16))
+
+
+def packed(given: tuple, pack: Callable[[Tensor], Tensor]) -> tuple:
+    return tuple(pack(value.weight) if isinstance(value, Bytes) else value for value in given)
+
+
+def arguments() -> dict[str, tuple]:
+    """Of the operations that read no packed weight."""
+    return {
+        name: given
+        for name, given in examples().items()
+        if not any(isinstance(value, Bytes) for value in given)
+    }
