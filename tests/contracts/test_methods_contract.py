@@ -65,7 +65,7 @@ def test_every_method_takes_the_number_of_records(
         raise Asked
 
     monkeypatch.setattr(Source, "record", record)
-    monkeypatch.setattr(Source, "times", lambda self: torch.arange(self.steps))
+    monkeypatch.setattr(Source, "times", lambda self: torch.arange(self.sampling.steps))
     drawn = {"times": "uniform"} if "times" in methods.kind(name).model_fields else {}
     for whole in (name, f"{name}+tac"):
         asked.clear()

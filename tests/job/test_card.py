@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import stepquant as sq
+from stepquant.models.sampling import Sampling
 from stepquant.errors import ArtifactError
 from stepquant.evaluate.twins import Twins
 from stepquant.job import Recipe, load, quantize_to
@@ -63,9 +64,9 @@ def test_an_artifact_with_tables_by_step_is_shown_in_its_own_steps(
     tables: dict[str, Any] | None, steps: int, shown: int
 ) -> None:
     config: Any = SimpleNamespace(steps=tables, recipe={"steps": steps, "sampler": "ddim", "prompts": None})
-    assert shown_with(config) == {"steps": shown, "sampler": "ddim", "prompts": None}
+    assert shown_with(config) == Sampling(shown, "ddim")
     config.recipe["sampler"] = "DDIMScheduler"  # the pipeline's own, by its class
-    assert shown_with(config)["sampler"] is None
+    assert shown_with(config).sampler is None
 
 
 def test_a_float_model_gets_none(tiny: Path) -> None:

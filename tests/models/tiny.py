@@ -152,3 +152,5 @@ CASES: dict[str, Callable[[], Case]] = {
         class_transformer,
     )
 }
+
+UNETS = {name: case for name, case in CASES.items() if case is not class_transformer}

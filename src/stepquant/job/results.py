@@ -30,7 +30,7 @@ from stepquant.report import write as write_report
 
 RESULTS = "results.json"
 # What a model was trained on, where the distance to data can be measured offline.
-DATA = {"stepquant:characters": "characters"}
+DATA = dict.fromkeys(("stepquant:characters", "stepquant:characters-dit"), "characters")
 
 
 def artifact_config(pipeline: Any, folder: Path) -> hub.StepquantConfig:

@@ -12,10 +12,10 @@ from stepquant.evaluate.trajectory.time_confusion import MOST_SHOWN, confusion, 
 from stepquant.evaluate.twins import Twins
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import Sampling
-from tests.models.tiny import CASES, Case
+from tests.models.tiny import UNETS, Case
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", UNETS.values(), ids=UNETS)
 def test_the_embedding_of_every_declared_unet_is_seen(case: Callable[[], Case]) -> None:
     model, given, changed = case()
     denoiser = Denoiser(model.eval())
