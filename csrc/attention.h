@@ -2,8 +2,8 @@
 //
 // Operands are packed into 32-bit words of 4 bytes (or 2 shorts) so that one instruction multiplies a word of one row by a
 // word of 16 (or 8, or 4) columns. Keys are unsigned codes, queries and values are codes - 128; with zero points z,
-//   sum (q - zq)(k - zk) = sum (q - 128) k - (zq - 128) sum k + what is constant along a row,
-// and the softmax drops what is constant along a row. The products are corrected by (zv - 128) sum p.
+//   sum (q - zq)(k - zk) = sum (q - 128) k - (zq - 128) sum k + a constant of the row,
+// which the softmax cancels. The products are corrected by (zv - 128) sum p.
 #pragma once
 
 #include "dot.h"
@@ -119,8 +119,8 @@ void pack(const AttentionTask& task, int64_t begin, int64_t end) {
 }
 
 // 2^((score - largest) * factor) in place of the scores; returns their sum. The rounding of largest * factor is the same
-// for the whole row, so it cancels when the row is divided by its sum. What fills the last step counts nothing, however
-// small the factor makes its distance.
+// for the whole row, so it cancels when the row is divided by its sum. Keys that pad the last step get exactly 0, however
+// small the factor is.
 STEPQUANT_INLINE float exponentiate(int32_t* scores, int64_t keys, int64_t filled, int32_t largest, float factor) {
   const float top = static_cast<float>(largest) * factor;
   Floats sum[4] = {};

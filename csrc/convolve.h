@@ -103,7 +103,7 @@ STEPQUANT_INLINE void accumulate(
   }
 }
 
-// Sums to numbers: less the zero point's share, scaled, plus bias, plus what is added.
+// The epilogue: sums minus zero point times the weight's sum, times the scales, plus bias, plus the added tensor.
 template <class T, int64_t rows>
 STEPQUANT_INLINE void emit_sums(const ConvolveTask& task, int64_t pixel, int64_t channel, const Ints* sums) {
   const int64_t rest = task.out_channels - channel, width = task.out_channels;

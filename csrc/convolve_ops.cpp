@@ -110,7 +110,7 @@ int64_t chunk_of(int64_t total, int64_t most, int64_t blocks) {
   return (total + chunks - 1) / chunks;
 }
 
-// Memory that calls of this thread share: fresh pages cost as much as the products that are saved.
+// A workspace that all calls on this thread share: touching fresh pages costs as much as Winograd saves.
 char* workspace(int64_t bytes) {
   thread_local Tensor held;
   if (!held.defined() || held.numel() < bytes) {

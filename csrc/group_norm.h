@@ -1,5 +1,5 @@
-// Group norm over channels-last pixels, with what stands before and after it, in one visit of a slice of channels:
-// statistics first, then the output while the slice is still in the cache.
+// Group norm over channels-last pixels, fused with an addition, a concatenation, a modulation, SiLU and quantizing:
+// statistics of a slice of channels first, then its output while it is still in the cache.
 #pragma once
 
 #include "activation.h"

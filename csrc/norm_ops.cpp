@@ -11,7 +11,7 @@ using Optional = std::optional<Tensor>;
 
 constexpr int64_t slice_bytes = 256 * 1024;  // of input, so that the second visit finds it in the second-level cache
 
-// How many groups one item takes: whole vectors of channels, slices that stay in the cache, work for every thread.
+// How many groups one item takes: full vectors of channels, slices that stay in the cache, and items for every thread.
 int64_t groups_per_item(int64_t samples, int64_t groups, int64_t group_width, int64_t pixel_bytes) {
   const int64_t threads = at::get_num_threads();
   int64_t taken = 1;

@@ -37,7 +37,7 @@ MultiplyPatches multiply_of(int64_t rows, std::integer_sequence<int64_t, r...>) 
   return of[rows - 1];
 }
 
-// What one item works in, within `task.scratch`.
+// The workspace of one item, within `task.scratch`.
 struct PatchPlaces {
   explicit PatchPlaces(const ConvolveTask& task)
       : code_step(patch_step(task.chunk_patches, task.channels)),
@@ -79,7 +79,7 @@ STEPQUANT_INLINE void emit_patch(
   }
 }
 
-// What becomes of the sums of one patch: kept as partial sums, or written as results.
+// The output transform of one patch, added to the partial sums of earlier channels, or finished and written.
 template <int64_t vectors>
 void finish_patch(
     const ConvolveTask& task, const Patch& patch, int64_t channel, const int32_t* sums, int64_t step, int32_t* partial,
@@ -142,7 +142,7 @@ void convolve_block(
 // to take them from another processor's cache costs more.
 void convolve_patches(const ConvolveTask& given, int64_t begin, int64_t end) {
   ConvolveTask task = given;
-  task.zero_point -= 128;  // where the transformed codes count from
+  task.zero_point -= 128;  // transformed codes are those of code - 128
   const ConvolveBlocks blocks(task.out_channels, groups_per_block);
   const PatchPlaces places(task);
   Patch patches[patches_most_chunk];

@@ -108,7 +108,7 @@ def sensitivity(
     meter = Meter(pipeline, data, study, prompts)
     asked = {
         name: value for name, value in asdict(study).items() if name != "bits"
-    }  # a study may widen later
+    }  # a later study of the same folder may ask for more
     key = value_digest([FORMAT, source.key(one_each(steps)), plan.to_json(), asked, meter.digest])
     lines = Lines(folder / "sensitivity" / f"{key[:32]}.jsonl")
     measure_all(denoiser, plan, sites, study, data, meter, lines, progress)
@@ -158,7 +158,7 @@ def measure_all(
                 with enabled(by_key[site.key]):
                     lines.append(f"{site.key}@{bits}", meter())
                 progress.note(f"{bits} bits, {site.key}")
-    for _ in tracked:  # let the bar end
+    for _ in tracked:  # so that the progress bar reaches its end
         pass
 
 
@@ -189,7 +189,7 @@ def set_range(quantizer: Quantizer, rows: Tensor, search: Search) -> None:
 
 @contextmanager
 def enabled(quantizer: Quantizer) -> Iterator[None]:
-    """This quantizer works, all others stay out of the way."""
+    """Enables this quantizer alone."""
     quantizer.enabled = True
     try:
         yield
@@ -198,7 +198,7 @@ def enabled(quantizer: Quantizer) -> Iterator[None]:
 
 
 class Meter:
-    """Measures the model as it is at the moment against what it was when the meter was made."""
+    """Measures the model in its present state against its outputs when the meter was made."""
 
     def __init__(self, pipeline: Any, data: CalibSet, study: Study, prompts: Sequence[str] | None) -> None:
         self.pipeline, self.study, self.prompts = pipeline, study, prompts
