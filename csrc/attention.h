@@ -23,7 +23,7 @@ constexpr int64_t round_up(int64_t count, int64_t multiple) {
 // Sizes of the packed operands of one (batch, head); counts are in words unless they say otherwise.
 template <class Dot>
 struct Layout {
-  int64_t keys;         // rounded up to whole steps
+  int64_t keys;  // rounded up to whole steps
   int64_t score_words;  // per token, along the width
   int64_t value_words;  // per group of Dot::per_word keys, one for each (padded) channel
 
@@ -144,8 +144,8 @@ STEPQUANT_INLINE float exponentiate(int32_t* scores, int64_t keys, int64_t fille
 
 // The codes of exponentials / sum; returns the codes' sum.
 template <class Dot>
-STEPQUANT_INLINE int32_t normalize(
-    const int32_t* scores, int64_t keys, float factor, const Code& code, typename Dot::Element* probabilities) {
+STEPQUANT_INLINE int32_t
+normalize(const int32_t* scores, int64_t keys, float factor, const Code& code, typename Dot::Element* probabilities) {
   const float* exponentials = reinterpret_cast<const float*>(scores);
   Ints sum{};
   for (int64_t i = 0; i < keys; i += step_keys) {
@@ -169,7 +169,7 @@ struct Block {
   typename Dot::Element* probabilities;
   int32_t* products;
   int32_t* largest;  // score of each row
-  int32_t* sums;     // of the codes of each row's probabilities
+  int32_t* sums;  // of the codes of each row's probabilities
   int64_t batch = 0, head = 0, first = 0, rows = 0;
   const uint8_t* packed = nullptr;
 

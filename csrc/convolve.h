@@ -77,9 +77,8 @@ STEPQUANT_INLINE void point(
   const auto width = static_cast<uint64_t>(task.width << task.doubled);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t y = tile.y[r] + dy, x = tile.x[r] + dx;
-    const uint8_t* place = task.doubled
-        ? tile.image[r] + (y >> 1) * task.row_stride + (x >> 1) * task.pixel_stride
-        : tile.origin[r] + move;
+    const uint8_t* place = task.doubled ? tile.image[r] + (y >> 1) * task.row_stride + (x >> 1) * task.pixel_stride
+                                        : tile.origin[r] + move;
     pixels[r] = static_cast<uint64_t>(y) < height && static_cast<uint64_t>(x) < width ? place : task.border;
   }
 }
@@ -201,8 +200,7 @@ void convolve_chunk(const ConvolveTask& task, const int8_t* weight, int64_t begi
 
 // The pixels from `first` to `last` in one block of output channels.
 template <class Sums>
-void convolve_part(
-    const ConvolveTask& task, const ConvolveBlocks& blocks, int64_t block, int64_t first, int64_t last) {
+void convolve_part(const ConvolveTask& task, const ConvolveBlocks& blocks, int64_t block, int64_t first, int64_t last) {
   const int64_t group = blocks.first(block), channel = group * convolve_group;
   const int8_t* weight = task.weight + channel * task.kernel_height * task.kernel_width * task.channels;
   constexpr int64_t vectors = convolve_group / lanes;

@@ -166,7 +166,8 @@ void run_rows(ConvolveTask& task) {
 void run(
     const char* name, ConvolveTask& task, const Product& product, int64_t images, at::ScalarType type, Tensor& out) {
   const int64_t outs = task.out_channels;
-  const Numbers scales(name, "weight_scale", product.weight_scale, 1, outs), biases(name, "bias", product.bias, 1, outs);
+  const Numbers scales(name, "weight_scale", product.weight_scale, 1, outs),
+      biases(name, "bias", product.bias, 1, outs);
   task.weight = product.weight.const_data_ptr<int8_t>();
   task.weight_scale = scales.data();
   task.weight_sum = product.weight_sum.const_data_ptr<int32_t>();
@@ -203,7 +204,8 @@ Tensor convolve(
   check_walk("stride", stride, 2, 1);
   check_walk("sides", sides, 4, 0);
   check_walk("dilation", dilation, 2, 1);
-  const Tensor x = codes.stride(1) == 1 || codes.size(1) == 1 ? codes : codes.contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor x =
+      codes.stride(1) == 1 || codes.size(1) == 1 ? codes : codes.contiguous(at::MemoryFormat::ChannelsLast);
   const Product product{weight, weight_scale, weight_sum, bias, scale, zero_point};
   check("convolve", product, kernel[0] * kernel[1], x.size(1), type);
   ConvolveTask task{};

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t chunk_pixels = 64;  // summed in float before they join the sums in double
 constexpr int64_t block_vectors = 4;  // channels whose sums stay in registers
-constexpr double far_pivot = 32;  // squared deviations between a pivot and its channel's mean that cost the squares bits
+constexpr double far_pivot = 32;  // squared deviations from a pivot to its channel's mean that cost the squares bits
 constexpr double far_mean = 4;  // deviations between zero and a channel's mean that cost the affine map bits
 
 // Sums of one slice of channels around a pivot per channel: the pivot keeps the squares from cancelling.
@@ -62,8 +62,7 @@ template <int64_t vectors, class T>
 void add_chunk(const Piece<T>& piece, int64_t channel, int64_t pixel, int64_t pixels, int64_t count, Moments& moments) {
   alignas(64) float sums[2 * vectors * lanes];
   const int64_t slot = piece.first + channel;
-  sum_chunk<vectors>(
-      piece.x + pixel * piece.stride + channel, piece.stride, pixels, count, moments.pivot + slot, sums);
+  sum_chunk<vectors>(piece.x + pixel * piece.stride + channel, piece.stride, pixels, count, moments.pivot + slot, sums);
   for (int64_t c = 0; c < (count < lanes ? count : vectors * lanes); ++c) {
     moments.sum[slot + c] += sums[c];
     moments.square[slot + c] += sums[vectors * lanes + c];

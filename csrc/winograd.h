@@ -11,8 +11,7 @@ constexpr int64_t least_patches = Word::per_word == 4 ? 6 : 2;
 
 // Products of some patches at one position with a block of outputs.
 template <int64_t rows, int64_t vectors>
-void multiply_patches(
-    const int16_t* codes, int64_t code_stride, const int16_t* weight, int64_t pairs, int32_t* sums) {
+void multiply_patches(const int16_t* codes, int64_t code_stride, const int16_t* weight, int64_t pairs, int32_t* sums) {
   const uint8_t* pixels[rows];
   for (int64_t r = 0; r < rows; ++r) pixels[r] = reinterpret_cast<const uint8_t*>(codes + r * code_stride);
   Ints sum[rows][vectors];
@@ -127,8 +126,7 @@ void convolve_block(
         weight + begin * width, task.channels * width, depth, width, places.weights, patch_step(depth, width));
     for (int64_t first = 0; first < count; first += patches_at_once) {
       const int64_t last = first + patches_at_once < count ? first + patches_at_once : count;
-      multiply_positions<vectors>(
-          task, places.codes + first * task.channels + begin, last - first, depth, places);
+      multiply_positions<vectors>(task, places.codes + first * task.channels + begin, last - first, depth, places);
       for (int64_t p = first; p < last; ++p) {
         finish_patch<vectors>(
             task, patches[p], group * convolve_group, places.sums + (p - first) * width, places.sum_step,
