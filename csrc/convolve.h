@@ -20,13 +20,13 @@ using Word = Shorts;
 
 constexpr int64_t groups_per_block = lanes == 16 ? 4 : 1;
 
-// Rows whose sums fill the registers beside that many vectors of weights; divides the pixels of an item.
+// How many rows of sums fit the registers beside that many vectors of weights; divides the pixels of an item.
 constexpr int64_t tile_rows(int64_t vectors) {
   if (lanes < 16) return 12 / vectors;
   return vectors == 4 ? 6 : 8;
 }
 
-// What product and bias give must be rounded in between, as the specification says.
+// Keeps the compiler from fusing the multiplication before with the addition after: the specification rounds both.
 STEPQUANT_INLINE Floats rounded(Floats x) {
 #if defined(__x86_64__)
   __asm__("" : "+v"(x));
@@ -36,7 +36,7 @@ STEPQUANT_INLINE Floats rounded(Floats x) {
   return x;
 }
 
-// The pixels of one tile: where each row's first tap lies, in the image and in memory.
+// The output pixels of one tile: where the first tap of each lies, in the image and in memory.
 struct Tile {
   int64_t y[8], x[8];
   const uint8_t* image[8];
@@ -142,7 +142,7 @@ STEPQUANT_INLINE void emit_rows(const ConvolveTask& task, int64_t pixel, int64_t
   }
 }
 
-// Where the sums of a tile come from: all taps of its pixels, wherever those lie.
+// The general source of a tile's sums: any taps, at any place.
 struct AllTaps {
   template <int64_t rows, int64_t vectors>
   static STEPQUANT_INLINE void add(

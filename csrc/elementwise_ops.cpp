@@ -12,7 +12,7 @@ QuantizeTask task_of(const RowView& x, const Code& code, Activation activation, 
   return {x.rows, type_of(x.held), activation, code, out, out_stride};
 }
 
-// Dense memory in any order is one long row, cut wherever threads part.
+// Dense memory in any order is treated as one long row, which threads share out anywhere.
 Tensor quantize_dense(const Tensor& x, const Code& code, Activation activation) {
   Tensor out = at::detail::empty_strided_cpu(x.sizes(), x.strides(), at::kByte);
   const Type type = type_of(x);

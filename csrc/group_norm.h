@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t chunk_pixels = 64;  // summed in float before they join the sums in double
 constexpr int64_t block_vectors = 4;  // channels whose sums stay in registers
-constexpr double far_pivot = 32;  // squared deviations from a pivot to its channel's mean that cost the squares bits
-constexpr double far_mean = 4;  // deviations between zero and a channel's mean that cost the affine map bits
+constexpr double far_pivot = 32;  // squared distance of pivot and mean, in deviations, from which squares lose bits
+constexpr double far_mean = 4;  // distance of zero and mean, in deviations, from which slope * x + offset loses bits
 
 // Sums of one slice of channels around a pivot per channel: the pivot keeps the squares from cancelling.
 struct Moments {
@@ -31,7 +31,7 @@ struct Affine {
   float* lift;
 };
 
-// A run of channels of one source that lies inside an item's slice.
+// Consecutive channels of x, or of skip, that lie inside an item's slice.
 template <class T>
 struct Piece {
   const T* x;
@@ -91,7 +91,7 @@ void sum_piece(const Piece<T>& piece, int64_t pixels, Moments& moments) {
   }
 }
 
-// Per-channel numbers of one slice, or a constant where there are none, so that loops over channels need no branches.
+// Per-channel numbers of one slice; a constant fills them where there are none, so that loops need no branches.
 STEPQUANT_INLINE const float* numbers_or(const float* numbers, int64_t first, const float* constant) {
   return numbers ? numbers + first : constant;
 }

@@ -16,7 +16,7 @@ int64_t groups_per_item(int64_t samples, int64_t groups, int64_t group_width, in
   const int64_t threads = at::get_num_threads();
   int64_t taken = 1;
   while (taken < groups && (taken * group_width < 32 || taken * group_width % 16)) ++taken;
-  // Where whole vectors would leave threads without work, partial vectors cost less.
+  // Partial vectors of channels cost less than threads without work.
   if (samples * ((groups + taken - 1) / taken) < threads) taken = std::max<int64_t>(1, samples * groups / threads);
   for (int64_t next = 2 * taken; next <= groups; next *= 2) {
     const int64_t items = samples * ((groups + next - 1) / next);

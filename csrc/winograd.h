@@ -6,7 +6,7 @@
 namespace stepquant {
 namespace {
 
-// Products of bytes, without a transform, are twice as fast as those of shorts.
+// With VNNI, direct products of bytes are twice as fast as Winograd's products of shorts.
 constexpr int64_t least_patches = Word::per_word == 4 ? 6 : 2;
 
 // Products of some patches at one position with a block of outputs.
@@ -136,8 +136,8 @@ void convolve_block(
   }
 }
 
-// Items are (chunk of patches, block of outputs); neighbours share their patches. Each makes the weights that it uses:
-// to take them from another processor's cache costs more.
+// Items are (chunk of patches, block of outputs); neighbours share their patches. Each item transforms the weights that it
+// uses: reading them from another core's cache would cost more.
 void convolve_patches(const ConvolveTask& given, int64_t begin, int64_t end) {
   ConvolveTask task = given;
   task.zero_point -= 128;  // transformed codes are those of code - 128
