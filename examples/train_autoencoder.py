@@ -16,8 +16,12 @@ from data import DATA, DataError, draws, grid, load_pictures, pad_to, random_fli
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from export import load_average
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from training import Trainer, add_arguments, main, run
+
+from stepquant.calib.cache import atomically
+from stepquant.core.digest import tensors_digest, value_digest
 
 CONFIG = {
     "sample_size": 32,
@@ -63,10 +67,20 @@ def load_autoencoder(run: Path) -> AutoencoderKL:
 def latents_of(run: Path, images: Tensor) -> tuple[AutoencoderKL, Tensor]:
     """The autoencoder with its scale set so that these images' latents have unit deviation, and the scaled latents."""
     autoencoder = load_autoencoder(run)
-    latents = encode(autoencoder, images)
+    latents = encode_once(run, autoencoder, images)
     scale = round(1 / latents.std().item(), 5)
     autoencoder.register_to_config(scaling_factor=scale)
     return autoencoder, latents * scale
+
+
+def encode_once(run: Path, autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
+    """The latents of these images, kept in half precision beside the autoencoder: encoding takes minutes."""
+    key = value_digest([tensors_digest(autoencoder.state_dict()), tensors_digest({"images": images})])
+    file = run / f"latents-{key[:16]}.safetensors"
+    if not file.is_file():
+        latents = {"latents": encode(autoencoder, images).half().contiguous()}
+        atomically(file, lambda temporary: save_file(latents, temporary))
+    return load_file(file)["latents"].float()
 
 
 def decode(autoencoder: nn.Module, latents: Tensor) -> list:

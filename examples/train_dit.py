@@ -23,7 +23,7 @@ from training import SCHEDULER, Loss, Trainer, add_arguments, main, run
 # DiTPipeline asks for class 1000 where it wants none.
 NO_CLASS = 1000
 LEFT_OUT = 0.1
-GUIDANCE = 1.5
+GUIDANCE = 4.0  # as DiTPipeline has it
 CONFIG = {
     "num_attention_heads": 4,
     "attention_head_dim": 32,

@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from data import draws, grid, load_pictures, pad_to
+from data import draws, grid, load_captions, load_pictures, pad_to
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from export import add_latent_arguments, finish, load_average, train_and_export
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -26,6 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 BEGIN, END, UNKNOWN = SPECIAL = ("<begin>", "<end>", "<unknown>")
 LENGTH = 20  # tokens of a prompt; the longest caption has 16 words
 LEFT_OUT = 0.1
+PROMPTS = 256  # that come with the model, for those who calibrate it
 GUIDANCE = 2.0
 UNET = {
     "in_channels": 4,
@@ -153,10 +154,11 @@ def export(args: argparse.Namespace) -> None:
     # transformers loads a text encoder in the type of its file, diffusers the rest in float32.
     networks["unet"].half()
     pipeline(networks, autoencoder.half(), tokenizer).save_pretrained(args.out)
-    prompts = load_pictures(args.data, "test", args.samples, captions=True).captions
+    prompts = load_captions(args.data, "test")
+    (args.out / "prompts.txt").write_text("\n".join(prompts[:PROMPTS]) + "\n", encoding="utf-8")
     pipe = pipeline(networks.float().eval(), autoencoder.float(), tokenizer)
     facts = {"side": pictures.images.shape[-1], "words": len(tokenizer), "example": prompts[0]}
-    images = sample(pipe, prompts, args.guidance, 50)
+    images = sample(pipe, prompts[: args.samples], args.guidance, 50)
     finish(args, CARD, state, networks["unet"], images, guidance=args.guidance, **facts)
 
 

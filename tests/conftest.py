@@ -11,12 +11,15 @@ from diffusers import (
     AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
 
 from stepquant.calib.record import Source
+from stepquant.models.sampling import Sampling
 
 torch.set_num_threads(1)  # the models of the tests are too small to share
 
@@ -56,7 +59,7 @@ def pipeline(unet: UNet2DModel) -> DDIMPipeline:
 
 @pytest.fixture
 def source(pipeline: DDIMPipeline, tmp_path: Path) -> Source:
-    return Source(pipeline, steps=10, batch=4, cache=tmp_path / "calibration")
+    return Source(pipeline, Sampling(10), batch=4, cache=tmp_path / "calibration")
 
 
 @pytest.fixture
@@ -105,5 +108,21 @@ def text_pipeline() -> StableDiffusionPipeline:
         None,
         requires_safety_checker=False,
     )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def class_pipeline() -> DiTPipeline:
+    """A class-conditional pipeline, random and tiny; its last class stands for none."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2,
+                                        sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_num_groups=4)  # fmt: skip
+    torch.nn.init.normal_(transformer.proj_out_2.weight, std=0.1)
+    vae = AutoencoderKL(block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4,
+                        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
+    names = {"0": "cat", "1": "frog, toad"}
+    pipe = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler(clip_sample=False), id2label=names)
+    pipe.register_to_config(id2label=names)  # or it is not saved
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -21,7 +21,8 @@ from stepquant.calib.record import Source
 from stepquant.core.grid import Grid, GridError
 from stepquant.errors import ArtifactError, ModelError, StepquantError
 from stepquant.job.pipelines import load
-from stepquant.models.sampling import run
+from stepquant.models.generate import run
+from stepquant.models.sampling import Sampling
 from tests import crafted
 from tests.conftest import make_unet
 
@@ -36,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         place = tmp_path_factory.mktemp(name)
         pipe = DDIMPipeline(make_unet(), DDIMScheduler())
         pipe.set_progress_bar_config(disable=True)
-        source = Source(pipe, steps=4, batch=4, cache=place / "calibration")
+        source = Source(pipe, Sampling(4), batch=4, cache=place / "calibration")
         out[name] = crafted.save(source, place / "out", steps=name == "stepped")
     return out
 

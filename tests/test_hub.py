@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from stepquant import hub, methods
 from stepquant.calib.record import Source
-from stepquant.errors import ArtifactError
+from stepquant.errors import ArtifactError, RuntimeSupportError
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sampling import SAMPLERS, run
+from stepquant.models.generate import run
+from stepquant.models.sampling import SAMPLERS
 from stepquant.quant.schemes import SCHEMES, scheme
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -23,7 +24,7 @@ IMAGES = """
 import sys, torch, stepquant
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-from stepquant.models.sampling import run
+from stepquant.models.generate import run
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
 save_file({"images": run(pipe, [1, 2], 3)}, sys.argv[2])
 """
@@ -73,6 +74,31 @@ def test_scales_survive_a_half_precision_load(source: Source, tmp_path: Path) ->
     half = UNet2DModel.from_pretrained(tmp_path / "out" / "unet", torch_dtype=torch.bfloat16)
     for name, value in pipe.unet.state_dict().items():
         assert torch.equal(half.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto", "balanced"])
+def test_a_device_map_of_one_device_loads_the_same_network(
+    source: Source, tmp_path: Path, device_map: object
+) -> None:
+    unet, x = quantized(source).unet, torch.randn(1, 3, 8, 8)
+    unet.save_pretrained(tmp_path / "out")
+    loaded = UNet2DModel.from_pretrained(tmp_path / "out", device_map=device_map)
+    with torch.no_grad():
+        want = unet(x, 5).sample
+        for _ in range(3):
+            assert torch.equal(loaded(x, 5).sample.cpu(), want)
+
+
+def test_a_device_that_is_full_while_loading_says_what_is_needed(source: Source) -> None:
+    class Full:
+        def to(self, device: torch.device) -> torch.Tensor:
+            raise torch.OutOfMemoryError("out of memory")
+
+    unet = quantized(source).unet
+    quantizer, name = hub.StepquantQuantizer(hub.config_of(unet)), "conv_in.weight"
+    quantizer.size = 123_456
+    with pytest.raises(RuntimeSupportError, match=r"device 'cpu' cannot hold(.|\n)*123,456 bytes free"):
+        quantizer.create_quantized_param(unet, None, name, torch.device("cpu"), {name: Full()})
 
 
 def edit(change: Callable[[dict[str, torch.Tensor]], None], folder: Path) -> None:

@@ -34,6 +34,7 @@ from stepquant.core.digest import tensors_digest, value_digest
 from stepquant.core.entries import AGAIN, entries
 from stepquant.errors import ArtifactError
 from stepquant.runtime.lower import lower, prepare, skeleton
+from stepquant.runtime.moving import bytes_of, one_device, room_for
 
 # What diffusers may add to a model's configuration beside names that begin with an underscore.
 NOT_OF_THE_NETWORK = ("quantization_config", "torch_dtype", "dtype", "auto_map")
@@ -153,6 +154,10 @@ class StepquantQuantizer(DiffusersQuantizer):
         """What is float stays fp32; inside, the runtime computes in bf16 where that is exact enough."""
         return torch.float32
 
+    def update_device_map(self, device_map: Any) -> dict[str, torch.device] | None:
+        """One device for the whole network; where diffusers may choose, the accelerator if there is one."""
+        return None if device_map is None else {"": one_device(device_map)}
+
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self.keys, self.files = list(loaded_keys), [str(file) for file in checkpoint_files]
         if not all(file.endswith(".safetensors") for file in self.files):
@@ -171,6 +176,7 @@ class StepquantQuantizer(DiffusersQuantizer):
         skeleton(model, artifact.layers, artifact.products, artifact.splits, artifact.steps)
         model.config.quantization_config = config
         self.expected = {name: value.to("meta") for name, value in model.state_dict().items()}
+        self.size = bytes_of(self.expected.values())
         self.bounds = bounds_of(artifact.layers, artifact.products, artifact.steps)
         check_names(dict.fromkeys(self.keys), self.expected, self.where)
 
@@ -218,7 +224,8 @@ class StepquantQuantizer(DiffusersQuantizer):
         """Put the stored tensor in place as it is: diffusers has already cast `param_value`."""
         owner, _, leaf = param_name.rpartition(".")
         module = model.get_submodule(owner)
-        value = state_dict[param_name].to(target_device)
+        with room_for(self.size, target_device):
+            value = state_dict[param_name].to(target_device)
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(value.float(), requires_grad=False)
         else:

@@ -71,7 +71,7 @@ def test_shares_follow_the_score() -> None:
 def test_features_are_those_of_the_deepest_block(source: Source) -> None:
     """mid_block.attentions.0 of the small model receives 32 channels of 4 x 4 pixels."""
     found = features_by_step(source, range(2))
-    assert found.shape == (source.steps, 2, 32, 4, 4)
+    assert found.shape == (source.sampling.steps, 2, 32, 4, 4)
     assert squared_distances(Likeness.of(found))[0, 1:].min() > 0
 
 

@@ -15,7 +15,8 @@ from stepquant.calib.record import Source, trajectory_seed
 from stepquant.calib.synthetic import from_images, from_noise
 from stepquant.errors import CalibrationError, StepquantError
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sampling import run, scheduler_of
+from stepquant.models.generate import run
+from stepquant.models.sampling import Sampling, scheduler_of
 
 
 def spy(source: Source, seed: int) -> list[tuple[torch.Tensor, int]]:
@@ -23,14 +24,14 @@ def spy(source: Source, seed: int) -> list[tuple[torch.Tensor, int]]:
     calls: list[tuple[torch.Tensor, int]] = []
     model = Denoiser.of(source.pipeline).model
     handle = model.register_forward_pre_hook(lambda _, args: calls.append((args[0].clone(), int(args[1]))))
-    run(source.pipeline, [seed], source.steps, source.sampler)
+    run(source.pipeline, [seed], source.sampling)
     handle.remove()
     return calls
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler"])
 def test_records_are_what_the_network_received(source: Source, sampler: str) -> None:
-    source = replace(source, sampler=sampler)
+    source = replace(source, sampling=Sampling(source.sampling.steps, sampler))
     picks = one_each(torch.tensor([9, 0, 4, 4, 2]))
     data = source.record(picks)
     batch = data.take(range(len(data)))
@@ -77,7 +78,7 @@ def test_other_settings_are_other_recordings(source: Source) -> None:
     keys = {
         source.key(picks),
         replace(source, seed=1).key(picks),
-        replace(source, steps=11).key(picks),
+        replace(source, sampling=Sampling(11)).key(picks),
         source.key([Pick(0, 2)]),
     }
     with torch.no_grad():
@@ -114,7 +115,7 @@ def test_synthetic_records(source: Source, tmp_path: Path) -> None:
     assert clean.arguments["sample"][0].unique().tolist() == [-1.0]
     assert torch.equal(clean.arguments["sample"][0], clean.arguments["sample"][2])
     scheduler = scheduler_of(source.pipeline, None)
-    scheduler.set_timesteps(source.steps)
+    scheduler.set_timesteps(source.sampling.steps)
     assert clean.arguments["timestep"].tolist() == scheduler.timesteps[steps].tolist()
     noisy = from_images(source, steps, str(tmp_path), diffused=True).take(range(3))
     noise = from_noise(source, steps).take(range(3)).arguments["sample"]
@@ -137,7 +138,7 @@ def test_synthetic_records_of_a_model_that_is_not_square(source: Source, tmp_pat
 
 
 def test_guidance_branches_are_kept_apart(text_pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
-    source = Source(text_pipeline, steps=3, batch=2, cache=tmp_path, prompts=("a b", "c"))
+    source = Source(text_pipeline, Sampling(3, prompts=("a b", "c")), batch=2, cache=tmp_path)
     data = source.record(every(2, (0, 2)))
     batch = data.take(range(len(data)))
     assert sorted(batch.branch.tolist()) == [0, 0, 0, 0, 1, 1, 1, 1]

@@ -18,7 +18,8 @@ from stepquant.calib.pick import every
 from stepquant.calib.record import Source
 from stepquant.core.grid import Grid, GridError
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sampling import run
+from stepquant.models.generate import run
+from stepquant.models.sampling import Sampling
 from stepquant.runtime.lower import lower
 from tests.contracts.smallest import Counting, Killed, Nearest, digest, made, plan_for, smallest
 
@@ -44,7 +45,7 @@ def source_in(folder: Path, schedule: str = "linear") -> Source:
     """Another noise schedule gives other records: of the same model, at the same steps, from the same seeds."""
     pipeline = DDIMPipeline(tiniest(), DDIMScheduler(beta_schedule=schedule))
     pipeline.set_progress_bar_config(disable=True)
-    return Source(pipeline, steps=4, batch=4, cache=folder)
+    return Source(pipeline, Sampling(4), batch=4, cache=folder)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Artifact,
 
 def answers(model: nn.Module, source: Source) -> torch.Tensor:
     """Predictions on states of every step."""
-    records = source.record(every(2, range(source.steps)))
+    records = source.record(every(2, range(source.sampling.steps)))
     with torch.no_grad():
         return Denoiser(model).predict(records.take(range(len(records))).arguments)
 
@@ -97,7 +98,7 @@ def test_calibration_without_effect_would_be_noticed(tmp_path: Path) -> None:
         calibrates: ClassVar[bool] = True
 
         def __call__(self, denoiser, plan, source):  # type: ignore[no-untyped-def]
-            source.record(every(2, range(source.steps)))
+            source.record(every(2, range(source.sampling.steps)))
             return super().__call__(denoiser, plan, source)
 
     one, two = (source_in(tmp_path / kind, kind) for kind in ("linear", "squaredcos_cap_v2"))
@@ -128,10 +129,10 @@ def test_what_is_saved_and_loaded_draws_the_same_images(
     artifact, source = first[name][0], source_in(tmp_path)
     hub.attach(source.pipeline.unet, artifact)
     seeds = [3, 4]
-    want = run(source.pipeline, seeds, source.steps)
+    want = run(source.pipeline, seeds, source.sampling)
     source.pipeline.unet.save_pretrained(tmp_path / "unet")
     source.pipeline.unet = UNet2DModel.from_pretrained(tmp_path / "unet")
-    assert torch.equal(run(source.pipeline, seeds, source.steps), want)
+    assert torch.equal(run(source.pipeline, seeds, source.sampling), want)
 
 
 @pytest.mark.parametrize("name", NAMES)

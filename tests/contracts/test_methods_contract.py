@@ -65,14 +65,14 @@ def test_every_method_takes_the_number_of_records(
         raise Asked
 
     monkeypatch.setattr(Source, "record", record)
-    monkeypatch.setattr(Source, "times", lambda self: torch.arange(self.steps))
+    monkeypatch.setattr(Source, "times", lambda self: torch.arange(self.sampling.steps))
     drawn = {"times": "uniform"} if "times" in methods.kind(name).model_fields else {}
     for whole in (name, f"{name}+tac"):
         asked.clear()
         built = methods.build(whole, drawn | methods.records(whole, 33))
         with pytest.raises(Asked):
             built(Denoiser.of(source.pipeline), scheme("w8a8"), source)
-        assert 33 <= len(asked) < 33 + source.steps
+        assert 33 <= len(asked) < 33 + source.sampling.steps
 
 
 def test_records_are_counted_in_one_way_only() -> None:

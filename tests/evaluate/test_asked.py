@@ -11,10 +11,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
-from stepquant.evaluate import evaluate
+from stepquant.evaluate import Twins, evaluate
 from stepquant.evaluate.metrics.instruments import Weights
 from stepquant.evaluate.networks.classifier import FeatureNet
-from stepquant.models.sampling import run
+from stepquant.models.generate import run
+from stepquant.models.sampling import Sampling
 from stepquant.report import Report
 
 PROMPTS = ("frog, red glasses", "Cat blue", "nothing known")
@@ -23,7 +24,7 @@ PROMPTS = ("frog, red glasses", "Cat blue", "nothing known")
 def test_a_text_model_is_judged_by_what_its_prompts_ask_for(
     text_pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
-    side = run(text_pipeline, [0], 1, "ddim", PROMPTS).shape[-1]
+    side = run(text_pipeline, [0], Sampling(1, "ddim", PROMPTS)).shape[-1]
     net = FeatureNet((4, 4, 6), 2, side, 5, False, ("cat-blue", "frog"))
     net.head.weight.data.zero_()
     net.head.bias.data.copy_(torch.tensor([0.0, 1.0]))  # sees frogs everywhere
@@ -35,13 +36,10 @@ def test_a_text_model_is_judged_by_what_its_prompts_ask_for(
     grey[0, ..., :3] = 128
     np.savez(tmp_path / "parts.npz", ground=grey)
     found = evaluate(
-        text_pipeline,
-        copy.deepcopy(text_pipeline),
+        Twins(text_pipeline, copy.deepcopy(text_pipeline)),
+        Sampling(1, "ddim", PROMPTS),
         images=8,
-        steps=1,
-        sampler="ddim",
         batch=4,
-        prompts=PROMPTS,
         probed=1,
         weights=Weights(classifier=tmp_path, truth=tmp_path / "parts.npz"),
     )

@@ -22,8 +22,10 @@ from stepquant.evaluate.metrics.frechet import Statistics
 from stepquant.evaluate.metrics.pairs import psnr
 from stepquant.evaluate.metrics.reference import read_data
 from stepquant.evaluate.networks.reader import Extractor
+from stepquant.evaluate.twins import Twins
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sampling import run
+from stepquant.models.generate import run
+from stepquant.models.sampling import Sampling
 from stepquant.quant.schemes import scheme
 
 
@@ -42,11 +44,11 @@ def quantized(pipeline: DDIMPipeline, artifact: Artifact) -> DDIMPipeline:
 
 
 def test_results_are_plain_json_about_the_same_seeds(pipeline: DDIMPipeline, quantized: DDIMPipeline) -> None:
-    found = evaluate(pipeline, quantized, images=6, steps=3, sampler="ddim", batch=4, shown=3, probed=2)
+    found = evaluate(Twins(pipeline, quantized), Sampling(3, "ddim"), images=6, batch=4, shown=3, probed=2)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
     seeds = found["images"]["seeds"]
-    first, second = run(pipeline, seeds, 3, "ddim"), run(quantized, seeds, 3, "ddim")
+    first, second = run(pipeline, seeds, Sampling(3, "ddim")), run(quantized, seeds, Sampling(3, "ddim"))
     shown = np.stack(
         [np.asarray(Image.open(io.BytesIO(base64.b64decode(x)))) for x in found["images"]["quantized"]]
     )
@@ -58,7 +60,7 @@ def test_results_are_plain_json_about_the_same_seeds(pipeline: DDIMPipeline, qua
 
 
 def test_every_number_says_of_what_it_is(pipeline: DDIMPipeline, quantized: DDIMPipeline) -> None:
-    found = evaluate(pipeline, quantized, images=6, steps=2, batch=4, probed=2)
+    found = evaluate(Twins(pipeline, quantized), Sampling(2), images=6, batch=4, probed=2)
     numbers = {x["name"]: x for x in found["quality"]}
     assert numbers["PSNR"]["n"] == 6
     assert numbers["PSNR"]["low"] < numbers["PSNR"]["value"] < numbers["PSNR"]["high"]
@@ -71,27 +73,29 @@ def test_every_number_says_of_what_it_is(pipeline: DDIMPipeline, quantized: DDIM
 
 
 def test_a_model_compared_with_itself_is_perfect(pipeline: DDIMPipeline) -> None:
-    found = evaluate(pipeline, copy.deepcopy(pipeline), images=2, steps=2, floor=False, probed=1)
+    found = evaluate(Twins(pipeline, copy.deepcopy(pipeline)), Sampling(2), images=2, floor=False, probed=1)
     assert found["quality"][0]["value"] == 100
     assert found["quality"][0]["floor"] is None
     assert [row["relative"] for row in found["steps"]] == [0, 0]
 
 
 def test_evaluation_never_generates_what_was_calibrated_on(pipeline: DDIMPipeline) -> None:
-    found = evaluate(pipeline, copy.deepcopy(pipeline), images=2, steps=1, floor=False, probed=1, seed=3)
+    found = evaluate(
+        Twins(pipeline, copy.deepcopy(pipeline)), Sampling(1), images=2, floor=False, probed=1, seed=3
+    )
     calibrated = {trajectory_seed(seed, i) for seed in range(5) for i in range(20_000)}
     assert not calibrated & set(found["images"]["seeds"])
 
 
-@pytest.mark.parametrize(("wrong", "message"), [({"images": 1}, "2 to"), ({"steps": 0}, "one step")])
-def test_impossible_requests_are_named(pipeline: DDIMPipeline, wrong: dict[str, int], message: str) -> None:
+@pytest.mark.parametrize(("wrong", "message"), [((1, 1), "2 to"), ((4, 0), "one step")])
+def test_impossible_requests_are_named(pipeline: DDIMPipeline, wrong: tuple[int, int], message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
-        evaluate(pipeline, pipeline, **{"images": 4, "steps": 1} | wrong)
+        evaluate(Twins(pipeline, pipeline), Sampling(wrong[1]), images=wrong[0])
 
 
 def test_a_pipeline_quantized_in_place_has_no_float_twin(pipeline: DDIMPipeline) -> None:
     with pytest.raises(EvaluationError, match="same denoiser"):
-        evaluate(pipeline, pipeline, images=2, steps=1)
+        evaluate(Twins(pipeline, pipeline), Sampling(1), images=2)
 
 
 def test_data_may_be_a_folder_of_images(extractor: Extractor, tmp_path: Path) -> None:

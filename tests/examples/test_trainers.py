@@ -119,12 +119,14 @@ def test_a_transformer_draws_the_class_that_is_asked(
     run, out = tmp_path / "run", tmp_path / "out"
     files = ["--data", data, "--autoencoder", autoencoder, "--run", run]
     call("train_dit.py", "train", *files, "--images", 4, "--cooldown", 4, *SHORT)
+    (latents,) = autoencoder.glob("latents-*.safetensors")
+    latents.chmod(0o444)
     call("train_dit.py", "export", *files, "--out", out, "--samples", 2)
+    assert latents.stat().st_mode & 0o777 == 0o444, "latents are computed once"
     pipe = DiffusionPipeline.from_pretrained(out)
     assert pipe.get_label_ids(["star sparkles"]) == [1]
-    latents = torch.cat([torch.zeros(2, 4, 16, 16)])
     drawn = pipe.transformer(
-        latents, timestep=torch.tensor([5, 5]), class_labels=torch.tensor([77, 1000])
+        torch.zeros(2, 4, 16, 16), timestep=torch.tensor([5, 5]), class_labels=torch.tensor([77, 1000])
     ).sample
     assert torch.equal(drawn[0], drawn[1]), "a label beyond the classes must be no class"
     assert pipe(class_labels=[0], num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)

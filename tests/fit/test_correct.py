@@ -16,6 +16,7 @@ from stepquant.errors import MethodError
 from stepquant.fit.correct import Moments, check_noise, follow, offset_of, try_step
 from stepquant.methods import d2dpm, ptqd, tac
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.sampling import Sampling
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -148,7 +149,7 @@ def test_one_step_of_following_is_the_closed_form(source: Source) -> None:
         worse.model.conv_out.weight.mul_(0.8)
         worse.model.conv_out.bias.mul_(0.8).add_(0.3)
     source.pipeline.scheduler = DDIMScheduler(clip_sample=False)
-    single = Source(source.pipeline, 1, seed=source.seed, cache=source.cache)
+    single = Source(source.pipeline, Sampling(1), seed=source.seed, cache=source.cache)
     found, table = follow(denoiser, worse, single, 4, lambda q, e: torch.full((3,), 1.25).double(), True)
     assert len(table.times) == 1
     torch.testing.assert_close(found.scale, torch.full((1, 3), 1.25))
@@ -161,7 +162,7 @@ def test_following_brings_the_mean_of_the_states_back(source: Source) -> None:
     with torch.no_grad():
         worse.model.conv_out.bias.add_(0.2)
     source.pipeline.scheduler = DDIMScheduler(clip_sample=False)
-    five = Source(source.pipeline, 5, seed=source.seed, cache=source.cache)
+    five = Source(source.pipeline, Sampling(5), seed=source.seed, cache=source.cache)
     found, _ = follow(denoiser, worse, five, 4, lambda q, e: torch.ones(3).double(), True)
     torch.testing.assert_close(found.bias, torch.full((5, 3), -0.2), atol=5e-3, rtol=0)
 
@@ -171,14 +172,14 @@ def test_a_deterministic_sampler_refuses_the_variance(source: Source) -> None:
     with pytest.raises(MethodError, match="no noise that could absorb"):
         check_noise(source, "absorb")
     assert check_noise(source, "auto") == "none"
-    noisy = Source(source.pipeline, 10, sampler="ddpm", cache=source.cache)
+    noisy = Source(source.pipeline, Sampling(10, "ddpm"), cache=source.cache)
     assert check_noise(noisy, "auto") == "absorb"
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm++", "unipc"])
 def test_what_a_noisy_schedule_leaves_in_the_configuration_is_no_noise(source: Source, sampler: str) -> None:
     source.pipeline.scheduler = DDPMScheduler()
-    chosen = Source(source.pipeline, 5, sampler=sampler, cache=source.cache)
+    chosen = Source(source.pipeline, Sampling(5, sampler), cache=source.cache)
     assert check_noise(chosen, "auto") == "none"
     denoiser = Denoiser.of(source.pipeline)
     found, _ = follow(denoiser, denoiser, chosen, 2, lambda q, e: torch.ones(3).double(), True)
@@ -210,6 +211,6 @@ def test_noisy_trajectories_meet_the_same_noise(source: Source, kind: type) -> N
 
 def test_times_are_those_that_the_network_receives(source: Source) -> None:
     scheduler = source.pipeline.scheduler
-    scheduler.set_timesteps(source.steps)
+    scheduler.set_timesteps(source.sampling.steps)
     assert torch.equal(source.times(), scheduler.timesteps)
-    assert len(StepTable.of(source.times()).times) == source.steps
+    assert len(StepTable.of(source.times()).times) == source.sampling.steps

@@ -12,6 +12,7 @@ import pytest
 
 import stepquant as sq
 from stepquant.errors import ArtifactError
+from stepquant.evaluate.twins import Twins
 from stepquant.job import Recipe, load, quantize_to
 from stepquant.job.card import shown_with, write_card
 from stepquant.job.results import describe_alone, describe_artifact, keep_results
@@ -40,7 +41,7 @@ def test_the_float_model_is_not_needed(artifact: Path, tmp_path: Path) -> None:
 
 def test_the_artifact_knows_what_the_float_model_would_say(tiny: Path, artifact: Path) -> None:
     quantized = load(artifact)
-    beside = describe_artifact(load(tiny), quantized, artifact, artifact.name)
+    beside = describe_artifact(Twins(load(tiny), quantized), artifact, artifact.name)
     assert describe_alone(quantized, artifact) == beside
 
 

@@ -23,7 +23,8 @@ from stepquant.errors import (
     UnknownNameError,
 )
 from stepquant.job import Recipe, load, quantize, quantize_to
-from stepquant.models.sampling import run
+from stepquant.models.generate import run
+from stepquant.models.sampling import Sampling
 
 QUICK = {"samples": 8, "batch": 4}
 
@@ -132,7 +133,7 @@ class TestQuantize:
         assert hub.config_of(pipeline.unet) is not None
         pipeline.save_pretrained(tmp_path / "out")
         again = DiffusionPipeline.from_pretrained(tmp_path / "out")
-        assert torch.equal(run(pipeline, [0, 1], 3), run(again, [0, 1], 3))
+        assert torch.equal(run(pipeline, [0, 1], Sampling(3)), run(again, [0, 1], Sampling(3)))
 
     def test_twice_is_an_error(self, pipeline: DDIMPipeline) -> None:
         quantize(pipeline, method="minmax", samples=8, steps=4)
@@ -140,7 +141,7 @@ class TestQuantize:
             quantize(pipeline, method="minmax", samples=8, steps=4)
 
     def test_a_failure_leaves_the_model_as_it_was(self, pipeline: DDIMPipeline) -> None:
-        before = run(pipeline, [0], 3)
+        before = run(pipeline, [0], Sampling(3))
         with pytest.raises(PlanError, match="has no effect"):
             quantize(
                 pipeline,
@@ -149,7 +150,7 @@ class TestQuantize:
                 scheme="w8a8",
                 steps=4,
             )
-        assert torch.equal(run(pipeline, [0], 3), before)
+        assert torch.equal(run(pipeline, [0], Sampling(3)), before)
 
     def test_the_package_offers_it(self) -> None:
         assert sq.quantize is quantize

@@ -15,7 +15,8 @@ from stepquant.calib.pick import every
 from stepquant.calib.record import Source, trajectory_seed
 from stepquant.errors import MethodError, UnknownNameError
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sampling import denoise, last
+from stepquant.models.pipelines.unconditional import denoise, last
+from stepquant.models.sampling import Sampling
 from stepquant.quant.schemes import scheme
 from stepquant.runtime.lower import lower
 
@@ -29,8 +30,8 @@ def errors(source: Source, artifact: Artifact) -> list[float]:
     model = Denoiser.of(source.pipeline)
     lowered = Denoiser(lower(copy.deepcopy(model.model), artifact, torch.float32))
     fresh = dataclasses.replace(source, seed=source.seed + 1)
-    data, found = fresh.record(every(4, range(source.steps))), []
-    for step in range(source.steps):
+    data, found = fresh.record(every(4, range(source.sampling.steps))), []
+    for step in range(source.sampling.steps):
         records = data.subset((data.steps() == step).nonzero().flatten().tolist()).take(range(4))
         with torch.no_grad():
             exact, got = (m.predict(records.arguments) for m in (model, lowered))
@@ -53,14 +54,14 @@ def test_the_error_of_the_prediction_falls(source: Source, name: str, left: floa
 def test_following_keeps_the_mean_of_the_states(source: Source) -> None:
     """The trajectories that it was fitted on end with the mean of the float model's."""
     seeds = [trajectory_seed(source.seed, number) for number in range(24)]
-    exact = last(denoise(source.pipeline, seeds, source.steps))
+    exact = last(denoise(source.pipeline, seeds, source.sampling))
     gaps = []
     for name, settings in (("minmax", {}), ("minmax+tac", {"tac.samples": 24})):
         pipeline = copy.deepcopy(source.pipeline)
         hub.attach(
             pipeline.unet, made(source, name, **{"minmax.samples" if settings else "samples": 32}, **settings)
         )
-        got = last(denoise(pipeline, seeds, source.steps))
+        got = last(denoise(pipeline, seeds, source.sampling))
         gaps.append((got - exact).mean((0, 2, 3)).abs().mean().item())
     assert gaps[1] < 0.05 * gaps[0]
 
@@ -101,6 +102,6 @@ def test_fields_find_their_part() -> None:
 def test_a_correction_that_the_sampler_cannot_carry_is_refused(source: Source) -> None:
     with pytest.raises(MethodError, match="no noise that could absorb"):
         made(source, "minmax+ptqd", samples=8, variance="absorb")
-    noisy = dataclasses.replace(source, sampler="ddpm")
+    noisy = dataclasses.replace(source, sampling=Sampling(source.sampling.steps, "ddpm"))
     with pytest.raises(MethodError, match="cannot be told from the noise"):
         made(noisy, "minmax+tac", **{"minmax.samples": 8, "tac.samples": 2})

@@ -15,6 +15,7 @@ from stepquant.core.affine import scale_and_zero
 from stepquant.core.ranges import lp_search
 from stepquant.errors import CalibrationError, MethodError, UnknownNameError
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.sampling import Sampling
 from stepquant.quant.schemes import scheme
 
 FEW = {"samples": 12, "batch": 6}
@@ -35,7 +36,7 @@ def picks(source: Source, monkeypatch: pytest.MonkeyPatch, **settings: object) -
         Source, "record", lambda self, picks: asked.extend(picks) or (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
-        run(replace(source, steps=100), samples=1024, mean=0.3, std=0.2, **settings)
+        run(replace(source, sampling=Sampling(100)), samples=1024, mean=0.3, std=0.2, **settings)
     levels = 1 - torch.tensor([float(pick.step) for pick in asked]) / 100
     assert levels.mean().item() == pytest.approx(0.3, abs=0.05)
     return asked

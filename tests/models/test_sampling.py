@@ -3,14 +3,15 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, LDMPipeline, VQModel
 
 from stepquant.errors import UnknownNameError
-from stepquant.models.sampling import SAMPLERS, generators, run, sample
+from stepquant.models.generate import run, sample
+from stepquant.models.sampling import SAMPLERS, Sampling, generators
 
 
 def test_ddim_equals_the_pipeline_of_diffusers(pipeline: DDIMPipeline) -> None:
     expected = pipeline(
         batch_size=3, generator=generators([5, 6, 7]), num_inference_steps=4, output_type="np"
     ).images
-    got = run(pipeline, [5, 6, 7], 4, "ddim")
+    got = run(pipeline, [5, 6, 7], Sampling(4, "ddim"))
     assert torch.allclose(got.permute(0, 2, 3, 1), torch.from_numpy(expected), atol=1e-6)
 
 
@@ -21,26 +22,26 @@ def test_ddpm_equals_the_pipeline_of_diffusers(pipeline: DDIMPipeline) -> None:
         batch_size=2, generator=generators([1, 2]), num_inference_steps=5, output_type="np"
     ).images
     assert torch.allclose(
-        run(pipeline, [1, 2], 5, "ddpm").permute(0, 2, 3, 1), torch.from_numpy(expected), atol=1e-6
+        run(pipeline, [1, 2], Sampling(5, "ddpm")).permute(0, 2, 3, 1), torch.from_numpy(expected), atol=1e-6
     )
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_runs_and_a_seed_is_one_trajectory(pipeline: DDIMPipeline, sampler: str) -> None:
-    together = run(pipeline, [3, 4], 5, sampler)
+    together = run(pipeline, [3, 4], Sampling(5, sampler))
     assert torch.isfinite(together).all()
     assert together.shape == (2, 3, 8, 8)
-    assert torch.allclose(run(pipeline, [4], 5, sampler), together[1:], atol=1e-4)
+    assert torch.allclose(run(pipeline, [4], Sampling(5, sampler)), together[1:], atol=1e-4)
 
 
 def test_batches_cover_all_seeds(pipeline: DDIMPipeline) -> None:
-    images = torch.cat(list(sample(pipeline, range(5), steps=2, batch=2)))
+    images = torch.cat(list(sample(pipeline, range(5), Sampling(2), batch=2)))
     assert images.shape[0] == 5
 
 
 def test_unknown_sampler(pipeline: DDIMPipeline) -> None:
     with pytest.raises(UnknownNameError, match="euler"):
-        run(pipeline, [0], 2, "eular")
+        run(pipeline, [0], Sampling(2, "eular"))
 
 
 def test_latents_are_decoded(pipeline: DDIMPipeline) -> None:
@@ -52,6 +53,6 @@ def test_latents_are_decoded(pipeline: DDIMPipeline) -> None:
     expected = latent(
         batch_size=2, generator=generators([1, 2]), num_inference_steps=3, output_type="np"
     ).images
-    got = run(latent, [1, 2], 3, "ddim")
+    got = run(latent, [1, 2], Sampling(3, "ddim"))
     assert got.shape == (2, 3, 16, 16)
     assert torch.allclose(got.permute(0, 2, 3, 1), torch.from_numpy(expected), atol=1e-5)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 Case = tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]
@@ -122,6 +122,23 @@ def size_conditioned() -> Case:
     return model, given, changed
 
 
+def class_transformer() -> Case:
+    model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=16, in_channels=4, num_layers=3,
+                                  sample_size=8, patch_size=2, num_embeds_ada_norm=20, norm_num_groups=4)  # fmt: skip
+    nn.init.normal_(model.proj_out_2.weight, std=0.1)
+    given = {
+        "hidden_states": noise(2, 4, 8, 8),
+        "timestep": torch.tensor([7, 7]),
+        "class_labels": torch.tensor([1, 2]),
+    }
+    changed = {
+        "x": {"hidden_states": noise(2, 4, 8, 8)},
+        "t": {"timestep": torch.tensor([9, 9])},
+        "class": {"class_labels": torch.tensor([3, 4])},
+    }
+    return model, given, changed
+
+
 CASES: dict[str, Callable[[], Case]] = {
     case.__name__: case
     for case in (
@@ -132,5 +149,6 @@ CASES: dict[str, Callable[[], Case]] = {
         linear_projection,
         class_conditional_latent,
         size_conditioned,
+        class_transformer,
     )
 }

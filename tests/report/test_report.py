@@ -18,6 +18,8 @@ from PIL import Image
 from stepquant import report
 from stepquant.errors import EvaluationError
 from stepquant.evaluate import evaluate
+from stepquant.evaluate.twins import Twins
+from stepquant.models.sampling import Sampling
 from stepquant.report import Report
 from stepquant.report.chart import linear_ticks, log_span, log_ticks
 from stepquant.report.images import amplified, decode, grid, write_grid
@@ -186,7 +188,7 @@ def test_bars_and_colours_follow_their_numbers(results: dict[str, Any]) -> None:
 
 
 def test_what_evaluate_returns_can_be_shown(pipeline: DDIMPipeline, tmp_path: Path) -> None:
-    found = evaluate(pipeline, copy.deepcopy(pipeline), images=2, steps=2, probed=1, shown=2)
+    found = evaluate(Twins(pipeline, copy.deepcopy(pipeline)), Sampling(2), images=2, probed=1, shown=2)
     words = page_words(report.write(found, tmp_path).read_text())
     assert "What really runs in integers" in words
 

@@ -11,17 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.artifact import Artifact
+from stepquant.errors import RuntimeSupportError
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import lower, ops
 from stepquant.runtime.coverage import coverage
 from stepquant.runtime.device import device_for
 from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.convolution import IntegerConv2d
+from stepquant.runtime.moving import one_device
+from tests import pretended as there
 from tests.models.tiny import conditional, unconditional
 from tests.pretended import DEVICE, Pretended, fetched, pretended
-from tests.runtime.ops.examples import arguments
+from tests.runtime.ops.examples import CODE, arguments
 from tests.runtime.synthetic import filled, grids, quantized
 
+no_accelerator = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a device")
 Frozen = tuple[nn.Module, Artifact, dict[str, Any]]
 
 
@@ -149,3 +153,78 @@ def test_its_linears_are_exact(rows: int, ins: int, outs: int, zero_point: int) 
     into = torch.ones(rows, outs)
     assert torch.equal(kernel(codes, torch.float32, into).double(), want + 1)
     assert (into == 1).all()
+
+
+def test_an_operation_that_torch_lacks_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, compute = torch.randn(3, 4), there.compute
+
+    def lacking(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func is torch.ops.aten.round.default:
+            raise NotImplementedError(
+                f"Could not run '{func}' with arguments from that backend\n(a long list)"
+            )
+        return compute(func, args, kwargs)
+
+    assert torch.equal(fetched(ops.quantize.default(Pretended(x), *CODE)), ops.quantize(x, CODE))
+    monkeypatch.setattr(there, "compute", lacking)
+    with pytest.raises(
+        RuntimeSupportError, match="operation 'quantize' has no kernel for torch.float32 on pr"
+    ) as said:
+        ops.quantize.default(Pretended(x), *CODE)
+    for words in ("pretended:0", "Could not run 'aten.round", "expected: bfloat16 or float32", "to('cpu')"):
+        assert words in str(said.value)
+    assert "long list" not in str(said.value)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("room", [1, 40])
+@pytest.mark.parametrize(
+    "move", [lambda tensor: Pretended(tensor.detach()), lambda tensor: tensor.bfloat16()]
+)
+def test_a_model_that_a_device_cannot_hold_stays_where_it_was(
+    room: int, move: Callable[[Tensor], Tensor]
+) -> None:
+    torch.manual_seed(0)
+    model, artifact, given = unet()
+    lowered, taken = lower.lower(model, artifact), []
+
+    def take(tensor: Tensor) -> Tensor:
+        if len(taken) >= room and tensor.numel():
+            raise torch.OutOfMemoryError("out of memory. Tried to allocate 2.00 MiB.\nMore of it")
+        taken.append(tensor)
+        return move(tensor)
+
+    former = {name: (value.device, value.dtype) for name, value in lowered.state_dict().items()}
+    want = lowered(**given, timestep=5).sample
+    size = sum(value.numel() * value.element_size() for value in lowered.state_dict().values())
+    with there.There(), pytest.raises(RuntimeSupportError, match="cannot hold the quantized model") as said:
+        lowered._apply(take)
+    assert len(taken) > room - 1
+    assert f"{size:,} bytes" in str(said.value)
+    assert f"device '{move(torch.empty(0)).device}'" in str(said.value)
+    assert {name: (value.device, value.dtype) for name, value in lowered.state_dict().items()} == former
+    for _ in range(3):
+        assert torch.equal(lowered(**given, timestep=5).sample, want)
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}, {"conv_in": "cpu", "": torch.device("cpu")}])
+def test_one_device_for_the_whole_network_is_found(device_map: Any) -> None:
+    if device_map != "auto" or not torch.accelerator.is_available():
+        assert one_device(device_map) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "device_map, message",
+    [
+        ({"conv_in": "cpu", "": "disk"}, "lies on one device"),
+        ({"": "meta"}, "lies on one device"),
+        ({"conv_in": 0, "": 1}, "lies on one device"),
+        ({"": "nowhere"}, "there is no device 'nowhere'"),
+        pytest.param({"": 0}, "there is no device '0'", marks=no_accelerator),
+        pytest.param({"": torch.device("cuda")}, "there is no device 'cuda'", marks=no_accelerator),
+    ],
+)
+def test_other_device_maps_are_refused_in_one_sentence(device_map: Any, message: str) -> None:
+    with pytest.raises(RuntimeSupportError, match=message) as said:
+        one_device(device_map)
+    assert "cpu" in str(said.value)

@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import pytest
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from stepquant.calib.record import Source
 from stepquant.errors import ModelError, RuntimeSupportError
 from stepquant.models.attention import Rebound
+from stepquant.quant.plan import Rule
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import ops
 from stepquant.runtime.lower import lower
 from tests.models.tiny import conditional
-from tests.runtime.synthetic import artifact_of, make, noise, quantized, relative
+from tests.runtime.synthetic import artifact_of, calling, make, noise, quantized, relative
 from tests.runtime.test_steps import stepped
 
 compiled = pytest.mark.skipif(not ops.compiled(), reason="the extension stepquant._C was not built")
@@ -204,6 +206,21 @@ def test_edited_ranges_of_a_product_and_float_weights_take_effect(model: nn.Modu
         assert torch.equal(after, call(copy.deepcopy(twin), x))
 
 
+@torch.no_grad()
+def test_a_float_weight_of_the_time_embedding_that_was_replaced_takes_effect() -> None:
+    floating = make()
+    time = Rule(None, "test", path="time_embedding*")
+    artifact, _ = quantized(floating, scheme("w8a8").with_rules([time]), calling(floating))
+    twin, x = lower(floating, artifact), noise(1, 3, 16, 16)
+    assert "time_embedding.linear_1" not in artifact.layers
+    before = [call(twin, x) for _ in range(3)][-1]
+    layer = twin.time_embedding.linear_1
+    layer.weight = nn.Parameter(layer.weight.flip(0))
+    after = call(twin, x)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, call(copy.deepcopy(twin), x))
+
+
 def test_slicing_and_other_processors_keep_the_integer_product(textual: nn.Module) -> None:
     from diffusers.models.attention_processor import AttnProcessor2_0
 
@@ -233,6 +250,35 @@ def test_slicing_and_other_processors_keep_the_integer_product(textual: nn.Modul
         twin.set_attn_processor(Inline())
     with pytest.raises(ModelError, match="cannot be concatenated"):
         twin.fuse_qkv_projections()
+
+
+def test_a_processor_that_is_assigned_directly_is_taken_as_one_that_is_set(textual: nn.Module) -> None:
+    from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
+
+    twin, x = copy.deepcopy(textual), noise(1, 4, 16, 16)
+    text = {"encoder_hidden_states": noise(1, 7, 32, seed=4)}
+    want = [call(twin, x, **text) for _ in range(3)][-1]
+    attention = twin.mid_block.attentions[0].transformer_blocks[0].attn1
+
+    class Inline:
+        def __call__(self, attn: nn.Module, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+            return hidden_states
+
+    attention.processor = SlicedAttnProcessor(1)
+    with pytest.warns(UserWarning, match="SlicedAttnProcessor computes its product in float"):
+        assert torch.equal(call(twin, x, **text), want)
+    inline = attention.processor = Inline()
+    with pytest.warns(UserWarning, match="Inline computes its product itself"):
+        assert not torch.equal(call(twin, x, **text), want)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(twin, x, **text)
+        assert attention.processor is inline
+        for set_it in (twin.set_attn_processor, lambda one: setattr(attention, "processor", one)):
+            set_it(AttnProcessor2_0())
+            for _ in range(3):
+                assert torch.equal(call(twin, x, **text), want)
+    assert isinstance(attention.processor, Rebound)
 
 
 def test_a_copy_has_a_product_of_its_own(textual: nn.Module) -> None:
@@ -268,6 +314,33 @@ def test_another_process_makes_the_same_bytes(
     subprocess.run([sys.executable, "-c", script, given, got], env=environment, check=True)
     for outs, want in zip(pickle.loads(got.read_bytes()), wanted):
         assert all(torch.equal(out, want) for out in outs)
+
+
+def answer(model: nn.Module, calls: list[tuple[Tensor, Tensor]], sender: Any) -> None:
+    """What runs in the child; of the tensors that come through shared memory nothing is changed."""
+    torch.set_num_threads(1)
+    sender.send([call(model, x, encoder_hidden_states=text).numpy() for x, text in calls for _ in range(3)])
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_spawned_process_makes_the_same_bytes(textual: nn.Module, called: bool) -> None:
+    twin, text = copy.deepcopy(textual), noise(1, 7, 32, seed=4)
+    calls = [(noise(1, 4, 16, 16, seed=seed), text) for seed in (1, 2)]
+    if called:
+        for _ in range(3):
+            call(twin, *calls[0][:1], encoder_hidden_states=text)
+    context = torch.multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=answer, args=(twin, calls, sender))
+    child.start()
+    sender.close()
+    try:
+        outs = receiver.recv()
+    finally:
+        child.join()
+    assert child.exitcode == 0
+    want = [call(twin, x, encoder_hidden_states=text) for x, text in calls for _ in range(3)]
+    assert all(torch.equal(torch.from_numpy(out), one) for out, one in zip(outs, want, strict=True))
 
 
 @torch.no_grad()

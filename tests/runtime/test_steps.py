@@ -7,31 +7,36 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
 from stepquant import hub
-from stepquant.artifact import Artifact, StepSpec
+from stepquant.artifact import Artifact, ProductSpec, StepSpec
 from stepquant.calib.calibset import CalibSet
 from stepquant.calib.pick import every
 from stepquant.calib.record import Source
+from stepquant.core.grid import Grid
 from stepquant.core.ranges import lp_search, lp_search_binned
 from stepquant.core.steps import StepCorrection, StepTable
-from stepquant.errors import CalibrationError, RuntimeSupportError
+from stepquant.errors import ArtifactError, CalibrationError, RuntimeSupportError
 from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.fit.time_block import ROLES, time_chains, time_table
 from stepquant.models.blocks.structure import structure
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.generate import run
 from stepquant.models.hooks import first_arguments
-from stepquant.models.sampling import run, scheduler_of
+from stepquant.models.sampling import scheduler_of
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan, Rule
 from stepquant.quant.schemes import scheme
 from stepquant.runtime.coverage import TABLED, coverage
+from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.lower import lower
 from stepquant.runtime.steps import StepTensors
-from tests.runtime.synthetic import relative
+from tests import crafted
+from tests.conftest import make_unet
+from tests.runtime.synthetic import quantized, relative
 
 # Codes next to a border may land on the other side of it; how many do depends on the order in which a processor sums floats.
 WITHIN = {"w8a8": 0.02, "w4a4": 0.15}
@@ -51,7 +56,7 @@ def stepped(
 ) -> tuple[Artifact, list[Tensor], CalibSet]:
     """An artifact with ranges for every step, and what its fake-quant network returns for a batch at every t."""
     denoiser, times = Denoiser.of(source.pipeline), source.times()
-    data = source.record(every(4, range(source.steps)))
+    data = source.record(every(4, range(source.sampling.steps)))
     steps = StepTable.of(times, groups)
     rows = time_table(denoiser, time_chains(denoiser), steps.times.float()) if table else None
     with torch.no_grad(), insert(denoiser, plan(name, table), steps=steps) as network:
@@ -207,7 +212,7 @@ def test_a_noisy_sampler_absorbs_the_variance(source: Source, prediction: str, v
     error = variance**0.5 * torch.randn(draws, 3, 1, 1, generator=generator)
     spread = []
     for sampler, given in ((scheduler, predicted), (carrying, predicted + error)):
-        sampler.set_timesteps(source.steps)
+        sampler.set_timesteps(source.sampling.steps)
         spread.append(sampler.step(given, t, x, generator=generator).prev_sample.var().item())
     assert spread[1] == pytest.approx(spread[0], rel=0.03)
     own, less = (s._get_variance(t).max().item() for s in (scheduler, carrying))
@@ -217,7 +222,7 @@ def test_a_noisy_sampler_absorbs_the_variance(source: Source, prediction: str, v
 def test_a_deterministic_sampler_cannot_absorb(source: Source) -> None:
     corrected_pipeline(source, "absorb", 0.01)
     with pytest.raises(RuntimeSupportError, match="no noise that could absorb"):
-        run(source.pipeline, [0], source.steps)
+        run(source.pipeline, [0], source.sampling)
 
 
 def test_noise_is_taken_off_from_the_sampler_s_generator(source: Source) -> None:
@@ -225,11 +230,79 @@ def test_noise_is_taken_off_from_the_sampler_s_generator(source: Source) -> None
     scheduler, plain = scheduler_of(source.pipeline, None), DDIMScheduler()
     x, predicted = noise(2), torch.zeros(2, 3, 8, 8)
     for sampler in (scheduler, plain):
-        sampler.set_timesteps(source.steps)
+        sampler.set_timesteps(source.sampling.steps)
     t = scheduler.timesteps[4]
     seeded = torch.Generator().manual_seed(3)
     drawn = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     got = scheduler.step(predicted, t, x, generator=seeded).prev_sample
     torch.testing.assert_close(got, plain.step(predicted - 0.2 * drawn, t, x).prev_sample)
-    first, second = (run(source.pipeline, [1, 2], source.steps) for _ in range(2))
+    first, second = (run(source.pipeline, [1, 2], source.sampling) for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.fixture(scope="module")
+def tabled() -> tuple[nn.Module, Tensor]:
+    """A model with everything that may have a row for each step, all rows different, and the t of one row."""
+    model, scheduler, generator = make_unet(), DDIMScheduler(), torch.Generator().manual_seed(0)
+    scheduler.set_timesteps(10)
+    artifact, _ = quantized(model, scheme("w8a8"), lambda t: model(noise(2), t).sample)
+    artifact = crafted.stepped(artifact, Denoiser.of(DDIMPipeline(model, scheduler)), scheduler.timesteps)
+    for value in artifact.tensors.values():
+        if value.dim() and len(value) == 10 and value.is_floating_point():
+            value.mul_(1 + torch.rand(value.shape, generator=generator))
+    return lower(model, artifact, torch.float32), scheduler.timesteps[2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["table", "rows", "bits", "correction_scale", "correction_bias"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_edited_tables_take_effect_at_the_next_call(
+    tabled: tuple[nn.Module, Tensor], name: str, replaced: bool
+) -> None:
+    (lowered, t), x = copy.deepcopy(tabled), noise(1)
+    steps = lowered.get_submodule("steps")
+    before = [lowered(x, t, return_dict=False)[0] for _ in range(3)][-1]
+    value = steps.get_buffer(name)
+    other = value.flip(0) if name in ("rows", "bits") else value * 1.5 + 0.1
+    setattr(steps, name, other) if replaced else value.copy_(other)
+    after = [lowered(x, t, return_dict=False)[0] for _ in range(3)]
+    assert not torch.equal(after[0], before)
+    fresh = copy.deepcopy(lowered)
+    lowered.load_state_dict(lowered.state_dict())
+    for model in (fresh, lowered):
+        assert torch.equal(model(x, t, return_dict=False)[0], after[0])
+    assert torch.equal(after[2], after[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name, value", [("rows", 10), ("correction_bias", torch.nan), ("bits", 0x7FF8000000000000)]
+)
+def test_a_table_edited_to_what_cannot_be_is_refused_by_name(
+    tabled: tuple[nn.Module, Tensor], name: str, value: float
+) -> None:
+    lowered, t = copy.deepcopy(tabled)
+    tensor = lowered.get_submodule("steps").get_buffer(name)
+    former = tensor[3].clone()
+    tensor[3] = value
+    with pytest.raises(ArtifactError, match=rf"'steps\.{name}' holds values that cannot be"):
+        lowered(noise(1), t)
+    tensor[3] = former
+    lowered(noise(1), t)
+
+
+@torch.no_grad()
+def test_operands_may_differ_in_whether_they_have_a_range_for_every_step() -> None:
+    grids = [Grid.parse(text) for text in ("uint8/step", "uint8/step", "uint8/tensor", "uint8/tensor/sym")]
+    product = IntegerProduct(ProductSpec(*grids), torch.device("cpu"), groups=2)
+    product.query_scale.copy_(torch.tensor([0.02, 0.5]))
+    for port in ("key", "value"):
+        product.get_buffer(f"{port}_scale").fill_(0.02)
+    product.probabilities_scale.fill_(1 / 255)
+    q, k, v = (torch.rand(1, 2, 5, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    outs = []
+    for row in (0, 1):
+        product.select(row)
+        assert product.codes[0].scale == product.query_scale[row]
+        outs.append(product(q, k, v))
+    assert not torch.equal(*outs)

@@ -28,13 +28,15 @@ APART = ({"quant", "calib", "fit"}, {"runtime", "hub"})
 # The ladders inside: rooms, or single files of a room that stand lower or higher than the rest of it.
 INSIDE: dict[str, Rungs] = {
     "models": (
-        ("families", "split", "attention", "zoo"),
-        ("denoiser", "blocks"),
+        ("families", "split", "attention", "noise", "zoo"),
+        ("denoiser", "blocks", "tables"),
         ("sampling",),
+        ("pipelines",),
+        ("generate",),
         ("hooks",),
     ),
     "runtime": (
-        ("ops", "finite", "turns"),
+        ("ops", "finite", "moving", "turns"),
         ("kernel",),
         ("device", "cpu.products"),
         ("cpu.device", "plain"),
@@ -46,7 +48,7 @@ INSIDE: dict[str, Rungs] = {
         ("cpu.float_layers",),
     ),
     "evaluate": (
-        ("metrics.pairs",),
+        ("metrics.pairs", "twins"),
         ("networks",),
         ("metrics",),
         ("cost", "describe", "disk", "speed", "trajectory"),

@@ -20,14 +20,12 @@ REMAINING = {
     ("faster", "job/fastest"),
     ("faster", "runtime"),
     ("held", "csrc"),
-    ("held", "runtime"),
     ("unit", "csrc"),
     ("unit", "evaluate/trajectory/probe"),
     ("unit", "fit/streams"),
     ("unit", "models"),
     ("unit", "runtime"),
     ("whole", "csrc"),
-    ("whole", "runtime"),
 }
 
 

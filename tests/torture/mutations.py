@@ -28,7 +28,8 @@ from stepquant.artifact import FORMATS
 from stepquant.calib.record import Source
 from stepquant.errors import StepquantError
 from stepquant.job.pipelines import load
-from stepquant.models.sampling import run
+from stepquant.models.generate import run
+from stepquant.models.sampling import Sampling
 from tests import crafted
 from tests.models import tiny
 
@@ -225,7 +226,7 @@ def damage(rng: random.Random, folder: Path) -> tuple[str, bool]:
 
 
 def image(pipeline: Any) -> Tensor:
-    return run(pipeline, [1], STEPS)
+    return run(pipeline, [1], Sampling(STEPS))
 
 
 def make(folder: Path) -> None:
@@ -234,7 +235,7 @@ def make(folder: Path) -> None:
         torch.manual_seed(0)
         pipe = DDIMPipeline(tiny.unconditional(), DDIMScheduler())
         pipe.set_progress_bar_config(disable=True)
-        source = Source(pipe, steps=STEPS, batch=4, cache=folder / f"{name}-calibration")
+        source = Source(pipe, Sampling(STEPS), batch=4, cache=folder / f"{name}-calibration")
         plan = name if name != "stepped" else "w8a8"
         crafted.save(source, folder / name, plan, **settings)
         torch.save(image(load(folder / name)), folder / f"{name}.pt")

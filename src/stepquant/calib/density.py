@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stepquant.calib.record import Source, trajectory_seed
 from stepquant.errors import MethodError
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sampling import run
+from stepquant.models.generate import run
 
 TOGETHER = 8  # trajectories
 
@@ -117,13 +117,13 @@ def features_by_step(source: Source, trajectories: Sequence[int]) -> Tensor:
     seeds = [trajectory_seed(source.seed, trajectory) for trajectory in trajectories]
     try:
         with torch.no_grad():
-            run(source.pipeline, seeds, source.steps, source.sampler, source.prompts)
+            run(source.pipeline, seeds, source.sampling)
     finally:
         handle.remove()
-    if len(seen) != source.steps:
+    if len(seen) != source.sampling.steps:
         raise MethodError(
             "features cannot be told apart by step",
-            got=f"{len(seen)} calls of the denoiser in {source.steps} steps",
+            got=f"{len(seen)} calls of the denoiser in {source.sampling.steps} steps",
             fix="use a sampler that calls it once per step",
         )
     features = torch.stack(seen)

@@ -20,8 +20,9 @@ from stepquant.calib.pick import Pick, every
 from stepquant.core.digest import value_digest
 from stepquant.errors import CalibrationError
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.generate import run, words_of
 from stepquant.models.hooks import Enough, listening
-from stepquant.models.sampling import run
+from stepquant.models.sampling import Sampling
 from stepquant.progress import Progress, Silent
 
 FORMAT = 1
@@ -33,11 +34,9 @@ class Source:
     """Trajectories of a float pipeline that methods record from."""
 
     pipeline: Any
-    steps: int
-    sampler: str | None = None
+    sampling: Sampling
     seed: int = 0
     batch: int = 32
-    prompts: tuple[str, ...] | None = None
     cache: Path = field(default_factory=cache_folder)
     memory: int = (
         MEMORY  # bytes that a method may keep of what flows through the blocks; the rest goes to disk
@@ -50,20 +49,26 @@ class Source:
 
     def times(self) -> Tensor:
         """The t that the network receives at every step, in the sampler's order."""
-        data = self.record(every(1, range(self.steps)))
+        data = self.record(every(1, range(self.sampling.steps)))
         records = data.take(range(len(data)))
         first = records.branch == records.branch.min()
         times: Tensor = records.arguments[data.t][first]
         return times[records.step[first].argsort()]
 
     def key(self, picks: Sequence[Pick]) -> str:
-        scheduler = self.pipeline.scheduler
+        scheduler, asked = self.pipeline.scheduler, self.sampling
         return value_digest(
             {
                 "format": FORMAT,
                 "model": Denoiser.of(self.pipeline).digest(),
                 "scheduler": [type(scheduler).__name__, dict(scheduler.config)],
-                "sampling": [self.steps, self.sampler, self.seed, self.batch, self.prompts],
+                "sampling": [
+                    asked.steps,
+                    asked.sampler,
+                    words_of(self.pipeline, asked),
+                    self.seed,
+                    self.batch,
+                ],
                 "picks": [list(pick) for pick in picks],
             }
         )
@@ -75,9 +80,9 @@ def record(source: Source, picks: Sequence[Pick]) -> CalibSet:
             "no calibration samples were asked for", fix="give --samples a positive number"
         )
     latest = max(pick.step for pick in picks)
-    if latest >= source.steps:
+    if latest >= source.sampling.steps:
         raise CalibrationError(
-            "a picked step lies beyond the sampler", got=latest, expected=f"below {source.steps}"
+            "a picked step lies beyond the sampler", got=latest, expected=f"below {source.sampling.steps}"
         )
     folder = source.cache / source.key(picks)[:32]
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,8 +95,8 @@ def record(source: Source, picks: Sequence[Pick]) -> CalibSet:
         atomically(shard, partial(save_file, columns))
     rows = [(number, row) for number, shard in enumerate(shards) for row in range(count_rows(shard))]
     origin = {
-        "steps": source.steps,
-        "sampler": source.sampler,
+        "steps": source.sampling.steps,
+        "sampler": source.sampling.sampler,
         "seed": source.seed,
         "model": type(denoiser.model).__name__,
     }
@@ -143,7 +148,7 @@ def record_batch(source: Source, denoiser: Denoiser, batch: Mapping[int, list[in
     seeds = [trajectory_seed(source.seed, trajectory) for trajectory in trajectories]
     try:
         with listening(denoiser, listener), torch.no_grad():
-            run(source.pipeline, seeds, source.steps, source.sampler, source.prompts, stop=last + 1)
+            run(source.pipeline, seeds, source.sampling, stop=last + 1)
     except Enough:
         pass
     return {name: torch.cat([columns[name] for columns in kept]).contiguous() for name in kept[0]}

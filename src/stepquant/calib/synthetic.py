@@ -32,7 +32,7 @@ def from_images(source: Source, steps: Tensor, folder: str | None, *, diffused: 
     images = read_images(folder, Denoiser.of(source.pipeline).shape[1:], len(steps))
     if not diffused:
         return stored(source, images, steps, "images")
-    scheduler = scheduler_of(source.pipeline, source.sampler, source.steps)
+    scheduler = scheduler_of(source.pipeline, source.sampling.sampler, source.sampling.steps)
     noisy = scheduler.add_noise(images, gaussian(source, len(steps)), scheduler.timesteps[steps])
     return stored(source, noisy, steps, "diffused")
 
@@ -45,7 +45,7 @@ def gaussian(source: Source, count: int) -> Tensor:
 
 def stored(source: Source, x: Tensor, steps: Tensor, kind: str) -> CalibSet:
     denoiser = Denoiser.of(source.pipeline)
-    scheduler = scheduler_of(source.pipeline, source.sampler, source.steps)
+    scheduler = scheduler_of(source.pipeline, source.sampling.sampler, source.sampling.steps)
     family = denoiser.family
     columns = {
         family.x: x.contiguous(),
@@ -58,7 +58,7 @@ def stored(source: Source, x: Tensor, steps: Tensor, kind: str) -> CalibSet:
     if not shard.exists():
         atomically(shard, lambda temporary: save_file(columns, temporary))
     rows = tuple((0, row) for row in range(len(steps)))
-    return CalibSet((shard,), rows, family.x, family.t, {"kind": kind, "steps": source.steps})
+    return CalibSet((shard,), rows, family.x, family.t, {"kind": kind, "steps": source.sampling.steps})
 
 
 def read_images(folder: str | None, size: tuple[int, int], count: int) -> Tensor:

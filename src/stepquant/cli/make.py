@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -191,7 +191,7 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Generate images with a float model or an artifact, one seed each, as one grid."""
-    from stepquant.models.sampling import sample
+    from stepquant.models.generate import sample
     from stepquant.report.images import write_grid
 
     screen = Screen(quiet)
@@ -200,19 +200,19 @@ def generate(
         screen.warn_if_plain()
     chosen = sampling_of(pipeline, steps, sampler, read_prompts(prompts))
     if fastest:
-        go_fastest(screen, pipeline, min(batch, images), chosen["prompts"])
+        go_fastest(screen, pipeline, min(batch, images), chosen.prompts)
     seeds = range(seed, seed + images)
     start = time.monotonic()
     with screen.reporter as progress:
-        batches = list(sample(pipeline, seeds, batch=batch, progress=progress, **chosen))
+        batches = list(sample(pipeline, seeds, chosen, batch=batch, progress=progress))
     seconds = time.monotonic() - start
     write_grid(batches, out)
     screen.show(f"wrote {out}: {images} images, seeds {seed} to {seed + images - 1}, {seconds:.1f} s")
-    result = {"out": str(out), "images": images, "seed": seed, "steps": chosen["steps"], "seconds": seconds}
+    result = {"out": str(out), "images": images, "seed": seed, "steps": chosen.steps, "seconds": seconds}
     screen.finish(json, result)
 
 
-def go_fastest(screen: Screen, pipeline: Any, batch: int, prompts: Any) -> None:
+def go_fastest(screen: Screen, pipeline: Any, batch: int, prompts: Sequence[str]) -> None:
     from stepquant.job.fastest import fastest
 
     with screen.reporter as progress:

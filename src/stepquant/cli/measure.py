@@ -75,19 +75,17 @@ def evaluate(
 
     screen = Screen(quiet)
     screen.warn_if_plain()
-    sampling: dict[str, Any] = {
+    options: dict[str, Any] = {
         "images": images,
-        "steps": steps,
-        "sampler": sampler,
         "batch": batch,
         "floor": floor,
         "seed": seed,
-        "prompts": read_prompts(prompts),
         "weights": Weights(inception, lpips, clip, classifier, truth),
     }
-    chosen = {} if data is None else {"data": data}
+    options |= {} if data is None else {"data": data}
+    asked = steps, sampler, read_prompts(prompts)
     with screen.reporter as progress:
-        results = evaluate_artifact(folder, against, device=device, progress=progress, **sampling, **chosen)
+        results = evaluate_artifact(folder, against, asked, device=device, progress=progress, **options)
     show_table(screen, results)
     screen.say(f"next: {command_text(['report', str(folder)])}")
     screen.finish(json, results)
@@ -126,7 +124,7 @@ def benchmark(
         "seconds": seconds,
         "count": threads,
         "baselines": baselines_here(compiled),
-        "prompts": read_prompts(prompts),
+        "prompts": read_prompts(prompts) or (),
     }
     pipeline = load(model, device)
     with screen.reporter as progress:

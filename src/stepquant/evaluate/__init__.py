@@ -1,6 +1,6 @@
 """What quantization costs and brings: quality, error along the trajectory, speed, size. All results are plain JSON.
 
-    results = evaluate(float_pipeline, quantized_pipeline, images=1024, steps=50, sampler="ddim", seed=0, batch=32)
+    results = evaluate(Twins(float_pipeline, quantized_pipeline), Sampling(50, "ddim"), images=1024, seed=0, batch=32)
     results["speed"] = benchmark(float_pipeline, quantized_pipeline, batches=(1, 8, 32))
     results["size"] = size(float_pipeline, folder)
     stepquant.report.write(results, folder)
@@ -14,5 +14,7 @@ What the results hold is told in `stepquant.schema`.
 from stepquant.evaluate.disk import size
 from stepquant.evaluate.results import evaluate
 from stepquant.evaluate.speed.calls import benchmark
+from stepquant.evaluate.twins import Twins
+from stepquant.models.sampling import Sampling
 
-__all__ = ["benchmark", "evaluate", "size"]
+__all__ = ["Sampling", "Twins", "benchmark", "evaluate", "size"]

@@ -20,9 +20,10 @@ from stepquant.evaluate.metrics.instruments import Weights, load_networks
 from stepquant.evaluate.metrics.measure import Batch, Measured
 from stepquant.evaluate.metrics.quality import judge
 from stepquant.evaluate.trajectory.probe import trace
-from stepquant.models.denoiser import Denoiser
+from stepquant.evaluate.twins import Twins
+from stepquant.models.generate import asked_of, run, words_of
 from stepquant.models.hooks import first_arguments
-from stepquant.models.sampling import prompts_of, run
+from stepquant.models.sampling import Sampling
 from stepquant.progress import Progress, Silent
 
 FORMAT = 1
@@ -32,15 +33,12 @@ MOST_IMAGES = FIRST_OTHER_SEED - FIRST_SEED
 
 
 def evaluate(
-    float_pipeline: Any,
-    quantized_pipeline: Any,
+    twins: Twins,
+    sampling: Sampling,
     *,
     images: int = 1024,
-    steps: int = 50,
-    sampler: str | None = None,
     seed: int = 0,
     batch: int = 32,
-    prompts: Sequence[str] | None = None,
     data: str | None = None,
     floor: bool = True,
     shown: int = 16,
@@ -58,24 +56,24 @@ def evaluate(
     weights: of the networks of FID, LPIPS and CLIP score, a classifier, and parts that images are composed of.
     stored: the images of these seeds, where they were generated before.
     """
-    check_count(images, steps)
+    check_count(images, sampling.steps)
     progress = progress or Silent()
-    source, other = Denoiser.of(float_pipeline), Denoiser.of(quantized_pipeline)
-    check_twins(source, other)
-    networks = load_networks(weights or Weights(), data, prompted=bool(prompts))
-    asked = {"sampler": sampler or type(float_pipeline.scheduler).__name__, "steps": steps}
+    check_twins(twins)
+    prompted = bool(words_of(twins.float, sampling))
+    networks = load_networks(weights or Weights(), data, prompted=prompted)
+    asked = {"sampler": sampling.sampler or type(twins.float.scheduler).__name__, "steps": sampling.steps}
     asked |= {"seed": seed, "images": images, "batch": batch}
     seeds = [trajectory_seed(seed, FIRST_SEED + i) for i in range(images)]
     others = [trajectory_seed(seed, FIRST_OTHER_SEED + i) for i in range(images)] if floor else None
-    pair, sampling = (float_pipeline, quantized_pipeline), (steps, sampler, prompts)
-    traced = trace(*pair, seeds[:probed], steps=steps, sampler=sampler, prompts=prompts)
-    batches = generate(pair, seeds, others, sampling, batch, progress) if stored is None else iter(stored)
-    judged = judge(batches, networks, data, prompted=bool(prompts), keep=shown)
-    covered = coverage(source, other, first_arguments(float_pipeline, 1, prompts, quantized_pipeline))
+    traced = trace(twins, seeds[:probed], sampling)
+    batches = generate(twins, seeds, others, sampling, batch, progress) if stored is None else iter(stored)
+    judged = judge(batches, networks, data, prompted=prompted, keep=shown)
+    arguments = first_arguments(twins.float, 1, sampling.prompts, twins.quantized)
+    covered = coverage(twins.source, twins.other, arguments)
     return {
         "format": FORMAT,
-        "float": describe_float(float_pipeline),
-        "quantized": describe_quantized(quantized_pipeline),
+        "float": describe_float(twins.float),
+        "quantized": describe_quantized(twins.quantized),
         "sampling": asked | {"calls": len(traced.steps), "size": list(judged.size)},
         "environment": environment(),
         "quality": [number.to_json() for number in judged.numbers],
@@ -87,7 +85,7 @@ def evaluate(
         "images": show(seeds, judged.measured),
         "coverage": covered,
         "cost": cost(covered),
-        "plan": describe_plan(source, other),
+        "plan": describe_plan(twins.source, twins.other),
     }
 
 
@@ -97,8 +95,8 @@ def show(seeds: Sequence[int], measured: Measured) -> dict[str, Any]:
     return {"seeds": list(seeds[: len(ours)]), "float": ours, "quantized": theirs}
 
 
-def check_twins(source: Denoiser, other: Denoiser) -> None:
-    if source.model is other.model:
+def check_twins(twins: Twins) -> None:
+    if twins.source.model is twins.other.model:
         raise EvaluationError(
             "both pipelines hold the same denoiser",
             fix="load the float model again: quantizing works in place",
@@ -117,10 +115,10 @@ def check_count(images: int, steps: int) -> None:
 
 
 def generate(
-    pipelines: tuple[Any, Any],
+    twins: Twins,
     seeds: Sequence[int],
     others: Sequence[int] | None,
-    sampling: tuple[int, str | None, Sequence[str] | None],
+    sampling: Sampling,
     batch: int,
     progress: Progress,
 ) -> Iterator[Batch]:
@@ -129,9 +127,9 @@ def generate(
     for start in progress.track(starts, "generating with both models", len(starts)):
         some, rest = seeds[start : start + batch], (others or ())[start : start + batch]
         yield Batch(
-            run(pipelines[0], some, *sampling),
-            run(pipelines[1], some, *sampling),
-            run(pipelines[0], rest, *sampling) if rest else None,
-            prompts_of(some, sampling[2]) if sampling[2] else (),
-            prompts_of(rest, sampling[2]) if sampling[2] else (),
+            run(twins.float, some, sampling),
+            run(twins.quantized, some, sampling),
+            run(twins.float, rest, sampling) if rest else None,
+            asked_of(twins.float, some, sampling),
+            asked_of(twins.float, rest, sampling),
         )

@@ -17,7 +17,10 @@ from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import MethodError
 from stepquant.fit.ranges import by_row
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sampling import adds_noise, advance, generators, is_unconditional, scheduler_of
+from stepquant.models.noise import adds_noise
+from stepquant.models.pipelines import unconditional
+from stepquant.models.pipelines.registry import kind_of
+from stepquant.models.sampling import advance, generators, scheduler_of
 from stepquant.progress import Progress
 
 Step = Callable[[Tensor], Tensor]  # prediction -> state after the step
@@ -86,7 +89,7 @@ def measure(
 
 def check_noise(source: Source, wanted: str) -> str:
     """`wanted`, or what the sampler can carry where that is left to us (auto)."""
-    scheduler = scheduler_of(source.pipeline, source.sampler)
+    scheduler = scheduler_of(source.pipeline, source.sampling.sampler)
     carried = adds_noise(scheduler)
     if wanted == "absorb" and not carried:
         raise MethodError(
@@ -130,7 +133,7 @@ def by_channel(values: Tensor, like: Tensor) -> Tensor:
 
 def check_repeats(denoiser: Denoiser, source: Source) -> None:
     """A state can be steered by the prediction only where a step gives the same twice."""
-    scheduler = scheduler_of(source.pipeline, source.sampler, source.steps)
+    scheduler = scheduler_of(source.pipeline, source.sampling.sampler, source.sampling.steps)
     x = torch.ones(1, *denoiser.shape)
     if not torch.equal(*(try_step(scheduler, scheduler.timesteps[0], x, x) for _ in range(2))):
         raise MethodError(
@@ -147,12 +150,14 @@ def follow(
 
     `factor(quantized, exact)` is the scale of each channel; with `bias` the mean of the states is brought back too.
     """
-    if not is_unconditional(source.pipeline):
+    if kind_of(source.pipeline) is not unconditional.KIND:
         raise MethodError(
             "a correction along the quantized trajectory needs an unconditional pipeline",
             fix="choose a correction that is fitted on recorded states, as d2dpm",
         )
-    exact, other = (scheduler_of(source.pipeline, source.sampler, source.steps) for _ in range(2))
+    exact, other = (
+        scheduler_of(source.pipeline, source.sampling.sampler, source.sampling.steps) for _ in range(2)
+    )
     if bias:
         check_repeats(denoiser, source)
     seeds = [trajectory_seed(source.seed, number) for number in range(samples)]

@@ -11,11 +11,13 @@ import torch
 from stepquant.evaluate.speed.breakdown import breakdown
 from stepquant.evaluate.speed.calls import calling, threads
 from stepquant.evaluate.speed.generation import generation
+from stepquant.evaluate.twins import Twins
 from stepquant.job.fresh_process import first_images
 from stepquant.job.pipelines import load
 from stepquant.job.results import artifact_config, load_twin
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import first_arguments
+from stepquant.models.sampling import Sampling
 from stepquant.progress import Progress
 
 
@@ -27,7 +29,7 @@ def benchmark_generation(
     steps: int = 10,
     seconds: float = 10.0,
     count: int | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Whole generations in turns, then every variant in a process of its own for its first images and its memory."""
@@ -35,13 +37,11 @@ def benchmark_generation(
     config = artifact_config(quantized, folder)
     source = load_twin(config, against, "cpu")
     found = generation(
-        source,
-        quantized,
+        Twins(source, quantized),
+        Sampling(steps, "ddim", tuple(prompts)),
         batches=batches,
-        steps=steps,
         seconds=seconds,
         count=count,
-        prompts=prompts,
         progress=progress,
     )
     model = against or str(config.recipe["model"])
@@ -59,7 +59,7 @@ def benchmark_generation(
 
 
 def profile_call(
-    model: str | Path, batch: int, count: int | None = None, prompts: Sequence[str] | None = None
+    model: str | Path, batch: int, count: int | None = None, prompts: Sequence[str] = ()
 ) -> dict[str, Any]:
     """One call of a denoiser, operation by operation."""
     pipeline = load(model)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from stepquant import hub
 from stepquant.calib.cache import atomically
 from stepquant.job.files import CARD
 from stepquant.job.pipelines import STEPS, load
 from stepquant.job.results import artifact_config, describe_alone, measured_so_far
-from stepquant.models.sampling import SAMPLERS, sample
+from stepquant.models.generate import sample
+from stepquant.models.sampling import SAMPLERS, Sampling
 from stepquant.progress import Progress
 from stepquant.report import card
 from stepquant.report.images import write_grid
@@ -30,20 +30,20 @@ def write_card(
     pipeline = load(place, device)
     config = artifact_config(pipeline, place)
     shown = shown_with(config)
-    batches = list(sample(pipeline, range(SHOWN), progress=progress, **shown))
+    batches = list(sample(pipeline, range(SHOWN), shown, progress=progress))
     known = measured_so_far(place, describe_alone(pipeline, place))
     write_grid(batches, place / GRID)
-    text = card(known, GRID, shown["steps"])
+    text = card(known, GRID, shown.steps)
     atomically(place / CARD, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return place / CARD
 
 
-def shown_with(config: hub.StepquantConfig) -> dict[str, Any]:
+def shown_with(config: hub.StepquantConfig) -> Sampling:
     """How the images of the card are sampled: as it was calibrated, in fewer steps where any will do."""
     recipe = config.recipe
     steps = recipe.get("steps", STEPS)
-    return {
-        "steps": steps if config.steps else min(steps, STEPS),
-        "sampler": recipe.get("sampler") if recipe.get("sampler") in SAMPLERS else None,
-        "prompts": recipe.get("prompts"),
-    }
+    return Sampling(
+        steps if config.steps else min(steps, STEPS),
+        recipe.get("sampler") if recipe.get("sampler") in SAMPLERS else None,
+        tuple(recipe.get("prompts") or ()),
+    )

@@ -33,7 +33,7 @@ def fastest(
     config = hub.config_of(denoiser.model)
     if config is None:
         raise StepquantError("only a quantized pipeline has layers in integers", fix="load an artifact")
-    arguments = first_arguments(pipeline, batch, prompts or config.recipe.get("prompts"))
+    arguments = first_arguments(pipeline, batch, prompts or config.recipe.get("prompts") or ())
     known = KnownTimes()
     try:
         return keep_faster(denoiser.model, arguments, known.here, progress=progress)

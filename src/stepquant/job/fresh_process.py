@@ -21,7 +21,8 @@ from stepquant.errors import EvaluationError
 from stepquant.job.memory import peak_bytes
 from stepquant.job.pipelines import load
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sampling import run
+from stepquant.models.generate import run
+from stepquant.models.sampling import Sampling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "as it is": None}
 
@@ -31,7 +32,7 @@ def first_images(
     batch: int,
     steps: int,
     threads: int,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """For each name's (model, dtype): seconds to load and to the first images, and the peak of resident memory."""
     rows = []
@@ -42,7 +43,7 @@ def first_images(
             "batch": batch,
             "steps": steps,
             "threads": threads,
-            "prompts": prompts,
+            "prompts": list(prompts),
         }
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(
@@ -62,7 +63,7 @@ def first_images(
 
 
 def measure(
-    model: str, dtype: str, batch: int, steps: int, threads: int, prompts: Sequence[str] | None
+    model: str, dtype: str, batch: int, steps: int, threads: int, prompts: Sequence[str]
 ) -> dict[str, Any]:
     torch.set_num_threads(threads)
     start_bytes, start = peak_bytes(), time.perf_counter()
@@ -71,7 +72,7 @@ def measure(
     if target is not None:
         nn.Module.to(network, dtype=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     loaded = time.perf_counter()
-    run(pipeline, list(range(batch)), steps, None, prompts)
+    run(pipeline, list(range(batch)), Sampling(steps, prompts=tuple(prompts)))
     return {
         "load_seconds": loaded - start,
         "first_image_seconds": time.perf_counter() - loaded,

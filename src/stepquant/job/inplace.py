@@ -15,6 +15,7 @@ from stepquant.calib.record import MEMORY, Source
 from stepquant.errors import ModelError
 from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser, check_finite
+from stepquant.models.sampling import Sampling
 from stepquant.progress import Progress, Silent
 from stepquant.quant.plan import Plan
 
@@ -79,10 +80,8 @@ def run(
     denoiser.model.eval()
     source = Source(
         pipeline,
-        recipe.steps,
-        recipe.sampler,
+        Sampling(recipe.steps, recipe.sampler, recipe.prompts or ()),
         recipe.seed,
-        prompts=recipe.prompts,
         progress=progress or Silent(),
         cache=cache or cache_folder(),
         memory=memory,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from stepquant import hub
 from stepquant.errors import ModelError, StepquantError, UnknownNameError
 from stepquant.models import zoo
 from stepquant.models.denoiser import Denoiser, check_finite
-from stepquant.models.sampling import SAMPLERS
+from stepquant.models.sampling import SAMPLERS, Sampling
 
 
 def load(model: str | os.PathLike[str], device: str = "cpu") -> Any:
@@ -64,7 +65,9 @@ def open_pipeline(folder: Path) -> Any:
     try:
         hub.check_folder(folder)
         with without_bars():
-            return DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        keep_options(pipeline, folder)
+        return pipeline
     except StepquantError:
         raise
     except Exception as error:  # whatever diffusers stumbles over in files that it does not check
@@ -78,6 +81,13 @@ def open_pipeline(folder: Path) -> Any:
             if pickled
             else "check that every file is there and complete",
         ) from error
+
+
+def keep_options(pipeline: Any, folder: Path) -> None:
+    """What a pipeline was built with besides its parts is saved with it again; DiTPipeline would forget its labels."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    options = {name: value for name, value in index.items() if not isinstance(value, list) and name[0] != "_"}
+    pipeline.register_to_config(**{n: value for n, value in options.items() if n not in pipeline.config})
 
 
 @contextmanager
@@ -106,17 +116,17 @@ STEPS = 50
 
 
 def sampling_of(
-    pipeline: Any, steps: int | None, sampler: str | None, prompts: Sequence[str] | None
-) -> dict[str, Any]:
+    pipeline: Any, steps: int | None = None, sampler: str | None = None, prompts: Sequence[str] | None = None
+) -> Sampling:
     """How to sample: what is given, or what suits an artifact; one with tables by step has those steps only."""
     config = hub.config_of(Denoiser.of(pipeline).model)
     recipe = {} if config is None else config.recipe
     tied = recipe if config is not None and config.steps else {}
-    return {
-        "steps": steps or tied.get("steps", STEPS),
-        "sampler": sampler or (tied["sampler"] if tied.get("sampler") in SAMPLERS else None),
-        "prompts": prompts or recipe.get("prompts"),
-    }
+    return Sampling(
+        steps or tied.get("steps", STEPS),
+        sampler or (tied["sampler"] if tied.get("sampler") in SAMPLERS else None),
+        tuple(prompts or recipe.get("prompts") or ()),
+    )
 
 
 def move(pipeline: Any, device: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from stepquant import hub
 from stepquant.calib.cache import atomically
 from stepquant.errors import ArtifactError, StepquantError
-from stepquant.evaluate import benchmark, evaluate, size
+from stepquant.evaluate import Twins, benchmark, evaluate, size
 from stepquant.evaluate.cost import coverage
 from stepquant.evaluate.describe import describe_float, describe_plan, describe_quantized, environment
 from stepquant.evaluate.disk import size_beside
@@ -68,17 +68,17 @@ def load_twin(config: hub.StepquantConfig, against: str | None, device: str = "c
     return pipeline
 
 
-def describe_artifact(source: Any, quantized: Any, folder: Path, name: str) -> dict[str, Any]:
+def describe_artifact(twins: Twins, folder: Path, name: str) -> dict[str, Any]:
     """All that follows from an artifact without measuring: origin, recipe, size, plan and coverage."""
-    ours, theirs = Denoiser.of(quantized), Denoiser.of(source)
-    prompts = artifact_config(quantized, folder).recipe.get("prompts")
+    prompts = artifact_config(twins.quantized, folder).recipe.get("prompts") or ()
+    arguments = first_arguments(twins.float, 1, prompts, twins.quantized)
     return {
         "format": FORMAT,
-        "float": describe_float(source),
-        "quantized": describe_quantized(quantized) | {"name": name},
-        "size": size(source, folder),
-        "coverage": coverage(theirs, ours, first_arguments(source, 1, prompts, quantized)),
-        "plan": describe_plan(theirs, ours),
+        "float": describe_float(twins.float),
+        "quantized": describe_quantized(twins.quantized) | {"name": name},
+        "size": size(twins.float, folder),
+        "coverage": coverage(twins.source, twins.other, arguments),
+        "plan": describe_plan(twins.source, twins.other),
     }
 
 
@@ -92,7 +92,7 @@ def describe_alone(pipeline: Any, folder: Path) -> dict[str, Any]:
         "parameters": sum(value.numel() for value in shapes.model.parameters()),
         "digest": recipe.get("model_digest", "")[:12],
     }
-    arguments = first_arguments(pipeline, 1, recipe.get("prompts"))
+    arguments = first_arguments(pipeline, 1, recipe.get("prompts") or ())
     return {
         "format": FORMAT,
         "float": model,
@@ -149,9 +149,9 @@ def keep_results(folder: Path, results: Mapping[str, Any]) -> None:
     atomically(folder / RESULTS, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def update_results(folder: Path, source: Any, quantized: Any, measured: Mapping[str, Any]) -> dict[str, Any]:
+def update_results(folder: Path, twins: Twins, measured: Mapping[str, Any]) -> dict[str, Any]:
     """Add what was measured to the results of the artifact."""
-    known = describe_artifact(source, quantized, folder, folder.resolve().name)
+    known = describe_artifact(twins, folder, folder.resolve().name)
     results = measured_so_far(folder, dict(measured) | known)
     keep_results(folder, results)
     return results
@@ -160,21 +160,23 @@ def update_results(folder: Path, source: Any, quantized: Any, measured: Mapping[
 def evaluate_artifact(
     folder: Path,
     against: str | None = None,
+    asked: tuple[int | None, str | None, Sequence[str] | None] = (None, None, None),
     *,
     device: str = "cpu",
     progress: Progress | None = None,
-    **sampling: Any,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Compare an artifact with the float model it was made of; `sampling` as in `stepquant.evaluate`."""
+    """Compare an artifact with the float model it was made of; `options` as in `stepquant.evaluate`.
+
+    asked: steps, sampler and prompts, each as suits the artifact where it is None.
+    """
     quantized = load(folder, device)
     config = artifact_config(quantized, folder)
-    source = load_twin(config, against, device)
-    sampling.setdefault("data", DATA.get(config.recipe.get("model", "")))
-    check_data(sampling["data"])
-    asked = {name: sampling.pop(name, None) for name in ("steps", "sampler", "prompts")}
-    sampling |= sampling_of(quantized, **asked)
-    measured = evaluate(source, quantized, progress=progress, **sampling)
-    return update_results(folder, source, quantized, measured)
+    twins = Twins(load_twin(config, against, device), quantized)
+    options.setdefault("data", DATA.get(config.recipe.get("model", "")))
+    check_data(options["data"])
+    measured = evaluate(twins, sampling_of(quantized, *asked), progress=progress, **options)
+    return update_results(folder, twins, measured)
 
 
 def benchmark_artifact(
@@ -189,9 +191,9 @@ def benchmark_artifact(
     quantized = load(folder, device)
     config = artifact_config(quantized, folder)
     source = load_twin(config, against, device)
-    options["prompts"] = options.get("prompts") or config.recipe.get("prompts")
+    options["prompts"] = options.get("prompts") or config.recipe.get("prompts") or ()
     speed = benchmark(source, quantized, progress=progress, **options)
-    return update_results(folder, source, quantized, {"speed": speed, "environment": environment()})
+    return update_results(folder, Twins(source, quantized), {"speed": speed, "environment": environment()})
 
 
 def report_artifact(folder: Path, out: Path | None = None) -> tuple[Path, dict[str, Any]]:

@@ -13,6 +13,7 @@ from stepquant.errors import ModelError, StepquantError
 from stepquant.evaluate.speed.layers import layer_times, read_times
 from stepquant.evaluate.study.allocate import Allocation, Budget, allocate, read_sensitivity
 from stepquant.evaluate.study.sensitivity import Study, sensitivity
+from stepquant.evaluate.twins import Twins
 from stepquant.job.pipelines import load
 from stepquant.job.recipe import Recipe
 from stepquant.job.results import artifact_config, load_twin
@@ -29,7 +30,7 @@ def study_model(recipe: Recipe, study: Study, out: Path, progress: Progress | No
     pipeline = load(recipe.model, recipe.device)
     if hub.config_of(Denoiser.of(pipeline).model) is not None:
         raise ModelError("the model is quantized already", fix="study the float model")
-    found = sensitivity(pipeline, recipe.build_plan(), study, prompts=recipe.prompts, progress=progress)
+    found = sensitivity(pipeline, recipe.build_plan(), study, prompts=recipe.prompts or (), progress=progress)
     write_json(out, found)
     return found
 
@@ -47,8 +48,8 @@ def time_layers(
     quantized = load(folder, device)
     config = artifact_config(quantized, folder)
     source = load_twin(config, against, device)
-    prompts = config.recipe.get("prompts")
-    found = layer_times(source, quantized, batch=batch, prompts=prompts, progress=progress)
+    prompts = config.recipe.get("prompts") or ()
+    found = layer_times(Twins(source, quantized), batch=batch, prompts=prompts, progress=progress)
     write_json(out, found)
     return found
 

@@ -85,17 +85,31 @@ class Rebound:
         return rebound, (self.former, self.product, self.site)
 
 
+def given(processor: Any) -> Any:
+    """The processor that an attention was given, with its own product."""
+    return processor.former if isinstance(processor, Rebound) else processor
+
+
 class KeepProduct:
     """Takes the place of `set_processor` of an attention, whose product stays what it is."""
 
     def __init__(self, attention: Any) -> None:
         self.attention = attention
+        self.own: Rebound = attention.processor  # the last one that carries the product
+        self.present = attention.processor
 
     def __call__(self, processor: Any) -> None:
-        attention, own = self.attention, self.attention.processor
-        if isinstance(own, Rebound) and not isinstance(processor, Rebound):
-            processor = carrying(processor, own)
-        type(attention).set_processor(attention, processor)
+        if not isinstance(processor, Rebound):
+            processor = carrying(processor, self.own)
+        if isinstance(processor, Rebound):
+            self.own = processor
+        type(self.attention).set_processor(self.attention, processor)
+        self.present = self.attention.processor
+
+    def catch_up(self) -> None:
+        """Take a processor that was assigned to the attribute as one that was set."""
+        if self.attention.processor is not self.present:
+            self(self.attention.processor)
 
 
 def carrying(processor: Any, own: Rebound) -> Any:

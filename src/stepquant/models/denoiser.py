@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_map
 
 from stepquant.core.digest import tensors_digest, value_digest
 from stepquant.errors import ModelError
-from stepquant.models.families import unet
 from stepquant.models.families.family import matches
 from stepquant.models.families.registry import family_of
 from stepquant.models.families.roles import LEAVES, PRODUCTS, part_roles
 from stepquant.models.split import SplitLayer
+
+COMPONENTS = ("unet", "transformer")  # of a pipeline, that may denoise
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -36,7 +37,7 @@ class Denoiser:
     @classmethod
     def of(cls, pipeline: Any) -> Denoiser:
         """The denoiser of a diffusers pipeline."""
-        for name in ("unet", "transformer"):
+        for name in COMPONENTS:
             model = getattr(pipeline, name, None)
             if model is not None:
                 return cls(model)
@@ -46,9 +47,10 @@ class Denoiser:
             expected="a diffusers pipeline with a `unet` or `transformer`",
         )
 
-    @cached_property
+    @property
     def component(self) -> str:
-        return "unet" if self.family.walk == "unet" else "transformer"
+        """What its pipelines call the model: the name of its folder."""
+        return self.family.component
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
@@ -85,21 +87,15 @@ class Denoiser:
 
     def units(self) -> list[str]:
         """Reconstruction units in execution order."""
-        if self.family.walk == "unet":
-            return list(unet.walk(self.model))
-        stems = [pattern.partition(".*")[0] for pattern in self.family.walk]
-        return [
-            f"{stem}.{i}" for stem in stems for i, _ in enumerate(self.model.get_submodule(stem).children())
-        ]
+        return list(self.family.units(self.model))
 
     def deepest(self) -> str:
         """The unit whose input features say most about a sample as a whole."""
-        units = self.units()
-        return unet.deepest(units) if self.family.walk == "unet" else units[len(units) // 2]
+        return self.family.deepest(self.units())
 
     def concats(self) -> dict[str, tuple[int, int]]:
         """Path -> (hidden, skip) widths of layers that read a concatenation."""
-        return unet.concats(self.model) if self.family.concat == "unet" else {}
+        return dict(self.family.concats(self.model))
 
     def products(self) -> list[str]:
         """Paths of modules that multiply query, key, value and probabilities."""

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sampling import run
+from stepquant.models.generate import run
+from stepquant.models.sampling import Sampling
+from stepquant.models.tables import tables_of
 
 Listener = Callable[[int, dict[str, Any]], None]
 
@@ -88,7 +90,7 @@ def removing(handle: Any) -> Iterator[None]:
 
 
 def first_arguments(
-    pipeline: Any, batch: int, prompts: Sequence[str] | None = None, quantized: Any = None
+    pipeline: Any, batch: int, prompts: Sequence[str] = (), quantized: Any = None
 ) -> dict[str, Any]:
     """What the pipeline's denoiser receives on the first step of a batch of images.
 
@@ -102,11 +104,11 @@ def first_arguments(
 
     try:
         with torch.no_grad(), listening(Denoiser.of(pipeline), listener):
-            run(pipeline, list(range(batch)), 2, None, prompts)
+            run(pipeline, list(range(batch)), Sampling(2, prompts=tuple(prompts)))
     except Enough:
         pass
     denoiser = Denoiser.of(pipeline if quantized is None else quantized)
-    tables = getattr(denoiser.model, "steps", None)
+    tables = tables_of(denoiser.model)
     if tables is not None:
         t = torch.as_tensor(caught[denoiser.family.t])
         caught[denoiser.family.t] = torch.full_like(t, tables.times().times[0].item())

@@ -1,4 +1,4 @@
-"""What no code stands for: a NaN becomes the code of some number, and the image looks as if nothing had happened."""
+"""A warning of NaN and infinite numbers: quantizing turns them into codes of ordinary numbers, so nothing later shows them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether an artifact fits the model that it is loaded into."""
+"""Checks that the tensors of an artifact have sizes and values that the model can take."""
 
 from __future__ import annotations
 

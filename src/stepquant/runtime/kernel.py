@@ -1,4 +1,4 @@
-"""What multiplies the codes that one layer reads: its weight with all that stands behind the sums."""
+"""The GEMM or convolution of one layer, as a device runs it: packed weight, scales and bias."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepquant.runtime.ops.code import Code
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a two-dimensional convolution walks; `padding` is the same on both sides."""
+    """Stride, padding (the same on both sides), dilation and groups of a two-dimensional convolution."""
 
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
@@ -25,12 +25,12 @@ class Geometry:
 
 
 class Kernel(ABC):
-    """A weight of signed bytes, packed at the first call, and everything that stays the same.
+    """A weight of signed bytes, packed at the first call, with the scales and bias of its epilogue.
 
     `weight` yields the signed bytes on demand, so that only the packed copies stay in memory.
     """
 
-    leaves_added = True  # as it was, when it adds its output to a tensor
+    leaves_added = True  # whether a tensor that the epilogue adds (`into`) keeps its numbers
 
     def __init__(
         self,
@@ -49,6 +49,10 @@ class Kernel(ABC):
         twin = copy.copy(self)
         twin.code = code
         return twin
+
+    def with_codes(self, codes: Sequence[Code]) -> tuple[Self, ...]:
+        """One for each code; this one is the first."""
+        return (self, *map(self.with_code, codes[1:]))
 
     @classmethod
     def joined(cls, kernels: Sequence[Kernel]) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.convolution import IntegerConv1d, IntegerConv2d, channels_last
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.linear import IntegerLinear
-from stepquant.runtime.layers.stored import versions_of
+from stepquant.runtime.layers.stored import Prepared, Versions
+from stepquant.runtime.moving import Move
 from stepquant.runtime.steps import StepForward, StepTensors
 
 # Layers whose output meets the stream inside the model; all others emit the dtype that they receive.
@@ -109,12 +111,12 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
     model.eval().requires_grad_(False)
     unbind(model)
     role_of, chains = roles(model), structure(model)
-    hold = bool(chains.residuals)
+    keep = bool(chains.residuals)
     for path, module in model.named_modules():
         role = role_of.get(path, "")
         emit = torch.float32 if role == "head" else dtype if role in INTO_STREAM else None
         if isinstance(module, IntegerLayer):
-            module.emit, module.holds = emit, hold and role in SMALL
+            module.emit, module.keeps_weight = emit, keep and role in SMALL
         if isinstance(module, IntegerLayer | IntegerProduct):
             module.forget()
             module.prepared()
@@ -131,6 +133,7 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
     tensors = getattr(model, "steps", None)
     if isinstance(tensors, StepTensors):
         bind(model, StepForward(model, tensors, model.__dict__.get("forward")))
+    model._apply = Move(model)  # type: ignore[assignment]
     model.register_load_state_dict_post_hook(Reload(dtype, fuse))
     return model
 
@@ -159,33 +162,40 @@ class Reload:
         prepare(model, self.dtype, self.fuse)
 
 
+@dataclass(frozen=True, eq=False)
+class Cast(Prepared):
+    """Weight and bias of a float layer in the dtypes of the inputs that came so far."""
+
+    weights: dict[torch.dtype, tuple[Tensor, Tensor | None]]
+
+
 class FloatLayer:
     """Stands in for the forward of a layer kept in float: casts its weight once to the dtype that reaches it."""
 
     def __init__(self, module: Any, emit: torch.dtype | None) -> None:
         self.module, self.emit = module, emit
-        self.cast: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
-        self.read: Tensor | None = None  # the weight that was cast
-        self.versions: list[int] = []
+        self.ready = Cast(Versions(), {})
 
     def __call__(self, x: Tensor, *_: object, **__: object) -> Tensor:
-        layer = self.module
-        if not torch.compiler.is_compiling():
-            self.renew()
-        if x.dtype not in self.cast:
+        layer, ready = self.module, self.prepared()
+        if x.dtype not in ready.weights:
             bias = None if layer.bias is None else layer.bias.to(x.dtype)
-            self.cast[x.dtype] = (layer.weight.to(x.dtype), bias)
-        weights = self.cast[x.dtype]
+            ready.weights[x.dtype] = (layer.weight.to(x.dtype), bias)
+        weights = ready.weights[x.dtype]
         linear = isinstance(layer, nn.Linear)
         y = F.linear(x, *weights) if linear else layer._conv_forward(channels_last(x), *weights)
         return y if self.emit is None else y.to(self.emit)
 
-    def renew(self) -> None:
-        """Drop what was cast from other numbers than those of now."""
-        versions = versions_of(self.module.parameters())
-        if self.module.weight is not self.read or versions != self.versions:
-            self.cast.clear()
-            self.read, self.versions = self.module.weight, versions
+    def prepared(self) -> Cast:
+        ready = self.ready
+        if not torch.compiler.is_compiling():
+            versions = Versions.of(self.module._parameters.values())
+            if versions != ready.versions:
+                ready = self.ready = Cast(versions, {})
+        return ready
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"ready": Cast(Versions(), {})}
 
 
 def is_denoiser(model: nn.Module) -> bool:

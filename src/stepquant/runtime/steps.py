@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from stepquant.artifact import StepSpec
+from stepquant.artifact import StepSpec, bounds_of
+from stepquant.core.bounds import check_values
 from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import RuntimeSupportError
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sampling import adds_noise
+from stepquant.models.noise import adds_noise
+from stepquant.models.tables import StepTables
 from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.layer import IntegerLayer
-from stepquant.runtime.layers.stored import Stored
+from stepquant.runtime.layers.stored import Prepared, Stored, Versions
 from stepquant.runtime.turns import Turns
 
 
-class StepTensors(Stored):
+@dataclass(frozen=True, eq=False)
+class PreparedSteps(Prepared):
+    """What an artifact knows of each t."""
+
+    times: StepTable
+    table: Tensor | None  # what the time embedding becomes
+    correction: StepCorrection | None
+
+
+class StepTensors(Stored[PreparedSteps], StepTables):
     """The tables of an artifact as buffers, in the dtypes they have on disk whatever the model is cast to."""
 
     def __init__(self, spec: StepSpec, device: torch.device) -> None:
@@ -36,8 +48,14 @@ class StepTensors(Stored):
                 value = torch.zeros(spec.times, spec.channels, device=device)
                 self.register_buffer(f"correction_{name}", value)
 
+    def prepare(self, versions: Versions) -> PreparedSteps:
+        found = {f"steps.{name}": value for name, value in self.named_buffers()}
+        check_values(found, bounds_of({}, {}, self.spec), "the model's own tables")
+        times = StepTable.from_bits(found["steps.bits"], found["steps.rows"])
+        return PreparedSteps(versions, times, found.get("steps.table"), self.correction())
+
     def times(self) -> StepTable:
-        return StepTable.from_bits(self.bits, self.rows)  # type: ignore[arg-type]
+        return self.prepared().times
 
     def correction(self) -> StepCorrection | None:
         if not self.spec.channels:
@@ -49,11 +67,11 @@ class StepTensors(Stored):
 
     def carry(self, scheduler: Any) -> Any:
         """`scheduler`, in place, with its noise changed as the correction says."""
-        correction = self.correction()
+        ready = self.prepared()
+        correction = ready.correction
         if correction is None or correction.noise == "none":
             return scheduler
-        known = self.times()
-        return (absorb if correction.noise == "absorb" else sample)(scheduler, correction, known)
+        return (absorb if correction.noise == "absorb" else sample)(scheduler, correction, ready.times)
 
 
 class StepForward:
@@ -69,7 +87,7 @@ class StepForward:
         self.output = self.denoiser.output  # found before anything is compiled
         self.own = forward  # None: that of the model's class
         self.turns = Turns()
-        self.table, self.correction = tensors.times(), tensors.correction()
+        tensors.prepared()  # before anything is compiled
         self.stepped = list(stepped_modules(model)) if tensors.spec.groups > 1 else []
 
     def __call__(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
@@ -84,33 +102,20 @@ class StepForward:
         return self.own or type(model).forward.__get__(model)
 
     def call(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        denoiser, family = self.denoiser, self.denoiser.family
+        denoiser, family, known = self.denoiser, self.denoiser.family, self.tensors.prepared()
         arguments = denoiser.bind(args, kwargs)
         samples = len(arguments[family.x])
-        places = self.places(torch.as_tensor(arguments[family.t]), samples)
+        places = places_of(torch.as_tensor(arguments[family.t]), samples, known.times)
         if not self.stepped:
             out = self.forward(**arguments, return_dict=False)[0]
         else:
-            rows = self.table.rows[places]
+            rows = known.times.rows[places]
             one = bool((rows == rows[:1]).all())
             first = int(rows[0]) if len(rows) else 0
             out = self.run(arguments, first) if one else self.by_row(arguments, rows)
-        if self.correction is not None:
-            out = self.correction(out, places)
+        if known.correction is not None:
+            out = known.correction(out, places)
         return self.output(sample=out) if return_dict else (out,)
-
-    def places(self, t: Tensor, samples: int) -> Tensor:
-        places = self.table.places(t)
-        if torch.compiler.is_compiling():
-            torch._assert_async((places >= 0).all(), "this artifact has no entry for that t")
-        elif (places < 0).any():
-            unknown = t.reshape(-1)[places.argmin()].item()
-            raise RuntimeSupportError(
-                f"this artifact has no entry for t = {unknown:g}",
-                expected=f"one of {len(self.table.times)} values from {self.table.times[0]:g} to {self.table.times[-1]:g}",
-                fix="generate with the sampler and the number of steps that it was made for (stepquant inspect), or a divisor of it",
-            )
-        return places.expand(samples) if len(places) == 1 else places
 
     def by_row(self, arguments: dict[str, Any], rows: Tensor) -> Tensor:
         """The predictions of a batch whose samples read different rows, in its order."""
@@ -128,6 +133,21 @@ class StepForward:
             module.select(row)
         out: Tensor = self.forward(**arguments, return_dict=False)[0]
         return out
+
+
+def places_of(t: Tensor, samples: int, table: StepTable) -> Tensor:
+    """The row of the tables that each sample reads."""
+    places = table.places(t)
+    if torch.compiler.is_compiling():
+        torch._assert_async((places >= 0).all(), "this artifact has no entry for that t")
+    elif (places < 0).any():
+        unknown = t.reshape(-1)[places.argmin()].item()
+        raise RuntimeSupportError(
+            f"this artifact has no entry for t = {unknown:g}",
+            expected=f"one of {len(table.times)} values from {table.times[0]:g} to {table.times[-1]:g}",
+            fix="generate with the sampler and the number of steps that it was made for (stepquant inspect), or a divisor of it",
+        )
+    return places.expand(samples) if len(places) == 1 else places
 
 
 def stepped_modules(model: nn.Module) -> Iterable[IntegerLayer | IntegerProduct]:

@@ -1,4 +1,4 @@
-"""One thread at a time where a model keeps something between its calls."""
+"""A lock for models that keep something between calls (recorded calls, the selected row of ranges)."""
 
 from __future__ import annotations
 

@@ -65,12 +65,12 @@ def numbers(batch: Batch, classifier: Classifier | None, data: str | None = None
         ("froglike", NOBODY),
         ("a frog", NOBODY),
         ("", NOBODY),
-        (1, 1),
-        (4, NOBODY),
-        (-1, NOBODY),
+        ("1", 1),
+        ("4", NOBODY),
+        ("-1", NOBODY),
     ],
 )
-def test_prompts_and_labels_ask_for_a_class(asked: str | int, number: int) -> None:
+def test_prompts_and_labels_ask_for_a_class(asked: str, number: int) -> None:
     assert class_asked(asked, CLASSES) == number
 
 
@@ -83,7 +83,7 @@ def test_share_recognised_of_prompts_and_of_labels(told: Classifier) -> None:
     assert by_prompt.value == pytest.approx(200 / 3)
     assert (by_prompt.reference, by_prompt.floor) == (100, 75)
     assert (by_prompt.low, by_prompt.high) == tuple(100 * x for x in wilson(2, 3))
-    batch = Batch(source, ours, other, labels=[0, 1, 2, 3], other_labels=[1, 1, 1, 1])
+    batch = Batch(source, ours, other, prompts=["0", "1", "2", "3"], other_prompts=["1"] * 4)
     by_label = numbers(batch, told)[f"recognised {ASKED}"]
     assert (by_label.value, by_label.reference, by_label.floor) == (50, 100, 75)
 

@@ -14,7 +14,9 @@ from stepquant.evaluate.speed import calls
 from stepquant.evaluate.speed.breakdown import breakdown
 from stepquant.evaluate.speed.calls import calling
 from stepquant.evaluate.speed.generation import generation
+from stepquant.evaluate.twins import Twins
 from stepquant.models.hooks import first_arguments
+from stepquant.models.sampling import Sampling
 from stepquant.report.bars import write_bars
 from stepquant.runtime import ops
 
@@ -24,7 +26,7 @@ def test_generations_have_a_row_for_everyone(
     pipeline: DDIMPipeline, monkeypatch: pytest.MonkeyPatch, bf16: bool
 ) -> None:
     monkeypatch.setattr(calls, "multiplies_bf16", lambda _: bf16)
-    found = generation(pipeline, pipeline, batches=(1, 2), steps=2, seconds=0.0, count=1)
+    found = generation(Twins(pipeline, pipeline), Sampling(2, "ddim"), batches=(1, 2), seconds=0.0, count=1)
     names = ["fp32 eager", "bf16 eager", "stepquant"] if bf16 else ["fp32 eager", "stepquant"]
     assert [(row["batch"], row["name"]) for row in found["rows"]] == [(b, n) for b in (1, 2) for n in names]
     assert all(row["milliseconds"] > 0 for row in found["rows"])

@@ -15,6 +15,7 @@ from stepquant.errors import EvaluationError, UnknownNameError
 from stepquant.evaluate.speed.layers import clocks, layer_times, read_times
 from stepquant.evaluate.study.allocate import allocate, read_sensitivity
 from stepquant.evaluate.study.sites import StudiedSite
+from stepquant.evaluate.twins import Twins
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.plan import Plan
 from stepquant.quant.schemes import scheme
@@ -160,7 +161,7 @@ def test_layers_are_timed_one_by_one(pipeline: DDIMPipeline, source: Source) -> 
     hub.attach(
         other.unet, methods.build("minmax", {"samples": 2})(Denoiser.of(pipeline), scheme("w8a8"), source)
     )
-    found = layer_times(pipeline, other, batch=2, rounds=2)
+    found = layer_times(Twins(pipeline, other), batch=2, rounds=2)
     times = read_times(found)
     assert {path for path, integer in times if not integer} == set(Denoiser.of(pipeline).sites())
     assert {path for path, integer in times if integer} == set(Denoiser.of(pipeline).sites())
@@ -188,7 +189,7 @@ def test_layers_of_an_artifact_that_knows_some_times_only(source: Source, table:
         fused = other.unet(noise(2), t).sample
         apart = prepare(copy.deepcopy(other.unet), torch.float32, fuse=False)(noise(2), t).sample
     torch.testing.assert_close(apart, fused, rtol=0.02, atol=0.02)
-    times = read_times(layer_times(source.pipeline, other, batch=2, rounds=2))
+    times = read_times(layer_times(Twins(source.pipeline, other), batch=2, rounds=2))
     integer = {path for path, whole in times if whole}
     assert ("time_embedding.linear_1" in integer) != table
     assert "conv_in" in integer

@@ -18,6 +18,7 @@ from stepquant.evaluate.study import sensitivity as module
 from stepquant.evaluate.study.journal import Lines
 from stepquant.evaluate.study.sensitivity import Study, sensitivity
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.sampling import Sampling
 from stepquant.quant.plan import Plan, Rule
 
 W8, A8 = Grid(8, granularity="channel"), Grid(8, signed=False, symmetric=False)
@@ -73,7 +74,7 @@ def test_one_weight_alone_is_what_was_changed(
     pipeline: DDIMPipeline, found: dict[str, Any], tmp_path: Path
 ) -> None:
     """Against the model with that weight replaced by hand."""
-    source = Source(pipeline, 4, cache=tmp_path)
+    source = Source(pipeline, Sampling(4), cache=tmp_path)
     data = source.record(one_each(torch.linspace(0, 3, 4).round().long()))
     batch = next(iter(data.batches(4)))
     layer, grid = pipeline.unet.conv_out, Grid(3, granularity="channel")

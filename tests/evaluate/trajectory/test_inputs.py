@@ -12,8 +12,10 @@ from stepquant.calib.record import Source
 from stepquant.core.affine import fake_quantize
 from stepquant.evaluate.trajectory.inputs import limits, see, watch_inputs
 from stepquant.evaluate.trajectory.probe import trace
+from stepquant.evaluate.twins import Twins
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import first_arguments
+from stepquant.models.sampling import Sampling
 from stepquant.quant.schemes import scheme
 
 
@@ -55,7 +57,7 @@ def test_layers_are_watched_only_while_wanted(pipeline: DDIMPipeline) -> None:
 def test_trace_has_a_row_for_every_layer_and_probed_step(
     pipeline: DDIMPipeline, quantized: DDIMPipeline
 ) -> None:
-    found = trace(pipeline, quantized, [1, 2], steps=4, block_steps=3)
+    found = trace(Twins(pipeline, quantized), [1, 2], Sampling(4), block_steps=3)
     rows = {row["path"]: row for row in found.inputs}
     assert set(rows) == set(Denoiser.of(pipeline).sites())
     assert all(len(row["clipped"]) == 3 for row in found.inputs)

@@ -8,9 +8,11 @@ from diffusers import DDIMPipeline
 from torch import nn
 
 from stepquant.evaluate.trajectory.probe import compare, cosine, relative_error, spread_out, sqnr, trace
+from stepquant.evaluate.twins import Twins
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import unit_outputs
-from stepquant.models.sampling import denoise
+from stepquant.models.pipelines.unconditional import denoise
+from stepquant.models.sampling import Sampling
 
 
 def twin(pipeline: DDIMPipeline) -> DDIMPipeline:
@@ -28,7 +30,7 @@ def test_an_output_scaled_by_a_tenth_is_an_error_of_a_tenth_at_every_step(pipeli
     with torch.no_grad():
         other.unet.conv_out.weight.mul_(1.1)
         other.unet.conv_out.bias.mul_(1.1)
-    found = trace(pipeline, other, [1, 2], steps=6, block_steps=3)
+    found = trace(Twins(pipeline, other), [1, 2], Sampling(6), block_steps=3)
     assert [row["step"] for row in found.steps] == list(range(6))
     assert [row["relative"] for row in found.steps] == pytest.approx([0.1] * 6, rel=1e-4)
     assert [row["cosine"] for row in found.steps] == pytest.approx([1.0] * 6)
@@ -41,9 +43,9 @@ def test_own_trajectory_is_compared_with_the_float_states(pipeline: DDIMPipeline
     other = twin(pipeline)
     with torch.no_grad():
         other.unet.conv_out.weight.mul_(0.9)
-    found = trace(pipeline, other, [5, 6], steps=5)
+    found = trace(Twins(pipeline, other), [5, 6], Sampling(5))
     # Each state is what the step before it led to; the first is the noise itself.
-    mine, theirs = (list(denoise(pipe, [5, 6], 5)) for pipe in (other, pipeline))
+    mine, theirs = (list(denoise(pipe, [5, 6], Sampling(5))) for pipe in (other, pipeline))
     expected = [0.0] + [relative_error(a, b) for a, b in zip(mine[:-1], theirs[:-1])]
     assert [row["state_relative"] for row in found.steps] == pytest.approx(expected, rel=1e-4, abs=1e-9)
     assert found.steps[0]["own_relative"] == pytest.approx(found.steps[0]["relative"])
@@ -52,7 +54,7 @@ def test_own_trajectory_is_compared_with_the_float_states(pipeline: DDIMPipeline
 
 def test_times_are_those_of_the_sampler(pipeline: DDIMPipeline) -> None:
     pipeline.scheduler.set_timesteps(4)
-    found = trace(pipeline, twin(pipeline), [0], steps=4)
+    found = trace(Twins(pipeline, twin(pipeline)), [0], Sampling(4))
     assert [row["t"] for row in found.steps] == pipeline.scheduler.timesteps.tolist()
 
 
@@ -64,7 +66,8 @@ def test_noise_in_one_unit_is_seen_from_there_on(pipeline: DDIMPipeline) -> None
         for value in other.unet.get_submodule(units[place]).parameters():
             value.mul_(1.2)
     rows = {
-        row["path"]: row["sqnr"] for row in trace(pipeline, other, [0], steps=3, block_steps=1).blocks["rows"]
+        row["path"]: row["sqnr"]
+        for row in trace(Twins(pipeline, other), [0], Sampling(3), block_steps=1).blocks["rows"]
     }
     assert all(rows[path] == [200.0] for path in units[:place])
     assert all(rows[path][0] < 100 for path in units[place:])
@@ -84,7 +87,7 @@ def test_units_that_hand_on_codes_have_no_number(pipeline: DDIMPipeline) -> None
 
 def test_models_are_left_without_hooks(pipeline: DDIMPipeline) -> None:
     other = twin(pipeline)
-    trace(pipeline, other, [0], steps=2)
+    trace(Twins(pipeline, other), [0], Sampling(2))
     assert hooks(pipeline.unet) == hooks(other.unet) == 0
 
 

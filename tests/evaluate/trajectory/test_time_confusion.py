@@ -9,7 +9,9 @@ from diffusers import DDIMPipeline
 
 from stepquant.evaluate.trajectory.probe import trace
 from stepquant.evaluate.trajectory.time_confusion import MOST_SHOWN, confusion, spread, watch_embedding
+from stepquant.evaluate.twins import Twins
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.sampling import Sampling
 from tests.models.tiny import CASES, Case
 
 
@@ -55,7 +57,9 @@ def test_a_float_twin_knows_every_time_and_a_forgetful_one_none(pipeline: DDIMPi
     other = copy.deepcopy(pipeline)
     with torch.no_grad():
         other.unet.time_embedding.linear_2.weight.zero_()
-    same, lost = (trace(pipeline, twin, [1, 2], steps=6).times for twin in (copy.deepcopy(pipeline), other))
+    same, lost = (
+        trace(Twins(pipeline, twin), [1, 2], Sampling(6)).times for twin in (copy.deepcopy(pipeline), other)
+    )
     assert same is not None
     assert lost is not None
     assert (same["nearest"], same["rate"]) == ([0, 1, 2, 3, 4, 5], 0)

@@ -23,7 +23,7 @@ from stepquant.job.compare.executor import Finished
 from stepquant.job.compare.measure import read_images
 from stepquant.job.compare.query import cell_row
 from stepquant.job.pipelines import load
-from stepquant.models.sampling import prompts_of
+from stepquant.models.generate import asked_of
 from tests.conftest import make_unet
 from tests.evaluate.metrics.test_quality import Wide
 from tests.evaluate.networks.test_clip import make_clip
@@ -197,7 +197,7 @@ def test_prompts_come_with_their_images(
     expected = [
         clip(
             as_saved(read_images(place / f"{number:05d}.safetensors")),
-            prompts_of(asked[0].evaluation.seeds(0, number), asked[0].recipe.prompts),
+            asked_of(text_pipeline, asked[0].evaluation.seeds(0, number), asked[0].sampling),
         )
         for number in range(2)
     ]

@@ -74,7 +74,7 @@ def test_sums_are_the_same_integers(name: str) -> None:
     code = new.code
     new.weight_scale.fill_(1.0)
     new.bias = None
-    new.prepared().kernel.code = Code(1.0, code.zero_point)
+    new.kernel.code = Code(1.0, code.zero_point)
     new.kernel.bias, new.kernel.scales = None, torch.ones_like(new.kernel.scales)
     codes = layers.ops.quantize(x, code)
     codes = codes.contiguous(memory_format=torch.channels_last) if codes.dim() == 4 else codes
@@ -139,7 +139,7 @@ def test_batches_of_any_size_one_after_another(onednn: bool) -> None:
     # Small enough that no kernel of any machine saturates.
     new, x = filled(layer, grids("int6/channel uint8/tensor"), -2.0, 2.0), torch.randn(8, 16, 5, 5)
     if onednn:
-        new.prepared().kernel.products = [None]
+        new.kernel.products = [None]
     whole = new(x)
     for batch in (1, 8, 1, 3, 2, 5, 1):
         assert torch.equal(new(x[:batch]), whole[:batch])
@@ -222,10 +222,9 @@ def test_a_cpu_that_saturates_runs_in_float_with_the_reason(monkeypatch: pytest.
 def test_where_onednn_saturates_only_groups_run_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "why_not_onednn", lambda: "products saturate")
     spec = grids("int8/channel uint8/tensor")
-    whole, grouped = (
-        filled(nn.Conv2d(8, 8, 3, groups=groups), spec, -2.0, 2.0).prepared() for groups in (1, 2)
-    )
+    whole, grouped = (filled(nn.Conv2d(8, 8, 3, groups=groups), spec, -2.0, 2.0) for groups in (1, 2))
     assert whole.integer
+    assert not grouped.integer
     assert grouped.reason == "products saturate, and own kernels take no groups"
 
 

@@ -60,7 +60,7 @@ class Classifier:
     def reads(self, size: tuple[int, int]) -> bool:
         return tuple(size) == (self.net.size, self.net.size)
 
-    def read(self, images: Tensor, asked: Sequence[str] | Sequence[int]) -> Tensor:
+    def read(self, images: Tensor, asked: Sequence[str]) -> Tensor:
         """1 for each image whose class is the one that was asked for, 0 for others, NOBODY where none is known."""
         wanted = torch.tensor([class_asked(one, self.net.classes) for one in asked])
         if len(wanted) != len(images):
@@ -79,10 +79,10 @@ class Classifier:
         return [share_number("recognised", ASKED, hits, "higher", self.digest, note)]
 
 
-def class_asked(asked: str | int, classes: Sequence[str]) -> int:
-    """The number of the class that a label names, or that a prompt begins with; of several the longest name."""
-    if isinstance(asked, int):
-        return asked if 0 <= asked < len(classes) else NOBODY
+def class_asked(asked: str, classes: Sequence[str]) -> int:
+    """The class that is asked for by its number, or that a prompt begins with; of several the longest name."""
+    if asked.isdecimal():
+        return int(asked) if int(asked) < len(classes) else NOBODY
     text = " ".join(words(asked))
     found = [name for name in classes if f"{text} ".startswith(f"{' '.join(words(name))} ")]
     return classes.index(max(found, key=len)) if found else NOBODY

@@ -100,9 +100,7 @@ def find_classifier(folder: Path | None, data: str | None) -> Classifier | None:
     return shipped_classifier(data) if data in SHIPPED else None
 
 
-def fit(
-    networks: Networks, size: tuple[int, int], data: str | None, *, prompted: bool, labelled: bool = False
-) -> Instruments:
+def fit(networks: Networks, size: tuple[int, int], data: str | None, *, prompted: bool) -> Instruments:
     """The instruments for images of this height and width; a folder of data that was asked for must fit them."""
     readers: list[Reader] = []
     missing, distance = [], SHIPPED[DEFAULT].distance
@@ -129,20 +127,18 @@ def fit(
     for reader in readers:
         targets |= find_data(reader, data, size)
     missing += without_data(readers, targets, data) + without_weights(networks, prompted)
-    missing += without_classes(networks, size, prompted or labelled)
-    singles = find_singles(networks, size, prompted, labelled)
+    missing += without_classes(networks, size, prompted)
+    singles = find_singles(networks, size, prompted)
     return Instruments(tuple(readers), metrics, singles, targets, tuple(missing))
 
 
-def find_singles(
-    networks: Networks, size: tuple[int, int], prompted: bool, labelled: bool
-) -> tuple[SingleMetric, ...]:
+def find_singles(networks: Networks, size: tuple[int, int], prompted: bool) -> tuple[SingleMetric, ...]:
     """The metrics of single images; parts of another size than the images are an error."""
     out: list[SingleMetric] = []
     if networks.truth is not None:
         networks.truth.check(size)
         out.append(networks.truth)
-    if networks.classifier is not None and (prompted or labelled) and networks.classifier.reads(size):
+    if networks.classifier is not None and prompted and networks.classifier.reads(size):
         out.append(networks.classifier)
     if networks.clip is not None:
         out.append(TextMetric(networks.clip))

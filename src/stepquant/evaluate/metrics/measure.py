@@ -30,14 +30,10 @@ class Batch:
     other: Tensor | None = None
     prompts: Sequence[str] = ()  # of the first two sets
     other_prompts: Sequence[str] = ()
-    labels: Sequence[int] = ()  # classes that a class-conditional model was asked for
-    other_labels: Sequence[int] = ()
 
-    def asked(self, name: str) -> Sequence[str] | Sequence[int]:
-        """What the images of a set were to show: prompts or numbers of classes; nothing where nobody asked."""
-        if name == "other":
-            return self.other_labels or self.other_prompts
-        return self.labels or self.prompts
+    def asked(self, name: str) -> Sequence[str]:
+        """What the images of a set were to show: prompts or classes; nothing where nobody asked."""
+        return self.other_prompts if name == "other" else self.prompts
 
     def sets(self) -> dict[str, Tensor]:
         """The images by the names of their sets."""

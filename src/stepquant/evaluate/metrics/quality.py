@@ -32,7 +32,7 @@ def judge(
     if first is None:
         raise EvaluationError("no images to measure", fix="give --images a positive number")
     height, width = first.float.shape[-2:]
-    tools = fit(networks, (height, width), data, prompted=prompted, labelled=bool(first.labels))
+    tools = fit(networks, (height, width), data, prompted=prompted)
     measured = measure(chain([first], batches), tools.readers, keep, tools.metrics, tools.singles)
     return Judged((height, width), measured, numbers(measured, tools), portions(measured, tools))
 

@@ -19,8 +19,9 @@ from stepquant.errors import EvaluationError
 from stepquant.evaluate.speed.peers import openvino_calls, peers_installed
 from stepquant.evaluate.speed.turns import Call, interleave, summarize
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.generate import run
 from stepquant.models.hooks import first_arguments, listening
-from stepquant.models.sampling import run
+from stepquant.models.sampling import Sampling
 from stepquant.progress import Progress, Silent
 
 REFERENCE = "fp32 eager"
@@ -121,13 +122,11 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {words[:200]}"
 
 
-def trajectory(
-    pipeline: Any, batch: int, prompts: Sequence[str] | None, steps: int = 8
-) -> list[dict[str, Any]]:
+def trajectory(pipeline: Any, batch: int, prompts: Sequence[str], steps: int = 8) -> list[dict[str, Any]]:
     """The inputs of the denoiser along one float trajectory, with which NNCF calibrates."""
     calls: list[dict[str, Any]] = []
     with torch.no_grad(), listening(Denoiser.of(pipeline), lambda _, arguments: calls.append(arguments)):
-        run(pipeline, list(range(batch)), steps, None, prompts)
+        run(pipeline, list(range(batch)), Sampling(steps, prompts=tuple(prompts)))
     return calls
 
 
@@ -160,7 +159,7 @@ def contenders(
     arguments: Mapping[str, Any],
     batch: int,
     baselines: Sequence[str],
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> list[Contender]:
     model = Denoiser.of(pipeline).model
@@ -191,7 +190,7 @@ def benchmark(
     baselines: Sequence[str] | None = None,
     seconds: float = 10.0,
     count: int | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """`speed` of the results: each baseline at its best, and the quantized model, in turns for `seconds` a batch size.

@@ -18,22 +18,21 @@ from stepquant.evaluate.speed.calls import (
     twin_of,
 )
 from stepquant.evaluate.speed.turns import interleave
+from stepquant.evaluate.twins import Twins
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.generate import run
 from stepquant.models.hooks import first_arguments
-from stepquant.models.sampling import run
+from stepquant.models.sampling import Sampling
 from stepquant.progress import Progress, Silent
 
 
 def generation(
-    float_pipeline: Any,
-    quantized_pipeline: Any,
+    twins: Twins,
+    sampling: Sampling,
     *,
     batches: Sequence[int] = (1, 8),
-    steps: int = 10,
     seconds: float = 10.0,
     count: int | None = None,
-    sampler: str | None = "ddim",
-    prompts: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Milliseconds for a batch of images, by the float model in its better layout and by the quantized pipeline.
@@ -47,20 +46,22 @@ def generation(
     with threads(count) as used:
         for batch in (progress or Silent()).track(batches, "generating", len(batches)):
             pipelines = {
-                name: in_better_layout(float_pipeline, dtype, batch, prompts) for name, dtype in types.items()
-            } | {QUANTIZED: quantized_pipeline}
+                name: in_better_layout(twins.float, dtype, batch, sampling.prompts)
+                for name, dtype in types.items()
+            } | {QUANTIZED: twins.quantized}
             calls = {
-                name: lambda own=own, batch=batch: run(own, list(range(batch)), steps, sampler, prompts)
+                name: lambda own=own, batch=batch: run(own, list(range(batch)), sampling)
                 for name, own in pipelines.items()
             }
             for call in calls.values():
                 call()
             rounds = interleave(calls, seconds, fewest=3, untimed=0)
             rows += [row(batch, Contender(name, call), rounds) for name, call in calls.items()]
-    return {"threads": used, "steps": steps, "sampler": sampler, "reference": REFERENCE, "rows": rows}
+    known = {"steps": sampling.steps, "sampler": sampling.sampler}
+    return {"threads": used, **known, "reference": REFERENCE, "rows": rows}
 
 
-def in_better_layout(pipeline: Any, dtype: torch.dtype, batch: int, prompts: Sequence[str] | None) -> Any:
+def in_better_layout(pipeline: Any, dtype: torch.dtype, batch: int, prompts: Sequence[str]) -> Any:
     """The pipeline with its denoiser in `dtype`, in the memory layout in which one call is faster."""
     denoiser = Denoiser.of(pipeline)
     ways = in_layouts(denoiser.model, first_arguments(pipeline, batch, prompts), dtype)

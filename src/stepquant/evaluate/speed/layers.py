@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from stepquant.errors import EvaluationError
-from stepquant.models.denoiser import Denoiser
+from stepquant.evaluate.twins import Twins
 from stepquant.models.hooks import first_arguments, removing
 from stepquant.progress import Progress, Silent
 from stepquant.runtime.lower import prepare
@@ -22,23 +22,21 @@ WARMING = 2
 
 
 def layer_times(
-    float_pipeline: Any,
-    quantized_pipeline: Any,
+    twins: Twins,
     *,
     batch: int = 8,
     rounds: int = 15,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Rows {path, integer, milliseconds}: the median over rounds, each layer by itself, without its fusions.
 
     What fusing saves belongs to no layer alone and is left out, for both.
     """
-    source = Denoiser.of(float_pipeline)
-    paths = tuple(source.sites())
-    arguments = first_arguments(float_pipeline, batch, prompts, quantized_pipeline)
-    plain = prepare(copy.deepcopy(Denoiser.of(quantized_pipeline).model), fuse=False)
-    models = {False: source.model, True: plain}
+    paths = tuple(twins.source.sites())
+    arguments = first_arguments(twins.float, batch, prompts, twins.quantized)
+    plain = prepare(copy.deepcopy(twins.other.model), fuse=False)
+    models = {False: twins.source.model, True: plain}
     taken: dict[tuple[str, bool], list[float]] = {}
     turns = (progress or Silent()).track(range(WARMING + rounds), "timing layers", WARMING + rounds)
     for turn in turns:

@@ -30,8 +30,9 @@ from stepquant.evaluate.networks.reader import Extractor
 from stepquant.evaluate.study.journal import Lines
 from stepquant.evaluate.study.sites import StudiedSite, plan_with, studied_sites
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.generate import run
 from stepquant.models.hooks import first_arguments
-from stepquant.models.sampling import run
+from stepquant.models.sampling import Sampling
 from stepquant.progress import Progress, Silent
 from stepquant.quant.insert import Inserted, insert
 from stepquant.quant.plan import PORTS, Plan
@@ -85,7 +86,7 @@ def sensitivity(
     plan: Plan,
     study: Study,
     *,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str] = (),
     progress: Progress | None = None,
     cache: Path | None = None,
 ) -> dict[str, Any]:
@@ -96,10 +97,8 @@ def sensitivity(
     sites = studied_sites(denoiser, plan, first_arguments(pipeline, 1, prompts), study.ports)
     source = Source(
         pipeline,
-        study.steps,
-        study.sampler,
+        Sampling(study.steps, study.sampler, tuple(prompts)),
         study.seed,
-        prompts=None if prompts is None else tuple(prompts),
         cache=folder,
         progress=progress,
     )
@@ -200,8 +199,9 @@ def enabled(quantizer: Quantizer) -> Iterator[None]:
 class Meter:
     """Measures the model in its present state against its outputs when the meter was made."""
 
-    def __init__(self, pipeline: Any, data: CalibSet, study: Study, prompts: Sequence[str] | None) -> None:
-        self.pipeline, self.study, self.prompts = pipeline, study, prompts
+    def __init__(self, pipeline: Any, data: CalibSet, study: Study, prompts: Sequence[str]) -> None:
+        self.pipeline, self.study = pipeline, study
+        self.sampling = Sampling(study.image_steps, study.sampler, tuple(prompts))
         self.denoiser = Denoiser.of(pipeline)
         wanted = "features" in study.metrics
         self.extractor: Extractor | None = shipped_classifier().extractor() if wanted else None
@@ -231,7 +231,7 @@ class Meter:
     def draw(self) -> Tensor:
         seeds = [trajectory_seed(self.study.seed, FIRST_SEED + i) for i in range(self.study.images)]
         with torch.no_grad():
-            return run(self.pipeline, seeds, self.study.image_steps, self.study.sampler, self.prompts)
+            return run(self.pipeline, seeds, self.sampling)
 
     def noise(self) -> float:
         error = (self.predict() - self.target).flatten(1).norm(dim=1) / self.target.flatten(1).norm(dim=1)

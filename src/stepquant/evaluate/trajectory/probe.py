@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from stepquant.evaluate.trajectory.inputs import Seen, limits, watch_inputs
 from stepquant.evaluate.trajectory.time_confusion import confusion, watch_embedding
-from stepquant.models.denoiser import Denoiser
+from stepquant.evaluate.twins import Twins
+from stepquant.models.generate import run
 from stepquant.models.hooks import after_calls, unit_outputs
-from stepquant.models.sampling import run
+from stepquant.models.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -54,22 +55,13 @@ def spread_out(count: int, wanted: int) -> list[int]:
     return sorted({round(i * (count - 1) / (wanted - 1)) for i in range(wanted)})
 
 
-def trace(
-    float_pipeline: Any,
-    quantized_pipeline: Any,
-    seeds: Sequence[int],
-    *,
-    steps: int,
-    sampler: str | None = None,
-    prompts: Sequence[str] | None = None,
-    block_steps: int = 5,
-) -> Trace:
+def trace(twins: Twins, seeds: Sequence[int], sampling: Sampling, *, block_steps: int = 5) -> Trace:
     """Follow one batch of trajectories with both models.
 
     On the float trajectory both networks read the same x_t; on their own, each reads what it made itself.
     """
-    source, other = Denoiser.of(float_pipeline), Denoiser.of(quantized_pipeline)
-    probed = set(spread_out(steps, block_steps))
+    source, other = twins.source, twins.other
+    probed = set(spread_out(sampling.steps, block_steps))
     paths = source.units()
     rows: list[dict[str, Any]] = []
     table: dict[str, list[float | None]] = {path: [] for path in paths}
@@ -101,9 +93,9 @@ def trace(
                     table[path].append(compare(ours.get(path), theirs.get(path)))
 
         stack.enter_context(after_calls(source, follow))
-        run(float_pipeline, seeds, steps, sampler, prompts)
+        run(twins.float, seeds, sampling)
 
-    follow_own(quantized_pipeline, other, states, rows, (seeds, steps, sampler, prompts))
+    follow_own(twins, seeds, sampling, states, rows)
     kept = sorted(probed & set(range(len(rows))))
     blocks = {
         "steps": kept,
@@ -132,11 +124,11 @@ def input_rows(
 
 
 def follow_own(
-    pipeline: Any,
-    denoiser: Denoiser,
+    twins: Twins,
+    seeds: Sequence[int],
+    sampling: Sampling,
     states: Sequence[tuple[Tensor, Tensor]],
     rows: list[dict[str, Any]],
-    sampling: tuple[Any, ...],
 ) -> None:
     """Add to each row the distance between the quantized model's own trajectory and the float one."""
 
@@ -147,11 +139,11 @@ def follow_own(
         rows[call] |= {
             "own_relative": relative_error(out.to(target.device), target),
             "own_cosine": cosine(out.to(target.device), target),
-            "state_relative": relative_error(arguments[denoiser.family.x].to(x.device), x),
+            "state_relative": relative_error(arguments[twins.other.family.x].to(x.device), x),
         }
 
-    with torch.no_grad(), after_calls(denoiser, stray):
-        run(pipeline, *sampling)
+    with torch.no_grad(), after_calls(twins.other, stray):
+        run(twins.quantized, seeds, sampling)
 
 
 def compare(out: Tensor | None, target: Tensor | None) -> float | None:

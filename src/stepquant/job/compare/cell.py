@@ -22,12 +22,13 @@ from stepquant.evaluate.results import FIRST_SEED
 from stepquant.job.compare.code import code_digest
 from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sampling import scheduler_of
+from stepquant.models.generate import words_of
+from stepquant.models.sampling import Sampling, scheduler_of
 
 # Raised when the same settings come to mean another result by what no key covers: jobs, and how artifacts are stored.
 FORMAT = 1
 # Modules that make images of the float model and measure; an artifact is made by those of its method.
-SAMPLING = ("models.sampling", "calib.record")
+SAMPLING = ("models.generate", "calib.record")
 MEASURING = ("evaluate", "evaluate.cost", "evaluate.describe", "hub", "models.hooks")
 
 
@@ -55,6 +56,9 @@ class Evaluation(BaseModel):
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
             raise StepquantError(f"'{name}' of the evaluation: {first['msg']}", got=first["input"]) from error
+
+    def sampling(self, recipe: Recipe) -> Sampling:
+        return Sampling(self.steps, self.sampler, recipe.prompts or ())
 
     @property
     def batches(self) -> int:
@@ -101,6 +105,11 @@ class Cell(BaseModel):
         return f"{self.label} {self.scheme} seed {self.recipe.seed}"
 
     @property
+    def sampling(self) -> Sampling:
+        """Of the images that are measured."""
+        return self.evaluation.sampling(self.recipe)
+
+    @property
     def other_seed(self) -> int:
         return other_seed(self.recipe.seed)
 
@@ -124,7 +133,7 @@ class Origin:
         samplers = {name for cell in cells for name in (cell.recipe.sampler, cell.evaluation.sampler)}
         made = {str(name): scheduler_of(pipeline, name) for name in samplers}
         known = {name: [type(one).__name__, dict(one.config)] for name, one in made.items()}
-        prompted = all(cell.recipe.prompts for cell in cells)
+        prompted = all(words_of(pipeline, cell.sampling) for cell in cells)
         tools = {one: one.instruments(prompted=prompted) for one in {cell.evaluation for cell in cells}}
         return cls(Denoiser.of(pipeline).digest(), known, tools, pipeline)
 
@@ -154,7 +163,7 @@ class Origin:
             "steps": chosen.steps,
             "batch": chosen.batch,
             "scheduler": self.schedulers[str(chosen.sampler)],
-            "prompts": cell.recipe.prompts,
+            "prompts": words_of(self.pipeline, cell.sampling),
         }
 
 

@@ -11,14 +11,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stepquant.errors import StepquantError
-from stepquant.evaluate import benchmark, evaluate
+from stepquant.evaluate import Twins, benchmark, evaluate
 from stepquant.evaluate.metrics.measure import Batch
 from stepquant.job.compare.cell import Evaluation, other_seed
 from stepquant.job.compare.store import ARTIFACT, QUANTIZED, read_json
 from stepquant.job.pipelines import load
 from stepquant.job.recipe import Recipe
 from stepquant.job.results import describe_artifact
-from stepquant.models.sampling import prompts_of
+from stepquant.models.generate import asked_of
 from stepquant.progress import Progress
 
 BASELINE = ("fp32 eager",)
@@ -33,14 +33,15 @@ class Sets:
     other: Path
     count: int  # files in each
 
-    def batches(self, recipe: Recipe, chosen: Evaluation) -> Iterator[Batch]:
-        """With the prompts that they were made of, where there are any."""
+    def batches(self, pipeline: Any, recipe: Recipe, chosen: Evaluation) -> Iterator[Batch]:
+        """With what they were to show, where they were asked for it."""
+        sampling = chosen.sampling(recipe)
         for number in range(self.count):
             name = f"{number:05d}.safetensors"
             folders = (self.source, self.quantized, self.other)
             source, quantized, other = (read_images(folder / name) for folder in folders)
             seeds = [chosen.seeds(seed, number) for seed in (recipe.seed, other_seed(recipe.seed))]
-            ours, others = (prompts_of(some, recipe.prompts) if recipe.prompts else () for some in seeds)
+            ours, others = (asked_of(pipeline, some, sampling) for some in seeds)
             yield Batch(source, quantized, other, ours, others)
 
 
@@ -62,26 +63,25 @@ def measure_cell(
 ) -> dict[str, Any]:
     """Results as `stepquant.schema` describes them."""
     folder = artifact / ARTIFACT
-    source, quantized = load(model, recipe.device), load(folder, recipe.device)
+    twins = Twins(load(model, recipe.device), load(folder, recipe.device))
     found = evaluate(
-        source,
-        quantized,
+        twins,
+        chosen.sampling(recipe),
         images=chosen.images,
-        steps=chosen.steps,
-        sampler=chosen.sampler,
         seed=recipe.seed,
         batch=chosen.batch,
-        prompts=recipe.prompts,
         data=chosen.data,
         shown=chosen.shown,
         probed=chosen.probed,
         weights=chosen.weights,
-        stored=progress.track(sets.batches(recipe, chosen), "measuring images", sets.count),
+        stored=progress.track(sets.batches(twins.float, recipe, chosen), "measuring images", sets.count),
     )
-    found |= describe_artifact(source, quantized, folder, artifact.name) | {"making": making(artifact)}
+    found |= describe_artifact(twins, folder, artifact.name) | {"making": making(artifact)}
     if chosen.speed:
-        options: dict[str, Any] = {"seconds": chosen.speed, "prompts": recipe.prompts}
-        found["speed"] = benchmark(source, quantized, batches=(chosen.batch,), baselines=BASELINE, **options)
+        options: dict[str, Any] = {"seconds": chosen.speed, "prompts": recipe.prompts or ()}
+        found["speed"] = benchmark(
+            twins.float, twins.quantized, batches=(chosen.batch,), baselines=BASELINE, **options
+        )
     return found
 
 

@@ -34,7 +34,7 @@ from stepquant.job.pipelines import load
 from stepquant.job.recipe import Recipe
 from stepquant.job.store import weights_bytes
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.sampling import run
+from stepquant.models.generate import run
 from stepquant.progress import Progress
 from stepquant.report.images import decode, grid, write_image
 
@@ -161,7 +161,7 @@ def batch_file(folder: Path, number: int) -> Path:
 
 def make_batch(pipeline: Any, recipe: Recipe, evaluation: Evaluation, seed: int, number: int) -> Tensor:
     seeds = evaluation.seeds(seed, number)
-    return run(pipeline, seeds, evaluation.steps, evaluation.sampler, recipe.prompts)
+    return run(pipeline, seeds, evaluation.sampling(recipe))
 
 
 def keep_batch(file: Path, images: Tensor) -> None:

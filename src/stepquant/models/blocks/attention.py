@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from diffusers.models import attention_processor
 from torch import nn
 
+from stepquant.models.attention import given
+
 
 @dataclass(frozen=True)
 class AttentionUnit:
@@ -23,7 +25,7 @@ def is_default_attention(module: nn.Module | None) -> bool:
     """Attention with the default processor and nothing between its projections and its product."""
     return (
         type(module) is attention_processor.Attention
-        and (type(module.processor) is attention_processor.AttnProcessor2_0 or hasattr(module, "product"))
+        and type(given(module.processor)) is attention_processor.AttnProcessor2_0
         and module.added_kv_proj_dim is None
         and not module.fused_projections
         and all(

@@ -99,4 +99,4 @@ def time_path(model: nn.Module) -> tuple[str, str] | None:
 def text_argument(model: nn.Module) -> str | None:
     """The argument that every text block reads unchanged."""
     plain = type(model) is unet_2d_condition.UNet2DConditionModel and model.encoder_hid_proj is None
-    return "encoder_hidden_states" if plain else None
+    return family_of(model).text[0] if plain else None

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
-Guidance = Literal["none", "uncond, cond", "cond, uncond", "two calls"]
+from torch import nn
+
+Guidance = Literal["none", "uncond, cond", "cond, uncond"]
+
+
+def middle(units: Sequence[str]) -> str:
+    return units[len(units) // 2]
+
+
+def no_concats(_: nn.Module) -> dict[str, tuple[int, int]]:
+    return {}
+
+
+def children_of(*paths: str) -> Callable[[nn.Module], list[str]]:
+    """The blocks in these lists of a model, one list after the other."""
+
+    def units(model: nn.Module) -> list[str]:
+        return [f"{path}.{i}" for path in paths for i, _ in enumerate(model.get_submodule(path).children())]
+
+    return units
 
 
 @dataclass(frozen=True)
@@ -17,13 +36,17 @@ class Family:
     models: tuple[str, ...]  # diffusers class names
     x: str  # argument with the noisy input
     top: Mapping[str, str]  # path pattern -> role, for leaves that no building block owns
-    walk: Literal["unet"] | tuple[str, ...]  # reconstruction units in execution order
+    units: Callable[[nn.Module], Iterable[str]]  # reconstruction units in execution order
+    component: str = "transformer"  # what pipelines call it
     t: str = "timestep"
     text: tuple[str, ...] = ()  # arguments that only the prompt decides
     cond: tuple[str, ...] = ()  # arguments besides t that reach the modulation
     guidance: Guidance = "uncond, cond"
     shared: tuple[str, ...] = ()  # arguments without a batch axis
-    concat: Literal["", "unet"] = ""  # who owns concatenated inputs
+    deepest: Callable[[Sequence[str]], str] = (
+        middle  # of the units, the one whose input says most about a sample
+    )
+    concats: Callable[[nn.Module], Mapping[str, tuple[int, int]]] = no_concats  # as `Denoiser.concats`
 
 
 def matches(pattern: str, path: str) -> bool:

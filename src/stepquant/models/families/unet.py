@@ -7,43 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from stepquant.models.families.family import Family
+from stepquant.models.families.family import Family, middle
 
 TIME = {"time_embedding.linear_1": "time", "time_embedding.linear_2": "time"}
 CLASS = {"class_embedding.linear_1": "cond", "class_embedding.linear_2": "cond"}
 TOP = {"conv_in": "stem", "conv_out": "head", **TIME, **CLASS}
 
-FAMILIES = (
-    Family(
-        models=("UNet2DModel",),
-        x="sample",
-        top=TOP,
-        walk="unet",
-        cond=("class_labels",),
-        guidance="none",
-        concat="unet",
-    ),
-    Family(
-        models=("UNet2DConditionModel",),
-        x="sample",
-        top={
-            **TOP,
-            "add_embedding.linear_1": "cond",
-            "add_embedding.linear_2": "cond",
-            "encoder_hid_proj": "context",
-            "time_embedding.cond_proj": "time",
-        },
-        walk="unet",
-        text=("encoder_hidden_states", "encoder_attention_mask"),
-        cond=("added_cond_kwargs", "class_labels", "timestep_cond"),
-        shared=("cross_attention_kwargs",),
-        concat="unet",
-    ),
-)
-
 
 def walk(model: nn.Module) -> Iterator[str]:
-    """Paths of residual, attention and resampling units in the order in which they run."""
+    """Residual, attention and resampling units in the order in which they run."""
     for level in ("down_blocks", "mid_block", "up_blocks"):
         node = getattr(model, level, None)
         if isinstance(node, nn.ModuleList):
@@ -70,10 +42,8 @@ def walk_block(name: str, block: nn.Module) -> Iterator[str]:
 
 def deepest(units: Sequence[str]) -> str:
     """The attention of the middle block, or what stands in its place."""
-    middle = [unit for unit in units if unit.startswith("mid_block")]
-    return next(
-        (unit for unit in middle if ".attentions." in unit), (middle or list(units)[len(units) // 2 :])[0]
-    )
+    inner = [unit for unit in units if unit.startswith("mid_block")]
+    return next((unit for unit in inner if ".attentions." in unit), inner[0] if inner else middle(units))
 
 
 def concats(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -92,3 +62,36 @@ def concats(model: nn.Module) -> dict[str, tuple[int, int]]:
                     found[f"{unit}.{child}"] = (hidden, width - hidden)
         hidden = block.conv2.out_channels
     return found
+
+
+FAMILIES = (
+    Family(
+        models=("UNet2DModel",),
+        x="sample",
+        top=TOP,
+        units=walk,
+        component="unet",
+        cond=("class_labels",),
+        guidance="none",
+        deepest=deepest,
+        concats=concats,
+    ),
+    Family(
+        models=("UNet2DConditionModel",),
+        x="sample",
+        top={
+            **TOP,
+            "add_embedding.linear_1": "cond",
+            "add_embedding.linear_2": "cond",
+            "encoder_hid_proj": "context",
+            "time_embedding.cond_proj": "time",
+        },
+        units=walk,
+        component="unet",
+        text=("encoder_hidden_states", "encoder_attention_mask"),
+        cond=("added_cond_kwargs", "class_labels", "timestep_cond"),
+        shared=("cross_attention_kwargs",),
+        deepest=deepest,
+        concats=concats,
+    ),
+)

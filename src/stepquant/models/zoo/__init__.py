@@ -26,3 +26,9 @@ def path(name: str) -> Path:
     if name not in names():
         raise UnknownNameError("embedded model", name, names())
     return HERE / name.removeprefix(PREFIX).replace("-", "_")
+
+
+def prompts(name: str) -> tuple[str, ...]:
+    """What an embedded model is asked where nobody says; nothing for those that take no text."""
+    file = path(name) / "prompts.txt"
+    return tuple(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else ()

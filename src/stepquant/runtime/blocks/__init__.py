@@ -1,1 +1,1 @@
-"""Blocks run as one: the twins of those in `models/blocks`, a file each."""
+"""Fused forwards for building blocks of diffusers; each file is the twin of one in `models/blocks`."""

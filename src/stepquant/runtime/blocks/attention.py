@@ -1,4 +1,4 @@
-"""Attention run as one: what several projections read is quantized once, and they multiply as one."""
+"""Fused attention: the input of query, key and value is quantized once, and the three projections are one GEMM."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stepquant.runtime.ops.code import Code
 
 
 class Readers:
-    """Linears that read one tensor: one product of all their widths, if they agree on the codes of it."""
+    """Linears that read the same tensor, run as one GEMM with their outputs side by side if they read the same codes."""
 
     def __init__(self, *layers: Any) -> None:
         self.layers = layers

@@ -1,7 +1,7 @@
-"""Chains of a U-Net run as one: codes are made where the numbers are made, and only where an integer layer reads them.
+"""Chains: fused forwards of blocks, in which a norm or activation writes the codes that the next integer layer reads.
 
 Each class here takes the place of the `forward` of one block, on the instance; the block keeps its class, its
-children and the names of its tensors. Whatever a chain cannot take goes the way of the block's own class.
+children and the names of its tensors. For arguments that it cannot take, it calls the forward of the block's own class.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Chain(ABC):
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def state(self) -> list[Any]:
-        """What the way it goes depends on besides its arguments; the very same things mean the same way."""
+        """What decides, besides the arguments, between fused and unfused; compared by identity before a recorded call is replayed."""
         return []
 
     @abstractmethod
@@ -75,7 +75,7 @@ class NormThen:
 
 def kernel_of(layer: Any) -> Any:
     """The integer kernel of a layer, or None if it computes in float."""
-    return layer.prepared().kernel if isinstance(layer, IntegerLayer) else None
+    return layer.kernel if isinstance(layer, IntegerLayer) else None
 
 
 def codes_for(layer: Any, x: Tensor) -> Tensor:

@@ -75,8 +75,7 @@ def install_times(model: nn.Module, chains: Structure) -> TimeRows | None:
     tensors = getattr(model, "steps", None)
     if isinstance(tensors, StepTensors) and tensors.spec.table:
         widths = [unit.width for unit in chains.residuals if unit.timed]
-        columns = tensors.table.split(widths, 1)  # type: ignore[operator]
-        times: TimeRows = TimeTable(projection, embedding, blocks, tensors.times(), columns)
+        times: TimeRows = TimeTable(projection, embedding, blocks, tensors, widths)
     else:
         times = TimeRows(projection, embedding, blocks)
     for index, layer in enumerate(blocks):

@@ -1,4 +1,4 @@
-"""Down- and upsampling run on bytes."""
+"""Down- and upsampling of codes instead of floats."""
 
 from __future__ import annotations
 

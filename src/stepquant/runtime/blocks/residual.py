@@ -1,4 +1,4 @@
-"""Residual blocks run as one."""
+"""Fused residual blocks: norm, activation and quantizing in one pass, the residual added in the epilogue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules whose own calls a chain leaves out, and those who wait for such calls."""
+"""Modules inside a fused block whose own forward is skipped, and how to tell that somebody hooked into one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Swallowed:
         self.forwards = [module.__dict__.get("forward") for module in self.modules]
 
     def awaited(self) -> bool:
-        """Whether somebody's code runs when one of them is called, so that they must be."""
+        """Whether a hook or a foreign forward hangs on one of them, so that they have to be called themselves."""
         return any(map(is_awaited, self.modules, self.forwards))
 
     def __enter__(self) -> None:

@@ -1,4 +1,4 @@
-"""The norm and the activation before the head."""
+"""The last norm and activation fused: they write the codes that the output convolution reads."""
 
 from __future__ import annotations
 

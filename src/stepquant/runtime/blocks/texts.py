@@ -1,4 +1,4 @@
-"""Keys and values of a text: the same at every step of a generation, so they are made once for each text."""
+"""Keys and values of cross-attention: the same at every step of a generation, so they are computed once for each text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stepquant.runtime import ops
 from stepquant.runtime.blocks.attention import Readers
 from stepquant.runtime.layers.layer import IntegerLayer
-from stepquant.runtime.layers.stored import versions_of
+from stepquant.runtime.layers.stored import Versions
 
 KEPT_TEXTS = 2  # one with a prompt and one without may take turns
 
@@ -30,7 +30,7 @@ class Texts:
         self.readers = readers
         self.keeps = not any(getattr(layer, "stepped", False) for one in readers for layer in one.layers)
         self.kept: list[Kept] = []
-        self.rest_on: list[Any] = []  # what the layers had forgotten when the texts were kept
+        self.made_by: list[Any] = []  # what the layers had prepared when the texts were kept
 
     def of(self, text: Any, unchanged: bool = False) -> tuple[tuple[Tensor, ...], ...] | None:
         """Keys and values for each attention; None if they cannot be kept for another call.
@@ -53,10 +53,10 @@ class Texts:
     def renew(self) -> None:
         """Drop all texts if a layer is another one by now."""
         layers = [layer for one in self.readers for layer in one.layers]
-        rest_on = [forgotten_by(layer) for layer in layers]
-        if rest_on != self.rest_on:
+        made_by = [prepared(layer) for layer in layers]
+        if made_by != self.made_by:
             self.kept.clear()
-            self.rest_on = rest_on
+            self.made_by = made_by
 
     def pair(self, index: int, text: Tensor) -> Sequence[Tensor]:
         pairs = self.of(text)
@@ -66,10 +66,9 @@ class Texts:
         return self.__dict__ | {"kept": []}
 
 
-def forgotten_by(layer: nn.Module) -> int | list[int]:
-    if isinstance(layer, IntegerLayer):
-        return layer.prepared().forgotten
-    return versions_of(layer.parameters())
+def prepared(layer: nn.Module) -> object:
+    """What is equal only while the layer computes the same."""
+    return layer.prepared() if isinstance(layer, IntegerLayer) else Versions.of(layer.parameters())
 
 
 def keepable(text: Tensor) -> bool:

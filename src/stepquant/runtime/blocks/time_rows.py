@@ -1,4 +1,4 @@
-"""Rows that depend on t alone, computed once for each t: the time embedding and what every block makes of it."""
+"""A cache of what depends on t alone: the time embedding, and the row that each residual block projects it to."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepquant.core.steps import StepTable
 from stepquant.runtime.blocks.swallowed import Swallowed
 from stepquant.runtime.layers.layer import IntegerLayer
-from stepquant.runtime.layers.stored import versions_of
+from stepquant.runtime.layers.stored import Versions
+from stepquant.runtime.steps import StepTensors
 
 KEPT_TIMES = 1024
 
@@ -49,10 +49,9 @@ class TimeRows:
             for layer in module.modules()
             if isinstance(layer, IntegerLayer)
         ]
-        self.floats = [value for module in (embedding, *blocks) for value in module.parameters()]
         self.swallowed = Swallowed(*embedding.children(), *blocks)
         self.rows: OrderedDict[tuple[Any, ...], Row] = OrderedDict()
-        self.rest_on: list[int] = []  # what the rows were made by: versions of layers and of floats
+        self.made_by: list[object] = []  # what the layers had prepared when the rows were made
         self.current: Current | None = None
 
     def project(self, timesteps: Tensor) -> Tensor:
@@ -97,11 +96,16 @@ class TimeRows:
         return row
 
     def renew(self) -> None:
-        """Drop all rows if a layer or number that they were made by is another one by now."""
-        rest_on = [layer.prepared().forgotten for layer in self.layers] + versions_of(self.floats)
-        if rest_on != self.rest_on:
+        """Drop all rows if something that they were made by is another thing by now."""
+        made_by = self.makers()
+        if made_by != self.made_by:
             self.rows.clear()
-            self.rest_on = rest_on
+            self.made_by = made_by
+
+    def makers(self) -> list[object]:
+        """What the rows follow from: equal only while it is the same."""
+        floats = (value for module in (self.embedding, *self.blocks) for value in module.parameters())
+        return [Versions.of(floats), *(layer.prepared() for layer in self.layers)]
 
     def make_row(self, t: Tensor) -> Row:
         with torch.inference_mode(False), torch.no_grad():
@@ -133,20 +137,25 @@ class TimeTable(TimeRows):
         projection: nn.Module,
         embedding: nn.Module,
         blocks: Sequence[nn.Module],
-        times: StepTable,
-        columns: Sequence[Tensor],
+        tensors: StepTensors,
+        widths: Sequence[int],
     ) -> None:
         super().__init__(projection, embedding, blocks)
-        self.times, self.columns = times, columns
+        self.tensors, self.widths = tensors, list(widths)  # of the columns that each block reads
+
+    def makers(self) -> list[object]:
+        return [self.tensors.prepared()]
 
     def make_row(self, t: Tensor) -> Row:
         return Row(*self.looked_up(t))
 
     def looked_up(self, t: Tensor) -> Current:
         """The rows of every t; the time projection passes t on, because nothing reads more of it."""
-        places = self.times.places(t)
-        marks = t.to(self.columns[0].dtype).reshape(-1, 1)
-        return Current(marks, marks.clone(), tuple(column[places] for column in self.columns))
+        stored = self.tensors.prepared()
+        assert stored.table is not None, "only a table makes these rows"
+        places, columns = stored.times.places(t), stored.table.split(self.widths, 1)
+        marks = t.to(stored.table.dtype).reshape(-1, 1)
+        return Current(marks, marks.clone(), tuple(column[places] for column in columns))
 
     def project(self, timesteps: Tensor) -> Tensor:
         if self.row_of(timesteps) is not None:

@@ -1,4 +1,4 @@
-"""Transformer blocks over an image and a text run as one: every norm and activation writes what the next layer reads."""
+"""Fused transformer blocks with self- and cross-attention: each norm and activation writes the codes of the next layer."""
 
 from __future__ import annotations
 

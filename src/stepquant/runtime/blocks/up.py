@@ -1,4 +1,4 @@
-"""Up blocks without a concatenation of floats."""
+"""Up blocks whose skip connections are concatenated as codes, not as floats."""
 
 from __future__ import annotations
 

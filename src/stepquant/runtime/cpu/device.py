@@ -21,7 +21,7 @@ def why_no_linear(_: torch.device) -> str | None:
 def why_no_attention(_: torch.device) -> str | None:
     if ops.compiled():
         return None
-    return "the compiled attention kernel is missing: whole numbers multiplied in float32"
+    return "the compiled attention kernel is missing: the codes are multiplied in float32"
 
 
 OPERATIONS = tuple(name for kind in (ConvKernel, LinearKernel) for name in (kind.own_name, kind.name))

@@ -1,4 +1,4 @@
-"""A stretch of torch operations written down, to be run again on other tensors of the same shapes."""
+"""Recording the torch operations of a call, to run them again on other tensors of the same shapes."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from stepquant.models.attention import KeepProduct
 from stepquant.models.families.registry import family_of
 from stepquant.runtime import ops
 from stepquant.runtime.blocks.chain import Chain, chains
@@ -27,8 +28,7 @@ from stepquant.runtime.blocks.texts import Texts
 from stepquant.runtime.blocks.time_rows import Row, TimeRows
 from stepquant.runtime.cpu.recording import Recording, UnrecordableError
 from stepquant.runtime.finite import NotFinite
-from stepquant.runtime.layers.layer import IntegerLayer
-from stepquant.runtime.layers.stored import OFFLOADED
+from stepquant.runtime.layers.stored import OFFLOADED, Stored
 from stepquant.runtime.turns import Turns
 
 KEPT_KINDS = 64
@@ -47,6 +47,8 @@ class Replay:
         self.family = family_of(model)
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.turns, self.not_finite = Turns(), NotFinite()
+        setters = [module.__dict__.get("set_processor") for module in model.modules()]
+        self.keeps = [setter for setter in setters if isinstance(setter, KeepProduct)]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -54,6 +56,8 @@ class Replay:
         arguments = dict(zip(self.names, args)) | kwargs
         wrapped = arguments.pop("return_dict", True)
         with self.turns:
+            for keep in self.keeps:
+                keep.catch_up()
             prediction = None if wrapped and self.output is None else self.predict(arguments)
             if prediction is None:
                 made = self.own_forward(*args, **kwargs)
@@ -156,22 +160,19 @@ class Watch:
     attributes: list[dict[str, Any]]
     tensors: list[ValuesView[Any]]  # parameters and buffers of the modules that have any
     bound: list[dict[str, Any]]  # of the modules with a forward of their own
-    layers: list[dict[str, Any]]  # attributes of the layers with one range
-    stepped_layers: list[dict[str, Any]]  # whose kernel is another one at every step, with the same weight
+    stored: list[dict[str, Any]]  # attributes of the modules that derive something from their buffers
     states: list[Callable[[], list[Any]]]
     stepped: list[Any]  # modules with ranges for every step; all read the same row
 
     @classmethod
     def of(cls, model: nn.Module) -> Watch:
         modules = list(model.modules())
-        layers = [module for module in modules if isinstance(module, IntegerLayer)]
         return cls(
             [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)],
             [module.__dict__ for module in modules],
             [found.values() for m in modules for found in (m._parameters, m._buffers) if found],
             [module.__dict__ for module in modules if "forward" in module.__dict__],
-            [layer.__dict__ for layer in layers if not getattr(layer, "stepped", False)],
-            [layer.__dict__ for layer in layers if getattr(layer, "stepped", False)],
+            [module.__dict__ for module in modules if isinstance(module, Stored)],
             [one.state for one in chains(model) if type(one).state is not Chain.state],
             [module for module in modules if getattr(module, "stepped", False)],
         )
@@ -183,8 +184,8 @@ class State:
     def __init__(self, watch: Watch) -> None:
         self.places, self.parts = count(watch), parts(watch)
         self.tensors = list(chain.from_iterable(watch.tensors))
-        held = [tensor for tensor in self.tensors if tensor is not None]
-        self.versions = torch.classes.stepquant.Versions(held)
+        present = [tensor for tensor in self.tensors if tensor is not None]
+        self.versions = torch.classes.stepquant.Versions(present)
 
     def still(self, watch: Watch) -> bool:
         return count(watch) == self.places and parts(watch) == self.parts and self.same_numbers(watch)
@@ -203,8 +204,7 @@ def offloads(watch: Watch) -> bool:
 def parts(watch: Watch) -> list[Any]:
     """Things that are equal only if they are the same."""
     found = [attributes.get("forward") for attributes in watch.bound]
-    found += [part for layer in watch.layers for part in (layer["kernel"], layer["forgotten"])]
-    found += [layer["kernel"] and layer["kernel"].weight for layer in watch.stepped_layers]
+    found += [attributes["ready"] for attributes in watch.stored]
     for state in watch.states:
         found += state()
     return found

@@ -1,8 +1,9 @@
-"""The attention product in integers, with the ranges of its four operands as buffers."""
+"""softmax(Q K^T) V with both products in integers; the ranges of the four operands are buffers."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,60 +11,67 @@ from torch import Tensor
 from stepquant.artifact import ProductSpec
 from stepquant.runtime import ops
 from stepquant.runtime.device import device_for
-from stepquant.runtime.layers.stored import Stored, forget_loaded
+from stepquant.runtime.layers.stored import Prepared, Stored, Versions
 from stepquant.runtime.ops.code import Code
 
 PORTS = ("query", "key", "value", "probabilities")
 
 
-class IntegerProduct(Stored):
-    """softmax(Q K^T) V over (batch, heads, tokens, width); `reason` says why it does not multiply integers."""
+@dataclass(frozen=True, eq=False)
+class PreparedProduct(Prepared):
+    """How a product computes: the codes of the four operands for each row of their ranges."""
+
+    reason: str | None  # why it does not multiply integers
+    codes: tuple[tuple[Code, ...], ...]
+
+
+class IntegerProduct(Stored[PreparedProduct]):
+    """softmax(Q K^T) V over (batch, heads, tokens, width)."""
 
     def __init__(self, spec: ProductSpec, device: torch.device, groups: int = 1) -> None:
         super().__init__()
         self.spec = spec
         self.row = 0  # of the ranges, where there is one for every step
-        self.reason: str | None = "not prepared"
-        self.codes: tuple[Code, ...] = ()
         for port in PORTS:
             count = groups if getattr(spec, port).granularity == "step" else 1
             self.register_buffer(f"{port}_scale", torch.ones(count, device=device))
             self.register_buffer(f"{port}_zero_point", torch.zeros(count, dtype=torch.int32, device=device))
         if spec.shifted:
             self.register_buffer("probabilities_shift", torch.zeros(1, device=device))
-        self.register_load_state_dict_post_hook(forget_loaded)
 
-    def forget(self) -> None:
-        self.codes = ()
+    def prepare(self, versions: Versions) -> PreparedProduct:
+        ports = [self.codes_of(port) for port in PORTS]
+        rows = max(map(len, ports))
+        codes = tuple(zip(*(port if len(port) == rows else port * rows for port in ports)))
+        return PreparedProduct(versions, self.why_float(codes), codes)
 
-    def prepared(self) -> IntegerProduct:
-        if self.codes and self.edited():
-            self.codes = ()
-        if not self.codes:
-            self.remember()
-            self.codes = tuple(self.code(port) for port in PORTS)
-            self.reason = self.why_float()
-        return self
-
-    def code(self, port: str) -> Code:
-        """Where an operand lands in a byte. The only reader of the ranges."""
-        scale, zero_point = (
-            getattr(self, f"{port}_{name}")[self.row].item() for name in ("scale", "zero_point")
+    def codes_of(self, port: str) -> tuple[Code, ...]:
+        """Where an operand lands in a byte, for each row of the ranges. The only reader of these."""
+        scales, zero_points = (
+            self.get_buffer(f"{port}_{name}").cpu().tolist() for name in ("scale", "zero_point")
         )
-        return Code.of_grid(getattr(self.spec, port), scale, zero_point)
+        return tuple(Code.of_grid(getattr(self.spec, port), *found) for found in zip(scales, zero_points))
+
+    @property
+    def codes(self) -> tuple[Code, ...]:
+        return self.prepared().codes[self.row]
+
+    @property
+    def reason(self) -> str | None:
+        """Why this product does not multiply integers; None if it does."""
+        return "not prepared" if self.ready is None else self.ready.reason
 
     @property
     def stepped(self) -> bool:
-        """Whether the operands have a range for every step."""
-        return self.spec.query.granularity == "step"
+        """Whether some operand has a range for every step."""
+        return any(getattr(self.spec, port).granularity == "step" for port in PORTS)
 
     def select(self, row: int) -> None:
         """Read this row of the ranges from now on."""
-        if row != self.row:
-            self.row, self.codes = row, ()
+        self.row = row
 
-    def why_float(self) -> str | None:
-        if self.codes[3].zero_point != 0:
+    def why_float(self, codes: tuple[tuple[Code, ...], ...]) -> str | None:
+        if any(row[3].zero_point != 0 for row in codes):
             return "probabilities with a zero point have no integer kernel"
         device = self.get_buffer("query_scale").device
         return device_for(device).why_no_attention(device)
@@ -73,38 +81,41 @@ class IntegerProduct(Stored):
     ) -> str | None:
         """Why these operands are not multiplied as integers; None if they are."""
         if self.reason is None and mask is not None:
-            return "no integer kernel takes a mask: whole numbers multiplied in float32"
+            return "no integer kernel takes a mask: the codes are multiplied in float32"
         return self.reason
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
-        self.prepared()
+        codes = self.codes
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         if self.why_not(q, k, v, mask) is None:
-            return self.shifted(ops.attention(q, k, v, scale, *self.codes), v)
-        return self.shifted(self.whole_numbers(q, k, v, mask, scale), v)
+            return self.shifted(ops.attention(q, k, v, scale, *codes), v, codes)
+        return self.shifted(product_in_float32(q, k, v, mask, scale, codes), v, codes)
 
-    def shifted(self, out: Tensor, v: Tensor) -> Tensor:
-        """A constant that is added to every probability adds that much of the sum of all values."""
+    def shifted(self, out: Tensor, v: Tensor, codes: tuple[Code, ...]) -> Tensor:
+        """Add what a constant that is added to every probability contributes: as much of the sum of all values."""
         if not self.spec.shifted:
             return out
-        value = self.codes[2]
+        value = codes[2]
         total = centred(v, value).sum(-2, keepdim=True) * (
             value.scale * self.get_buffer("probabilities_shift")
         )
         return out + total.to(out.dtype)
 
-    def whole_numbers(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        """The same product on whole numbers in float32, which holds the sums of up to 1,000 widths exactly."""
-        query, key, value, probabilities = self.codes
-        left, right, values = (centred(x, code) for x, code in zip((q, k, v), self.codes))
-        scores = left @ right.transpose(-1, -2)
-        scores = (scores - scores.amax(-1, keepdim=True)) * (query.scale * key.scale * scale)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        out = centred(scores.softmax(-1), probabilities) @ values * (probabilities.scale * value.scale)
-        return out.to(q.dtype)
+
+def product_in_float32(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, codes: tuple[Code, ...]
+) -> Tensor:
+    """The same product of the same codes, as float32 numbers: their sums are exact for heads of up to 1,000 channels."""
+    query, key, value, probabilities = codes
+    left, right, values = (centred(x, code) for x, code in zip((q, k, v), codes))
+    scores = left @ right.transpose(-1, -2)
+    scores = (scores - scores.amax(-1, keepdim=True)) * (query.scale * key.scale * scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    out = centred(scores.softmax(-1), probabilities) @ values * (probabilities.scale * value.scale)
+    return out.to(q.dtype)
 
 
 def centred(x: Tensor, code: Code) -> Tensor:

@@ -43,8 +43,7 @@ class IntegerConv2d(IntegerLayer):
         return Geometry(plane(self.stride, 1), plane(padding, 0), plane(self.dilation, 1), self.groups)
 
     def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, *walk: Any) -> Tensor:
-        kernel = self.kernel or self.prepared().kernel
-        assert kernel is not None, self.reason
+        kernel = self.kernel_for_codes()
         return kernel(codes, dtype, into, *(walk if self.even else ((*self.sides, 0, 0)[:4],)))
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Any
+from abc import abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,28 @@ from stepquant.core.affine import dequantize, to_groups
 from stepquant.core.pack import packed_bytes, unpack
 from stepquant.runtime import ops
 from stepquant.runtime.kernel import Geometry, Kernel
-from stepquant.runtime.layers.stored import Stored, forget_loaded, not_needed_soon
+from stepquant.runtime.layers.stored import Prepared, Stored, Versions, not_needed_soon
 from stepquant.runtime.ops.code import Code
 
 WEIGHT_ONLY = "weight-only: dequantized at every call, which saves memory and not time"
-HELD = "weight-only: dequantized once, because it is small and often read"
+DEQUANTIZED_ONCE = "weight-only: dequantized once, because it is small and often read"
 
 
-class IntegerLayer(Stored, ABC):
+@dataclass(frozen=True, eq=False)
+class PreparedLayer(Prepared):
+    """How a layer computes; there are as many codes as rows of input ranges, and as many kernels or none."""
+
+    reason: str | None  # why it does not multiply integers
+    codes: tuple[Code, ...]
+    kernels: tuple[Kernel, ...]
+    weights: dict[torch.dtype, Tensor]  # dequantized, by the dtype of the first input that needed it
+
+
+class IntegerLayer(Stored[PreparedLayer]):
     """The buffers of one quantized layer and the choice of how to compute with them.
 
-    `emit` is the dtype of the output; None means that of the input. `reason` says why the layer does not multiply
-    integers, or is None. An input of unsigned bytes is taken for codes that some earlier operation has made.
+    `emit` is the dtype of the output; None means that of the input. An input of unsigned bytes is taken for codes
+    that some earlier operation has made.
     """
 
     weight: Tensor
@@ -39,16 +49,9 @@ class IntegerLayer(Stored, ABC):
         weight: Tensor = layer.weight  # type: ignore[assignment]
         self.spec, self.weight_shape = spec, torch.Size(weight.shape)
         self.row = 0  # of the input's ranges, where there is one for every step
-        self.kernels: dict[int, Kernel] = {}
-        self.codes: dict[int, Code] = {}
         self.emit: torch.dtype | None = None
-        self.reason: str | None = "not prepared"
-        self.kernel: Kernel | None = None
-        self.ready = False
-        self.faster: str | None = None  # why it stays float, where its integers would be slower
-        self.forgotten = 0  # how often what follows from the buffers was dropped
-        self.holds = False  # keep the dequantized weight of a weight-only layer
-        self.held: dict[torch.dtype, Tensor] = {}
+        self.float_because: str | None = None  # why it computes in float although it could multiply integers
+        self.keeps_weight = False  # once dequantized, where only the weight is quantized
         rows = to_groups(torch.empty(weight.shape, device="meta"), spec.weight).shape[0]
         size = packed_bytes(weight.numel(), spec.weight.bits)
         device = weight.device
@@ -63,16 +66,22 @@ class IntegerLayer(Stored, ABC):
             count = groups if spec.input.granularity == "step" else 1
             self.register_buffer("input_scale", torch.ones(count, device=device))
             self.register_buffer("input_zero_point", torch.zeros(count, dtype=torch.int32, device=device))
-        self.register_load_state_dict_post_hook(forget_loaded)
 
     @property
     def code(self) -> Code:
-        """Where an input number lands in a byte. The only reader of the input's range."""
-        assert self.spec.input is not None, "a weight-only layer has no input code"
-        if self.row not in self.codes:
-            scale, zero_point = self.input_scale[self.row].item(), self.input_zero_point[self.row].item()
-            self.codes[self.row] = Code.of_grid(self.spec.input, scale, int(zero_point))
-        return self.codes[self.row]
+        """Where an input number lands in a byte."""
+        return self.prepared().codes[self.row]
+
+    @property
+    def kernel(self) -> Kernel | None:
+        """What multiplies codes, with the present row of ranges; None if this layer computes in float."""
+        kernels = self.prepared().kernels
+        return kernels[self.row] if kernels else None
+
+    @property
+    def reason(self) -> str | None:
+        """Why this layer does not multiply integers; None if it does."""
+        return "not prepared" if self.ready is None else self.ready.reason
 
     @property
     def stepped(self) -> bool:
@@ -81,13 +90,7 @@ class IntegerLayer(Stored, ABC):
 
     def select(self, row: int) -> None:
         """Read this row of the ranges from now on; all rows share one packed weight."""
-        if row == self.row:
-            return
-        if self.kernel is not None:
-            self.kernels[self.row] = self.kernel
         self.row = row
-        if self.kernel is not None:
-            self.kernel = self.kernels.get(row) or self.kernel.with_code(self.code)
 
     @property
     def integer(self) -> bool:
@@ -114,34 +117,30 @@ class IntegerLayer(Stored, ABC):
         values = dequantize(integers.float(), self.weight_scale[:, None], zero_point)
         return values.reshape(self.weight_shape).to(dtype)
 
-    def forget(self) -> None:
-        """Drop what was derived from the buffers; the next call derives it again."""
-        self.kernel, self.ready = None, False
-        self.forgotten += 1
-        for derived in (self.held, self.kernels, self.codes):
-            derived.clear()
+    def prepare(self, versions: Versions) -> PreparedLayer:
+        reason, codes = self.why_float(), self.input_codes()
+        kernels = () if reason else self.make_kernel(codes[0]).with_codes(codes)
+        return PreparedLayer(versions, reason, codes, kernels, {})
 
-    def prepared(self) -> IntegerLayer:
-        if self.ready and self.edited():
-            self.forget()
-        if not self.ready:
-            self.remember()
-            self.reason = self.why_float()
-            self.kernel = self.make_kernel() if self.reason is None else None
-            self.ready = True
-        return self
+    def input_codes(self) -> tuple[Code, ...]:
+        """One for each row of the input's ranges. The only reader of these."""
+        grid = self.spec.input
+        if grid is None:
+            return ()
+        ranges = zip(self.input_scale.cpu().tolist(), self.input_zero_point.cpu().tolist())
+        return tuple(Code.of_grid(grid, scale, zero_point) for scale, zero_point in ranges)
 
     def stay_float(self, why: str | None) -> None:
         """Compute in float from now on, with an input that is not quantized; None: in integers again."""
-        if why != self.faster:
-            self.faster = why
+        if why != self.float_because:
+            self.float_because = why
             self.forget()
 
     def why_float(self) -> str | None:
-        if self.faster:
-            return self.faster
+        if self.float_because:
+            return self.float_because
         if self.spec.input is None:
-            return HELD if self.holds else WEIGHT_ONLY
+            return DEQUANTIZED_ONCE if self.keeps_weight else WEIGHT_ONLY
         if self.spec.input.granularity not in ("tensor", "step"):
             return f"no integer kernel for inputs on {self.spec.input}"
         if self.spec.weight.granularity == "group":
@@ -158,9 +157,9 @@ class IntegerLayer(Stored, ABC):
         centred = integers - zero_point
         return bool(centred.min() >= -128 and centred.max() <= 127)
 
-    def make_kernel(self) -> Kernel:
+    def make_kernel(self, code: Code) -> Kernel:
         scales = self.weight_scale.expand(self.weight_shape[0]).contiguous()
-        return self.kernel_type()(self.kernel_weight, scales, self.bias, self.code, self.geometry())
+        return self.kernel_type()(self.kernel_weight, scales, self.bias, code, self.geometry())
 
     def kernel_weight(self) -> Tensor:
         """The signed bytes in the shape that the kernel takes, which keeps them in its own order."""
@@ -172,18 +171,24 @@ class IntegerLayer(Stored, ABC):
         return Geometry()
 
     def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
-        self.prepared()
+        kernel = self.kernel
         if x.dtype == torch.uint8:
             return self.from_codes(x, self.emit or torch.float32)
         dtype = self.emit or x.dtype
-        if self.kernel is None:
+        if kernel is None:
             return self.float_forward(x, dtype)
-        return self.from_codes(ops.quantize(x, self.kernel.code), dtype)
+        return self.from_codes(ops.quantize(x, kernel.code), dtype)
+
+    def kernel_for_codes(self) -> Kernel:
+        """The kernel whose code whoever made the codes was told; buffers are not looked at again in between."""
+        ready = self.ready or self.prepared()
+        assert ready.kernels, ready.reason
+        return ready.kernels[self.row]
 
     def float_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The same numbers without an integer kernel; the codes of the input are whole numbers, exact in bfloat16."""
+        """The same numbers without an integer kernel; the codes of the input are small integers, exact in bfloat16."""
         weight, bias = self.float_weight(x.dtype), self.bias
-        if self.spec.input is None or self.faster:
+        if self.spec.input is None or self.float_because:
             return self.multiply(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
         code = self.code
         centred = (ops.quantize(x, code).to(torch.int16) - code.zero_point).to(x.dtype)
@@ -191,11 +196,12 @@ class IntegerLayer(Stored, ABC):
         return (out if bias is None else out + bias.reshape(self.bias_shape(out))).to(dtype)
 
     def float_weight(self, dtype: torch.dtype) -> Tensor:
-        if not self.holds and not self.faster:
+        if not self.keeps_weight and not self.float_because:
             return self.dequantized(dtype)
-        if dtype not in self.held:
-            self.held[dtype] = self.dequantized(dtype)
-        return self.held[dtype]
+        weights = self.prepared().weights
+        if dtype not in weights:
+            weights[dtype] = self.dequantized(dtype)
+        return weights[dtype]
 
     def bias_shape(self, out: Tensor) -> list[int]:
         shape = [1] * out.dim()
@@ -216,15 +222,6 @@ class IntegerLayer(Stored, ABC):
 
     @abstractmethod
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
-
-    def _apply(self, fn: Any, recurse: bool = True) -> IntegerLayer:
-        super()._apply(fn, recurse)
-        self.forget()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Packed weights are opaque to copy and pickle, and are derived again when needed.
-        return self.__dict__ | {"kernel": None, "ready": False, "held": {}, "kernels": {}, "codes": {}}
 
     def extra_repr(self) -> str:
         inputs = f", input {self.spec.input}" if self.spec.input else ""

@@ -26,8 +26,7 @@ class IntegerLinear(IntegerLayer):
         return device_for(self.weight.device).why_no_linear(self.weight.device)
 
     def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        kernel = self.kernel or self.prepared().kernel
-        assert kernel is not None, self.reason
+        kernel = self.kernel_for_codes()
         if codes.dim() == 2:
             return kernel(codes, dtype, into)
         flat = None if into is None else into.reshape(-1, self.out_features)

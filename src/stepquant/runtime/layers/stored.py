@@ -1,13 +1,15 @@
-"""Modules whose tensors stand for bytes on disk."""
+"""Modules whose buffers are tensors of the artifact, and what is derived from them once and kept."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from operator import is_
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +19,72 @@ OFFLOADED = "_hf_hook"  # accelerate's hook, which brings a module's tensors for
 PAGE_OUT = 21  # Linux since 5.4; Python has no name for it
 
 
-class Stored(nn.Module):
+@dataclass(frozen=True, eq=False)
+class Versions:
+    """Tensors, and how often each of them had been written to. Equal: the same tensors, with the same numbers."""
+
+    tensors: tuple[Tensor, ...] = ()
+    counts: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor | None]) -> Versions:
+        present = tuple(tensor for tensor in tensors if tensor is not None)
+        return cls(present, tuple(map(count_of, present)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Versions):
+            return NotImplemented
+        return self.counts == other.counts and all(map(is_, self.tensors, other.tensors))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def count_of(tensor: Tensor) -> int:
+    """How often it was written to; tensors of inference mode do not count that."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a module derives from its buffers: made whole and replaced whole.
+
+    Another value means that something changed, so whoever keeps what follows from one compares by identity.
+    """
+
+    versions: Versions  # of the buffers
+
+
+P = TypeVar("P", bound=Prepared)
+
+
+class Stored(nn.Module, ABC, Generic[P]):
     """Buffers that move with the model, and keep the dtypes they have on disk when it is cast."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.read: list[Tensor] = []  # the buffers that something was derived from
-        self.versions: list[int] = []
+        self.ready: P | None = None
+        self.register_load_state_dict_post_hook(forget_loaded)
 
-    def remember(self) -> None:
-        """From now on tell whether the buffers are still what they are now."""
-        self.read = [buffer for buffer in self._buffers.values() if buffer is not None]
-        self.versions = versions_of(self.read)
+    def prepared(self) -> P:
+        """What follows from the buffers as they are now."""
+        ready = self.ready
+        if ready is None or self.edited(ready.versions):
+            ready = self.ready = self.prepare(Versions.of(self._buffers.values()))
+        return ready
 
-    def edited(self) -> bool:
+    @abstractmethod
+    def prepare(self, versions: Versions) -> P:
+        """Derive everything from the buffers."""
+
+    def edited(self, versions: Versions) -> bool:
         """Whether a buffer was written to or replaced since; who offloads replaces them by the same numbers."""
         if torch.compiler.is_compiling() or OFFLOADED in self.__dict__:
             return False
-        now = [buffer for buffer in self._buffers.values() if buffer is not None]
-        same = len(now) == len(self.read) and all(map(is_, now, self.read))
-        return not same or versions_of(now) != self.versions
+        return Versions.of(self._buffers.values()) != versions
+
+    def forget(self) -> None:
+        """Derive everything anew at the next need."""
+        self.ready = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         former = dict(self._buffers)
@@ -45,12 +93,12 @@ class Stored(nn.Module):
             now = self._buffers[name]
             if value is not None and now is not None and now.dtype != value.dtype:
                 self._buffers[name] = value.to(now.device)
+        self.forget()
         return self
 
-
-def versions_of(tensors: Iterable[Tensor]) -> list[int]:
-    """How often each was written to; tensors of inference mode do not count that."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    def __getstate__(self) -> dict[str, Any]:
+        # Packed weights are opaque to copy and pickle, and are derived again when needed.
+        return self.__dict__ | {"ready": None}
 
 
 def forget_loaded(module: nn.Module, _keys: object) -> None:

@@ -1,4 +1,4 @@
-"""Bytes that stand for numbers."""
+"""Codes: unsigned bytes that stand for numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stepquant.core.grid import Grid
 class Code(NamedTuple):
     """Where a number lands in a byte: clamp(round(x * (1 / scale)) + zero_point, low, high), always unsigned.
 
-    The integer q of a signed grid is stored as q + 128; its zero point and limits shift along.
+    The integer q of a signed grid is stored as q + 128; its zero point and limits are raised by 128 too.
     """
 
     scale: float
@@ -34,7 +34,7 @@ def codes(x: Tensor, code: Code) -> Tensor:
 
 
 def centred(x: Tensor, code: Code) -> Tensor:
-    """The whole numbers that the bytes of `x` stand for, in the type that sums them exactly."""
+    """The integers that the codes of `x` stand for, zero point subtracted, in the type that sums them exactly."""
     return exact(codes(x, code)) - code.zero_point
 
 

@@ -1,4 +1,4 @@
-"""Numbers to bytes, and what is done to bytes."""
+"""Quantizing numbers to codes, alone or behind an activation, and nearest upsampling of codes."""
 
 from __future__ import annotations
 

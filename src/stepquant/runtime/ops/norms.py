@@ -1,4 +1,4 @@
-"""Norms with what stands around them, as numbers or as bytes.
+"""Group norm and layer norm fused with what stands around them; they return numbers or codes.
 
 Statistics are taken in float64, so that a kernel may sum in any order and still agree to float32 rounding.
 """

@@ -30,6 +30,8 @@ TYPES = {
     "Sequence[int]": "int[]",
     "torch.dtype": "ScalarType",
 }
+# What torch says, beside NotImplementedError, where a device lacks an operation or a dtype.
+LACKING = ("not implemented for", "doesn't support float64")
 DEFAULTS = {inspect.Parameter.empty: "", None: "=None", False: "=False", True: "=True"}
 
 
@@ -45,7 +47,8 @@ class Operation(Generic[P]):
         self.plain, self.__doc__ = plain, plain.__doc__
         self.overload: Any = getattr(torch.ops.stepquant, name).default
         self.flat = with_codes(plain)  # for the arguments of the schema
-        torch.library.impl(f"stepquant::{name}", "default", self.flat, lib=LIBRARY)
+        self.default = explained(name, self.flat)  # on devices without a kernel of their own
+        torch.library.impl(f"stepquant::{name}", "default", self.default, lib=LIBRARY)
         fake = without_numbers(self.overload, self.flat)
         torch.library.register_fake(f"stepquant::{name}", fake, lib=LIBRARY)
 
@@ -83,6 +86,30 @@ def with_codes(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return plain(*values, **kwargs)
 
     return flat
+
+
+def explained(name: str, flat: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`flat`, which says of which operation it is a part when a device lacks something that it is made of."""
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return flat(*args, **kwargs)
+        except (RuntimeError, TypeError) as error:
+            if not isinstance(error, NotImplementedError) and not any(
+                words in str(error) for words in LACKING
+            ):
+                raise
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            kinds = sorted({f"{tensor.dtype} on {tensor.device}" for tensor in tensors})
+            raise RuntimeSupportError(
+                f"operation '{name}' has no kernel for {', '.join(kinds)}, and plain torch has none there either",
+                got=str(error).strip().splitlines()[0][:200],
+                expected="bfloat16 or float32 on a device on which torch has this operation; 'cpu' has all",
+                fix="move the model back with `to('cpu')`, or let torch compute this one operation on the CPU "
+                "(on 'mps': PYTORCH_ENABLE_MPS_FALLBACK=1)",
+            ) from error
+
+    return run
 
 
 def without_numbers(overload: Any, flat: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -1,4 +1,4 @@
-"""Codes times a weight of signed bytes: convolutions and linears whose sums are without error."""
+"""Convolutions and GEMMs of codes with a weight of signed bytes: exact 32-bit sums, then an epilogue in float32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from stepquant.runtime.ops.code import Code, channels_last, exact, single
 from stepquant.runtime.ops.operation import Operation
 
-# Every layout holds whole groups of outputs and whole words of inputs.
+# Every layout is padded to a multiple of so many outputs and inputs.
 OUTPUTS, INPUTS = 16, 4
 
 
@@ -49,7 +49,7 @@ def convolve(
     x = exact(codes) - zero_point
     x = x.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2) if doubled else x
     sums = F.conv2d(F.pad(x, list(sides)), exact(bytes_of), None, tuple(stride), 0, tuple(dilation))
-    return channels_last(behind(sums, code_scale, weight_scale, bias, dtype, add, (1, -1, 1, 1)))
+    return channels_last(epilogue(sums, code_scale, weight_scale, bias, dtype, add, (1, -1, 1, 1)))
 
 
 @Operation
@@ -67,7 +67,7 @@ def linear(
     """Rows of codes times the packed weight, times both scales, plus bias, plus `add`."""
     bytes_of = unpacked(weight, weight_scale.shape[0], codes.shape[1], (1, 1))
     sums = (exact(codes) - zero_point) @ exact(bytes_of.flatten(1)).T
-    return behind(sums, code_scale, weight_scale, bias, dtype, add, (1, -1))
+    return epilogue(sums, code_scale, weight_scale, bias, dtype, add, (1, -1))
 
 
 def unpacked(weight: Tensor, outs: int, ins: int, kernel: Sequence[int]) -> Tensor:
@@ -75,7 +75,7 @@ def unpacked(weight: Tensor, outs: int, ins: int, kernel: Sequence[int]) -> Tens
     return weight.reshape(outs + -outs % OUTPUTS, ins + -ins % INPUTS, *kernel)[:outs, :ins]
 
 
-def behind(
+def epilogue(
     sums: Tensor,
     code_scale: float,
     weight_scale: Tensor,
@@ -84,18 +84,18 @@ def behind(
     add: Tensor | None,
     shape: tuple[int, ...],
 ) -> Tensor:
-    """What stands behind the sums, in float32; one rounding to `dtype` ends it."""
+    """Both scales, bias and `add`, in float32, with one rounding to `dtype` at the end."""
     y = sums.float() * (weight_scale.float() * single(code_scale)).reshape(shape)
     y = y if bias is None else y + bias.float().reshape(shape)
     return (y if add is None else y + add.to(dtype).float()).to(dtype)
 
 
 class Product(NamedTuple):
-    """A weight of signed bytes as the operations read it, with what stands behind the sums."""
+    """A packed weight of signed bytes, with what the epilogue needs."""
 
     weight: Tensor  # packed
     scale: Tensor  # per output channel
-    sums: Tensor  # of each output channel's bytes, padded to whole groups
+    sums: Tensor  # of each output channel's bytes, padded to a multiple of OUTPUTS
     bias: Tensor | None
     kernel: tuple[int, int]
 

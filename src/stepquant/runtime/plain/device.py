@@ -1,4 +1,4 @@
-"""Linears by torch's own product of signed bytes, where the device has it; the rest in the model's float type."""
+"""Linears by torch's own GEMM of signed bytes, where the device has it; all else in the model's float type."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import Tensor
 
 from stepquant.runtime.device import Device
 from stepquant.runtime.kernel import Geometry, Kernel
-from stepquant.runtime.ops.products import behind
+from stepquant.runtime.ops.products import epilogue
 
 # torch._int_mm on CUDA takes more than 16 rows, and widths in multiples of 8.
 ROWS, WIDTH = 17, 8
 
 
 class Linear(Kernel):
-    """Codes of any zero point less 128 are signed bytes; the difference comes back with the sums of the weight."""
+    """`torch._int_mm` takes signed bytes: 128 is subtracted from every code, and its share, 128 - zero point times the sum of
+    each row of the weight, is added to the sums."""
 
     def __call__(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         rows, outs = len(codes), len(self.scales)
@@ -25,7 +26,7 @@ class Linear(Kernel):
         signed = (codes ^ 128).view(torch.int8)
         signed = F.pad(signed, (0, -codes.shape[1] % WIDTH, 0, max(ROWS - rows, 0)))
         products = torch._int_mm(signed, weight)[:rows, :outs] + (128 - self.code.zero_point) * sums
-        return behind(products, self.code.scale, self.scales, self.bias, dtype, into, (1, -1))
+        return epilogue(products, self.code.scale, self.scales, self.bias, dtype, into, (1, -1))
 
     def packed_once(self) -> tuple[Tensor, Tensor]:
         if not self.packed:
@@ -41,7 +42,7 @@ def why_no_convolution(device: torch.device, _: Geometry) -> str:
 
 
 def why_no_attention(device: torch.device) -> str:
-    return f"no integer attention on device '{device.type}': whole numbers multiplied in float32"
+    return f"no integer attention on device '{device.type}': the codes are multiplied in float32"
 
 
 @cache

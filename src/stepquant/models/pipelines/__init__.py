@@ -1,0 +1,1 @@
+"""Pipelines: how those of a kind are asked for images."""
