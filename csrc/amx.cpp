@@ -27,8 +27,8 @@ struct TileDot : Bytes {
   };
 
   static void scores(
-      const int32_t* query, int64_t words, const int32_t* keys, const int32_t* correction, int64_t key_count,
-      int64_t, int32_t* scores, int32_t* largest) {
+      const int32_t* query, int64_t words, const int32_t* keys, const int32_t* correction, int64_t key_count, int64_t,
+      int32_t* scores, int32_t* largest) {
     Ints high[rows];
     for (Ints& h : high) h = Ints{} - (1 << 30);
     for (int64_t key = 0; key < key_count; key += tile_keys) {

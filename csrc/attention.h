@@ -2,8 +2,8 @@
 //
 // Operands are packed into 32-bit words of 4 bytes (or 2 shorts) so that one instruction multiplies a word of one row by a
 // word of 16 (or 8, or 4) columns. Keys are unsigned codes, queries and values are codes - 128; with zero points z,
-//   sum (q - zq)(k - zk) = sum (q - 128) k - (zq - 128) sum k + what is constant along a row,
-// and the softmax drops what is constant along a row. The products are corrected by (zv - 128) sum p.
+//   sum (q - zq)(k - zk) = sum (q - 128) k - (zq - 128) sum k + a constant of the row,
+// which the softmax cancels. The products are corrected by (zv - 128) sum p.
 #pragma once
 
 #include "dot.h"
@@ -23,7 +23,7 @@ constexpr int64_t round_up(int64_t count, int64_t multiple) {
 // Sizes of the packed operands of one (batch, head); counts are in words unless they say otherwise.
 template <class Dot>
 struct Layout {
-  int64_t keys;         // rounded up to whole steps
+  int64_t keys;  // rounded up to whole steps
   int64_t score_words;  // per token, along the width
   int64_t value_words;  // per group of Dot::per_word keys, one for each (padded) channel
 
@@ -119,8 +119,8 @@ void pack(const AttentionTask& task, int64_t begin, int64_t end) {
 }
 
 // 2^((score - largest) * factor) in place of the scores; returns their sum. The rounding of largest * factor is the same
-// for the whole row, so it cancels when the row is divided by its sum. What fills the last step counts nothing, however
-// small the factor makes its distance.
+// for the whole row, so it cancels when the row is divided by its sum. Keys that pad the last step get exactly 0, however
+// small the factor is.
 STEPQUANT_INLINE float exponentiate(int32_t* scores, int64_t keys, int64_t filled, int32_t largest, float factor) {
   const float top = static_cast<float>(largest) * factor;
   Floats sum[4] = {};
@@ -144,8 +144,8 @@ STEPQUANT_INLINE float exponentiate(int32_t* scores, int64_t keys, int64_t fille
 
 // The codes of exponentials / sum; returns the codes' sum.
 template <class Dot>
-STEPQUANT_INLINE int32_t normalize(
-    const int32_t* scores, int64_t keys, float factor, const Code& code, typename Dot::Element* probabilities) {
+STEPQUANT_INLINE int32_t
+normalize(const int32_t* scores, int64_t keys, float factor, const Code& code, typename Dot::Element* probabilities) {
   const float* exponentials = reinterpret_cast<const float*>(scores);
   Ints sum{};
   for (int64_t i = 0; i < keys; i += step_keys) {
@@ -169,7 +169,7 @@ struct Block {
   typename Dot::Element* probabilities;
   int32_t* products;
   int32_t* largest;  // score of each row
-  int32_t* sums;     // of the codes of each row's probabilities
+  int32_t* sums;  // of the codes of each row's probabilities
   int64_t batch = 0, head = 0, first = 0, rows = 0;
   const uint8_t* packed = nullptr;
 

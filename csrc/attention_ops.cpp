@@ -9,8 +9,8 @@ namespace {
 
 Tensor operand_tensor(const char* name, const Tensor& x, at::ScalarType type) {
   TORCH_CHECK(
-      x.dim() == 4 && !x.is_complex(), "attention: ", name, " is expected as (batch, heads, tokens, width), got ", x.sizes(),
-      " of ", x.scalar_type());
+      x.dim() == 4 && !x.is_complex(), "attention: ", name, " is expected as (batch, heads, tokens, width), got ",
+      x.sizes(), " of ", x.scalar_type());
   const Tensor held = x.scalar_type() == type ? x : x.to(type);
   return held.stride(3) == 1 ? held : held.contiguous();
 }
@@ -57,8 +57,9 @@ Tensor attention(
   const int64_t blocks = (queries + kernel.block - 1) / kernel.block;
   for_items(batch * heads, keys * width, [&](int64_t begin, int64_t end) { kernel.pack(task, begin, end); });
   // A score costs about as much as (width + 32) / 32 numbers elsewhere.
-  for_items(batch * heads * blocks, kernel.block * keys * (width + 32) / 32,
-            [&](int64_t begin, int64_t end) { kernel.attend(task, begin, end); });
+  for_items(batch * heads * blocks, kernel.block * keys * (width + 32) / 32, [&](int64_t begin, int64_t end) {
+    kernel.attend(task, begin, end);
+  });
   return (type == query.scalar_type() ? out : out.to(query.scalar_type())).transpose(1, 2);
 }
 

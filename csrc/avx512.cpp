@@ -7,13 +7,7 @@
 namespace stepquant {
 
 extern const Kernels avx512_kernels = {
-    "avx512",
-    quantize,
-    group_norm,
-    layer_norm,
-    upsample,
-    {},
-    {},
+    "avx512", quantize, group_norm, layer_norm, upsample, {}, {},
 };
 
 }  // namespace stepquant

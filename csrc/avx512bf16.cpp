@@ -1,4 +1,5 @@
-// Convolution with AVX-512 VNNI, and instructions that round to bfloat16: half of what becomes of a sum is its rounding.
+// Convolution with AVX-512 VNNI where the processor also converts to bfloat16 (avx512_bf16): rounding in software is half
+// of the epilogue's instructions.
 #include "winograd.h"
 #include "pointwise.h"
 

@@ -20,13 +20,13 @@ using Word = Shorts;
 
 constexpr int64_t groups_per_block = lanes == 16 ? 4 : 1;
 
-// Rows whose sums fill the registers beside that many vectors of weights; divides the pixels of an item.
+// How many rows of sums fit the registers beside that many vectors of weights; divides the pixels of an item.
 constexpr int64_t tile_rows(int64_t vectors) {
   if (lanes < 16) return 12 / vectors;
   return vectors == 4 ? 6 : 8;
 }
 
-// What product and bias give must be rounded in between, as the specification says.
+// Keeps the compiler from fusing the multiplication before with the addition after: the specification rounds both.
 STEPQUANT_INLINE Floats rounded(Floats x) {
 #if defined(__x86_64__)
   __asm__("" : "+v"(x));
@@ -36,7 +36,7 @@ STEPQUANT_INLINE Floats rounded(Floats x) {
   return x;
 }
 
-// The pixels of one tile: where each row's first tap lies, in the image and in memory.
+// The output pixels of one tile: where the first tap of each lies, in the image and in memory.
 struct Tile {
   int64_t y[8], x[8];
   const uint8_t* image[8];
@@ -77,9 +77,8 @@ STEPQUANT_INLINE void point(
   const auto width = static_cast<uint64_t>(task.width << task.doubled);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t y = tile.y[r] + dy, x = tile.x[r] + dx;
-    const uint8_t* place = task.doubled
-        ? tile.image[r] + (y >> 1) * task.row_stride + (x >> 1) * task.pixel_stride
-        : tile.origin[r] + move;
+    const uint8_t* place = task.doubled ? tile.image[r] + (y >> 1) * task.row_stride + (x >> 1) * task.pixel_stride
+                                        : tile.origin[r] + move;
     pixels[r] = static_cast<uint64_t>(y) < height && static_cast<uint64_t>(x) < width ? place : task.border;
   }
 }
@@ -103,7 +102,7 @@ STEPQUANT_INLINE void accumulate(
   }
 }
 
-// Sums to numbers: less the zero point's share, scaled, plus bias, plus what is added.
+// The epilogue: sums minus zero point times the weight's sum, times the scales, plus bias, plus the added tensor.
 template <class T, int64_t rows>
 STEPQUANT_INLINE void emit_sums(const ConvolveTask& task, int64_t pixel, int64_t channel, const Ints* sums) {
   const int64_t rest = task.out_channels - channel, width = task.out_channels;
@@ -143,7 +142,7 @@ STEPQUANT_INLINE void emit_rows(const ConvolveTask& task, int64_t pixel, int64_t
   }
 }
 
-// Where the sums of a tile come from: all taps of its pixels, wherever those lie.
+// The general source of a tile's sums: any taps, at any place.
 struct AllTaps {
   template <int64_t rows, int64_t vectors>
   static STEPQUANT_INLINE void add(
@@ -201,8 +200,7 @@ void convolve_chunk(const ConvolveTask& task, const int8_t* weight, int64_t begi
 
 // The pixels from `first` to `last` in one block of output channels.
 template <class Sums>
-void convolve_part(
-    const ConvolveTask& task, const ConvolveBlocks& blocks, int64_t block, int64_t first, int64_t last) {
+void convolve_part(const ConvolveTask& task, const ConvolveBlocks& blocks, int64_t block, int64_t first, int64_t last) {
   const int64_t group = blocks.first(block), channel = group * convolve_group;
   const int8_t* weight = task.weight + channel * task.kernel_height * task.kernel_width * task.channels;
   constexpr int64_t vectors = convolve_group / lanes;

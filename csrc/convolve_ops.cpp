@@ -55,7 +55,7 @@ void copy_pixels(const ConvolveTask& task, T* to, int64_t begin, int64_t end) {
   }
 }
 
-// Lets the task read whole words; returns the copy that this may take.
+// Makes the task read full words of channels; returns the padded copy where one is needed, to keep it alive.
 Tensor to_words(ConvolveTask& task, int64_t images) {
   const int64_t depth = filled(task.channels), size = 4 / kernels().convolve.per_word;
   if (size == 1 && depth == task.channels) return {};
@@ -91,7 +91,7 @@ int64_t patches_of(const ConvolveTask& task, int64_t images) {
   return images * ((task.out_height + 3) / 4) * ((task.out_width + 3) / 4);
 }
 
-// Whether patches of 4 x 4 outputs need fewer products.
+// Whether Winograd pays: 3 x 3 taps at stride 1, and enough patches to repay the transform of the weight.
 bool in_patches(const ConvolveTask& task, int64_t images) {
   if (task.kernel_height != 3 || task.kernel_width != 3 || task.stride_y != 1 || task.stride_x != 1 ||
       task.dilation_y != 1 || task.dilation_x != 1 || task.channels % 16 || task.out_channels < 16) {
@@ -101,8 +101,8 @@ bool in_patches(const ConvolveTask& task, int64_t images) {
   return patches >= kernels().convolve.least_patches && task.pixels >= 10 * patches;
 }
 
-// How many of `total` an item takes, at most `most`: items, one for each block of outputs, are as large as each other, and
-// enough for all threads to have as much to do.
+// The size of a chunk of `total` rows or patches, at most `most`. Chunks are equal in size, and chunks times blocks of
+// outputs, the items, share out evenly among the threads.
 int64_t chunk_of(int64_t total, int64_t most, int64_t blocks) {
   const int64_t threads = at::get_num_threads();
   int64_t chunks = (total + most - 1) / most;
@@ -110,7 +110,7 @@ int64_t chunk_of(int64_t total, int64_t most, int64_t blocks) {
   return (total + chunks - 1) / chunks;
 }
 
-// Memory that calls of this thread share: fresh pages cost as much as the products that are saved.
+// A workspace that all calls on this thread share: touching fresh pages costs as much as Winograd saves.
 char* workspace(int64_t bytes) {
   thread_local Tensor held;
   if (!held.defined() || held.numel() < bytes) {
@@ -120,7 +120,7 @@ char* workspace(int64_t bytes) {
   return static_cast<char*>(held.mutable_data_ptr());
 }
 
-// Items of a kernel that works in `each` bytes of its thread's memory.
+// Runs a kernel that needs `each` bytes of workspace on every thread.
 void run_with_scratch(
     const ConvolveTask& task, int64_t items, int64_t cost, int64_t each,
     void (*run)(const ConvolveTask&, int64_t, int64_t)) {
@@ -144,7 +144,7 @@ void run_patches(ConvolveTask& task, int64_t images) {
   run_with_scratch(task, items, cost, kernel.patches_scratch(task), kernel.run_patches);
 }
 
-// Whether there is a single tap, for pixels that lie one behind the other.
+// Whether the convolution is pointwise over contiguous pixels, and so a GEMM.
 bool in_rows(const ConvolveTask& task, int64_t images) {
   return task.kernel_height == 1 && task.kernel_width == 1 && task.out_height == task.height &&
       task.out_width == task.width && task.stride_y == 1 && task.stride_x == 1 && task.top == 0 && task.left == 0 &&
@@ -166,7 +166,8 @@ void run_rows(ConvolveTask& task) {
 void run(
     const char* name, ConvolveTask& task, const Product& product, int64_t images, at::ScalarType type, Tensor& out) {
   const int64_t outs = task.out_channels;
-  const Numbers scales(name, "weight_scale", product.weight_scale, 1, outs), biases(name, "bias", product.bias, 1, outs);
+  const Numbers scales(name, "weight_scale", product.weight_scale, 1, outs),
+      biases(name, "bias", product.bias, 1, outs);
   task.weight = product.weight.const_data_ptr<int8_t>();
   task.weight_scale = scales.data();
   task.weight_sum = product.weight_sum.const_data_ptr<int32_t>();
@@ -203,7 +204,8 @@ Tensor convolve(
   check_walk("stride", stride, 2, 1);
   check_walk("sides", sides, 4, 0);
   check_walk("dilation", dilation, 2, 1);
-  const Tensor x = codes.stride(1) == 1 || codes.size(1) == 1 ? codes : codes.contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor x =
+      codes.stride(1) == 1 || codes.size(1) == 1 ? codes : codes.contiguous(at::MemoryFormat::ChannelsLast);
   const Product product{weight, weight_scale, weight_sum, bias, scale, zero_point};
   check("convolve", product, kernel[0] * kernel[1], x.size(1), type);
   ConvolveTask task{};

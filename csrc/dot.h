@@ -34,9 +34,7 @@ struct Bytes {
   static constexpr int64_t per_word = 4;
   static constexpr int32_t ones = 0x01010101;
 
-  static STEPQUANT_INLINE Ints place(Ints code, int64_t k) {
-    return (Ints)(((Words)code & 0xff) << (uint32_t)(8 * k));
-  }
+  static STEPQUANT_INLINE Ints place(Ints code, int64_t k) { return (Ints)(((Words)code & 0xff) << (uint32_t)(8 * k)); }
   static STEPQUANT_INLINE Ints store_probabilities(uint8_t* to, const Floats (&p)[4], const Code& code) {
     emit_block(to, p, code);
     const __m512i ones = _mm512_set1_epi8(1);
@@ -94,7 +92,7 @@ struct Shorts {
     STEPQUANT_VECTOR(int8_t, 2 * lanes) bytes;
     typedef STEPQUANT_VECTOR(int16_t, 2 * lanes) Wide;
     std::memcpy(&bytes, from, sizeof(bytes));
-    return (Ints)__builtin_convertvector(bytes, Wide);
+    return (Ints) __builtin_convertvector(bytes, Wide);
 #endif
   }
 };
@@ -167,8 +165,8 @@ struct VectorDot : Word {
 
   template <int64_t vectors>
   static void multiply(
-      const typename Word::Element* probabilities, int64_t key_count, const int32_t* values, int64_t width,
-      int64_t row, int64_t column, int32_t* products) {
+      const typename Word::Element* probabilities, int64_t key_count, const int32_t* values, int64_t width, int64_t row,
+      int64_t column, int32_t* products) {
     constexpr int64_t step = Word::per_word;
     Ints sum[rows][vectors] = {};
     const int32_t* line = values + column;

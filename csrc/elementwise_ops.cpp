@@ -12,7 +12,7 @@ QuantizeTask task_of(const RowView& x, const Code& code, Activation activation, 
   return {x.rows, type_of(x.held), activation, code, out, out_stride};
 }
 
-// Dense memory in any order is one long row, cut wherever threads part.
+// Dense memory in any order is treated as one long row, which threads share out anywhere.
 Tensor quantize_dense(const Tensor& x, const Code& code, Activation activation) {
   Tensor out = at::detail::empty_strided_cpu(x.sizes(), x.strides(), at::kByte);
   const Type type = type_of(x);
@@ -78,8 +78,8 @@ Tensor activation_quantize(
   const Activation activation = to_activation(activation_name);
   if (activation != Activation::geglu && activation != Activation::swiglu) return quantize_any(x, code, activation);
   TORCH_CHECK(
-      x.dim() >= 1 && x.size(-1) % 2 == 0, "activation_quantize: a gated activation halves the last dimension of x, got ",
-      x.sizes());
+      x.dim() >= 1 && x.size(-1) % 2 == 0,
+      "activation_quantize: a gated activation halves the last dimension of x, got ", x.sizes());
   RowView rows = rows_of(x, -1);
   at::DimVector sizes(x.sizes());
   sizes.back() /= 2;
@@ -93,13 +93,13 @@ Tensor activation_quantize(
 Tensor upsample_nearest2x(const Tensor& x) {
   const at::AutoDispatchBelowAutograd guard;
   TORCH_CHECK(
-      x.dim() == 4 && x.scalar_type() == at::kByte, "upsample_nearest2x: x is expected as bytes (batch, channels, height, width), got ",
-      x.sizes(), " of ", x.scalar_type());
+      x.dim() == 4 && x.scalar_type() == at::kByte,
+      "upsample_nearest2x: x is expected as bytes (batch, channels, height, width), got ", x.sizes(), " of ",
+      x.scalar_type());
   const Tensor held = x.contiguous(at::MemoryFormat::ChannelsLast);
   Tensor out = at::detail::empty_cpu(
       {x.size(0), x.size(1), 2 * x.size(2), 2 * x.size(3)}, at::kByte, false, at::MemoryFormat::ChannelsLast);
-  const UpsampleTask task{
-      held.const_data_ptr<uint8_t>(), out.mutable_data_ptr<uint8_t>(), x.size(3), x.size(1)};
+  const UpsampleTask task{held.const_data_ptr<uint8_t>(), out.mutable_data_ptr<uint8_t>(), x.size(3), x.size(1)};
   for_items(x.size(0) * x.size(2), x.size(3) * x.size(1), [&](int64_t begin, int64_t end) {
     kernels().upsample(task, begin, end);
   });

@@ -1,4 +1,4 @@
-// How results leave a kernel: as bytes of a code or as floats, by whole blocks, vectors or parts of one.
+// Stores results: as codes or as floats, a block of four vectors, one vector, or part of one at a time.
 #pragma once
 
 #include "vector.h"

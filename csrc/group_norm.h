@@ -1,5 +1,5 @@
-// Group norm over channels-last pixels, with what stands before and after it, in one visit of a slice of channels:
-// statistics first, then the output while the slice is still in the cache.
+// Group norm over channels-last pixels, fused with an addition, a concatenation, a modulation, SiLU and quantizing:
+// statistics of a slice of channels first, then its output while it is still in the cache.
 #pragma once
 
 #include "activation.h"
@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t chunk_pixels = 64;  // summed in float before they join the sums in double
 constexpr int64_t block_vectors = 4;  // channels whose sums stay in registers
-constexpr double far_pivot = 32;  // squared deviations between a pivot and its channel's mean that cost the squares bits
-constexpr double far_mean = 4;  // deviations between zero and a channel's mean that cost the affine map bits
+constexpr double far_pivot = 32;  // squared distance of pivot and mean, in deviations, from which squares lose bits
+constexpr double far_mean = 4;  // distance of zero and mean, in deviations, from which slope * x + offset loses bits
 
 // Sums of one slice of channels around a pivot per channel: the pivot keeps the squares from cancelling.
 struct Moments {
@@ -31,7 +31,7 @@ struct Affine {
   float* lift;
 };
 
-// A run of channels of one source that lies inside an item's slice.
+// Consecutive channels of x, or of skip, that lie inside an item's slice.
 template <class T>
 struct Piece {
   const T* x;
@@ -62,8 +62,7 @@ template <int64_t vectors, class T>
 void add_chunk(const Piece<T>& piece, int64_t channel, int64_t pixel, int64_t pixels, int64_t count, Moments& moments) {
   alignas(64) float sums[2 * vectors * lanes];
   const int64_t slot = piece.first + channel;
-  sum_chunk<vectors>(
-      piece.x + pixel * piece.stride + channel, piece.stride, pixels, count, moments.pivot + slot, sums);
+  sum_chunk<vectors>(piece.x + pixel * piece.stride + channel, piece.stride, pixels, count, moments.pivot + slot, sums);
   for (int64_t c = 0; c < (count < lanes ? count : vectors * lanes); ++c) {
     moments.sum[slot + c] += sums[c];
     moments.square[slot + c] += sums[vectors * lanes + c];
@@ -92,7 +91,7 @@ void sum_piece(const Piece<T>& piece, int64_t pixels, Moments& moments) {
   }
 }
 
-// Per-channel numbers of one slice, or a constant where there are none, so that loops over channels need no branches.
+// Per-channel numbers of one slice; a constant fills them where there are none, so that loops need no branches.
 STEPQUANT_INLINE const float* numbers_or(const float* numbers, int64_t first, const float* constant) {
   return numbers ? numbers + first : constant;
 }

@@ -1,5 +1,5 @@
-// What the kernels take: raw pointers and sizes, no torch. Each is compiled once per instruction set and reached
-// through a table; a kernel works on a range of items whose results do not depend on how the range was cut.
+// The arguments of the kernels: raw pointers and sizes, no torch. Each kernel is compiled once per instruction set and
+// called through a table, on a range of items; results do not depend on how items were cut into ranges.
 #pragma once
 
 #include <cstdint>
@@ -120,11 +120,11 @@ struct ConvolveTask {
   int64_t doubled;  // 1: every pixel counts twice in both directions, else 0
   int64_t out_height, out_width, out_channels;
   int64_t pixels;  // of the output, of all images
-  int64_t patches;  // of 4 x 4 pixels, the last of rows and columns perhaps in part
+  int64_t patches;  // Winograd's, of 4 x 4 pixels; those at the right and lower edge may be partial
   int64_t chunk_patches;  // in one item
-  int64_t chunk_rows;  // in one item of rows
+  int64_t chunk_rows;  // in one item of a pointwise convolution
   int64_t first_row;  // which `x` points to
-  void* scratch;  // what an item of patches or rows works in
+  void* scratch;  // workspace of one item, Winograd or pointwise
   int64_t kernel_height, kernel_width, stride_y, stride_x, top, left, dilation_y, dilation_x;
   const uint8_t* border;  // a pixel of zero points
   const int8_t* weight;
@@ -141,7 +141,7 @@ struct ConvolveTask {
 
 constexpr int64_t convolve_chunk_pixels = 24;  // of the output in one item
 constexpr int64_t patches_most_chunk = 48;  // of 4 x 4 outputs in one item
-constexpr int64_t patches_at_once = 12;  // whose sums stay in the cache
+constexpr int64_t patches_at_once = 12;  // so few that their sums stay in the cache
 constexpr int64_t patches_most_channels = 128;  // at once, for the cache; 9 * 128 * 128 times as much is less than 2^25
 constexpr int64_t convolve_group = 16;  // output channels that are packed together, the last filled up
 
@@ -152,7 +152,7 @@ inline int64_t filled(int64_t channels) {
   return (channels + 3) / 4 * 4;
 }
 
-// Output channels as blocks of at most so many groups, as equal as possible, the larger first.
+// Output channels cut into blocks of at most so many groups, nearly equal in size, larger ones first.
 class ConvolveBlocks {
  public:
   ConvolveBlocks(int64_t out_channels, int64_t most)
@@ -175,9 +175,9 @@ struct ConvolveKernel {
   int64_t groups_per_block;  // at most
   int64_t least_patches;  // fewer do not repay the transform of the weight
   void (*run)(const ConvolveTask& task, int64_t begin, int64_t end);  // items are (block, chunk)
-  // The same for a single tap, pixels one behind the other; items are (chunk of rows, block).
+  // Pointwise: a single tap over contiguous pixels; items are (chunk of rows, block).
   void (*run_rows)(const ConvolveTask& task, int64_t begin, int64_t end);
-  // The same for 3 x 3 taps side by side; items are (chunk of patches, block).
+  // Winograd: 3 x 3 taps without stride or dilation; items are (chunk of patches, block).
   int64_t (*patches_scratch)(const ConvolveTask& task);  // bytes
   void (*run_patches)(const ConvolveTask& task, int64_t begin, int64_t end);
 };

@@ -11,12 +11,12 @@ using Optional = std::optional<Tensor>;
 
 constexpr int64_t slice_bytes = 256 * 1024;  // of input, so that the second visit finds it in the second-level cache
 
-// How many groups one item takes: whole vectors of channels, slices that stay in the cache, work for every thread.
+// How many groups one item takes: full vectors of channels, slices that stay in the cache, and items for every thread.
 int64_t groups_per_item(int64_t samples, int64_t groups, int64_t group_width, int64_t pixel_bytes) {
   const int64_t threads = at::get_num_threads();
   int64_t taken = 1;
   while (taken < groups && (taken * group_width < 32 || taken * group_width % 16)) ++taken;
-  // Where whole vectors would leave threads without work, partial vectors cost less.
+  // Partial vectors of channels cost less than threads without work.
   if (samples * ((groups + taken - 1) / taken) < threads) taken = std::max<int64_t>(1, samples * groups / threads);
   for (int64_t next = 2 * taken; next <= groups; next *= 2) {
     const int64_t items = samples * ((groups + next - 1) / next);
@@ -28,9 +28,9 @@ int64_t groups_per_item(int64_t samples, int64_t groups, int64_t group_width, in
 }
 
 Tensor run_group_norm(
-    const char* name, const Tensor& x, const Optional& skip, const Optional& weight, const Optional& bias, int64_t groups,
-    double eps, c10::string_view activation_name, const Optional& add, const Optional& scale, const Optional& shift,
-    const Code* code) {
+    const char* name, const Tensor& x, const Optional& skip, const Optional& weight, const Optional& bias,
+    int64_t groups, double eps, c10::string_view activation_name, const Optional& add, const Optional& scale,
+    const Optional& shift, const Code* code) {
   const at::AutoDispatchBelowAutograd guard;
   TORCH_CHECK(x.dim() >= 2, name, ": x is expected as (batch, channels, ...), got ", x.sizes());
   const Activation activation = to_activation(activation_name);
@@ -43,7 +43,8 @@ Tensor run_group_norm(
     second = rows_of(skip->to(first.held.scalar_type()), 1);
   }
   const int64_t channels = first.rows.width + second.rows.width, samples = x.size(0);
-  TORCH_CHECK(groups > 0 && channels % groups == 0, name, ": ", groups, " groups do not divide ", channels, " channels");
+  TORCH_CHECK(
+      groups > 0 && channels % groups == 0, name, ": ", groups, " groups do not divide ", channels, " channels");
   const Numbers weights(name, "weight", weight, 1, channels), biases(name, "bias", bias, 1, channels);
   const Numbers adds(name, "add", add, samples, channels), scales(name, "scale", scale, samples, channels);
   const Numbers shifts(name, "shift", shift, samples, channels);
@@ -69,8 +70,9 @@ Tensor run_group_norm(
   task.shift = shifts.data();
   if (code) task.code = *code;
   task.out = out.mutable_data_ptr();
-  for_items(samples * task.items_per_sample, out.numel() / (samples * task.items_per_sample),
-            [&](int64_t begin, int64_t end) { kernels().group_norm(task, begin, end); });
+  for_items(
+      samples * task.items_per_sample, out.numel() / (samples * task.items_per_sample),
+      [&](int64_t begin, int64_t end) { kernels().group_norm(task, begin, end); });
   return out.scalar_type() == x.scalar_type() || code ? out : out.to(x.scalar_type());
 }
 

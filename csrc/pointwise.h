@@ -1,5 +1,5 @@
-// Convolutions of a single tap over pixels that lie one behind the other, linear layers among them. A chunk of rows stays in
-// the cache while all outputs are made of it; where words are of shorts, or inputs fill none, it is copied there.
+// Pointwise convolutions over contiguous pixels, and linears: a GEMM. A chunk of rows stays in the cache while all outputs
+// are computed from it; it is copied where codes are widened to shorts, or where the channels do not fill words.
 #pragma once
 
 #include "convolve.h"

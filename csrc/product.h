@@ -1,5 +1,5 @@
-// What convolve and linear are given: a weight with what stands behind the sums, and the checks that keep kernels within
-// their memory.
+// The arguments that convolve and linear share: a packed weight with its epilogue, and the checks that keep kernels from
+// reading or writing outside of their tensors.
 #pragma once
 
 #include "tensors.h"

@@ -56,8 +56,7 @@ class Sequence : public torch::CustomClassHolder {
     TORCH_CHECK(last().arguments.size() == schema.arguments().size(), "a call of ", schema.name(), " lacks arguments");
     const auto& returns = schema.returns();
     last().is_list = returns.size() == 1 && returns[0].type()->kind() == c10::TypeKind::ListType;
-    TORCH_CHECK(
-        last().is_list || results.size() == returns.size(), schema.name(), " has another number of results");
+    TORCH_CHECK(last().is_list || results.size() == returns.size(), schema.name(), " has another number of results");
     for (const int64_t slot : results) slots_ = std::max(slots_, slot + 1);
     last().results = std::move(results);
   }

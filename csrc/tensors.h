@@ -28,10 +28,11 @@ inline Code to_code(const char* operation, double scale, int64_t zero_point, int
   TORCH_CHECK(
       0 <= low && low <= high && high <= 255, operation, ": codes are bytes: 0 <= low <= high <= 255, got ", low, ", ",
       high);
-  TORCH_CHECK(0 <= zero_point && zero_point <= 255, operation, ": the zero point of a code is a byte, got ", zero_point);
   TORCH_CHECK(
-      scale > 0 && std::isfinite(1.0f / static_cast<float>(scale)), operation, ": the scale of a code is positive, got ",
-      scale);
+      0 <= zero_point && zero_point <= 255, operation, ": the zero point of a code is a byte, got ", zero_point);
+  TORCH_CHECK(
+      scale > 0 && std::isfinite(1.0f / static_cast<float>(scale)), operation,
+      ": the scale of a code is positive, got ", scale);
   const auto lowest = static_cast<float>(low - zero_point), highest = static_cast<float>(high - zero_point);
   return {1.0f / static_cast<float>(scale), lowest, highest, static_cast<int32_t>(zero_point)};
 }
@@ -62,8 +63,8 @@ class Numbers {
   Numbers(const char* operation, const char* name, const std::optional<Tensor>& x, int64_t rows, int64_t width) {
     if (!x.has_value() || !x->defined()) return;
     TORCH_CHECK(
-        (in_rows(*x, rows, width) || in_rows(*x, 1, width)) && !x->is_complex(), operation, ": ", name, ": expected ", rows,
-        " rows of ", width, " numbers, got ", x->sizes(), " of ", x->scalar_type());
+        (in_rows(*x, rows, width) || in_rows(*x, 1, width)) && !x->is_complex(), operation, ": ", name, ": expected ",
+        rows, " rows of ", width, " numbers, got ", x->sizes(), " of ", x->scalar_type());
     held_ = *x;
     if (x->numel() != rows * width) held_ = held_.reshape({1, width}).expand({rows, width});
     if (held_.scalar_type() != at::kFloat) held_ = held_.to(at::kFloat);
@@ -131,8 +132,8 @@ inline void check_beside(const char* operation, const Tensor& x, const Tensor& s
   bool fits = skip.dim() == x.dim();
   for (int64_t d = 0; fits && d < x.dim(); ++d) fits = d == 1 || skip.size(d) == x.size(d);
   TORCH_CHECK(
-      fits && x.size(1) > 0 && skip.size(1) > 0, operation, ": x and skip differ in more than their channels, ", x.sizes(),
-      " and ", skip.sizes());
+      fits && x.size(1) > 0 && skip.size(1) > 0, operation, ": x and skip differ in more than their channels, ",
+      x.sizes(), " and ", skip.sizes());
 }
 
 // Memory for (batch, channels, ...) with the channels densest.

@@ -6,13 +6,12 @@
 namespace stepquant {
 namespace {
 
-// Products of bytes, without a transform, are twice as fast as those of shorts.
+// With VNNI, direct products of bytes are twice as fast as Winograd's products of shorts.
 constexpr int64_t least_patches = Word::per_word == 4 ? 6 : 2;
 
 // Products of some patches at one position with a block of outputs.
 template <int64_t rows, int64_t vectors>
-void multiply_patches(
-    const int16_t* codes, int64_t code_stride, const int16_t* weight, int64_t pairs, int32_t* sums) {
+void multiply_patches(const int16_t* codes, int64_t code_stride, const int16_t* weight, int64_t pairs, int32_t* sums) {
   const uint8_t* pixels[rows];
   for (int64_t r = 0; r < rows; ++r) pixels[r] = reinterpret_cast<const uint8_t*>(codes + r * code_stride);
   Ints sum[rows][vectors];
@@ -37,7 +36,7 @@ MultiplyPatches multiply_of(int64_t rows, std::integer_sequence<int64_t, r...>) 
   return of[rows - 1];
 }
 
-// What one item works in, within `task.scratch`.
+// The workspace of one item, within `task.scratch`.
 struct PatchPlaces {
   explicit PatchPlaces(const ConvolveTask& task)
       : code_step(patch_step(task.chunk_patches, task.channels)),
@@ -79,7 +78,7 @@ STEPQUANT_INLINE void emit_patch(
   }
 }
 
-// What becomes of the sums of one patch: kept as partial sums, or written as results.
+// The output transform of one patch, added to the partial sums of earlier channels, or finished and written.
 template <int64_t vectors>
 void finish_patch(
     const ConvolveTask& task, const Patch& patch, int64_t channel, const int32_t* sums, int64_t step, int32_t* partial,
@@ -127,8 +126,7 @@ void convolve_block(
         weight + begin * width, task.channels * width, depth, width, places.weights, patch_step(depth, width));
     for (int64_t first = 0; first < count; first += patches_at_once) {
       const int64_t last = first + patches_at_once < count ? first + patches_at_once : count;
-      multiply_positions<vectors>(
-          task, places.codes + first * task.channels + begin, last - first, depth, places);
+      multiply_positions<vectors>(task, places.codes + first * task.channels + begin, last - first, depth, places);
       for (int64_t p = first; p < last; ++p) {
         finish_patch<vectors>(
             task, patches[p], group * convolve_group, places.sums + (p - first) * width, places.sum_step,
@@ -138,11 +136,11 @@ void convolve_block(
   }
 }
 
-// Items are (chunk of patches, block of outputs); neighbours share their patches. Each makes the weights that it uses:
-// to take them from another processor's cache costs more.
+// Items are (chunk of patches, block of outputs); neighbours share their patches. Each item transforms the weights that it
+// uses: reading them from another core's cache would cost more.
 void convolve_patches(const ConvolveTask& given, int64_t begin, int64_t end) {
   ConvolveTask task = given;
-  task.zero_point -= 128;  // where the transformed codes count from
+  task.zero_point -= 128;  // transformed codes are those of code - 128
   const ConvolveBlocks blocks(task.out_channels, groups_per_block);
   const PatchPlaces places(task);
   Patch patches[patches_most_chunk];

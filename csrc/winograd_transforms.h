@@ -76,7 +76,7 @@ void transform_codes(const ConvolveTask& task, const Patch& patch, int16_t* to, 
 #pragma GCC unroll 6
       for (int64_t j = 0; j < 6; ++j) d[j] = columns[j][i];
       transform_line(d, t);
-      // Codes count from 128, a constant whose transform is nothing but at the point 1.
+      // 128 is subtracted from every code; the transform of a constant is zero except at the point 1.
       if (i == 1) t[1] -= 36 * 128;
 #pragma GCC unroll 6
       for (int64_t j = 0; j < 6; ++j) std::memcpy(to + (6 * i + j) * step + c, &t[j], sizeof(Depths));

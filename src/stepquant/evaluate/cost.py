@@ -1,4 +1,4 @@
-"""What a denoiser computes: multiply-accumulates by layer, as they were traced, and what follows from the widths of grids."""
+"""Cost of one call: traced multiply-accumulates of every layer, and bit operations and bytes by the bits of the grids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLOAT_BITS = 32
 
 
 def count_macs(denoiser: Denoiser, arguments: Mapping[str, Any]) -> dict[str, int]:
-    """Multiply-accumulates an image of every layer and attention product in one call."""
+    """Multiply-accumulates of every layer and attention product in one call, divided by the batch size."""
     batch = samples(denoiser, arguments)
     lines = traced.coverage(denoiser.model, denoiser.there(arguments)).lines
     return {line.path: round(line.macs / batch) for line in lines}
@@ -27,9 +27,9 @@ def samples(denoiser: Denoiser, arguments: Mapping[str, Any]) -> int:
 
 
 def coverage(source: Denoiser, quantized: Denoiser, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for every layer and product of `quantized`: its grids, and what it did in one call that was followed.
+    """A row for every layer and product of `quantized`: its grids, its work, and whether it ran in integers in one traced call.
 
-    `source` has the roles of them all; it is not called.
+    `source`, the float model, gives the roles of the layers; it is not called.
     """
     roles = source.sites() | dict.fromkeys(source.products(), "product")
     batch = samples(quantized, arguments)
@@ -60,7 +60,7 @@ def stored_bytes(module: nn.Module | None) -> int:
 
 
 def grids(module: nn.Module | None) -> dict[str, str]:
-    """Of what is multiplied with what."""
+    """The grids of the two operands: weight and input, or probabilities and query."""
     if isinstance(module, IntegerProduct):
         return {"weight": str(module.spec.probabilities), "input": str(module.spec.query)}
     if isinstance(module, IntegerLayer):
@@ -69,7 +69,7 @@ def grids(module: nn.Module | None) -> dict[str, str]:
 
 
 def kernel_name(module: nn.Module | None) -> str:
-    """What an integer kernel computes there."""
+    """Which kind of integer kernel runs this module: linear, convolution or attention."""
     if isinstance(module, IntegerLayer):
         return "linear" if len(module.weight_shape) == 2 else "convolution"
     return "attention"

@@ -1,4 +1,4 @@
-"""Who was compared, where, and how it was quantized."""
+"""What a results file says about its making: model, machine, versions, method, scheme and plan."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def model_name(pipeline: Any) -> str:
 
 
 def describe_quantized(pipeline: Any) -> dict[str, Any]:
-    """Method, scheme and recipe as the artifact tells them."""
+    """Method, scheme and recipe as the artifact stores them."""
     model = Denoiser.of(pipeline).model
     found = {"name": model_name(pipeline), "method": "", "scheme": "", "digest": "", "recipe": {}}
     config = hub.config_of(model)

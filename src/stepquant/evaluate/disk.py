@@ -15,7 +15,7 @@ def size(float_pipeline: Any, folder: Path) -> dict[str, Any]:
 
 
 def size_beside(denoiser: Denoiser, folder: Path) -> dict[str, Any]:
-    """The same beside a float denoiser, of which only the shapes count."""
+    """The same for a given float denoiser; only the shapes of its weights count."""
     inside = Path(folder) / denoiser.component
     files = sorted((inside if inside.is_dir() else Path(folder)).glob("*.safetensors"))
     if not files:

@@ -1,4 +1,4 @@
-"""One pass over a float pipeline and its quantized twin: everything about quality, as plain JSON."""
+"""`evaluate`: images of a float pipeline and of its quantized twin from the same seeds, and all quality numbers as JSON."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Numbers about images: of pairs, of sets, and against data."""
+"""Metrics of images: of pairs with the same seed, of sets, of single images, and distances to data."""

@@ -1,4 +1,4 @@
-"""Classifiers: what their features tell about sets of images, and whether an image shows what was asked for.
+"""Image classifiers as metrics: a Frechet distance of their features, and the share of images recognised as their label.
 
 The package carries one for each kind of data that it knows; a user may bring one for classes of their own.
 """
@@ -22,12 +22,12 @@ from stepquant.evaluate.networks.reader import Extractor
 from stepquant.models import zoo
 
 ASKED = "class asked for"
-NOBODY = -1  # in the place of a hit or miss, where an image was asked for no class that is known
+NOBODY = -1  # in place of 0 or 1, where the prompt or label names no class of this classifier
 
 
 @dataclass(frozen=True)
 class Shipped:
-    """What the package carries about some data: a classifier, the name of its distance, and the statistics' name."""
+    """What the package ships for one data set: a classifier, the name of its distance, and a file of statistics."""
 
     classifier: str
     distance: str
@@ -50,7 +50,7 @@ class Classifier:
 
     @property
     def digest(self) -> str:
-        """Of all that decides what it says."""
+        """Over weights and configuration, which decide its answers."""
         return value_digest([tensors_digest(self.net.state_dict()), self.net.config])[:12]
 
     def extractor(self) -> Extractor:
@@ -61,7 +61,7 @@ class Classifier:
         return tuple(size) == (self.net.size, self.net.size)
 
     def read(self, images: Tensor, asked: Sequence[str]) -> Tensor:
-        """For each image whether it is recognised (1), or not (0), as what was asked for."""
+        """1 for each image whose class is the one that was asked for, 0 for others, NOBODY where none is known."""
         wanted = torch.tensor([class_asked(one, self.net.classes) for one in asked])
         if len(wanted) != len(images):
             raise EvaluationError("every image needs its class", got=len(wanted), expected=len(images))
@@ -94,7 +94,7 @@ def words(text: str) -> list[str]:
 
 
 def read_classifier(folder: Path) -> Classifier:
-    """Of a folder; its distance has the name of what the package carries, else that of the folder."""
+    """The classifier in a folder; its distance is named like the shipped one if it is that, else by the folder."""
     known = {zoo.path(one.classifier): one.distance for one in SHIPPED.values()}
     try:
         net = load_feature_net(folder)
@@ -117,5 +117,5 @@ def read_classifier(folder: Path) -> Classifier:
 
 
 def shipped_classifier(data: str | None = None) -> Classifier:
-    """That of some data, else the default one."""
+    """The shipped classifier of this data set, else the default one."""
     return read_classifier(zoo.path(SHIPPED.get(data or DEFAULT, SHIPPED[DEFAULT]).classifier))

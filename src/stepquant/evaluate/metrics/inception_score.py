@@ -11,15 +11,15 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-# Papers take the mean of the scores of this many images at a time, which falls a little short of that of all together.
+# Papers average the scores of splits of this many images; that is slightly lower than one score over all images.
 SPLIT = 5_000
-# For the interval: images are counted into as many parts.
+# Parts of the jackknife that gives the interval.
 PARTS = 16
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Sums over the class probabilities p of some images: p itself, and p log p over all classes."""
+    """Sums over images of their class probabilities p, and of p log p summed over classes."""
 
     count: int
     total: Tensor
@@ -37,7 +37,7 @@ class Counted:
 
 @dataclass(frozen=True)
 class ClassSums:
-    """Full splits and the one that is being filled; the same images again in parts, dealt out in turn."""
+    """Sums of every split, and of the parts for the interval, to which images are dealt in turn."""
 
     splits: tuple[Counted, ...]
     parts: tuple[Counted, ...]
@@ -57,7 +57,7 @@ def add_classes(sums: ClassSums | None, logits: Tensor) -> ClassSums:
 
 
 def score(some: Counted) -> float:
-    """exp of the mean divergence of p from its own mean."""
+    """exp of the mean KL divergence of an image's p from the mean p."""
     mean = some.total / some.count
     entropy = -float(torch.special.xlogy(mean, mean).sum())
     return math.exp(some.negentropy / some.count + entropy)

@@ -1,4 +1,4 @@
-"""What measures: the networks that the user has weights for, fitted to the images at hand, and what is missing."""
+"""Which metrics can run: networks whose weights are there, the data to compare with, and reasons for what is missing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COMPOSED = "characters"  # the data that the package knows the parts of
 
 @dataclass(frozen=True)
 class Weights:
-    """Where the user keeps the weights of measuring networks, and the parts that images are composed of."""
+    """Paths that the user gave: weights of measuring networks, and the parts of which legal images are composed."""
 
     inception: Path | None = None  # safetensors
     lpips: Path | None = None  # safetensors
@@ -43,13 +43,13 @@ class Weights:
     truth: Path | None = None  # npz
 
     def given(self) -> dict[str, Path]:
-        """The files and folders that there are, by the name of their network."""
+        """The paths that were given, by the name of their network."""
         return {name: path for name, path in vars(self).items() if path is not None}
 
 
 @dataclass(frozen=True)
 class Networks:
-    """Networks as far as there are weights for them; the classifier and the parts may be the package's own."""
+    """The networks that could be loaded; the classifier and the parts may be those of the package."""
 
     inception: Reader | None = None
     lpips: Lpips | None = None
@@ -58,7 +58,7 @@ class Networks:
     truth: Truth | None = None
 
     def digests(self) -> dict[str, str]:
-        """Of the networks that there are, by name."""
+        """Digests of the loaded networks, by name."""
         return {name: network.digest for name, network in vars(self).items() if network is not None}
 
 
@@ -94,7 +94,7 @@ def load_networks(weights: Weights, data: str | None = None, *, prompted: bool) 
 
 
 def find_classifier(folder: Path | None, data: str | None) -> Classifier | None:
-    """The user's, else that of the data; the classes of other models are not those of the default one."""
+    """The user's classifier, else that of the data set; other models have other classes than the default one."""
     if folder is not None:
         return read_classifier(folder)
     return shipped_classifier(data) if data in SHIPPED else None
@@ -133,7 +133,7 @@ def fit(networks: Networks, size: tuple[int, int], data: str | None, *, prompted
 
 
 def find_singles(networks: Networks, size: tuple[int, int], prompted: bool) -> tuple[SingleMetric, ...]:
-    """What looks at images one by one; parts of another size are an error of the user's, who gave them."""
+    """The metrics of single images; parts of another size than the images are an error."""
     out: list[SingleMetric] = []
     if networks.truth is not None:
         networks.truth.check(size)
@@ -156,7 +156,7 @@ def find_data(reader: Reader, source: str | None, size: tuple[int, int]) -> Mapp
 
 
 def without_data(readers: Sequence[Reader], targets: Mapping[str, Target], data: str | None) -> list[Number]:
-    """Distances to data that nothing is known about."""
+    """Distances to data that are missing, because no data were given or known."""
     views = [view for reader in readers for view in reader.views if not view.classes]
     why = (
         f"say what the model was trained on: --data FOLDER of images, a file of statistics, or {' or '.join(SHIPPED)}"
@@ -167,7 +167,7 @@ def without_data(readers: Sequence[Reader], targets: Mapping[str, Target], data:
 
 
 def without_weights(networks: Networks, prompted: bool) -> list[Number]:
-    """What needs networks that the package does not carry."""
+    """Metrics whose networks were not given, each with the option that would give them."""
     out = []
     if networks.lpips is None:
         out.append(unavailable("LPIPS", SAME_SEEDS, "give --lpips PATH"))
@@ -180,7 +180,7 @@ def without_weights(networks: Networks, prompted: bool) -> list[Number]:
 
 
 def without_classes(networks: Networks, size: tuple[int, int], asked: bool) -> list[Number]:
-    """Why nobody tells whether images show what was asked for."""
+    """Why there is no share of recognised images."""
     classifier = networks.classifier
     if not asked:
         return []

@@ -16,7 +16,7 @@ from stepquant.evaluate.metrics.number import OTHER_SEEDS, SAME_SEEDS, Number, m
 from stepquant.evaluate.metrics.pairs import PAIR_METRICS, PairMetric
 from stepquant.evaluate.networks.reader import Reader, View
 
-# Features beyond these go into the sums alone.
+# Rows of features kept for nearest neighbours; later ones go into the sums only.
 MOST_FEATURES = 5_000
 SETS = ("float", "quantized", "other")
 
@@ -42,7 +42,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Sets:
-    """What one view keeps of every set of images: sums over all rows, and the first rows themselves."""
+    """What is kept of the features that one view sees in every set: sums over all rows, and the first rows themselves."""
 
     view: View
     extractor: str
@@ -84,12 +84,12 @@ class SingleMetric(Protocol):
         ...
 
     def numbers(self, values: Mapping[str, Tensor]) -> list[Number]:
-        """What the values of all images make, by the name of their set."""
+        """Numbers from the values of all images, by the name of their set."""
         ...
 
 
 def as_saved(images: Tensor) -> Tensor:
-    """Images as an 8-bit file holds them, which is what data is."""
+    """Images rounded to 8 bits, as those of data sets are."""
     return (images.float() * 255).round().clamp(0, 255) / 255
 
 

@@ -19,7 +19,7 @@ PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
 
 @dataclass(frozen=True)
 class Neighbours:
-    """A number for each fake (precision, density) or real (recall, coverage) sample; the metrics are their means."""
+    """One value for each generated (precision, density) or real (recall, coverage) sample; the metrics are their means."""
 
     precision: Tensor
     recall: Tensor

@@ -1,4 +1,4 @@
-"""Number: one measured value, and all that is needed to read it."""
+"""Number: one measured value with its interval, unit and reference, as results hold it."""
 
 from __future__ import annotations
 

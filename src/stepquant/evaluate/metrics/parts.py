@@ -25,7 +25,7 @@ AT_ONCE = 64  # pictures: what memory holds does not grow with their number
 
 @dataclass(frozen=True)
 class Kind:
-    """All parts of one kind: where each covers what is below it, and its colours there."""
+    """All parts of one kind, such as hats: where each is opaque, and its colours there."""
 
     name: str
     covers: Tensor  # (count, pixels), 0 or 1
@@ -102,8 +102,8 @@ class Parts:
         return Nearest(*(torch.cat([getattr(one, name) for one in found]) for name in vars(found[0])))
 
     def search(self, x: Tensor) -> Nearest:
-        """Coordinate descent: kinds one after the other, then neighbours together, which one alone may be unable to
-        leave, then one after the other again. In the first round nothing lies above the kind at hand."""
+        """Coordinate descent: every kind alone, then pairs of neighbouring kinds, which leave minima in which each alone is
+        stuck, then every kind alone again. In the first round nothing lies above the kind that is picked."""
         picked = torch.full((len(x), len(self.kinds)), ABSENT)
         for dtype, together in ((torch.float32, False), (torch.float32, True), (torch.float64, False)):
             self.sweep(x.to(dtype), picked, together)

@@ -1,4 +1,4 @@
-"""Numbers about a stream of images: every instrument there is, in one pass."""
+"""All numbers about image quality, from one pass over batches of images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepquant.evaluate.metrics.truth import Portion, Truth
 
 @dataclass(frozen=True)
 class Judged:
-    """What was measured of all images, as numbers and as it was kept, and their height and width."""
+    """The numbers, the samples behind them, and the height and width of the images."""
 
     size: tuple[int, int]
     measured: Measured
@@ -38,7 +38,7 @@ def judge(
 
 
 def numbers(measured: Measured, tools: Instruments) -> list[Number]:
-    """Likeness of pairs first, then single images, distances between sets, and what cannot be measured here and why."""
+    """Numbers in the order of a report: pairs, single images, distances between sets, and what could not be measured."""
     out = [pair_number(metric, measured) for metric in tools.metrics]
     for single, values in zip(tools.singles, measured.singles):
         out += single.numbers(values)

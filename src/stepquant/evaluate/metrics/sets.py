@@ -1,4 +1,4 @@
-"""Numbers about sets of images, by what a view saw of them: Frechet and kernel distance, nearest neighbours, classes."""
+"""Metrics of sets of images from the features of one view: Frechet and kernel distance, precision and recall, classes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Target:
 
 
 def set_numbers(sets: Sets, data: Target | None) -> list[Number]:
-    """Distances to the float model on the same seeds, to its other seeds, and to data, as far as they are there."""
+    """The sets to compare with, as far as there are any: float images of the same seeds, of other seeds, and data."""
     if sets.view.classes:
         return [class_number(sets)]
     same = Target(SAME_SEEDS, sets.sums["float"], None, "falls with n: compare at the same n only")
@@ -52,7 +52,7 @@ def number_of(sets: Sets, name: str, against: str, n: int, better: str, value: f
 
 
 def distance(sets: Sets, target: Target) -> Number:
-    """The Frechet distance; images of the same seeds are drawn again together."""
+    """The Frechet distance; its bootstrap draws both images of a seed together."""
     blocks, paired = sets.sums["quantized"], target.label == SAME_SEEDS
     value = frechet(merge(blocks), merge(target.blocks))
     low, high = frechet_interval(blocks, target.blocks, paired=paired)
@@ -67,7 +67,7 @@ def distance(sets: Sets, target: Target) -> Number:
 
 
 def kernel_number(sets: Sets, target: Target) -> Number | None:
-    """The kernel distance; its interval is normal."""
+    """The kernel distance with a normal interval of 95 %."""
     if target.features is None or len(target.features) <= DENSITY_NEIGHBOURS or not sets.view.kernel:
         return None
     value, error = kernel_distance(sets.features["quantized"], target.features)
@@ -79,7 +79,7 @@ def kernel_number(sets: Sets, target: Target) -> Number | None:
 
 
 def neighbour_numbers(sets: Sets, target: Target) -> list[Number]:
-    """Precision, recall, density and coverage; intervals hold the other set fixed."""
+    """Precision, recall, density and coverage; intervals are for samples of one set with the other set fixed."""
     if target.features is None or not sets.view.kernel:
         return []
     ours = sets.features["quantized"]
@@ -113,7 +113,7 @@ def neighbour_means(real: Tensor, fake: Tensor) -> dict[str, float]:
 def with_others(
     number: Number, sets: Sets, target: Target, measure: Callable[[Tensor, Tensor], float]
 ) -> Number:
-    """The same number with the float model in the quantized one's place: on the same seeds, and on others."""
+    """The same number for the float model in place of the quantized one: with the same seeds, and with others."""
     assert target.features is not None
     number = replace(number, reference=measure(sets.features["float"], target.features))
     if "other" not in sets.features or target.label == OTHER_SEEDS:

@@ -1,4 +1,4 @@
-"""Numbers about images one by one: how well each fits its prompt, and shares of all images with their intervals."""
+"""Metrics of single images: the CLIP score, and shares of images that are recognised, with their intervals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TextMetric:
 def mean_number(
     name: str, against: str, values: Mapping[str, Tensor], unit: str, extractor: str, resize: str, note: str
 ) -> Number:
-    """The mean over images, of which more is better, beside that of the float model's."""
+    """The mean over images, higher is better, beside the mean of the float model's images."""
     low, high = mean_interval(values["quantized"])
     means = {name: float(found.mean()) for name, found in values.items()}
     return Number(

@@ -72,7 +72,7 @@ class Truth:
         ]
 
     def portions(self, values: Mapping[str, Tensor]) -> list[Portion]:
-        """Of every kind, in the order of pasting."""
+        """Portions of every kind, in the order of pasting."""
         errors = {name: percent(found[:, 0].sum(0)) for name, found in values.items()}
         area = percent(values["quantized"][:, 1].sum(0))
         return [
@@ -82,11 +82,11 @@ class Truth:
 
 
 def psnr(values: Tensor) -> Tensor:
-    """In decibels, 100 at most."""
+    """PSNR in decibels, 100 at most."""
     error = values[:, 0].sum(1) / (3 * values[:, 1].sum(1)) / 255**2
     return (-10 * error.log10()).clamp(max=MOST_DECIBELS)
 
 
 def percent(amounts: Tensor) -> list[float]:
-    """Of their sum; nothing where there is none."""
+    """Percentages of their sum; 0 where that is 0."""
     return (100 * amounts / amounts.sum().clamp(min=1e-12)).tolist()

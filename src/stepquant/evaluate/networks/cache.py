@@ -1,4 +1,4 @@
-"""Features kept on disk under the bytes of the images and the digest of the network that read them."""
+"""A cache of features on disk; its key is the bytes of the images and the digest of the network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stepquant.calib.cache import atomically, cache_folder
 from stepquant.core.digest import tensors_digest
 from stepquant.evaluate.networks.reader import Reader, View
 
-FORMAT = 1  # raised when the same network comes to see something else in the same images
+FORMAT = 1  # raised when the same network and images give other features, because of a change of code
 
 
 def images_digest(images: Tensor) -> str:

@@ -183,7 +183,7 @@ def resize(images: Tensor, side: int) -> Tensor:
 
 
 def weights(size: int, side: int, like: Tensor) -> Tensor:
-    """(side, size): what each new pixel takes of each old one."""
+    """(side, size): the weight of each old pixel in each new one."""
     place = torch.arange(side, dtype=torch.float64) * (size / side)
     low = place.floor().long().clamp(max=size - 1)
     high, share = (low + 1).clamp(max=size - 1), (place - low)

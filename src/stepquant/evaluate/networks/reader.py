@@ -1,4 +1,4 @@
-"""Readers: networks from images to rows of features, and what each row is good for."""
+"""Readers: networks from images to features, and which metrics each kind of features serves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stepquant.errors import EvaluationError
 
 @dataclass(frozen=True)
 class View:
-    """One thing that an extractor sees in images, and the numbers about it."""
+    """One kind of features of an extractor, and the names of the metrics made of it."""
 
     name: str  # of its Frechet distance, or of its score
     kernel: str = ""  # name of its kernel distance; without one there are no nearest neighbours either
@@ -22,7 +22,7 @@ class View:
 
 
 class Reader(Protocol):
-    """An extractor with all that it sees in one pass."""
+    """An extractor whose views all come from one forward pass."""
 
     @property
     def digest(self) -> str: ...

@@ -1,1 +1,1 @@
-"""Times: of calls, of whole generations, of layers and of operations."""
+"""Speed: of one call, of generating images, of single layers, and of operations inside a call."""

@@ -47,7 +47,7 @@ class Traffic(TorchDispatchMode):
 def breakdown(call: Callable[[], Any]) -> dict[str, Any]:
     """Milliseconds of each operation in one call, with its GB/s and TOPS, beside the ceilings of this machine.
 
-    `milliseconds` is the call as it runs alone; what it has beyond its operations is Python and dispatching.
+    `milliseconds` is the time of an untraced call; what exceeds the sum of its operations is Python and dispatch.
     """
     call(), call(), call()
     total = fastest(call) * 1000

@@ -1,4 +1,4 @@
-"""Time per call of the denoiser, by ours and by others, each at its best."""
+"""Time of one call of the denoiser: the quantized model and its baselines, each in its fastest form."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def best(name: str, make: Callable[[], list[Contender]]) -> Contender:
     try:
         ways = {way.name: way for way in make()}
         calls = {key: way.call for key, way in ways.items() if way.call is not None}
-        # A compiler's remarks on diffusers' code are nothing to our reader.
+        # Warnings of the compiler about diffusers' code do not help the reader of a benchmark.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for call in calls.values():
@@ -116,14 +116,14 @@ def best(name: str, make: Callable[[], list[Contender]]) -> Contender:
 
 
 def reason(error: BaseException) -> str:
-    """Its first words, in a line; of a compiler's error, which begins with who raised it, those behind that too."""
+    """The first line of the error; where it ends with a colon, as of a compiler that names its backend, the next one too."""
     lines = str(error).strip().splitlines() or [""]
     words = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return f"{type(error).__name__}: {words[:200]}"
 
 
 def trajectory(pipeline: Any, batch: int, prompts: Sequence[str], steps: int = 8) -> list[dict[str, Any]]:
-    """What the denoiser receives along one float trajectory: a peer's calibration data."""
+    """The inputs of the denoiser along one float trajectory, with which NNCF calibrates."""
     calls: list[dict[str, Any]] = []
     with torch.no_grad(), listening(Denoiser.of(pipeline), lambda _, arguments: calls.append(arguments)):
         run(pipeline, list(range(batch)), Sampling(steps, prompts=tuple(prompts)))

@@ -1,4 +1,4 @@
-"""Milliseconds of every layer, float and in integers, inside calls of the whole model that take turns."""
+"""Milliseconds of every layer inside calls of the model, float and integer calls in turns."""
 
 from __future__ import annotations
 

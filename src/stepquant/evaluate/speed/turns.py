@@ -1,4 +1,4 @@
-"""Calls that take turns, so that a busy machine slows all of them alike."""
+"""Interleaved timing: contenders take turns, so that other work on the machine slows all of them alike."""
 
 from __future__ import annotations
 

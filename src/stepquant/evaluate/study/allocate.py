@@ -18,20 +18,20 @@ Budget = Literal["bytes", "bops", "ms"]
 DECOUPLED = "decoupled"
 # arXiv:2405.17873: layers that read the prompt, and feed-forward ones, decide the content.
 CONTENT = ("k_text", "v_text", "q_added", "k_added", "v_added", "ff_in", "ff_out")
-# Losses that add up over sites, from each metric's value.
+# A loss that adds up over sites, computed from the value of each metric.
 LOSSES = {
     "noise": lambda value: value**2,
     "psnr": lambda value: 10 ** (-value / 10),
     "ssim": lambda value: 1 - value,
     "features": lambda value: value**2,
 }
-# Sites that are chosen together, because their product is what costs.
+# The operands of one product: their bits are chosen together, because the cost depends on both.
 TOGETHER = (("weight", "input"), ("query", "key"), ("probabilities", "value"))
 
 
 @dataclass(frozen=True)
 class Option:
-    """Bits for every site of a choice (None: float), what that costs, and what it loses."""
+    """One option of a choice: bits of its sites (None: float), their cost, and the loss to expect."""
 
     bits: tuple[int | None, ...]
     cost: float
@@ -40,7 +40,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Choice:
-    """Sites that are decided together."""
+    """Sites whose bits are decided together, and the options that there are."""
 
     sites: tuple[StudiedSite, ...]
     options: tuple[Option, ...]
@@ -102,7 +102,7 @@ def read_sensitivity(data: Mapping[str, Any], metric: str) -> Sensitivity:
 def decoupled(
     sites: Sequence[StudiedSite], values: Mapping[str, Mapping[tuple[str, int], float]]
 ) -> dict[tuple[str, int], float]:
-    """Content sites by structure, quality sites by features, each as a share of what its own group can lose.
+    """Losses of content sites by SSIM and of quality sites by features, each divided by the total loss of its group.
 
     Differs: arXiv:2405.17873 solves both groups apart and searches how to divide the budget; one problem with shares
     divides it by itself.
@@ -155,7 +155,7 @@ def uniform_of(choices: Sequence[Choice], width: int) -> tuple[float, float]:
 
 
 def byte_choices(study: Sensitivity) -> list[Choice]:
-    """Weights alone fill a file."""
+    """One choice for each weight: activations take no bytes in a file."""
     return [
         Choice((site,), tuple(Option((b,), site.bytes(b), study.losses[site.key, b]) for b in study.bits))
         for site in study.sites
@@ -189,7 +189,7 @@ def bop_options(study: Sensitivity, sites: Sequence[StudiedSite], macs: int) -> 
 
 
 def time_choices(study: Sensitivity, times: Mapping[tuple[str, bool], float]) -> list[Choice]:
-    """Layers that were timed run in integers of each number of bits, or in float, which loses nothing."""
+    """One choice for each layer that was timed: integers of every number of bits, or float without loss."""
     choices = []
     for path in dict.fromkeys(site.path for site in study.sites):
         sites = tuple(site for site in study.sites if site.path == path)

@@ -1,4 +1,4 @@
-"""Lines that a long study has finished, in a file that only ever grows: a killed run goes on behind the last whole one."""
+"""An append-only file of finished measurements: a study that was killed resumes after the last complete line."""
 
 from __future__ import annotations
 

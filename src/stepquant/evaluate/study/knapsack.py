@@ -11,7 +11,7 @@ from scipy.sparse import csr_array
 
 from stepquant.errors import EvaluationError
 
-# Solvers stop within absolute tolerances around 1e-6: losses are stretched so that this is nothing.
+# Solvers stop within absolute tolerances around 1e-6, so losses are scaled up first.
 STRETCH = 1e6
 TRIES = 20
 

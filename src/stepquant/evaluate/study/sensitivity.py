@@ -107,7 +107,7 @@ def sensitivity(
     meter = Meter(pipeline, data, study, prompts)
     asked = {
         name: value for name, value in asdict(study).items() if name != "bits"
-    }  # a study may widen later
+    }  # a later study of the same folder may ask for more
     key = value_digest([FORMAT, source.key(one_each(steps)), plan.to_json(), asked, meter.digest])
     lines = Lines(folder / "sensitivity" / f"{key[:32]}.jsonl")
     measure_all(denoiser, plan, sites, study, data, meter, lines, progress)
@@ -157,7 +157,7 @@ def measure_all(
                 with enabled(by_key[site.key]):
                     lines.append(f"{site.key}@{bits}", meter())
                 progress.note(f"{bits} bits, {site.key}")
-    for _ in tracked:  # let the bar end
+    for _ in tracked:  # so that the progress bar reaches its end
         pass
 
 
@@ -188,7 +188,7 @@ def set_range(quantizer: Quantizer, rows: Tensor, search: Search) -> None:
 
 @contextmanager
 def enabled(quantizer: Quantizer) -> Iterator[None]:
-    """This quantizer works, all others stay out of the way."""
+    """Enables this quantizer alone."""
     quantizer.enabled = True
     try:
         yield
@@ -197,7 +197,7 @@ def enabled(quantizer: Quantizer) -> Iterator[None]:
 
 
 class Meter:
-    """Measures the model as it is at the moment against what it was when the meter was made."""
+    """Measures the model in its present state against its outputs when the meter was made."""
 
     def __init__(self, pipeline: Any, data: CalibSet, study: Study, prompts: Sequence[str]) -> None:
         self.pipeline, self.study = pipeline, study

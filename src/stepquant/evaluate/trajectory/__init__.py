@@ -1,1 +1,1 @@
-"""What quantization does along the denoising trajectory."""
+"""Errors along the denoising trajectory: of predictions, of blocks, of layer inputs, and of time embeddings."""

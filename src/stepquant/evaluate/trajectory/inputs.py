@@ -1,4 +1,4 @@
-"""What layers receive along the float trajectory, against the range that their integers can hold."""
+"""Ranges of the layers' inputs along the float trajectory, beside the range that their grids cover."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def limits(quantized: Denoiser) -> dict[str, tuple[float, float]]:
 
 
 def edge(code: Code, place: float) -> float:
-    """The number at a place between two codes."""
+    """The number that a fractional code stands for."""
     return (place - code.zero_point) * code.scale
 
 

@@ -1,4 +1,4 @@
-"""Where the error arises: the noise prediction by denoising step, and the output of every block at a few of them."""
+"""Where the error arises: of the prediction at every step, and of the output of every block at a few steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stepquant.models.sampling import Sampling
 
 @dataclass(frozen=True)
 class Trace:
-    """What the probe saw: JSON rows by denoising step, and by block and layer input at the probed steps."""
+    """Rows for JSON: errors by step, and errors of blocks and ranges of layer inputs at the probed steps."""
 
     steps: list[dict[str, Any]]
     blocks: dict[str, Any]
@@ -130,7 +130,7 @@ def follow_own(
     states: Sequence[tuple[Tensor, Tensor]],
     rows: list[dict[str, Any]],
 ) -> None:
-    """Add to each row how far the quantized model has strayed on its own trajectory."""
+    """Add to each row the distance between the quantized model's own trajectory and the float one."""
 
     def stray(call: int, arguments: dict[str, Any], out: Tensor) -> None:
         if call >= len(states):

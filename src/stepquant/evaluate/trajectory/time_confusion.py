@@ -1,4 +1,4 @@
-"""Whether a quantized model still knows what time it is: its time embeddings against those of the float model.
+"""Whether quantized time embeddings still tell steps apart: their nearest float embeddings by cosine.
 
 An embedding that is nearest to that of another step makes the network denoise as if it were there: arXiv:2311.16503.
 """
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from stepquant.models.blocks.structure import time_path
 
-# Of the cosines, as many steps as a page can show.
+# Steps of the table of cosines that a page shows.
 MOST_SHOWN = 20
 
 
 @contextmanager
 def watch_embedding(model: nn.Module) -> Iterator[list[Tensor]]:
-    """What the declared time embedding of a model returns for the first sample, call by call; nothing where it has none."""
+    """Collects the output of the model's time embedding for the first sample of each call; empty where it has none."""
     found: list[Tensor] = []
     path = time_path(model)
 
