@@ -82,7 +82,7 @@ def report(images: Tensor, asked: Sequence[Any] | None, args: argparse.Namespace
     console.print(f"{name} to test: {frechet(features(classifier, images), test):.1f}, {count} pictures")
     console.print(f"{name} of as many training pictures to test: {frechet(train, test):.1f}")
     if asked is not None:
-        hits = classifier.read(images.float() / 255, asked)
+        hits = classifier.read(images.float() / 255, [str(one) for one in asked])
         low, high = wilson(int(hits.sum()), count)
         share = hits.float().mean()
         console.print(f"recognised as asked: {share:.1%} ({low:.1%} to {high:.1%})")

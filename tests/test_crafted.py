@@ -291,7 +291,7 @@ def test_a_setting_that_a_newer_diffusers_knows_is_no_edit(folder: Path, tmp_pat
 
 
 def test_the_former_format_loads_and_says_so_once(folder: Path, tmp_path: Path) -> None:
-    before = run(DiffusionPipeline.from_pretrained(folder.parent), [1], 2)
+    before = run(DiffusionPipeline.from_pretrained(folder.parent), [1], Sampling(2))
     config, tensors = crafted.read(folder)
     crafted.agree(config, tensors, format=UNCOVERED)
     crafted.write(folder, config)
@@ -301,7 +301,7 @@ def test_the_former_format_loads_and_says_so_once(folder: Path, tmp_path: Path) 
     assert [str(one.message)[:28] for one in said if "format 1" in str(one.message)] == [
         "this artifact is of format 1"
     ]
-    assert torch.equal(run(pipes[0], [1], 2), before)
+    assert torch.equal(run(pipes[0], [1], Sampling(2)), before)
     pipes[0].save_pretrained(tmp_path / "again")
     again, _ = crafted.read(tmp_path / "again" / folder.name)
     assert again["quantization_config"] == json.loads(json.dumps(config["quantization_config"]))

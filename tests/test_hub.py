@@ -16,7 +16,7 @@ from stepquant.calib.record import Source
 from stepquant.errors import ArtifactError, RuntimeSupportError
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.generate import run
-from stepquant.models.sampling import SAMPLERS
+from stepquant.models.sampling import SAMPLERS, Sampling
 from stepquant.quant.schemes import SCHEMES, scheme
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -25,8 +25,9 @@ import sys, torch, stepquant
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from stepquant.models.generate import run
+from stepquant.models.sampling import Sampling
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
-save_file({"images": run(pipe, [1, 2], 3)}, sys.argv[2])
+save_file({"images": run(pipe, [1, 2], Sampling(3))}, sys.argv[2])
 """
 
 
@@ -40,10 +41,10 @@ def quantized(source: Source, name: str = "w8a8") -> DDIMPipeline:
 @pytest.mark.parametrize("name", SCHEMES)
 def test_save_load_generate_is_bit_identical(source: Source, tmp_path: Path, name: str) -> None:
     pipe = quantized(source, name)
-    before = run(pipe, [1, 2], 3)
+    before = run(pipe, [1, 2], Sampling(3))
     pipe.save_pretrained(tmp_path / "out")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
-    assert torch.equal(run(loaded, [1, 2], 3), before)
+    assert torch.equal(run(loaded, [1, 2], Sampling(3)), before)
     assert hub.config_of(loaded.unet).to_dict() == hub.config_of(pipe.unet).to_dict()
     alone = UNet2DModel.from_pretrained(tmp_path / "out" / "unet")
     assert {k: v.dtype for k, v in alone.state_dict().items()} == {
@@ -59,12 +60,12 @@ def test_a_fresh_process_gives_the_same_images(source: Source, tmp_path: Path) -
     subprocess.run(
         [sys.executable, "-c", IMAGES, str(tmp_path / "out"), str(tmp_path / "images")], check=True
     )
-    assert torch.equal(load_file(tmp_path / "images")["images"], run(pipe, [1, 2], 3))
+    assert torch.equal(load_file(tmp_path / "images")["images"], run(pipe, [1, 2], Sampling(3)))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_runs_after_quantization(source: Source, sampler: str) -> None:
-    assert torch.isfinite(run(quantized(source), [0], 3, sampler)).all()
+    assert torch.isfinite(run(quantized(source), [0], Sampling(3, sampler))).all()
 
 
 def test_scales_survive_a_half_precision_load(source: Source, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DiTTransformer2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DiTTransformer2DModel, PriorTransformer
 from safetensors.torch import load_file, save_file
 
 from stepquant.cli import main
@@ -97,9 +97,17 @@ def test_models_that_are_not_there_or_not_supported(tmp_path: Path, fails: Fails
     assert "cifar10-features" not in fails("generate", "nowhere")
     assert "no such artifact" in fails("report", tmp_path / "nowhere")
     DDIMPipeline(
-        DiTTransformer2DModel(1, 8, 4, num_layers=1, sample_size=4), DDIMScheduler()
-    ).save_pretrained(tmp_path / "dit")
-    assert "DiTTransformer2DModel are not supported" in fails("generate", tmp_path / "dit")
+        PriorTransformer(num_attention_heads=1, attention_head_dim=8, num_layers=1), DDIMScheduler()
+    ).save_pretrained(tmp_path / "prior")
+    assert "PriorTransformer are not supported" in fails("generate", tmp_path / "prior")
+
+
+def test_a_pipeline_that_asks_its_model_for_nothing_needs_one_that_can_do_without(
+    tmp_path: Path, fails: Fails
+) -> None:
+    model = DiTTransformer2DModel(1, 8, 4, num_layers=1, sample_size=4)
+    DDIMPipeline(model, DDIMScheduler()).save_pretrained(tmp_path / "dit")
+    assert "DDIMPipeline does not fit its model" in fails("generate", tmp_path / "dit")
 
 
 def test_a_folder_that_is_no_pipeline(tmp_path: Path, fails: Fails) -> None:

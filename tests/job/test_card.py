@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 import stepquant as sq
-from stepquant.models.sampling import Sampling
 from stepquant.errors import ArtifactError
 from stepquant.evaluate.twins import Twins
 from stepquant.job import Recipe, load, quantize_to
 from stepquant.job.card import shown_with, write_card
 from stepquant.job.results import describe_alone, describe_artifact, keep_results
+from stepquant.models.sampling import Sampling
 
 QUICK = {"samples": 8, "batch": 4}
 

@@ -22,6 +22,12 @@ def denoise(
     """The states x of one batch of trajectories after each step; `stop` ends it early."""
     denoiser, scheduler = Denoiser.of(pipeline), scheduler_of(pipeline, sampling.sampler, sampling.steps)
     model: Any = denoiser.model
+    if denoiser.family.guidance != "none":
+        raise ModelError(
+            f"{type(pipeline).__name__} does not fit its model",
+            got=f"{type(model).__name__}, which must be asked for something",
+            fix="save the model with the pipeline that it was trained for",
+        )
     noise, shape = generators(seeds), (len(seeds), *denoiser.shape)
     x = randn_tensor(shape, generator=noise, device=model.device, dtype=model.dtype)
     x = x * scheduler.init_noise_sigma
