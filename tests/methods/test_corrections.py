@@ -66,14 +66,6 @@ def test_following_keeps_the_mean_of_the_states(source: Source) -> None:
     assert gaps[1] < 0.05 * gaps[0]
 
 
-def test_the_same_recipe_gives_the_same_bytes(source: Source) -> None:
-    first, second = (
-        made(source, "minmax+d2dpm", **{"samples": 16, "d2dpm.trajectories": 4}).tensors for _ in range(2)
-    )
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_names_that_make_no_sense_are_errors() -> None:
     with pytest.raises(MethodError, match="corrects what another method made"):
         methods.build("ptqd")
