@@ -8,7 +8,7 @@ from pathlib import Path
 from stepquant import hub
 from stepquant.calib.cache import atomically
 from stepquant.job.files import CARD
-from stepquant.job.pipelines import STEPS, load
+from stepquant.job.pipelines import STEPS, load, prompts_of
 from stepquant.job.results import artifact_config, describe_alone, measured_so_far
 from stepquant.models.generate import sample
 from stepquant.models.sampling import SAMPLERS, Sampling
@@ -45,5 +45,5 @@ def shown_with(config: hub.StepquantConfig) -> Sampling:
     return Sampling(
         steps if config.steps else min(steps, STEPS),
         recipe.get("sampler") if recipe.get("sampler") in SAMPLERS else None,
-        tuple(recipe.get("prompts") or ()),
+        prompts_of(config),
     )

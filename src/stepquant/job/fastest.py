@@ -15,6 +15,7 @@ from stepquant.calib.cache import atomically, cache_folder
 from stepquant.errors import StepquantError
 from stepquant.evaluate.describe import cpu_name
 from stepquant.evaluate.metrics.reference import file_digest
+from stepquant.job.pipelines import prompts_of
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import first_arguments
 from stepquant.progress import Progress
@@ -33,7 +34,7 @@ def fastest(
     config = hub.config_of(denoiser.model)
     if config is None:
         raise StepquantError("only a quantized pipeline has layers in integers", fix="load an artifact")
-    arguments = first_arguments(pipeline, batch, prompts or config.recipe.get("prompts") or ())
+    arguments = first_arguments(pipeline, batch, prompts or prompts_of(config))
     known = KnownTimes()
     try:
         return keep_faster(denoiser.model, arguments, known.here, progress=progress)

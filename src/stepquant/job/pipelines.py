@@ -115,6 +115,11 @@ def without_bars() -> Iterator[None]:
 STEPS = 50
 
 
+def prompts_of(config: hub.StepquantConfig) -> tuple[str, ...]:
+    """What an artifact was calibrated with; nothing where nobody said."""
+    return tuple(config.recipe.get("prompts") or ())
+
+
 def sampling_of(
     pipeline: Any, steps: int | None = None, sampler: str | None = None, prompts: Sequence[str] | None = None
 ) -> Sampling:

@@ -21,7 +21,7 @@ from stepquant.evaluate.metrics.reference import check_data
 from stepquant.evaluate.results import FORMAT
 from stepquant.job.fastest import fastest
 from stepquant.job.files import writing
-from stepquant.job.pipelines import load, sampling_of
+from stepquant.job.pipelines import load, prompts_of, sampling_of
 from stepquant.models import zoo
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import first_arguments
@@ -70,7 +70,7 @@ def load_twin(config: hub.StepquantConfig, against: str | None, device: str = "c
 
 def describe_artifact(twins: Twins, folder: Path, name: str) -> dict[str, Any]:
     """All that follows from an artifact without measuring: origin, recipe, size, plan and coverage."""
-    prompts = artifact_config(twins.quantized, folder).recipe.get("prompts") or ()
+    prompts = prompts_of(artifact_config(twins.quantized, folder))
     arguments = first_arguments(twins.float, 1, prompts, twins.quantized)
     return {
         "format": FORMAT,
@@ -84,7 +84,8 @@ def describe_artifact(twins: Twins, folder: Path, name: str) -> dict[str, Any]:
 
 def describe_alone(pipeline: Any, folder: Path) -> dict[str, Any]:
     """The same from the artifact alone, whose recipe names the float model: its shapes need no weights."""
-    quantized, recipe = Denoiser.of(pipeline), artifact_config(pipeline, folder).recipe
+    quantized, config = Denoiser.of(pipeline), artifact_config(pipeline, folder)
+    recipe = config.recipe
     shapes = shapes_of(quantized)
     model = {
         "name": recipe.get("model", ""),
@@ -92,7 +93,7 @@ def describe_alone(pipeline: Any, folder: Path) -> dict[str, Any]:
         "parameters": sum(value.numel() for value in shapes.model.parameters()),
         "digest": recipe.get("model_digest", "")[:12],
     }
-    arguments = first_arguments(pipeline, 1, recipe.get("prompts") or ())
+    arguments = first_arguments(pipeline, 1, prompts_of(config))
     return {
         "format": FORMAT,
         "float": model,
@@ -120,8 +121,7 @@ def inspect_artifact(
     """
     pipeline = load(folder)
     settings = artifact_config(pipeline, folder)
-    prompts = settings.recipe.get("prompts")
-    timed = [] if batch is None else fastest(pipeline, batch, prompts=prompts, progress=progress)
+    timed = [] if batch is None else fastest(pipeline, batch, progress=progress)
     known = describe_alone(pipeline, folder)
     return known | {"steps": settings.steps, "times": [asdict(layer) for layer in timed]}
 
@@ -191,7 +191,7 @@ def benchmark_artifact(
     quantized = load(folder, device)
     config = artifact_config(quantized, folder)
     source = load_twin(config, against, device)
-    options["prompts"] = options.get("prompts") or config.recipe.get("prompts") or ()
+    options["prompts"] = options.get("prompts") or prompts_of(config)
     speed = benchmark(source, quantized, progress=progress, **options)
     return update_results(folder, Twins(source, quantized), {"speed": speed, "environment": environment()})
 

@@ -14,7 +14,7 @@ from stepquant.evaluate.speed.layers import layer_times, read_times
 from stepquant.evaluate.study.allocate import Allocation, Budget, allocate, read_sensitivity
 from stepquant.evaluate.study.sensitivity import Study, sensitivity
 from stepquant.evaluate.twins import Twins
-from stepquant.job.pipelines import load
+from stepquant.job.pipelines import load, prompts_of
 from stepquant.job.recipe import Recipe
 from stepquant.job.results import artifact_config, load_twin
 from stepquant.models.denoiser import Denoiser
@@ -48,8 +48,7 @@ def time_layers(
     quantized = load(folder, device)
     config = artifact_config(quantized, folder)
     source = load_twin(config, against, device)
-    prompts = config.recipe.get("prompts") or ()
-    found = layer_times(Twins(source, quantized), batch=batch, prompts=prompts, progress=progress)
+    found = layer_times(Twins(source, quantized), batch=batch, prompts=prompts_of(config), progress=progress)
     write_json(out, found)
     return found
 
