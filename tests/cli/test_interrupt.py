@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from stepquant.cli import main
+from stepquant.cli.interrupt import Interrupted, heeding, keeping
 
 WORDS = ("--method", "minmax", "--steps", "25", "--samples", "256")
 FIELDS = ("--set", "batch=8", "--set", "trajectories=256")  # recordings in many shards
@@ -218,3 +219,44 @@ def test_a_file_size_limit_is_one_clear_error(start: Callable[..., Run]) -> None
     assert "Traceback" not in said
     assert not run.out.exists()
     assert not list(run.cache.rglob("*.part"))
+
+
+def interrupt(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(PATIENCE)
+
+
+@pytest.fixture(params=[(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def asking(request: pytest.FixtureRequest) -> Iterator[tuple[signal.Signals, int]]:
+    """A signal that this process does not ignore, and the exit code that it asks for."""
+    number, code = request.param
+    former = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield number, code
+    signal.signal(number, former)
+
+
+def test_a_library_that_makes_an_error_of_a_signal_does_not_hide_it(
+    asking: tuple[signal.Signals, int],
+) -> None:
+    """As safetensors does: a run that was ended while it read weights said that the file was damaged."""
+
+    def read() -> None:
+        try:
+            interrupt(asking[0])
+        except KeyboardInterrupt as stop:
+            raise OSError(str(stop)) from None
+
+    with heeding():
+        with pytest.raises(Interrupted, match="all is kept") as stop, keeping("all is kept"):
+            read()
+        assert stop.value.code == asking[1]
+    with pytest.raises(OSError, match="of its own"), keeping("all is kept"):
+        raise OSError("of its own")
+
+
+def test_a_signal_while_the_command_line_is_read(
+    asking: tuple[signal.Signals, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("stepquant.cli.app.check_values", lambda _: interrupt(asking[0]))
+    assert main(["methods"]) == asking[1]
+    assert "Interrupted: nothing had begun" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from stepquant.cli import compare, demo, diff, lists, make, measure, show, study
-from stepquant.cli.interrupt import CTRL_C, Interrupted, heeding, keeping
+from stepquant.cli.interrupt import Interrupted, asked, code_of, heeding, keeping
 from stepquant.cli.words import check_given, check_values, suit_terminal
 from stepquant.errors import StepquantError
 from stepquant.version import __version__
@@ -99,8 +99,8 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         with heeding():
             return run(given, debug)
-    except KeyboardInterrupt:
-        return CTRL_C
+    except KeyboardInterrupt as stop:
+        return code_of(stop)
 
 
 def run(given: Sequence[str], debug: bool) -> int:
@@ -110,6 +110,11 @@ def run(given: Sequence[str], debug: bool) -> int:
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):  # click and rich end so, with the code of a failure
             return close_output()
+        if (
+            stopped := asked()
+        ):  # while the words of the command were read, which typer makes an exit of its own of
+            say("\nInterrupted: nothing had begun")
+            return code_of(stopped)
         code = end.code if isinstance(end.code, int) else DONE if end.code is None else OURS
     except Interrupted as stop:
         say(f"\nInterrupted: {stop}")

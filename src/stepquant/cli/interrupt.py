@@ -27,7 +27,25 @@ class Interrupted(Exception):  # noqa: N818 - the user's wish, no error
 
     def __init__(self, words: str, stop: KeyboardInterrupt) -> None:
         super().__init__(words)
-        self.code = stop.code if isinstance(stop, Ended) else CTRL_C
+        self.code = code_of(stop)
+
+
+def code_of(stop: KeyboardInterrupt) -> int:
+    return stop.code if isinstance(stop, Ended) else CTRL_C
+
+
+class Listener:
+    """Raises what a signal asks for, and remembers it: a library on the way may make an error of its own of it,
+    as safetensors does of whatever is raised while it reads."""
+
+    def __init__(self) -> None:
+        self.stop: KeyboardInterrupt | None = None
+
+    def __call__(self, number: int, _: FrameType | None) -> None:
+        if isinstance(self.stop, Ended):  # once is enough: cleaning up is not to be interrupted
+            return
+        self.stop = KeyboardInterrupt() if number == signal.SIGINT else Ended(number)
+        raise self.stop
 
 
 @contextmanager
@@ -37,6 +55,18 @@ def keeping(words: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         raise Interrupted(words, stop) from None
+    except Interrupted:
+        raise
+    except Exception:
+        if (stop := asked()) is None:
+            raise
+        raise Interrupted(words, stop) from None
+
+
+def asked() -> KeyboardInterrupt | None:
+    """What a signal asked for since the command line listens."""
+    handlers = (signal.getsignal(number) for number in (signal.SIGINT, *ASKING))
+    return next((h.stop for h in handlers if isinstance(h, Listener) and h.stop is not None), None)
 
 
 @contextmanager
@@ -45,19 +75,15 @@ def heeding() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which has no say about signals
         yield
         return
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    listener = Listener()
     former = {number: signal.getsignal(number) for number in ASKING}
-    for number in (number for number, handler in former.items() if handler is signal.SIG_DFL):
-        signal.signal(number, end)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        former[signal.SIGINT] = signal.default_int_handler
+        signal.signal(signal.SIGINT, listener)
+    for number in (number for number in ASKING if former[number] is signal.SIG_DFL):
+        signal.signal(number, listener)
     try:
         yield
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-
-
-def end(number: int, _: FrameType | None) -> None:
-    for other in ASKING:  # once is enough: cleaning up is not to be interrupted
-        signal.signal(other, signal.SIG_IGN)
-    raise Ended(number)
