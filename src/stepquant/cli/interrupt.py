@@ -58,9 +58,9 @@ def keeping(words: str) -> Iterator[None]:
     except Interrupted:
         raise
     except Exception:
-        if (stop := asked()) is None:
+        if (swallowed := asked()) is None:
             raise
-        raise Interrupted(words, stop) from None
+        raise Interrupted(words, swallowed) from None
 
 
 def asked() -> KeyboardInterrupt | None:
