@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import re
-import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from method_tables import step_table, table
 from rich.console import Console
 
 from stepquant import methods as registry
@@ -47,7 +47,6 @@ GAC = [
     *(Variant("gac", {"temperature": temperature}) for temperature in (0.5, 2)),
 ]
 PARTS = ("methods", "eda_dm", "gac")
-PROBED_STEPS = 6  # columns of the table of errors by step
 
 
 def main() -> int:
@@ -195,9 +194,8 @@ def how_measured(options: argparse.Namespace, made: Mapping[str, list[dict[str, 
         return "No cell is finished."
     first = done[0]
     where, how = first["environment"], first["sampling"]
-    extractor = next(
-        (q["extractor"] for q in first["quality"] if q["name"] == "FD-C10" and q["extractor"]), "none"
-    )
+    distances = (number for number in first["quality"] if number["name"].startswith("FD"))
+    extractor = next((number["extractor"] for number in distances if number["extractor"]), "none")
     return (
         f"{first['float']['name']} (digest {first['float']['digest']}), {how['images']:,} images of {how['steps']} "
         f"{how['sampler']} steps ({how['calls']} calls of the denoiser) from the same seeds in every row; calibration over "
@@ -207,103 +205,6 @@ def how_measured(options: argparse.Namespace, made: Mapping[str, list[dict[str, 
         "(calibration and images both differ); none where there is one seed. FD falls with the number of images: compare it "
         "at the same number only."
     )
-
-
-def table(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Rows of quality and cost; the float model first."""
-    head = [
-        "scheme",
-        "method",
-        "seeds",
-        "FD to data ↓",
-        "FD to float ↓",
-        "PSNR dB ↑",
-        "noise error ↓",
-        "MB",
-        "s",
-        "peak MB",
-    ]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *float_rows(results)]
-    for (label, scheme), rows in groups(results).items():
-        done, errors = [r for r in rows if "error" not in r], [r["error"] for r in rows if "error" in r]
-        numbers = [
-            shown([quality(row, "FD-C10", data=True) for row in done], 2),
-            shown([quality(row, "FD-C10") for row in done], 2),
-            shown([quality(row, "PSNR") for row in done], 2),
-            shown([mean_error(row) for row in done], 4),
-            shown([row["size"]["bytes"] / 1e6 for row in done], 1, spread=False),
-            shown([row["making"]["seconds"] for row in done], 0),
-            shown([row["making"]["peak_bytes"] / 1e6 for row in done], 0, spread=False),
-        ]
-        failed = f" (failed: {errors[0].splitlines()[0]})" if errors else ""
-        lines.append(f"| {' | '.join([scheme, label + failed, str(len(done)), *numbers])} |")
-    return lines
-
-
-def float_rows(results: Sequence[dict[str, Any]]) -> list[str]:
-    """The float model in the quantized one's place: on the same seeds, and on others."""
-    by_seed = {row["sampling"]["seed"]: row for row in results if "error" not in row}
-    rows = list(by_seed.values())
-    count = str(len(rows))
-    same = shown([quality(row, "FD-C10", data=True, field="reference") for row in rows], 2)
-    floors = [
-        shown([quality(row, "FD-C10", data=True, field="floor") for row in rows], 2),
-        shown([quality(row, "FD-C10", field="floor") for row in rows], 2),
-        shown([quality(row, "PSNR", field="floor") for row in rows], 2),
-    ]
-    size = shown([row["size"]["float_bytes"] / 1e6 for row in rows], 1, spread=False)
-    none = ["", "", ""]
-    return [
-        f"| {' | '.join(['fp32', '**float**, same seeds', count, same, '0', '∞', '0', size, *none[:2]])} |",
-        f"| {' | '.join(['fp32', '**float**, other seeds: the noise floor', count, *floors, *none, ''])} |",
-    ]
-
-
-def step_table(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Relative error of the noise prediction on the float trajectory, at a few denoising steps."""
-    done = {key: [r for r in rows if "error" not in r] for key, rows in groups(results).items()}
-    done = {key: rows for key, rows in done.items() if rows}
-    if not done:
-        return []
-    count = len(next(iter(done.values()))[0]["steps"])
-    steps = sorted({round(i * (count - 1) / (PROBED_STEPS - 1)) for i in range(PROBED_STEPS)})
-    lines = [
-        "Error of the noise prediction by denoising step (0 is the noisiest), both networks on the float trajectory:",
-        "",
-        f"| scheme | method | {' | '.join(f'step {step}' for step in steps)} |",
-        "|" + "---|" * (len(steps) + 2),
-    ]
-    for (label, scheme), rows in done.items():
-        errors = [statistics.fmean(row["steps"][step]["relative"] for row in rows) for step in steps]
-        lines.append(f"| {scheme} | {label} | {' | '.join(f'{error:.4f}' for error in errors)} |")
-    return lines
-
-
-def groups(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    out: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in results:
-        out.setdefault((row["label"], row["quantized"]["scheme"]), []).append(row)
-    return out
-
-
-def quality(row: Mapping[str, Any], name: str, *, data: bool = False, field: str = "value") -> float | None:
-    """A number of the results: against data, or against the float model on the same seeds."""
-    for number in row["quality"]:
-        if number["name"] == name and number["against"].startswith("float") != data:
-            return number[field] if number["value"] is not None else None
-    return None
-
-
-def mean_error(row: Mapping[str, Any]) -> float | None:
-    return statistics.fmean(step["relative"] for step in row["steps"]) if row["steps"] else None
-
-
-def shown(values: Sequence[float | None], places: int, *, spread: bool = True) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    mean = f"{statistics.fmean(known):,.{places}f}"
-    return f"{mean} ± {statistics.stdev(known):.{places}f}" if spread and len(known) > 1 else mean
 
 
 if __name__ == "__main__":
