@@ -27,7 +27,7 @@ BEGIN, END, UNKNOWN = SPECIAL = ("<begin>", "<end>", "<unknown>")
 LENGTH = 20  # tokens of a prompt; the longest caption has 16 words
 LEFT_OUT = 0.1
 PROMPTS = 256  # that come with the model, for those who calibrate it
-GUIDANCE = 2.0
+GUIDANCE = 7.5  # the default of StableDiffusionPipeline
 UNET = {
     "in_channels": 4,
     "out_channels": 4,
