@@ -10,9 +10,9 @@ struct TileDot : Bytes {
   static constexpr int64_t rows = 16;
   static constexpr int64_t step = 16;
 
-  class Unit {
+  class Setup {
    public:
-    explicit Unit(int64_t words) {
+    explicit Setup(int64_t words) {
       TileShapes shapes;
       for (int tile = 0; tile < 6; ++tile) shapes.set(tile, 16, 64);
       if (const int64_t rest = words % step; rest) {
@@ -21,9 +21,9 @@ struct TileDot : Bytes {
       }
       configure_tiles(shapes);
     }
-    ~Unit() { release_tiles(); }
-    Unit(const Unit&) = delete;
-    Unit& operator=(const Unit&) = delete;
+    ~Setup() { release_tiles(); }
+    Setup(const Setup&) = delete;
+    Setup& operator=(const Setup&) = delete;
   };
 
   static void scores(

@@ -153,9 +153,9 @@ normalize(const int32_t* scores, int64_t keys, float factor, const Code& code, t
     for (int64_t v = 0; v < 4; ++v) p[v] = load(exponentials + i + v * lanes) * factor;
     sum += Dot::store_probabilities(probabilities + i, p, code);
   }
-  int32_t whole = 0;
-  for (int64_t i = 0; i < lanes; ++i) whole += sum[i];
-  return whole;
+  int32_t total = 0;
+  for (int64_t i = 0; i < lanes; ++i) total += sum[i];
+  return total;
 }
 
 // What one block of queries passes through, and where its (batch, head) keeps the packed operands.
@@ -245,7 +245,7 @@ template <class Dot, class T>
 void attend_blocks(const AttentionTask& task, int64_t begin, int64_t end) {
   Block<Dot> block(task);
   const Layout<Dot>& layout = block.layout;
-  const typename Dot::Unit unit(layout.score_words);
+  const typename Dot::Setup setup(layout.score_words);
   for (int64_t item = begin; item < end; ++item) {
     block.move_to(item);
     const int64_t rows = round_up(block.rows, Dot::rows);

@@ -11,8 +11,8 @@ Tensor operand_tensor(const char* name, const Tensor& x, at::ScalarType type) {
   TORCH_CHECK(
       x.dim() == 4 && !x.is_complex(), "attention: ", name, " is expected as (batch, heads, tokens, width), got ",
       x.sizes(), " of ", x.scalar_type());
-  const Tensor held = x.scalar_type() == type ? x : x.to(type);
-  return held.stride(3) == 1 ? held : held.contiguous();
+  const Tensor typed = x.scalar_type() == type ? x : x.to(type);
+  return typed.stride(3) == 1 ? typed : typed.contiguous();
 }
 
 Operand operand_of(const Tensor& x, const Code& code) {

@@ -106,11 +106,11 @@ STEPQUANT_INLINE void accumulate(
 template <class T, int64_t rows>
 STEPQUANT_INLINE void emit_sums(const ConvolveTask& task, int64_t pixel, int64_t channel, const Ints* sums) {
   const int64_t rest = task.out_channels - channel, width = task.out_channels;
-  const bool whole = rest >= lanes;
+  const bool full = rest >= lanes;
   const float* scales = task.weight_scale + channel;
-  const Floats factor = (whole ? load(scales) : load_first(scales, rest)) * task.scale;
+  const Floats factor = (full ? load(scales) : load_first(scales, rest)) * task.scale;
   Floats bias = Floats{};
-  if (task.bias) bias = whole ? load(task.bias + channel) : load_first(task.bias + channel, rest);
+  if (task.bias) bias = full ? load(task.bias + channel) : load_first(task.bias + channel, rest);
   Ints share;
   std::memcpy(&share, task.weight_sum + channel, sizeof(share));  // padded to whole vectors
   share *= task.zero_point;
@@ -122,10 +122,10 @@ STEPQUANT_INLINE void emit_sums(const ConvolveTask& task, int64_t pixel, int64_t
   if (task.add) {
     const T* add = static_cast<const T*>(task.add) + pixel * task.add_stride + channel;
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < rows; ++r, add += task.add_stride) y[r] += whole ? load(add) : load_first(add, rest);
+    for (int64_t r = 0; r < rows; ++r, add += task.add_stride) y[r] += full ? load(add) : load_first(add, rest);
   }
   T* out = static_cast<T*>(task.out) + pixel * width + channel;
-  if (whole) {
+  if (full) {
 #pragma GCC unroll 8
     for (int64_t r = 0; r < rows; ++r) store(out + r * width, y[r]);
   } else {

@@ -19,12 +19,12 @@ Tensor pack_weight(const Tensor& weight) {
       "pack_weight: weight is expected as signed bytes (out, in, height, width), got ", weight.sizes(), " of ",
       weight.scalar_type());
   const ConvolveKernel& kernel = kernels().convolve;
-  const Tensor held = weight.contiguous();
-  const int64_t outs = held.size(0), ins = held.size(1), taps = held.size(2) * held.size(3), depth = filled(ins);
+  const Tensor dense = weight.contiguous();
+  const int64_t outs = dense.size(0), ins = dense.size(1), taps = dense.size(2) * dense.size(3), depth = filled(ins);
   const ConvolveBlocks blocks(outs, kernel.groups_per_block);
   Tensor packed = at::detail::empty_cpu({groups_of(outs) * convolve_group * depth * taps}, at::kChar);
   int8_t* to = packed.mutable_data_ptr<int8_t>();
-  const int8_t* from = held.const_data_ptr<int8_t>();
+  const int8_t* from = dense.const_data_ptr<int8_t>();
   for (int64_t block = 0; block < blocks.count(); ++block) {
     const int64_t first = blocks.first(block) * convolve_group, width = blocks.groups(block) * convolve_group;
     for (int64_t tap = 0; tap < taps; ++tap) {
@@ -112,12 +112,12 @@ int64_t chunk_of(int64_t total, int64_t most, int64_t blocks) {
 
 // A workspace that all calls on this thread share: touching fresh pages costs as much as Winograd saves.
 char* workspace(int64_t bytes) {
-  thread_local Tensor held;
-  if (!held.defined() || held.numel() < bytes) {
-    held = Tensor();
-    held = at::detail::empty_cpu({bytes}, at::kByte);
+  thread_local Tensor kept;
+  if (!kept.defined() || kept.numel() < bytes) {
+    kept = Tensor();
+    kept = at::detail::empty_cpu({bytes}, at::kByte);
   }
-  return static_cast<char*>(held.mutable_data_ptr());
+  return static_cast<char*>(kept.mutable_data_ptr());
 }
 
 // Runs a kernel that needs `each` bytes of workspace on every thread.

@@ -105,8 +105,8 @@ struct VectorDot : Word {
   static constexpr int64_t block = lanes == 16 ? 16 : 18;
 
   // What must be switched on around the products; nothing here.
-  struct Unit {
-    explicit Unit(int64_t) {}
+  struct Setup {
+    explicit Setup(int64_t) {}
   };
 
   static void scores(

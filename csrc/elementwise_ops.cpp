@@ -9,7 +9,7 @@ namespace stepquant {
 namespace {
 
 QuantizeTask task_of(const RowView& x, const Code& code, Activation activation, uint8_t* out, int64_t out_stride) {
-  return {x.rows, type_of(x.held), activation, code, out, out_stride};
+  return {x.rows, type_of(x.kept), activation, code, out, out_stride};
 }
 
 // Dense memory in any order is treated as one long row, which threads share out anywhere.
@@ -28,19 +28,19 @@ Tensor quantize_dense(const Tensor& x, const Code& code, Activation activation) 
 
 // Rows as long as the dense run of the input; the result has the memory order that torch gives a tensor like it.
 Tensor quantize_any(const Tensor& x, const Code& code, Activation activation) {
-  const Tensor held = readable(x);
-  if (held.is_non_overlapping_and_dense()) return quantize_dense(held, code, activation);
-  Tensor out = at::empty_like(held, at::kByte);
+  const Tensor source = readable(x);
+  if (source.is_non_overlapping_and_dense()) return quantize_dense(source, code, activation);
+  Tensor out = at::empty_like(source, at::kByte);
   int64_t along = -1;
-  for (int64_t d = 0; d < held.dim(); ++d) {
-    if (held.stride(d) == 1 && out.stride(d) == 1) along = d;
+  for (int64_t d = 0; d < source.dim(); ++d) {
+    if (source.stride(d) == 1 && out.stride(d) == 1) along = d;
   }
   int64_t stride = 0, out_stride = 0;
-  const bool rows_in_order = along == 1 ? out.movedim(1, -1).is_contiguous() : along == held.dim() - 1;
-  if (!rows_in_order || !collapses(held, along, &stride) || !collapses(out, along, &out_stride)) {
-    return quantize_dense(at::empty_like(held).copy_(held), code, activation);
+  const bool rows_in_order = along == 1 ? out.movedim(1, -1).is_contiguous() : along == source.dim() - 1;
+  if (!rows_in_order || !collapses(source, along, &stride) || !collapses(out, along, &out_stride)) {
+    return quantize_dense(at::empty_like(source).copy_(source), code, activation);
   }
-  const RowView rows = rows_of(held, along);
+  const RowView rows = rows_of(source, along);
   const QuantizeTask task = task_of(rows, code, activation, out.mutable_data_ptr<uint8_t>(), out_stride);
   for_items(rows.count, rows.rows.width, [&](int64_t begin, int64_t end) { kernels().quantize(task, begin, end); });
   return out;
@@ -96,10 +96,10 @@ Tensor upsample_nearest2x(const Tensor& x) {
       x.dim() == 4 && x.scalar_type() == at::kByte,
       "upsample_nearest2x: x is expected as bytes (batch, channels, height, width), got ", x.sizes(), " of ",
       x.scalar_type());
-  const Tensor held = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor pixels = x.contiguous(at::MemoryFormat::ChannelsLast);
   Tensor out = at::detail::empty_cpu(
       {x.size(0), x.size(1), 2 * x.size(2), 2 * x.size(3)}, at::kByte, false, at::MemoryFormat::ChannelsLast);
-  const UpsampleTask task{held.const_data_ptr<uint8_t>(), out.mutable_data_ptr<uint8_t>(), x.size(3), x.size(1)};
+  const UpsampleTask task{pixels.const_data_ptr<uint8_t>(), out.mutable_data_ptr<uint8_t>(), x.size(3), x.size(1)};
   for_items(x.size(0) * x.size(2), x.size(3) * x.size(1), [&](int64_t begin, int64_t end) {
     kernels().upsample(task, begin, end);
   });

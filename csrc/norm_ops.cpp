@@ -40,7 +40,7 @@ Tensor run_group_norm(
   if (skip.has_value()) {
     check_beside(name, x, *skip);
     TORCH_CHECK(!skip->is_complex(), name, ": skip is complex");
-    second = rows_of(skip->to(first.held.scalar_type()), 1);
+    second = rows_of(skip->to(first.kept.scalar_type()), 1);
   }
   const int64_t channels = first.rows.width + second.rows.width, samples = x.size(0);
   TORCH_CHECK(
@@ -48,13 +48,13 @@ Tensor run_group_norm(
   const Numbers weights(name, "weight", weight, 1, channels), biases(name, "bias", bias, 1, channels);
   const Numbers adds(name, "add", add, samples, channels), scales(name, "scale", scale, samples, channels);
   const Numbers shifts(name, "shift", shift, samples, channels);
-  const at::ScalarType out_type = code ? at::kByte : first.held.scalar_type();
+  const at::ScalarType out_type = code ? at::kByte : first.kept.scalar_type();
   Tensor out = empty_channels_last(x, channels, out_type);
   if (out.numel() == 0) return out;
   GroupNormTask task{};
   task.x = first.rows;
   task.skip = second.rows;
-  task.type = type_of(first.held);
+  task.type = type_of(first.kept);
   task.out_type = code ? Type::code : task.type;
   task.pixels = first.count / samples;
   task.groups = groups;
@@ -107,7 +107,7 @@ Tensor layer_norm_quantize(
   if (out.numel() == 0) return out;
   LayerNormTask task{};
   task.x = rows.rows;
-  task.type = type_of(rows.held);
+  task.type = type_of(rows.kept);
   const bool modulated = scale.has_value() || shift.has_value();
   task.rows_per_sample = modulated ? rows.count / samples : rows.count;  // one affine map for all rows
   task.eps = static_cast<float>(eps);

@@ -65,12 +65,12 @@ class Numbers {
     TORCH_CHECK(
         (in_rows(*x, rows, width) || in_rows(*x, 1, width)) && !x->is_complex(), operation, ": ", name, ": expected ",
         rows, " rows of ", width, " numbers, got ", x->sizes(), " of ", x->scalar_type());
-    held_ = *x;
-    if (x->numel() != rows * width) held_ = held_.reshape({1, width}).expand({rows, width});
-    if (held_.scalar_type() != at::kFloat) held_ = held_.to(at::kFloat);
-    if (!held_.is_contiguous()) held_ = held_.contiguous();
+    kept_ = *x;
+    if (x->numel() != rows * width) kept_ = kept_.reshape({1, width}).expand({rows, width});
+    if (kept_.scalar_type() != at::kFloat) kept_ = kept_.to(at::kFloat);
+    if (!kept_.is_contiguous()) kept_ = kept_.contiguous();
   }
-  const float* data() const { return held_.defined() ? held_.const_data_ptr<float>() : nullptr; }
+  const float* data() const { return kept_.defined() ? kept_.const_data_ptr<float>() : nullptr; }
 
  private:
   // Whether these are the sizes, but for dimensions of one.
@@ -89,12 +89,12 @@ class Numbers {
     return true;
   }
 
-  Tensor held_;
+  Tensor kept_;
 };
 
 // A tensor as rows along one dimension, copied only if its strides do not allow that.
 struct RowView {
-  Tensor held;
+  Tensor kept;
   Rows rows;
   int64_t count;
 };
@@ -117,11 +117,11 @@ inline RowView rows_of(const Tensor& x, int64_t along) {
   along = along < 0 ? x.dim() - 1 : along;
   RowView view{readable(x), {}, 0};
   int64_t stride = 0;
-  if (!collapses(view.held, along, &stride)) {
-    view.held = view.held.movedim(along, -1).contiguous();
+  if (!collapses(view.kept, along, &stride)) {
+    view.kept = view.kept.movedim(along, -1).contiguous();
     stride = x.size(along);
   }
-  view.rows = {view.held.const_data_ptr(), x.size(along), stride};
+  view.rows = {view.kept.const_data_ptr(), x.size(along), stride};
   view.count = x.numel() / std::max<int64_t>(x.size(along), 1);
   return view;
 }

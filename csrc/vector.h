@@ -207,20 +207,20 @@ STEPQUANT_INLINE void store_first(T* to, Vector x, int64_t count) {
 // 2^x to 8e-8 relative for x from -126 to 127.
 STEPQUANT_INLINE Floats exp2_inside(Floats x) {
 #if defined(__AVX512F__)
-  const Floats whole = (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Floats integer = (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const Floats shift = splat(12582912.0f);
   const Floats shifted = x + shift;
-  const Floats whole = shifted - shift;
+  const Floats integer = shifted - shift;
 #endif
-  const Floats f = x - whole;
+  const Floats f = x - integer;
   Floats p = f * 1.3276472454890609e-3f + 9.675541892647743e-3f;
   p = p * f + 5.550713092088699e-2f;
   p = p * f + 2.4022120237350464e-1f;
   p = p * f + 6.931469440460205e-1f;
   p = p * f + 1.0f;
 #if defined(__AVX512F__)
-  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)whole);
+  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)integer);
 #else
   return (Floats)(bits_of(p) + ((bits_of(shifted) - bits_of(shift)) << 23));
 #endif

@@ -36,7 +36,7 @@ def save(source: Source, folder: Path, plan: str = "w8a8", steps: bool = False) 
 def stepped(artifact: Artifact, denoiser: Denoiser, times: Tensor) -> Artifact:
     """The artifact with everything that may have a row for each step; what the rows say is made up."""
     table, chains = StepTable.of(times), structure(denoiser.model)
-    width = sum(unit.width for unit in chains.residuals if unit.timed)
+    width = sum(block.width for block in chains.residuals if block.timed)
     layers = {path: spec for path, spec in artifact.layers.items() if path not in chains.time_layers()}
     path = next(path for path, spec in layers.items() if spec.input is not None)
     layers[path] = replace(layers[path], input=Grid.parse("uint8/step"))

@@ -96,10 +96,10 @@ def test_declaration_holds(name: str) -> None:
             assert "x" in seen or role == "attn_out", f"{leaf} ({role}) depends only on {seen}"
 
     assert set(sites) == set(prints), "every declared leaf runs"
-    places = [order.index(unit) for unit in denoiser.units()]
-    assert places == sorted(places), "units are not in execution order"
-    units = set(denoiser.units())
-    outside = {leaf for leaf in sites if not any(leaf.startswith(unit + ".") for unit in units)}
+    places = [order.index(block) for block in denoiser.blocks()]
+    assert places == sorted(places), "blocks are not in execution order"
+    blocks = set(denoiser.blocks())
+    outside = {leaf for leaf in sites if not any(leaf.startswith(block + ".") for block in blocks)}
     assert {sites[leaf] for leaf in outside} <= {"stem", "head", "time", "cond", "context", "modulate"}
     assert set(denoiser.concats().values()) <= concats
     assert bool(denoiser.concats()) == hasattr(model, "up_blocks"), "a U-Net has skip connections"

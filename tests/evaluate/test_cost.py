@@ -146,7 +146,7 @@ def test_layers_that_are_faster_in_float_are_what_they_did(monkeypatch: pytest.M
     twins = Denoiser(model), Denoiser(lowered)
     former = by_path(coverage(*twins, arguments))
     monkeypatch.setattr(float_layers, "race", lambda *_: (2e-5, 1e-5))
-    kept = {one.path for one in float_layers.keep_faster(lowered, arguments, {}) if one.stays_float}
+    kept = {one.path for one in float_layers.choose_float_layers(lowered, arguments, {}) if one.stays_float}
     rows = by_path(coverage(*twins, arguments))
     for path in kept:
         assert "bfloat16 is faster here" in rows[path]["reason"]

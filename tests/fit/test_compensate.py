@@ -61,9 +61,9 @@ def test_blocks_end_below_rounding_to_nearest_and_are_restored_from_the_journal(
         for layer in bench.network.layers.values():
             layer.rounding = None
     assert all(report.hard <= report.nearest for report in reports)
-    units = [report for report in reports if report.path in bench.network.denoiser.units()]
-    assert sum(report.hard < report.nearest for report in units) > 0.8 * len(units)
-    assert sum(report.hard / report.nearest for report in units) < 0.9 * len(units)
+    blocks = [report for report in reports if report.path in bench.network.denoiser.blocks()]
+    assert sum(report.hard < report.nearest for report in blocks) > 0.8 * len(blocks)
+    assert sum(report.hard / report.nearest for report in blocks) < 0.9 * len(blocks)
     assert all(torch.equal(first, found[1][path]) for path, first in found[0].items())
     assert len(list(tmp_path.rglob("weights/*.safetensors"))) == len(reports)
 

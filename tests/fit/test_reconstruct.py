@@ -25,7 +25,7 @@ def find(bench: Bench, path: str) -> tuple[object, Sample]:
 
 
 def test_every_block_ends_below_rounding_to_nearest(bench: Bench) -> None:
-    blocks = bench.network.denoiser.units()
+    blocks = bench.network.denoiser.blocks()
     with without_gradients(bench.network):
         for piece, sample in bench.samples():
             if piece.path not in blocks:

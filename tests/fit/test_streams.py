@@ -33,15 +33,15 @@ def watch(bench: Bench, path: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_pieces_are_all_blocks_and_the_layers_outside_in_order_of_their_calls(bench: Bench) -> None:
     paths = [piece.path for piece in bench.streams.pieces]
-    assert set(paths) - set(bench.network.denoiser.units()) == {
+    assert set(paths) - set(bench.network.denoiser.blocks()) == {
         "time_embedding.linear_1",
         "time_embedding.linear_2",
         "conv_in",
         "conv_out",
     }
     assert [
-        path for path in paths if path in bench.network.denoiser.units()
-    ] == bench.network.denoiser.units()
+        path for path in paths if path in bench.network.denoiser.blocks()
+    ] == bench.network.denoiser.blocks()
     assert paths[-1] == "conv_out"
     assert paths.index("conv_in") < paths.index("down_blocks.0.resnets.0")
 

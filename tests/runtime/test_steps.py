@@ -137,8 +137,8 @@ def test_the_tabled_layers_are_gone_and_the_table_is_exact(source: Source) -> No
     unet = source.pipeline.unet
     exact = block.time_emb_proj(nn.functional.silu(unet.time_embedding(unet.time_proj(t))))
     chains = time_chains(Denoiser(unet))
-    before = [unit.width for unit in chains.residuals if unit.timed]
-    place = [unit.path for unit in chains.residuals if unit.timed].index("mid_block.resnets.0")
+    before = [block.width for block in chains.residuals if block.timed]
+    place = [block.path for block in chains.residuals if block.timed].index("mid_block.resnets.0")
     stored = artifact.tensors["steps.table"][4].split(before)[place]
     torch.testing.assert_close(stored, exact[0], atol=1e-6, rtol=1e-6)
 

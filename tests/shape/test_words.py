@@ -15,18 +15,6 @@ from tests.shape.source import PACKAGE, files, shown, tree
 
 ROOT = PACKAGE.parents[1]
 GLOSSARY = ROOT / "docs" / "glossary.md"
-# What is still to be renamed: (word, where). It only ever shrinks: a pair without any such identifier is an error.
-REMAINING = {
-    ("faster", "job/fastest"),
-    ("faster", "runtime"),
-    ("held", "csrc"),
-    ("unit", "csrc"),
-    ("unit", "evaluate/trajectory/probe"),
-    ("unit", "fit/streams"),
-    ("unit", "models"),
-    ("unit", "runtime"),
-    ("whole", "csrc"),
-}
 
 
 @dataclass(frozen=True)
@@ -123,12 +111,8 @@ def violations(word: Keep, found: set[Use]) -> list[Use]:
 
 @pytest.mark.parametrize("word", KEPT, ids=lambda word: word.word)
 def test_a_word_stands_where_it_means_what_the_glossary_says(word: Keep) -> None:
-    left = tuple(where for name, where in REMAINING if name == word.word)
-    found = violations(word, uses())
-    wrong = [f"{use.file}: {use.name}" for use in found if not use.lies_in(left)]
+    wrong = [f"{use.file}: {use.name}" for use in violations(word, uses())]
     assert not wrong, f"'{word.word}' has one meaning (docs/glossary.md); {word.say}:\n" + "\n".join(wrong)
-    done = [where for where in left if not any(use.lies_in((where,)) for use in found)]
-    assert not done, f"'{word.word}' is gone from {done}: take it out of REMAINING"
 
 
 def test_the_glossary_is_in_order_and_says_one_sentence_a_word() -> None:

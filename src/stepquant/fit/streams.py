@@ -233,7 +233,7 @@ def arguments_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
 
 def find_pieces(network: Inserted, probes: Sequence[Mapping[str, Any]]) -> list[Piece]:
     """Blocks, and quantized layers outside them, in the order in which they are called."""
-    blocks = network.denoiser.units()
+    blocks = network.denoiser.blocks()
     outside = [path for path in network.layers if not any(path.startswith(f"{block}.") for block in blocks)]
     modules = {path: network.denoiser.model.get_submodule(path) for path in (*blocks, *outside)}
     seen = [watch(network, modules, probe) for probe in probes]

@@ -20,7 +20,7 @@ from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import first_arguments
 from stepquant.progress import Progress
 from stepquant.runtime import ops
-from stepquant.runtime.cpu.float_layers import LayerTime, Seconds, keep_faster
+from stepquant.runtime.cpu.float_layers import LayerTime, Seconds, choose_float_layers
 
 
 def fastest(
@@ -37,7 +37,7 @@ def fastest(
     arguments = first_arguments(pipeline, batch, prompts or prompts_of(config))
     known = KnownTimes()
     try:
-        return keep_faster(denoiser.model, arguments, known.here, progress=progress)
+        return choose_float_layers(denoiser.model, arguments, known.here, progress=progress)
     finally:
         known.keep()
 

@@ -85,13 +85,13 @@ class Denoiser:
                 )
         return {leaf: roles[0] for leaf, roles in claims.items()}
 
-    def units(self) -> list[str]:
-        """Reconstruction units in execution order."""
-        return list(self.family.units(self.model))
+    def blocks(self) -> list[str]:
+        """Paths of the blocks that are reconstructed, in the order in which they run."""
+        return list(self.family.blocks(self.model))
 
     def deepest(self) -> str:
-        """The unit whose input features say most about a sample as a whole."""
-        return self.family.deepest(self.units())
+        """The block whose input features say most about a sample as a whole."""
+        return self.family.deepest(self.blocks())
 
     def concats(self) -> dict[str, tuple[int, int]]:
         """Path -> (hidden, skip) widths of layers that read a concatenation."""

@@ -60,8 +60,8 @@ def after_calls(denoiser: Denoiser, listener: OutputListener) -> Iterator[None]:
 
 
 @contextmanager
-def unit_outputs(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """The latest output of each unit that the model calls, as float; units that the model lacks stay absent."""
+def block_outputs(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """The latest output of each block that the model calls, as float; blocks that the model lacks stay absent."""
     found: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
 

@@ -19,7 +19,7 @@ from stepquant.runtime.steps import StepTensors
 def check_steps(model: nn.Module, steps: StepSpec) -> None:
     """The tables are as wide as what they stand in for."""
     chains = structure(model)
-    columns = sum(unit.width for unit in chains.residuals if unit.timed) if chains.time else 0
+    columns = sum(block.width for block in chains.residuals if block.timed) if chains.time else 0
     outputs = getattr(getattr(model, "config", None), "out_channels", None)
     for name, width, allowed in (
         ("table", steps.table, (0, columns)),

@@ -37,7 +37,7 @@ from stepquant.runtime.steps import StepForward, StepTensors
 # Layers whose output meets the stream inside the model; all others emit the dtype that they receive.
 INTO_STREAM = ("stem", "modulate", "context", "k_text", "v_text", "k_added", "v_added", "q_added")
 
-# In models built of residual units these are a sliver of the weights; elsewhere they may be a third of them.
+# In models built of residual blocks these are a sliver of the weights; elsewhere they may be a third of them.
 SMALL = ("stem", "time", "modulate", "cond")
 
 LAYERS: dict[type[nn.Module], type[IntegerLayer]] = {

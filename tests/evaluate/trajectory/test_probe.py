@@ -10,7 +10,7 @@ from torch import nn
 from stepquant.evaluate.trajectory.probe import compare, cosine, relative_error, spread_out, sqnr, trace
 from stepquant.evaluate.twins import Twins
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.hooks import unit_outputs
+from stepquant.models.hooks import block_outputs
 from stepquant.models.pipelines.unconditional import denoise
 from stepquant.models.sampling import Sampling
 
@@ -35,7 +35,7 @@ def test_an_output_scaled_by_a_tenth_is_an_error_of_a_tenth_at_every_step(pipeli
     assert [row["relative"] for row in found.steps] == pytest.approx([0.1] * 6, rel=1e-4)
     assert [row["cosine"] for row in found.steps] == pytest.approx([1.0] * 6)
     assert found.blocks["steps"] == [0, 2, 5]
-    # Every unit comes before the scaled layer.
+    # Every block comes before the scaled layer.
     assert all(value == 200 for row in found.blocks["rows"] for value in row["sqnr"])
 
 
@@ -60,24 +60,24 @@ def test_times_are_those_of_the_sampler(pipeline: DDIMPipeline) -> None:
 
 def test_noise_in_one_unit_is_seen_from_there_on(pipeline: DDIMPipeline) -> None:
     other = twin(pipeline)
-    units = Denoiser.of(pipeline).units()
-    place = len(units) // 2
+    blocks = Denoiser.of(pipeline).blocks()
+    place = len(blocks) // 2
     with torch.no_grad():
-        for value in other.unet.get_submodule(units[place]).parameters():
+        for value in other.unet.get_submodule(blocks[place]).parameters():
             value.mul_(1.2)
     rows = {
         row["path"]: row["sqnr"]
         for row in trace(Twins(pipeline, other), [0], Sampling(3), block_steps=1).blocks["rows"]
     }
-    assert all(rows[path] == [200.0] for path in units[:place])
-    assert all(rows[path][0] < 100 for path in units[place:])
+    assert all(rows[path] == [200.0] for path in blocks[:place])
+    assert all(rows[path][0] < 100 for path in blocks[place:])
 
 
 def test_units_that_hand_on_codes_have_no_number(pipeline: DDIMPipeline) -> None:
     target = torch.rand(1, 4)
     assert compare(None, target) is None
     assert compare(target[:, :2], target) is None
-    with unit_outputs(pipeline.unet, ["conv_in", "not.there"]) as found:
+    with block_outputs(pipeline.unet, ["conv_in", "not.there"]) as found:
         pipeline.unet.conv_in.register_forward_hook(
             lambda *_: torch.zeros(1, dtype=torch.uint8), prepend=True
         )

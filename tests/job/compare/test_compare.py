@@ -306,7 +306,7 @@ class TestTogether:
 
         def release(seconds: float) -> None:
             waits.append(seconds)
-            held.close()
+            held.release()
 
         monkeypatch.setattr(drive.time, "sleep", release)
         found = compare(cells(), store, executor=Inline())

@@ -106,8 +106,8 @@ def test_every_layer_of_a_fused_block_is_seen_at_work() -> None:
 def test_what_is_declared() -> None:
     found = structure(make(layers_per_block=2))
     assert len(found.transformers) == len(found.text_blocks) == 6
-    assert [unit.linear for unit in structure(make(use_linear_projection=True)).transformers] == [True] * 4
-    assert [(unit.textual, unit.sized) for unit in found.up_blocks] == [(False, True), (True, True)]
+    assert [block.linear for block in structure(make(use_linear_projection=True)).transformers] == [True] * 4
+    assert [(block.textual, block.sized) for block in found.up_blocks] == [(False, True), (True, True)]
     assert found.text == "encoder_hidden_states"
     gated = make(attention_type="gated", cross_attention_dim=32)
     assert structure(gated).text_blocks, "without boxes its blocks are plain"

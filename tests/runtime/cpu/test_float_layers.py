@@ -13,7 +13,7 @@ from stepquant.quant.schemes import scheme
 from stepquant.runtime import ops
 from stepquant.runtime.coverage import coverage
 from stepquant.runtime.cpu import float_layers
-from stepquant.runtime.cpu.float_layers import LayerTime, Seconds, keep_faster, release
+from stepquant.runtime.cpu.float_layers import LayerTime, Seconds, choose_float_layers, release
 from stepquant.runtime.cpu.products import why_no_integers
 from stepquant.runtime.lower import lower, own_tensors
 from tests.models.tiny import conditional, noise
@@ -59,14 +59,14 @@ def test_every_integer_layer_is_timed_once_for_a_shape(
 ) -> None:
     monkeypatch.setattr(float_layers, "ROUNDS", 1)
     known: dict[str, Seconds] = {}
-    found = keep_faster(model, arguments(model), known)
+    found = choose_float_layers(model, arguments(model), known)
     release(model)
     assert {layer.path for layer in found} == {line.path for line in coverage_lines(model) if line.integer}
     assert all(layer.integer > 0 and layer.floating > 0 for layer in found)
     assert 0 < len(known) < len(found)
     assert all("Geometry(stride=" in key for key in known)  # two walks over one shape are two layers
     monkeypatch.setattr(float_layers, "race", lambda *_: pytest.fail("timed again"))
-    assert keep_faster(model, arguments(model), known) == found
+    assert choose_float_layers(model, arguments(model), known) == found
 
 
 def coverage_lines(model: nn.Module) -> list:
@@ -79,7 +79,7 @@ def test_a_layer_that_stays_float_takes_the_dequantized_weight_and_its_input_as_
     one = make()
     model = lower(copy.deepcopy(one), artifact_of(one), torch.float32)
     timed_as(monkeypatch, lambda text: text.startswith("IntegerConv2d"))
-    found = keep_faster(model, arguments(model), {}, torch.float32)
+    found = choose_float_layers(model, arguments(model), {}, torch.float32)
     layer = model.down_blocks[0].resnets[0].conv1
     assert "down_blocks.0.resnets.0.conv1" in kept(found)
     x = noise(2, 16, 16, 16).contiguous(memory_format=torch.channels_last)
@@ -96,7 +96,7 @@ def test_the_network_stays_as_near_to_float(kind: str, monkeypatch: pytest.Monke
     model = lower(copy.deepcopy(one), artifact_of(one))
     in_integers = call(model)
     timed_as(monkeypatch, lambda text: text.startswith(kind))
-    assert kept(keep_faster(model, arguments(model), {}))
+    assert kept(choose_float_layers(model, arguments(model), {}))
     outs = [call(model) for _ in range(4)]  # the later ones are recorded
     assert all(torch.equal(out, outs[0]) for out in outs)
     assert not torch.equal(outs[0], in_integers)
@@ -108,7 +108,7 @@ def test_the_network_stays_as_near_to_float(kind: str, monkeypatch: pytest.Monke
 def test_what_is_saved_stays_the_same(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     former = {name: value.clone() for name, value in own_tensors(model).items()}
     timed_as(monkeypatch, lambda _: True)
-    keep_faster(model, arguments(model), {})
+    choose_float_layers(model, arguments(model), {})
     call(model)
     assert former.keys() == own_tensors(model).keys()
     assert all(torch.equal(value, former[name]) for name, value in own_tensors(model).items())
@@ -128,12 +128,12 @@ def test_layers_of_one_product_go_together(monkeypatch: pytest.MonkeyPatch) -> N
     )
     known = NoMemory()
     with_text = {"timestep": torch.tensor(355), **given}
-    assert not kept(keep_faster(model, with_text, known))
+    assert not kept(choose_float_layers(model, with_text, known))
     monkeypatch.setattr(
         float_layers, "race", lambda layer, _: (9e-5, 2e-5) if layer is first.to_q else (1e-5, 2e-5)
     )
     place = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
-    assert kept(keep_faster(model, with_text, known)) == {f"{place}.to_{name}" for name in "qkv"}
+    assert kept(choose_float_layers(model, with_text, known)) == {f"{place}.to_{name}" for name in "qkv"}
     with torch.no_grad():
         assert model(**with_text).sample.isfinite().all()
 

@@ -14,7 +14,7 @@ from stepquant.evaluate.trajectory.inputs import Seen, limits, watch_inputs
 from stepquant.evaluate.trajectory.time_confusion import confusion, watch_embedding
 from stepquant.evaluate.twins import Twins
 from stepquant.models.generate import run
-from stepquant.models.hooks import after_calls, unit_outputs
+from stepquant.models.hooks import after_calls, block_outputs
 from stepquant.models.sampling import Sampling
 
 
@@ -62,15 +62,15 @@ def trace(twins: Twins, seeds: Sequence[int], sampling: Sampling, *, block_steps
     """
     source, other = twins.source, twins.other
     probed = set(spread_out(sampling.steps, block_steps))
-    paths = source.units()
+    paths = source.blocks()
     rows: list[dict[str, Any]] = []
     table: dict[str, list[float | None]] = {path: [] for path in paths}
     states: list[tuple[Tensor, Tensor]] = []
     allowed, inputs = limits(other), [dict[str, Seen]() for _ in probed]
 
     with torch.no_grad(), ExitStack() as stack:
-        ours = stack.enter_context(unit_outputs(other.model, paths))
-        theirs = stack.enter_context(unit_outputs(source.model, paths))
+        ours = stack.enter_context(block_outputs(other.model, paths))
+        theirs = stack.enter_context(block_outputs(source.model, paths))
         seen = stack.enter_context(watch_inputs(source, allowed, lambda: len(rows) in probed))
         our_times = stack.enter_context(watch_embedding(other.model))
         their_times = stack.enter_context(watch_embedding(source.model))

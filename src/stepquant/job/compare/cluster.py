@@ -159,7 +159,7 @@ def perform_here(
         out.mkdir(parents=True)
         lasting = Path(tempfile.gettempdir()) / f"stepquant-{getpass.getuser()}" / task.out.name
         if isinstance(task, Quantize) and (lock := take_lock(lasting)) is not None:
-            locks.enter_context(lock)
+            locks.callback(lock.release)
             out = lasting  # what is fitted stays on this node, should the process die
         try:
             task.model_copy(update={"reads": reads, "out": out}).perform(Silent())

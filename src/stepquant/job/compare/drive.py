@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock
 
 from stepquant.job.compare.cell import Cell, Origin
 from stepquant.job.compare.executor import Executor, Finished
@@ -92,7 +93,7 @@ class Drive:
         for job in jobs:
             write_json(job.places.cell / CELL, job.cell.model_dump(mode="json") | {"scheme": job.cell.scheme})
         self.running: dict[str, Task] = {}
-        self.locks: dict[Path, IO[str]] = {}
+        self.locks: dict[Path, FileLock] = {}
         self.intact: set[Path] = set()
         self.ends: Counter[str] = Counter()
 
@@ -109,7 +110,7 @@ class Drive:
         finally:
             self.executor.close()
             for lock in self.locks.values():
-                lock.close()
+                lock.release()
 
     def settle(self) -> list[Job]:
         """Cells that are done, by whomever."""
@@ -148,7 +149,7 @@ class Drive:
         """What the end of a task means: nothing but another look at the disk, or that its cells have failed."""
         task = self.running.pop(end.task.key)
         if not any(other.out == task.out for other in self.running.values()):
-            self.locks.pop(task.out).close()
+            self.locks.pop(task.out).release()
         self.ends[task.key] += 1
         if not end.error and self.ends[task.key] < MOST_ENDS:
             return []

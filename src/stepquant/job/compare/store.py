@@ -8,14 +8,14 @@ cells/NAME-KEY/               cell.json, and results.json (measured), error.json
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from stepquant.calib.cache import atomically
@@ -165,13 +165,12 @@ def artifact_intact(place: Path) -> bool:
     return known is not None and known.get("files") == digests(place / ARTIFACT)
 
 
-def take_lock(folder: Path) -> IO[str] | None:
-    """The open lock file, or None where another process holds it; the system lets go of those of the dead."""
+def take_lock(folder: Path) -> FileLock | None:
+    """The lock of a folder, or None where another process has it; the system lets go of those of the dead."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
+    lock = FileLock(folder / ".lock")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
+        lock.acquire(blocking=False)
+    except Timeout:
         return None
-    return file
+    return lock

@@ -11,7 +11,7 @@ from stepquant.models.attention import given
 
 
 @dataclass(frozen=True)
-class AttentionUnit:
+class AttentionBlock:
     """[group norm ->] q, k, v -> product -> out (+ input), divided by `divisor`, over the pixels of an image."""
 
     path: str
@@ -44,8 +44,8 @@ def is_plain_attention(module: nn.Module) -> bool:
     )
 
 
-def attention_unit(path: str, module: nn.Module) -> AttentionUnit:
-    return AttentionUnit(
+def attention_block(path: str, module: nn.Module) -> AttentionBlock:
+    return AttentionBlock(
         path,
         normed=module.group_norm is not None,
         heads=int(module.heads),  # type: ignore[arg-type]

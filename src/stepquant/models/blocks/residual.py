@@ -9,7 +9,7 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class ResidualUnit:
+class ResidualBlock:
     """norm1 -> SiLU -> conv1 (+ time) -> norm2 -> SiLU -> conv2 (+ shortcut or input), divided by `divisor`."""
 
     path: str
@@ -30,7 +30,7 @@ def is_plain_residual(module: nn.Module) -> bool:
     )
 
 
-def residual_unit(path: str, module: nn.Module) -> ResidualUnit:
+def residual_block(path: str, module: nn.Module) -> ResidualBlock:
     timed, shortcut = module.time_emb_proj is not None, module.conv_shortcut is not None
     width = int(module.conv1.out_channels)  # type: ignore[union-attr, arg-type]
-    return ResidualUnit(path, float(module.output_scale_factor), timed, shortcut, width)  # type: ignore[arg-type]
+    return ResidualBlock(path, float(module.output_scale_factor), timed, shortcut, width)  # type: ignore[arg-type]

@@ -8,16 +8,16 @@ from diffusers.models.unets import unet_2d_condition
 from torch import nn
 
 from stepquant.errors import ModelError
-from stepquant.models.blocks.attention import AttentionUnit, attention_unit, is_plain_attention
+from stepquant.models.blocks.attention import AttentionBlock, attention_block, is_plain_attention
 from stepquant.models.blocks.resampling import Resampler, is_plain_resampler, resampler
-from stepquant.models.blocks.residual import ResidualUnit, is_plain_residual, residual_unit
+from stepquant.models.blocks.residual import ResidualBlock, is_plain_residual, residual_block
 from stepquant.models.blocks.transformer import (
+    ImageTransformer,
     TextBlock,
-    TransformerUnit,
+    image_transformer,
     is_plain_text_block,
     is_plain_transformer,
     text_block,
-    transformer_unit,
 )
 from stepquant.models.blocks.up import UpBlock, is_plain_up_block, up_block
 from stepquant.models.families.family import matches
@@ -32,9 +32,9 @@ class Structure:
     `text` is the argument that reaches every text block as it is.
     """
 
-    residuals: tuple[ResidualUnit, ...] = ()
-    attentions: tuple[AttentionUnit, ...] = ()
-    transformers: tuple[TransformerUnit, ...] = ()
+    residuals: tuple[ResidualBlock, ...] = ()
+    attentions: tuple[AttentionBlock, ...] = ()
+    transformers: tuple[ImageTransformer, ...] = ()
     text_blocks: tuple[TextBlock, ...] = ()
     resamplers: tuple[Resampler, ...] = ()
     up_blocks: tuple[UpBlock, ...] = ()
@@ -43,20 +43,20 @@ class Structure:
     text: str | None = None
 
     def time_layers(self) -> list[str]:
-        """The layers between the time projection and what each residual unit adds."""
+        """The layers between the time projection and what each residual block adds."""
         if self.time is None:
             return []
         embedding = [f"{self.time[1]}.linear_1", f"{self.time[1]}.linear_2"]
-        return embedding + [f"{unit.path}.time_emb_proj" for unit in self.residuals if unit.timed]
+        return embedding + [f"{block.path}.time_emb_proj" for block in self.residuals if block.timed]
 
 
 def structure(model: nn.Module) -> Structure:
     """What of `model` fits the chains above; blocks that differ in any way are left out."""
     named = [(path, module) for path, module in model.named_modules() if path]
     return Structure(
-        residuals=tuple(residual_unit(p, m) for p, m in named if is_plain_residual(m)),
-        attentions=tuple(attention_unit(p, m) for p, m in named if is_plain_attention(m)),
-        transformers=tuple(transformer_unit(p, m) for p, m in named if is_plain_transformer(m)),
+        residuals=tuple(residual_block(p, m) for p, m in named if is_plain_residual(m)),
+        attentions=tuple(attention_block(p, m) for p, m in named if is_plain_attention(m)),
+        transformers=tuple(image_transformer(p, m) for p, m in named if is_plain_transformer(m)),
         text_blocks=tuple(text_block(p, m) for p, m in named if is_plain_text_block(m)),
         resamplers=tuple(resampler(p, m) for p, m in named if is_plain_resampler(m)),
         up_blocks=tuple(up_block(p, m) for p, m in named if is_plain_up_block(m)),

@@ -12,7 +12,7 @@ from stepquant.models.blocks.attention import is_bare_attention
 
 
 @dataclass(frozen=True)
-class TransformerUnit:
+class ImageTransformer:
     """Group norm -> proj_in -> blocks over the pixels of an image -> proj_out (+ input)."""
 
     path: str
@@ -38,8 +38,8 @@ def is_plain_transformer(module: nn.Module) -> bool:
     )
 
 
-def transformer_unit(path: str, module: nn.Module) -> TransformerUnit:
-    return TransformerUnit(path, linear=bool(module.use_linear_projection))
+def image_transformer(path: str, module: nn.Module) -> ImageTransformer:
+    return ImageTransformer(path, linear=bool(module.use_linear_projection))
 
 
 def is_plain_text_block(module: nn.Module) -> bool:

@@ -11,14 +11,14 @@ from torch import nn
 
 @dataclass(frozen=True)
 class UpBlock:
-    """Residual units that each read a concatenation with a skip, an attention unit behind each, then upsamplers."""
+    """Residual blocks that each read a concatenation with a skip, an attention block behind each, then upsamplers."""
 
     path: str
     residuals: tuple[str, ...]
     attentions: tuple[str | None, ...]
     upsamplers: tuple[str, ...]
     sized: bool  # hands the upsampler a size
-    textual: bool  # hands the attention units a text
+    textual: bool  # hands the attention blocks a text
     unless: tuple[str, ...] = ()  # attributes that change what the block computes once they are set
 
 

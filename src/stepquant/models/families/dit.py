@@ -15,7 +15,7 @@ FAMILIES = (
             "**.norm1.emb.timestep_embedder.linear_1": "time",
             "**.norm1.emb.timestep_embedder.linear_2": "time",
         },
-        units=children_of("transformer_blocks"),
+        blocks=children_of("transformer_blocks"),
         cond=("class_labels",),
         guidance="cond, uncond",
         shared=("cross_attention_kwargs",),

@@ -12,8 +12,8 @@ from torch import nn
 Guidance = Literal["none", "uncond, cond", "cond, uncond"]
 
 
-def middle(units: Sequence[str]) -> str:
-    return units[len(units) // 2]
+def middle(blocks: Sequence[str]) -> str:
+    return blocks[len(blocks) // 2]
 
 
 def no_concats(_: nn.Module) -> dict[str, tuple[int, int]]:
@@ -23,10 +23,10 @@ def no_concats(_: nn.Module) -> dict[str, tuple[int, int]]:
 def children_of(*paths: str) -> Callable[[nn.Module], list[str]]:
     """The blocks in these lists of a model, one list after the other."""
 
-    def units(model: nn.Module) -> list[str]:
+    def blocks(model: nn.Module) -> list[str]:
         return [f"{path}.{i}" for path in paths for i, _ in enumerate(model.get_submodule(path).children())]
 
-    return units
+    return blocks
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class Family:
     models: tuple[str, ...]  # diffusers class names
     x: str  # argument with the noisy input
     top: Mapping[str, str]  # path pattern -> role, for leaves that no building block owns
-    units: Callable[[nn.Module], Iterable[str]]  # reconstruction units in execution order
+    blocks: Callable[
+        [nn.Module], Iterable[str]
+    ]  # paths of what is reconstructed, in the order in which it runs
     component: str = "transformer"  # what pipelines call it
     t: str = "timestep"
     text: tuple[str, ...] = ()  # arguments that only the prompt decides
@@ -44,7 +46,7 @@ class Family:
     guidance: Guidance = "uncond, cond"
     shared: tuple[str, ...] = ()  # arguments without a batch axis
     deepest: Callable[[Sequence[str]], str] = (
-        middle  # of the units, the one whose input says most about a sample
+        middle  # of the blocks, the one whose input says most about a sample
     )
     concats: Callable[[nn.Module], Mapping[str, tuple[int, int]]] = no_concats  # as `Denoiser.concats`
 

@@ -15,7 +15,7 @@ TOP = {"conv_in": "stem", "conv_out": "head", **TIME, **CLASS}
 
 
 def walk(model: nn.Module) -> Iterator[str]:
-    """Residual, attention and resampling units in the order in which they run."""
+    """Residual, attention and resampling blocks in the order in which they run."""
     for level in ("down_blocks", "mid_block", "up_blocks"):
         node = getattr(model, level, None)
         if isinstance(node, nn.ModuleList):
@@ -34,32 +34,32 @@ def walk_block(name: str, block: nn.Module) -> Iterator[str]:
         turn = index - 1 if leading else index
         mine = range(turn * per_resnet, (turn + 1) * per_resnet) if turn >= 0 else ()
         paths = [f"{name}.attentions.{a}" for a in mine if present[a]]
-        unit = [f"{name}.resnets.{index}"]
-        yield from paths + unit if leading else unit + paths
+        residual = [f"{name}.resnets.{index}"]
+        yield from paths + residual if leading else residual + paths
     for kind in ("downsamplers", "upsamplers"):
         yield from (f"{name}.{kind}.{i}" for i in range(len(getattr(block, kind, None) or ())))
 
 
-def deepest(units: Sequence[str]) -> str:
+def deepest(blocks: Sequence[str]) -> str:
     """The attention of the middle block, or what stands in its place."""
-    inner = [unit for unit in units if unit.startswith("mid_block")]
-    return next((unit for unit in inner if ".attentions." in unit), inner[0] if inner else middle(units))
+    inner = [path for path in blocks if path.startswith("mid_block")]
+    return next((path for path in inner if ".attentions." in path), inner[0] if inner else middle(blocks))
 
 
 def concats(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Layer path -> widths of (hidden, skip) where an up block feeds it a concatenation."""
     found: dict[str, tuple[int, int]] = {}
     hidden = 0
-    for unit in walk(model):
-        block: Any = model.get_submodule(unit)
+    for path in walk(model):
+        block: Any = model.get_submodule(path)
         first = getattr(block, "conv1", None)
         if first is None:
             continue
         width = first.in_channels
-        if unit.startswith("up_blocks") and width != hidden:
+        if path.startswith("up_blocks") and width != hidden:
             for child in ("conv1", "conv_shortcut"):
                 if getattr(block, child, None) is not None:
-                    found[f"{unit}.{child}"] = (hidden, width - hidden)
+                    found[f"{path}.{child}"] = (hidden, width - hidden)
         hidden = block.conv2.out_channels
     return found
 
@@ -69,7 +69,7 @@ FAMILIES = (
         models=("UNet2DModel",),
         x="sample",
         top=TOP,
-        units=walk,
+        blocks=walk,
         component="unet",
         cond=("class_labels",),
         guidance="none",
@@ -86,7 +86,7 @@ FAMILIES = (
             "encoder_hid_proj": "context",
             "time_embedding.cond_proj": "time",
         },
-        units=walk,
+        blocks=walk,
         component="unet",
         text=("encoder_hidden_states", "encoder_attention_mask"),
         cond=("added_cond_kwargs", "class_labels", "timestep_cond"),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stepquant.models.blocks.attention import AttentionUnit
+from stepquant.models.blocks.attention import AttentionBlock
 from stepquant.runtime import ops
 from stepquant.runtime.blocks.chain import Chain, codes_for, kernel_of, pixels, run
 from stepquant.runtime.kernel import Kernel
@@ -81,11 +81,11 @@ class Mix:
 class Attention(Chain):
     """Self-attention over the pixels of an image."""
 
-    def __init__(self, module: Any, unit: AttentionUnit) -> None:
+    def __init__(self, module: Any, declared: AttentionBlock) -> None:
         super().__init__(module, module.group_norm, module.to_q, module.to_k, module.to_v, module.to_out)
-        self.unit, self.norm = unit, module.group_norm
+        self.declared, self.norm = declared, module.group_norm
         self.readers = Readers(module.to_q, module.to_k, module.to_v)
-        self.mix = Mix(module, unit.heads)
+        self.mix = Mix(module, declared.heads)
         self.joints, self.mixes = (self.readers,), (self.mix,)
 
     def fused(
@@ -99,10 +99,10 @@ class Attention(Chain):
         if changed or encoder_hidden_states is not None or attention_mask is not None or x.dim() != 4:
             return self.unfused(x, encoder_hidden_states, attention_mask, **kwargs)
         batch, channels, height, width = x.shape
-        residual = x.permute(0, 2, 3, 1).reshape(-1, channels) if self.unit.residual else None
+        residual = x.permute(0, 2, 3, 1).reshape(-1, channels) if self.declared.residual else None
         out = self.mix(self.readers(pixels(self.normed(x)), x.dtype), batch, residual)
         out = out.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
-        return out if self.unit.divisor == 1.0 else out / self.unit.divisor
+        return out if self.declared.divisor == 1.0 else out / self.declared.divisor
 
     def state(self) -> list[Any]:
         return [self.mix.module.processor, self.readers.joins]

@@ -35,7 +35,7 @@ def install(model: nn.Module, chains: Structure) -> tuple[TimeRows | None, Texts
     """Rebind the forwards of the blocks that the structure declares; returns what holds the rows of t and of texts."""
     times = install_times(model, chains)
     found: dict[str, Chain] = {}
-    timed = [unit.path for unit in chains.residuals if unit.timed]
+    timed = [block.path for block in chains.residuals if block.timed]
     for residual in chains.residuals:
         index = timed.index(residual.path) if residual.timed else -1
         found[residual.path] = Residual(model.get_submodule(residual.path), residual, times, index)
@@ -45,12 +45,12 @@ def install(model: nn.Module, chains: Structure) -> tuple[TimeRows | None, Texts
         (Resample, chains.resamplers),
         (Up, chains.up_blocks),
     )
-    for kind, units in simple:
-        found |= {unit.path: kind(model.get_submodule(unit.path), unit) for unit in units}
-    blocks: list[Any] = [model.get_submodule(unit.path) for unit in chains.text_blocks]
-    texts = Texts([Readers(block.attn2.to_k, block.attn2.to_v) for block in blocks])
-    for index, (block, unit) in enumerate(zip(blocks, chains.text_blocks)):
-        found[unit.path] = Block(block, unit, texts, index)
+    for kind, blocks in simple:
+        found |= {declared.path: kind(model.get_submodule(declared.path), declared) for declared in blocks}
+    modules: list[Any] = [model.get_submodule(block.path) for block in chains.text_blocks]
+    texts = Texts([Readers(block.attn2.to_k, block.attn2.to_v) for block in modules])
+    for index, (block, declared) in enumerate(zip(modules, chains.text_blocks)):
+        found[declared.path] = Block(block, declared, texts, index)
     if chains.tail is not None:
         norm, activation, head = chains.tail
         last = NormOut(*map(model.get_submodule, (norm, activation, head)))
@@ -70,11 +70,11 @@ def install_times(model: nn.Module, chains: Structure) -> TimeRows | None:
         return None
     projection, embedding = (model.get_submodule(path) for path in chains.time)
     blocks: list[Any] = [
-        model.get_submodule(f"{unit.path}.time_emb_proj") for unit in chains.residuals if unit.timed
+        model.get_submodule(f"{block.path}.time_emb_proj") for block in chains.residuals if block.timed
     ]
     tensors = getattr(model, "steps", None)
     if isinstance(tensors, StepTensors) and tensors.spec.table:
-        widths = [unit.width for unit in chains.residuals if unit.timed]
+        widths = [block.width for block in chains.residuals if block.timed]
         times: TimeRows = TimeTable(projection, embedding, blocks, tensors, widths)
     else:
         times = TimeRows(projection, embedding, blocks)

@@ -16,16 +16,16 @@ from stepquant.runtime.blocks.chain import Chain, kernel_of
 class Resample(Chain):
     """A down- or upsampling convolution; pixels are doubled and borders added on bytes, a quarter of the traffic."""
 
-    def __init__(self, module: Any, unit: Resampler) -> None:
+    def __init__(self, module: Any, declared: Resampler) -> None:
         super().__init__(module, *module.children())
-        self.unit, self.conv = unit, module.conv
+        self.declared, self.conv = declared, module.conv
 
     def fused(self, x: Tensor, output_size: Any = None, *_: Any, **__: Any) -> Tensor:
         kernel = kernel_of(self.conv)
         if kernel is None:
-            return self.unfused(x, output_size) if self.unit.doubles else self.unfused(x)
+            return self.unfused(x, output_size) if self.declared.doubles else self.unfused(x)
         codes = ops.quantize(x.contiguous(memory_format=torch.channels_last), kernel.code)
-        if self.unit.doubles and output_size is not None:
+        if self.declared.doubles and output_size is not None:
             codes = F.interpolate(codes, size=output_size, mode="nearest")
-        doubled = self.unit.doubles and output_size is None
-        return self.conv.from_codes(codes, x.dtype, None, self.unit.border, doubled)
+        doubled = self.declared.doubles and output_size is None
+        return self.conv.from_codes(codes, x.dtype, None, self.declared.border, doubled)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stepquant.models.blocks.transformer import TextBlock, TransformerUnit
+from stepquant.models.blocks.transformer import ImageTransformer, TextBlock
 from stepquant.runtime import ops
 from stepquant.runtime.blocks.attention import Mix, Readers
 from stepquant.runtime.blocks.chain import Chain, NormThen, addable, codes_for, kernel_of, pixels, run
@@ -16,9 +16,9 @@ from stepquant.runtime.blocks.texts import Texts
 class Transformer(Chain):
     """Blocks over the pixels of an image between two projections, which may be convolutions or linears."""
 
-    def __init__(self, module: Any, unit: TransformerUnit) -> None:
+    def __init__(self, module: Any, declared: ImageTransformer) -> None:
         super().__init__(module, module.norm, module.proj_in, module.proj_out)
-        self.linear = unit.linear
+        self.linear = declared.linear
         self.norm = NormThen(module.norm, "none", module.proj_in)
         self.blocks = list(module.transformer_blocks)
         self.enter, self.leave = module.proj_in, module.proj_out
@@ -63,15 +63,15 @@ class Transformer(Chain):
 class Block(Chain):
     """Self-attention, attention to a text and a gated feed-forward, each behind a layer norm and added."""
 
-    def __init__(self, module: Any, unit: TextBlock, texts: Texts, index: int) -> None:
+    def __init__(self, module: Any, declared: TextBlock, texts: Texts, index: int) -> None:
         inside = (module.norm1, module.attn1, module.norm2, module.attn2, module.norm3, module.ff)
         super().__init__(module, *inside)
-        self.unit, self.texts, self.index = unit, texts, index
+        self.declared, self.texts, self.index = declared, texts, index
         first, second = module.attn1, module.attn2
         self.own = Readers(first.to_q, first.to_k, first.to_v)
         self.query = Readers(second.to_q)
         self.widen, self.narrow = Readers(module.ff.net[0].proj), module.ff.net[2]
-        self.mixes = Mix(first, unit.heads[0]), Mix(second, unit.heads[1])
+        self.mixes = Mix(first, declared.heads[0]), Mix(second, declared.heads[1])
         self.joints = (self.own, texts.readers[index])
 
     def fused(
@@ -112,11 +112,11 @@ class Block(Chain):
             or text.dim() != 3
             or len(text) != len(x)
             or any(mix.changed() for mix in self.mixes)
-            or any(getattr(self.module, name, None) is not None for name in self.unit.unless)
+            or any(getattr(self.module, name, None) is not None for name in self.declared.unless)
         )
 
     def state(self) -> list[Any]:
-        found = [getattr(self.module, name, None) for name in self.unit.unless]
+        found = [getattr(self.module, name, None) for name in self.declared.unless]
         return found + [mix.module.processor for mix in self.mixes] + [one.joins for one in self.joints]
 
 

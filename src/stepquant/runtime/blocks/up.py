@@ -14,11 +14,11 @@ from stepquant.runtime.blocks.residual import Residual
 
 
 class Up(Chain):
-    """An up block whose residual units take hidden and skip side by side, without a float concatenation."""
+    """An up block whose residual blocks take hidden and skip side by side, without a float concatenation."""
 
-    def __init__(self, module: Any, unit: UpBlock) -> None:
+    def __init__(self, module: Any, declared: UpBlock) -> None:
         super().__init__(module)
-        self.unit = unit
+        self.declared = declared
         self.residuals = list(module.resnets)
         self.attentions = list(getattr(module, "attentions", None) or [None] * len(self.residuals))
         self.upsamplers = list(module.upsamplers or ())
@@ -31,7 +31,7 @@ class Up(Chain):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        if args or any(getattr(self.module, name, None) for name in self.unit.unless):
+        if args or any(getattr(self.module, name, None) for name in self.declared.unless):
             return self.unfused(hidden_states, res_hidden_states_tuple, temb, *args, **kwargs)
         x, size = hidden_states, kwargs.pop("upsample_size", None)
         for residual, attention, skip in zip(
@@ -41,14 +41,14 @@ class Up(Chain):
                 x = residual(x, temb, skip=skip)
             else:
                 x = residual(torch.cat([x, skip], dim=1), temb)
-            if self.unit.textual:
+            if self.declared.textual:
                 x = attention(x, **kwargs, return_dict=False)[0]
             elif attention is not None:
                 x = attention(x)
         for upsampler in self.upsamplers:
-            x = upsampler(x, size) if self.unit.sized else upsampler(x)
+            x = upsampler(x, size) if self.declared.sized else upsampler(x)
         return x
 
     def state(self) -> list[Any]:
         attributes = self.module.__dict__
-        return [attributes.get(name) for name in self.unit.unless]
+        return [attributes.get(name) for name in self.declared.unless]

@@ -52,7 +52,7 @@ class Reading:
     doubled: bool = False
 
 
-def keep_faster(
+def choose_float_layers(
     model: nn.Module,
     arguments: Mapping[str, Any],
     known: MutableMapping[str, Seconds],
