@@ -116,8 +116,10 @@ STEPS = 50
 
 
 def prompts_of(config: hub.StepquantConfig) -> tuple[str, ...]:
-    """What an artifact was calibrated with; nothing where nobody said."""
-    return tuple(config.recipe.get("prompts") or ())
+    """What an artifact was calibrated with: those that were given, or what its embedded model brings."""
+    model = config.recipe.get("model")
+    brought = zoo.prompts(model) if model in zoo.names() else ()
+    return tuple(config.recipe.get("prompts") or brought)
 
 
 def sampling_of(
@@ -130,7 +132,7 @@ def sampling_of(
     return Sampling(
         steps or tied.get("steps", STEPS),
         sampler or (tied["sampler"] if tied.get("sampler") in SAMPLERS else None),
-        tuple(prompts or recipe.get("prompts") or ()),
+        tuple(prompts or (() if config is None else prompts_of(config))),
     )
 
 

@@ -30,7 +30,9 @@ from stepquant.report import write as write_report
 
 RESULTS = "results.json"
 # What a model was trained on, where the distance to data can be measured offline.
-DATA = dict.fromkeys(("stepquant:characters", "stepquant:characters-dit"), "characters")
+DATA = dict.fromkeys(
+    ("stepquant:characters", "stepquant:characters-dit", "stepquant:characters-text"), "characters"
+)
 
 
 def artifact_config(pipeline: Any, folder: Path) -> hub.StepquantConfig:
