@@ -68,7 +68,7 @@ def test_unfit_values(tiny: Path, tmp_path: Path, fails: Fails, words: tuple[str
     [
         (("generate", "--images", "1", "--steps", "2000"), "1 to 1000"),
         (("generate", "--images", "1", "--steps", "1", "--json", "."), "cannot write '.'"),
-        (("benchmark", "--chart", "bars.txt"), ".svg or .png"),
+        (("benchmark", "--chart", "bars.png"), "ends in .svg"),
         (("evaluate", "--data", "nowhere"), "no such folder"),
     ],
 )

@@ -29,14 +29,14 @@ Profile = Annotated[bool, typer.Option("--profile", help="Also show where one ca
 
 
 def drawable(file: Path | None) -> Path | None:
-    if file is not None and file.suffix.lower() not in (".svg", ".png"):
-        raise StepquantError(f"cannot draw '{file.name}'", expected="a name that ends in .svg or .png")
+    if file is not None and file.suffix.lower() != ".svg":
+        raise StepquantError(f"cannot draw '{file.name}'", expected="a name that ends in .svg")
     return writable(file)
 
 
 Chart = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Draw bars into an .svg or .png file.", callback=drawable),
+    typer.Option(metavar="FILE", help="Draw bars into an .svg file.", callback=drawable),
 ]
 
 

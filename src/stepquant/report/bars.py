@@ -1,47 +1,70 @@
-"""A bar chart of a benchmark as a file of its own, SVG or PNG by its name."""
+"""A bar chart of a benchmark as an SVG file of its own."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from stepquant.calib.cache import atomically
+from stepquant.report.chart import LETTER, Frame, axes
 
 OURS = "stepquant"
+# Colours and not the page's variables: programs that show a file often know no variables.
+STYLE = (
+    "<style>text{font:12px sans-serif;fill:#62666b}.rule{stroke:#e3e0d8}.axis,.mark,.whisker{stroke:#62666b}"
+    ".theirs{stroke:#fff}.ours{fill:#0f6e63}</style>"
+)
+SHARE = 0.8  # of the room of a batch size that its bars fill
 
 
 def write_bars(speed: Mapping[str, Any], file: Path) -> None:
     """How many times faster than the reference each contender is, with its quartiles, for each batch size."""
+    drawn = draw(speed)
+    atomically(file, lambda temporary: temporary.write_text(drawn, encoding="utf-8"))
+
+
+def draw(speed: Mapping[str, Any]) -> str:
     rows = [row for row in speed["rows"] if row["ratio"] is not None]
     batches = sorted({row["batch"] for row in rows})
     names = list(dict.fromkeys(row["name"] for row in rows))
-    figure = Figure(figsize=(2.2 + 2.4 * len(batches), 3.6), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / max(len(names), 1)
+    highest = max((row["ratio_high"] for row in rows), default=1.0)
+    right = 40 + round(LETTER * max(map(len, names), default=0))
+    size = (70 + 200 * len(batches) + right, 340)
+    frame = Frame(*size, (-0.5, len(batches) - 0.5), (0.0, 1.1 * highest), right=right)
+    about, title = (
+        f"times faster than {speed['reference']}",
+        f"one call of the denoiser, {speed['threads']} threads",
+    )
+    parts = axes(frame, title, about, [(place, f"batch {batch}") for place, batch in enumerate(batches)])
+    fills = {name: fill(name, place, len(names)) for place, name in enumerate(names)}
+    for row in rows:
+        beside = SHARE * ((names.index(row["name"]) + 0.5) / len(names) - 0.5)
+        parts.append(bar(frame, row, batches.index(row["batch"]) + beside, SHARE / len(names), fills))
     for place, name in enumerate(names):
-        mine = {row["batch"]: row for row in rows if row["name"] == name}
-        spots = [i + (place - (len(names) - 1) / 2) * width for i, b in enumerate(batches) if b in mine]
-        heights = [mine[b]["ratio"] for b in batches if b in mine]
-        below = [mine[b]["ratio"] - mine[b]["ratio_low"] for b in batches if b in mine]
-        above = [mine[b]["ratio_high"] - mine[b]["ratio"] for b in batches if b in mine]
-        bars = axes.bar(
-            spots,
-            heights,
-            0.92 * width,
-            yerr=[below, above],
-            label=name,
-            color="#c2410c" if name == OURS else str(0.8 - 0.5 * place / max(len(names), 1)),
-        )
-        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
-    axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
-    axes.set_ylabel(f"times faster than {speed['reference']}")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, frameon=False)
-    axes.set_title(f"one call of the denoiser, {speed['threads']} threads", fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=file.suffix.lstrip(".") or "svg", dpi=150)
-    atomically(file, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+        x, y = frame.width - right + 14, frame.top + 18 * place
+        parts.append(f'<rect {fills[name]} x="{x}" y="{y}" width="10" height="10"/>')
+        parts.append(f'<text x="{x + 16}" y="{y + 9}">{escape(name)}</text>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}" '
+        f'viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{escape(about)}">{STYLE}'
+        f'<rect fill="#fff" width="100%" height="100%"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def fill(name: str, place: int, count: int) -> str:
+    """Ours has a colour, the others are greys."""
+    grey = round(205 - 125 * place / count)
+    return 'class="ours"' if name == OURS else f'class="theirs" fill="rgb({grey},{grey},{grey})"'
+
+
+def bar(frame: Frame, row: Mapping[str, Any], middle: float, width: float, fills: Mapping[str, str]) -> str:
+    """A bar, its number above it and its quartiles as a whisker."""
+    left, right, x = (frame.px(middle + share * width) for share in (-0.46, 0.46, 0))
+    top, low, high, base = map(frame.py, (row["ratio"], row["ratio_low"], row["ratio_high"], 0.0))
+    return (
+        f'<rect {fills[row["name"]]} x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{base - top:.1f}"/>'
+        f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
+        f'<text x="{x:.1f}" y="{high - 4:.1f}" text-anchor="middle">{row["ratio"]:.1f}</text>'
+    )
