@@ -7,6 +7,7 @@ from collections.abc import Callable
 from glob import escape
 from pathlib import Path
 
+import platformdirs
 from safetensors import SafetensorError
 
 from stepquant.errors import StepquantError
@@ -14,7 +15,7 @@ from stepquant.errors import StepquantError
 
 def cache_folder() -> Path:
     """`STEPQUANT_CACHE`, or the user's cache folder."""
-    return Path(os.environ.get("STEPQUANT_CACHE") or Path.home() / ".cache" / "stepquant")
+    return Path(os.environ.get("STEPQUANT_CACHE") or platformdirs.user_cache_path("stepquant"))
 
 
 def atomically(target: Path, write: Callable[[Path], object]) -> None:
