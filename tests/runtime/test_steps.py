@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from stepquant.calib.calibset import CalibSet
 from stepquant.calib.pick import every
 from stepquant.calib.record import Source
 from stepquant.core.grid import Grid
-from stepquant.core.ranges import lp_search, lp_search_binned
+from stepquant.core.ranges import minmax
 from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import ArtifactError, CalibrationError, RuntimeSupportError
 from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
@@ -60,8 +59,8 @@ def stepped(
     steps = StepTable.of(times, groups)
     rows = time_table(denoiser, time_chains(denoiser), steps.times.float()) if table else None
     with torch.no_grad(), insert(denoiser, plan(name, table), steps=steps) as network:
-        set_weight_ranges(network, partial(lp_search, p=2.4))
-        set_input_ranges(network, data, lp_search_binned)
+        set_weight_ranges(network, minmax)
+        set_input_ranges(network, data, minmax)
         network.switch(weights=True, inputs=True)
         fake = [denoiser.predict({"sample": noise(4), "timestep": t}) for t in calls or times]
         return freeze(network, rows), fake, data
@@ -124,9 +123,9 @@ def test_every_group_of_steps_needs_records(source: Source) -> None:
     denoiser = Denoiser.of(source.pipeline)
     data = source.record(every(2, (0, 1, 2)))
     with insert(denoiser, scheme("w8a8"), steps=StepTable.of(source.times())) as network:
-        set_weight_ranges(network, partial(lp_search, p=2.4))
+        set_weight_ranges(network, minmax)
         with pytest.raises(CalibrationError, match="no records"):
-            set_input_ranges(network, data, lp_search_binned)
+            set_input_ranges(network, data, minmax)
 
 
 def test_the_tabled_layers_are_gone_and_the_table_is_exact(source: Source) -> None:
