@@ -63,9 +63,7 @@ def run_demo(
     outcome = quantize_to(recipe, folder, resume=True, progress=progress)
     screen.say(outcome_text(outcome, time.monotonic() - start))
     add_card(screen, folder, device)
-    evaluate_artifact(
-        folder, None, (STEPS, None, None), device=device, progress=progress, images=IMAGES, seed=seed
-    )
+    evaluate_artifact(folder, steps=STEPS, device=device, progress=progress, images=IMAGES, seed=seed)
     timing: dict[str, Any] = {"batches": BATCHES, "seconds": SECONDS, "baselines": baselines_here(compiled)}
     results = benchmark_artifact(folder, device=device, progress=progress, **timing)
     page, _ = report_artifact(folder, out)

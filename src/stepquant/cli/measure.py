@@ -76,6 +76,9 @@ def evaluate(
     screen = Screen(quiet)
     screen.warn_if_plain()
     options: dict[str, Any] = {
+        "steps": steps,
+        "sampler": sampler,
+        "prompts": read_prompts(prompts),
         "images": images,
         "batch": batch,
         "floor": floor,
@@ -83,9 +86,8 @@ def evaluate(
         "weights": Weights(inception, lpips, clip, classifier, truth),
     }
     options |= {} if data is None else {"data": data}
-    asked = steps, sampler, read_prompts(prompts)
     with screen.reporter as progress:
-        results = evaluate_artifact(folder, against, asked, device=device, progress=progress, **options)
+        results = evaluate_artifact(folder, against, device=device, progress=progress, **options)
     show_table(screen, results)
     screen.say(f"next: {command_text(['report', str(folder)])}")
     screen.finish(json, results)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from stepquant import hub
 from stepquant.calib.cache import atomically
 from stepquant.job.files import CARD
-from stepquant.job.pipelines import STEPS, load, prompts_of
+from stepquant.job.pipelines import STEPS, calibrated_with, load
 from stepquant.job.results import artifact_config, describe_alone, measured_so_far
 from stepquant.models.generate import sample
-from stepquant.models.sampling import SAMPLERS, Sampling
+from stepquant.models.sampling import Sampling
 from stepquant.progress import Progress
 from stepquant.report import card
 from stepquant.report.images import write_grid
@@ -40,10 +41,5 @@ def write_card(
 
 def shown_with(config: hub.StepquantConfig) -> Sampling:
     """How the images of the card are sampled: as it was calibrated, in fewer steps where any will do."""
-    recipe = config.recipe
-    steps = recipe.get("steps", STEPS)
-    return Sampling(
-        steps if config.steps else min(steps, STEPS),
-        recipe.get("sampler") if recipe.get("sampler") in SAMPLERS else None,
-        prompts_of(config),
-    )
+    made = calibrated_with(config)
+    return made if config.steps else replace(made, steps=min(made.steps, STEPS))

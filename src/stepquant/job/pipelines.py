@@ -122,18 +122,23 @@ def prompts_of(config: hub.StepquantConfig) -> tuple[str, ...]:
     return tuple(config.recipe.get("prompts") or brought)
 
 
+def calibrated_with(config: hub.StepquantConfig) -> Sampling:
+    """How the trajectories were sampled that an artifact was calibrated on."""
+    sampler = config.recipe.get("sampler")
+    return Sampling(
+        config.recipe.get("steps", STEPS), sampler if sampler in SAMPLERS else None, prompts_of(config)
+    )
+
+
 def sampling_of(
     pipeline: Any, steps: int | None = None, sampler: str | None = None, prompts: Sequence[str] | None = None
 ) -> Sampling:
     """How to sample: what is given, or what suits an artifact; one with tables by step has those steps only."""
     config = hub.config_of(Denoiser.of(pipeline).model)
-    recipe = {} if config is None else config.recipe
-    tied = recipe if config is not None and config.steps else {}
-    return Sampling(
-        steps or tied.get("steps", STEPS),
-        sampler or (tied["sampler"] if tied.get("sampler") in SAMPLERS else None),
-        tuple(prompts or (() if config is None else prompts_of(config))),
-    )
+    suits = Sampling(STEPS) if config is None else calibrated_with(config)
+    if config is not None and not config.steps:
+        suits = Sampling(STEPS, prompts=suits.prompts)
+    return Sampling(steps or suits.steps, sampler or suits.sampler, tuple(prompts or suits.prompts))
 
 
 def move(pipeline: Any, device: str) -> Any:

@@ -162,22 +162,25 @@ def update_results(folder: Path, twins: Twins, measured: Mapping[str, Any]) -> d
 def evaluate_artifact(
     folder: Path,
     against: str | None = None,
-    asked: tuple[int | None, str | None, Sequence[str] | None] = (None, None, None),
     *,
+    steps: int | None = None,
+    sampler: str | None = None,
+    prompts: Sequence[str] | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Compare an artifact with the float model it was made of; `options` as in `stepquant.evaluate`.
 
-    asked: steps, sampler and prompts, each as suits the artifact where it is None.
+    Steps, sampler and prompts are what suits the artifact where they are not given.
     """
     quantized = load(folder, device)
     config = artifact_config(quantized, folder)
     twins = Twins(load_twin(config, against, device), quantized)
     options.setdefault("data", DATA.get(config.recipe.get("model", "")))
     check_data(options["data"])
-    measured = evaluate(twins, sampling_of(quantized, *asked), progress=progress, **options)
+    sampling = sampling_of(quantized, steps, sampler, prompts)
+    measured = evaluate(twins, sampling, progress=progress, **options)
     return update_results(folder, twins, measured)
 
 

@@ -130,7 +130,7 @@ class TestFinished:
         (found,) = compare(cells(), tmp_path, executor=Inline()).results
         artifact = next(tmp_path.glob("artifacts/*/artifact"))
         other = evaluate_artifact(
-            artifact, str(tiny), (3, None, None), images=5, batch=2, floor=False, probed=2, shown=2
+            artifact, str(tiny), steps=3, images=5, batch=2, floor=False, probed=2, shown=2
         )
         psnr = [next(q for q in row["quality"] if q["name"] == "PSNR") for row in (found, other)]
         assert psnr[0]["value"] == psnr[1]["value"]
