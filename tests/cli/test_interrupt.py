@@ -235,7 +235,7 @@ def asking(request: pytest.FixtureRequest) -> Iterator[tuple[signal.Signals, int
 def test_a_library_that_makes_an_error_of_a_signal_does_not_hide_it(
     asking: tuple[signal.Signals, int],
 ) -> None:
-    """As safetensors does: a run that was ended while it read weights said that the file was damaged."""
+    """As reading weights does: a run that was ended meanwhile said that the file was damaged."""
 
     def read() -> None:
         try:

@@ -36,7 +36,7 @@ def code_of(stop: KeyboardInterrupt) -> int:
 
 class Listener:
     """Raises what a signal asks for, and remembers it: a library on the way may make an error of its own of it,
-    as safetensors does of whatever is raised while it reads."""
+    as reading weights (safetensors, torch) does of whatever is raised meanwhile."""
 
     def __init__(self) -> None:
         self.stop: KeyboardInterrupt | None = None
