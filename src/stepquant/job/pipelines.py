@@ -117,9 +117,7 @@ STEPS = 50
 
 def prompts_of(config: hub.StepquantConfig) -> tuple[str, ...]:
     """What an artifact was calibrated with: those that were given, or what its embedded model brings."""
-    model = config.recipe.get("model")
-    brought = zoo.prompts(model) if model in zoo.names() else ()
-    return tuple(config.recipe.get("prompts") or brought)
+    return tuple(config.recipe.get("prompts") or zoo.prompts(str(config.recipe.get("model"))))
 
 
 def calibrated_with(config: hub.StepquantConfig) -> Sampling:

@@ -16,8 +16,7 @@ from stepquant.models.sampling import Sampling
 
 def words(pipeline: Any) -> tuple[str, ...]:
     """An embedded model brings its own prompts."""
-    name = str(pipeline.config.get("_name_or_path"))
-    return zoo.prompts(name) if name in zoo.names() else ()
+    return zoo.prompts(str(pipeline.config.get("_name_or_path")))
 
 
 def draw(

@@ -29,6 +29,8 @@ def path(name: str) -> Path:
 
 
 def prompts(name: str) -> tuple[str, ...]:
-    """What an embedded model is asked where nobody says; nothing for those that take no text."""
+    """What an embedded model is asked where nobody says; nothing for those that take no text, and for other models."""
+    if name not in names():
+        return ()
     file = path(name) / "prompts.txt"
     return tuple(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else ()
