@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 PROBED_STEPS = 6  # columns of the table of errors by step
-# Head and number, the digits behind the point, whether it is compared with data, and the field of another seed's.
+# Head, name of the number, digits behind the point, and whether it is against something else than the float model.
 QUALITY = (
     ("recognised % ↑", "recognised", 1, True),
     ("truth dB ↑", "truth", 2, True),

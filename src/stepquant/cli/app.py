@@ -110,15 +110,14 @@ def run(given: Sequence[str], debug: bool) -> int:
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):  # click and rich end so, with the code of a failure
             return close_output()
-        if (
-            stopped := asked()
-        ):  # while the words of the command were read, which typer makes an exit of its own of
+        stop = asked()  # while the command line was read: typer makes an exit of its own of it
+        if stop is not None:
             say("\nInterrupted: nothing had begun")
-            return code_of(stopped)
+            return code_of(stop)
         code = end.code if isinstance(end.code, int) else DONE if end.code is None else OURS
-    except Interrupted as stop:
-        say(f"\nInterrupted: {stop}")
-        return stop.code
+    except Interrupted as interrupted:
+        say(f"\nInterrupted: {interrupted}")
+        return interrupted.code
     except BrokenPipeError:
         return close_output()
     except Exception as error:  # the border of the program

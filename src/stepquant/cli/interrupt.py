@@ -34,7 +34,7 @@ def code_of(stop: KeyboardInterrupt) -> int:
     return stop.code if isinstance(stop, Ended) else CTRL_C
 
 
-class Listener:
+class Handler:
     """Raises what a signal asks for, and remembers it: a library on the way may make an error of its own of it,
     as reading weights (safetensors, torch) does of whatever is raised meanwhile."""
 
@@ -66,7 +66,7 @@ def keeping(words: str) -> Iterator[None]:
 def asked() -> KeyboardInterrupt | None:
     """What a signal asked for since the command line listens."""
     handlers = (signal.getsignal(number) for number in (signal.SIGINT, *ASKING))
-    return next((h.stop for h in handlers if isinstance(h, Listener) and h.stop is not None), None)
+    return next((h.stop for h in handlers if isinstance(h, Handler) and h.stop is not None), None)
 
 
 @contextmanager
@@ -75,13 +75,13 @@ def heeding() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which has no say about signals
         yield
         return
-    listener = Listener()
+    ours = Handler()
     former = {number: signal.getsignal(number) for number in ASKING}
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         former[signal.SIGINT] = signal.default_int_handler
-        signal.signal(signal.SIGINT, listener)
+        signal.signal(signal.SIGINT, ours)
     for number in (number for number in ASKING if former[number] is signal.SIG_DFL):
-        signal.signal(number, listener)
+        signal.signal(number, ours)
     try:
         yield
     finally:

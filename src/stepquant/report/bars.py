@@ -33,10 +33,8 @@ def draw(speed: Mapping[str, Any]) -> str:
     right = 40 + round(LETTER * max(map(len, names), default=0))
     size = (70 + 200 * len(batches) + right, 340)
     frame = Frame(*size, (-0.5, len(batches) - 0.5), (0.0, 1.1 * highest), right=right)
-    about, title = (
-        f"times faster than {speed['reference']}",
-        f"one call of the denoiser, {speed['threads']} threads",
-    )
+    about = f"times faster than {speed['reference']}"
+    title = f"one call of the denoiser, {speed['threads']} threads"
     parts = axes(frame, title, about, [(place, f"batch {batch}") for place, batch in enumerate(batches)])
     fills = {name: fill(name, place, len(names)) for place, name in enumerate(names)}
     for row in rows:

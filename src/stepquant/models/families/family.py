@@ -36,9 +36,7 @@ class Family:
     models: tuple[str, ...]  # diffusers class names
     x: str  # argument with the noisy input
     top: Mapping[str, str]  # path pattern -> role, for leaves that no building block owns
-    blocks: Callable[
-        [nn.Module], Iterable[str]
-    ]  # paths of what is reconstructed, in the order in which it runs
+    blocks: Callable[[nn.Module], Iterable[str]]  # paths in the order in which they run
     component: str = "transformer"  # what pipelines call it
     t: str = "timestep"
     text: tuple[str, ...] = ()  # arguments that only the prompt decides
