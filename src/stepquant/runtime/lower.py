@@ -27,7 +27,7 @@ from stepquant.runtime.blocks.time_rows import TableColumn, Tabled, TimeRows
 from stepquant.runtime.cpu.replay import Replay
 from stepquant.runtime.intact import check_steps, own_bounds
 from stepquant.runtime.layers.attention_product import IntegerProduct
-from stepquant.runtime.layers.convolution import IntegerConv1d, IntegerConv2d, channels_last
+from stepquant.runtime.layers.convolution import IntegerConv1d, IntegerConv2d, IntegerConv3d, channels_last
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.linear import IntegerLinear
 from stepquant.runtime.layers.stored import Prepared, Versions
@@ -44,6 +44,7 @@ LAYERS: dict[type[nn.Module], type[IntegerLayer]] = {
     nn.Linear: IntegerLinear,
     nn.Conv1d: IntegerConv1d,
     nn.Conv2d: IntegerConv2d,
+    nn.Conv3d: IntegerConv3d,
 }
 
 

@@ -19,12 +19,12 @@ class IntegerConv2d(IntegerLayer):
 
     outputs_dim = 1
 
-    def __init__(self, layer: nn.Conv1d | nn.Conv2d, spec: LayerSpec, groups: int = 1) -> None:
+    def __init__(self, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, spec: LayerSpec, groups: int = 1) -> None:
         super().__init__(layer, spec, groups)
         self.in_channels, self.out_channels, self.groups = layer.in_channels, layer.out_channels, layer.groups
         self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
         self.padding, self.padding_mode = layer.padding, layer.padding_mode
-        # (left, right, top, bottom): the order of F.pad, last dimension first
+        # (left, right, top, bottom, ...): the order of F.pad, last dimension first
         self.sides: tuple[int, ...] = tuple(layer._reversed_padding_repeated_twice)
         self.even = self.sides[::2] == self.sides[1::2]
 
@@ -71,6 +71,38 @@ class IntegerConv1d(IntegerConv2d):
 
     def convolve(self, *args: Any) -> Tensor:
         return F.conv1d(*args)
+
+
+class IntegerConv3d(IntegerConv2d):
+    """A convolution over time and image, run as one over images: the frames that it sums lie side by side in its channels."""
+
+    def kernel_weight(self) -> Tensor:
+        return super().kernel_weight().flatten(1, 2)
+
+    def geometry(self) -> Geometry:
+        padding = (self.sides[2], self.sides[0]) if self.even else (0, 0)
+        return Geometry(self.stride[1:], padding, self.dilation[1:], self.groups)  # type: ignore[arg-type]
+
+    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, *_: Any) -> Tensor:
+        frames, batch = self.gathered(codes), len(codes)
+        added = None if into is None else into.transpose(1, 2).flatten(0, 1)
+        kernel = self.kernel_for_codes()
+        out = kernel(frames, dtype, added, *(() if self.even else (self.sides[:4],)))
+        return out.unflatten(0, (batch, -1)).transpose(1, 2)
+
+    def gathered(self, codes: Tensor) -> Tensor:
+        """Images (batch * frames out, channels * frames summed, height, width) of codes (batch, channels, frames, ...)."""
+        before, after = self.sides[4:]
+        (span, *_), (stride, *_), (dilation, *_) = self.kernel_size, self.stride, self.dilation
+        codes = F.pad(codes, (0, 0, 0, 0, before, after), value=self.kernel_for_codes().code.zero_point)
+        steps = (codes.shape[2] - dilation * (span - 1) - 1) // stride + 1
+        first = torch.arange(steps, device=codes.device)[:, None] * stride
+        picked = codes[:, :, first + torch.arange(span, device=codes.device) * dilation]
+        images = picked.permute(0, 2, 4, 5, 1, 3).flatten(4).flatten(0, 1)
+        return images.permute(0, 3, 1, 2)
+
+    def convolve(self, *args: Any) -> Tensor:
+        return F.conv3d(*args)
 
 
 def channels_last(x: Tensor) -> Tensor:
