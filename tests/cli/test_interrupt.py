@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stepquant.cli import main
 from stepquant.cli.interrupt import Interrupted, heeding, keeping
@@ -28,51 +29,54 @@ FEW = ("--steps", "5", "--samples", "24", "--set", "trajectories=6", "--set", "i
 PATIENCE = 600.0  # seconds for a loaded machine
 
 
+# Processes that have imported everything when they begin: only what is asked of them takes time.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["diffusers.pipelines.ddim.pipeline_ddim", "stepquant.cli.app", "stepquant.job"])
+
+
+def begin(words: Sequence[str], said: Path, environment: dict[str, str], limit: int | None) -> None:
+    """The command line with everything that it says in a file."""
+    os.environ |= environment
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGHUP):  # a shell's background ignores them, and so do its children
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    file = os.open(said, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1), os.dup2(file, 2)
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.exit(main(list(words)))
+
+
 class Run:
     """`stepquant quantize` in a process of its own."""
 
     def __init__(
-        self,
-        tiny: Path,
-        place: Path,
-        limit: Callable[[], None] | None = None,
-        chosen: Sequence[str] = (*WORDS, *FIELDS),
+        self, tiny: Path, place: Path, limit: int | None = None, chosen: Sequence[str] = (*WORDS, *FIELDS)
     ) -> None:
         self.cache, self.out = place / "cache", place / "out"
         self.said = place / "said.txt"
         place.mkdir()
-        environment = os.environ | {"STEPQUANT_CACHE": str(self.cache), "OMP_NUM_THREADS": "1"}
-        words = [
-            sys.executable,
-            "-m",
-            "stepquant",
-            "quantize",
-            str(tiny),
-            *chosen,
-            "--out",
-            str(self.out),
-        ]
-
-        def begin() -> None:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background of a shell ignore it
-            if limit is not None:
-                limit()
-
-        with self.said.open("w") as file:
-            self.process = subprocess.Popen(
-                words, stderr=file, stdout=file, env=environment, preexec_fn=begin
-            )
+        self.said.touch()
+        words = ["quantize", str(tiny), *chosen, "--out", str(self.out)]
+        environment = {"STEPQUANT_CACHE": str(self.cache)}
+        self.process = FORKS.Process(target=begin, args=(words, self.said, environment, limit))
+        self.process.start()
 
     def wait_until(self, reached: Callable[[], bool]) -> None:
         end = time.monotonic() + PATIENCE
         while not reached():
-            assert self.process.poll() is None, f"it ended before the signal: {self.said.read_text()}"
+            assert self.process.is_alive(), f"it ended before the signal: {self.said.read_text()}"
             assert time.monotonic() < end, self.said.read_text()
             time.sleep(0.002)
 
-    def send(self, number: signal.Signals) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(PATIENCE)
+    def send(self, number: signal.Signals) -> int | None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+        return self.wait()
+
+    def wait(self) -> int | None:
+        self.process.join(PATIENCE)
+        return self.process.exitcode
 
     def recording(self) -> bool:
         return len(list(self.cache.glob("*/*.safetensors"))) >= 2
@@ -110,7 +114,7 @@ def start(tiny: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
     yield begin
     for run in runs:
         run.process.kill()
-        run.process.wait()
+        run.process.join()
 
 
 def quantize(
@@ -206,11 +210,8 @@ def test_a_terminal_that_closes_leaves_no_more_behind_than_ctrl_c(start: Callabl
 
 
 def test_a_file_size_limit_is_one_clear_error(start: Callable[..., Run]) -> None:
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    run = start(limit)
-    assert run.process.wait(PATIENCE) == 2
+    run = start(20_000)
+    assert run.wait() == 2
     said = run.said.read_text()
     assert "cannot write" in said
     assert "Traceback" not in said
