@@ -45,6 +45,10 @@ class ModelError(StepquantError):
     """A model or pipeline that stepquant cannot take."""
 
 
+class ProductError(ModelError):
+    """An attention, named by `where`, whose product no integers can take the place of."""
+
+
 class PlanError(StepquantError):
     """A plan with a rule that matches nothing, a site without a rule, or a grid a site cannot carry."""
 

@@ -34,6 +34,7 @@ INSIDE: dict[str, Rungs] = {
         ("pipelines",),
         ("generate",),
         ("hooks",),
+        ("observe",),
     ),
     "runtime": (
         ("ops", "finite", "moving", "turns"),

@@ -13,6 +13,11 @@ from stepquant.quant.plan import PORTS, Decision, Plan
 def explain_plan(screen: Screen, denoiser: Denoiser, plan: Plan) -> dict[str, Any]:
     """Print the rules with what each decides, then every site; returns the same as JSON."""
     decisions = list(plan.resolve(denoiser).values())
+    if denoiser.family.generic:
+        screen.show(
+            f"{type(denoiser.model).__name__}: generic, no declaration; roles follow from its first call"
+        )
+        screen.show()
     counts = [sum(decision.rule == index for decision in decisions) for index in range(len(plan.rules))]
     screen.table(
         f"plan {plan.name}: the first rule that matches a site decides",

@@ -49,6 +49,7 @@ from stepquant.job import Outcome, Recipe, load, plan_json, quantize_to
 from stepquant.job.files import CARD
 from stepquant.job.pipelines import sampling_of
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.observe import shown
 
 
 def quantize(
@@ -96,7 +97,7 @@ def quantize(
         )
     result: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
     if explain:
-        result |= explain_plan(screen, Denoiser.of(load(recipe.model)), recipe.build_plan())
+        result |= explain_plan(screen, shown(load(recipe.model), recipe.prompts or ()), recipe.build_plan())
     if out is not None:
         result |= make_artifact(screen, recipe, out, resume, int(memory * 2**30))
         result |= {"card": None if no_card else str(add_card(screen, out, recipe.device))}

@@ -16,7 +16,7 @@ from torch import Tensor
 from stepquant import hub
 from stepquant.evaluate.metrics.measure import as_saved
 from stepquant.models import zoo
-from stepquant.models.denoiser import Denoiser
+from stepquant.models.denoiser import Denoiser, Seen
 from stepquant.quant.plan import Plan
 from stepquant.version import __version__
 
@@ -25,10 +25,16 @@ def describe_float(pipeline: Any) -> dict[str, Any]:
     denoiser = Denoiser.of(pipeline)
     return {
         "name": model_name(pipeline),
-        "class": type(denoiser.model).__name__,
+        "class": class_of(denoiser),
         "parameters": sum(value.numel() for value in denoiser.model.parameters()),
         "digest": denoiser.digest()[:12],
     }
+
+
+def class_of(denoiser: Denoiser) -> str:
+    """The class of the model, and whether anybody told stepquant about it."""
+    name = type(denoiser.model).__name__
+    return f"{name}, generic: no declaration" if denoiser.family.generic else name
 
 
 def model_name(pipeline: Any) -> str:
@@ -49,7 +55,7 @@ def describe_quantized(pipeline: Any) -> dict[str, Any]:
     config = hub.config_of(model)
     if config is None:
         return found
-    recipe = {key: value for key, value in config.recipe.items() if key != "plan"}
+    recipe = {key: value for key, value in config.recipe.items() if key not in ("plan", "seen")}
     if recipe.get("prompts"):
         recipe["prompts"] = len(recipe["prompts"])
     named = {key: str(recipe.get(key) or "") for key in ("method", "scheme")}
@@ -62,6 +68,7 @@ def describe_plan(source: Denoiser, quantized: Denoiser) -> list[dict[str, Any]]
     if config is None or not config.recipe.get("plan"):
         return []
     plan = Plan.from_json({"name": config.recipe.get("scheme", ""), "rules": config.recipe["plan"]})
+    seen = Seen.from_json(config.recipe["seen"]) if config.recipe.get("seen") else None
     return [
         {
             "path": decision.path,
@@ -70,7 +77,7 @@ def describe_plan(source: Denoiser, quantized: Denoiser) -> list[dict[str, Any]]
             "grid": None if decision.grid is None else str(decision.grid),
             "reason": decision.reason,
         }
-        for decision in plan.resolve(source).values()
+        for decision in plan.resolve(source.having(seen)).values()
     ]
 
 

@@ -15,6 +15,7 @@ from stepquant.calib.record import MEMORY, Source
 from stepquant.errors import ModelError
 from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser, check_finite
+from stepquant.models.observe import shown
 from stepquant.models.sampling import Sampling
 from stepquant.progress import Progress, Silent
 from stepquant.quant.plan import Plan
@@ -86,5 +87,7 @@ def run(
         cache=cache or cache_folder(),
         memory=memory,
     )
+    denoiser = shown(pipeline, source.sampling.prompts)
     artifact = recipe.build_method()(denoiser, recipe.build_plan(), source)
-    return dataclasses.replace(artifact, recipe=recipe.provenance(pipeline))
+    seen = {} if denoiser.seen is None else {"seen": denoiser.seen.to_json()}
+    return dataclasses.replace(artifact, recipe=recipe.provenance(pipeline) | seen)

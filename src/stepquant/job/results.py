@@ -15,7 +15,13 @@ from stepquant.calib.cache import atomically
 from stepquant.errors import ArtifactError, StepquantError
 from stepquant.evaluate import Twins, benchmark, evaluate, size
 from stepquant.evaluate.cost import coverage
-from stepquant.evaluate.describe import describe_float, describe_plan, describe_quantized, environment
+from stepquant.evaluate.describe import (
+    class_of,
+    describe_float,
+    describe_plan,
+    describe_quantized,
+    environment,
+)
 from stepquant.evaluate.disk import size_beside
 from stepquant.evaluate.metrics.reference import check_data
 from stepquant.evaluate.results import FORMAT
@@ -91,7 +97,7 @@ def describe_alone(pipeline: Any, folder: Path) -> dict[str, Any]:
     shapes = shapes_of(quantized)
     model = {
         "name": recipe.get("model", ""),
-        "class": type(shapes.model).__name__,
+        "class": class_of(shapes),
         "parameters": sum(value.numel() for value in shapes.model.parameters()),
         "digest": recipe.get("model_digest", "")[:12],
     }

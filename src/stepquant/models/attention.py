@@ -16,7 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepquant.errors import ModelError
+from stepquant.errors import ModelError, ProductError
 
 Product = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
 serial = count()  # torch.compile caches globals by module name, so that none may be used twice
@@ -32,8 +32,9 @@ def rebind(attention: nn.Module, product: Product, site: str) -> Any:
 def rebound(processor: Any, product: Product, site: str) -> Any:
     call = type(processor).__call__
     if not computes_by_function(processor):
-        raise ModelError(
+        raise ProductError(
             f"attention '{site}' computes its product inline",
+            where=site,
             got=type(processor).__name__,
             expected="a processor built on scaled_dot_product_attention",
             fix="undo attention slicing or set_default_attn_processor() before quantizing",
@@ -50,17 +51,23 @@ def rebound(processor: Any, product: Product, site: str) -> Any:
         enable_gqa: bool = False,
     ) -> Tensor:
         if is_causal or enable_gqa or dropout_p:
-            raise ModelError(
-                f"attention '{site}' is causal, grouped or uses dropout", fix="keep its product in float"
+            raise ProductError(
+                f"attention '{site}' is causal, grouped or uses dropout",
+                where=site,
+                fix="keep its product in float",
             )
         return product(query, key, value, attn_mask, scale)
 
-    def dispatch(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def dispatch(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         kwargs = {
             k: v for k, v in kwargs.items() if k not in ("attention_kwargs", "backend", "parallel_config")
         }
+        if attn_mask is not None and attn_mask.ndim == 2 and attn_mask.shape == (len(key), key.shape[1]):
+            attn_mask = attn_mask[:, None, None]  # of the keys of each sample
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return attend(query, key, value, *args, **kwargs).transpose(1, 2)
+        return attend(query, key, value, attn_mask, *args, **kwargs).transpose(1, 2)
 
     name = f"stepquant_attention_{next(serial)}"
     world: Any = module_like(name, call.__globals__)

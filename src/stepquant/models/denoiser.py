@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -27,12 +28,38 @@ def device_of(module: nn.Module) -> torch.device:
     return next(chain(module.parameters(), module.buffers())).device
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a call has shown of a model that nobody declared."""
+
+    roles: Mapping[str, str] = field(default_factory=dict)  # path -> role
+    blocks: tuple[str, ...] = ()  # in the order in which they ran
+    fixed: tuple[str, ...] = ()  # attentions whose product stays as it is
+    idle: tuple[str, ...] = ()  # layers that were not called
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "roles": dict(self.roles),
+            "blocks": list(self.blocks),
+            "fixed": list(self.fixed),
+            "idle": list(self.idle),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Seen:
+        return cls(dict(data["roles"]), tuple(data["blocks"]), tuple(data["fixed"]), tuple(data["idle"]))
+
+
 class Denoiser:
     """What a model is called with, what it is built of, and what may be quantized; the model stays untouched."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, seen: Seen | None = None) -> None:
+        self.model, self.seen = model, seen
         self.family = family_of(model)
+
+    def having(self, seen: Seen | None) -> Denoiser:
+        """The same with what a call has shown of it."""
+        return Denoiser(self.model, seen)
 
     @classmethod
     def of(cls, pipeline: Any) -> Denoiser:
@@ -62,7 +89,12 @@ class Denoiser:
 
     def sites(self) -> dict[str, str]:
         """Path -> role of every convolution and linear, in module order; exactly one declaration may claim each."""
-        leaves = [name for name, module in self.model.named_modules() if isinstance(module, LEAVES)]
+        idle = () if self.seen is None else self.seen.idle
+        leaves = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, LEAVES) and name not in idle and module.weight.numel()
+        ]
         claims: dict[str, list[str]] = {leaf: [] for leaf in leaves}
         modules = dict(self.model.named_modules())
         for name, module in modules.items():
@@ -76,6 +108,11 @@ class Denoiser:
             for leaf in leaves:
                 if matches(pattern, leaf):
                     claims[leaf].append(role)
+        if self.family.generic:
+            shown = {} if self.seen is None else self.seen.roles
+            claims = {
+                leaf: roles or [shown.get(leaf, kind_of(modules[leaf]))] for leaf, roles in claims.items()
+            }
         for leaf, roles in claims.items():
             if len(roles) != 1:
                 raise ModelError(
@@ -87,7 +124,7 @@ class Denoiser:
 
     def blocks(self) -> list[str]:
         """Paths of the blocks that are reconstructed, in the order in which they run."""
-        return list(self.family.blocks(self.model))
+        return list(self.family.blocks(self.model) if self.seen is None else self.seen.blocks)
 
     def deepest(self) -> str:
         """The block whose input features say most about a sample as a whole."""
@@ -99,7 +136,9 @@ class Denoiser:
 
     def products(self) -> list[str]:
         """Paths of modules that multiply query, key, value and probabilities."""
-        return [name for name, module in self.model.named_modules() if isinstance(module, PRODUCTS)]
+        fixed = () if self.seen is None else self.seen.fixed
+        found = (name for name, module in self.model.named_modules() if isinstance(module, PRODUCTS))
+        return [name for name in found if name not in fixed]
 
     @cached_property
     def signature(self) -> inspect.Signature:
@@ -119,8 +158,8 @@ class Denoiser:
 
     def predict(self, arguments: Mapping[str, Any]) -> Tensor:
         """The model's prediction for recorded arguments, which may lie on another device."""
-        out: Tensor = self.model(**self.there(arguments), return_dict=False)[0]
-        return out
+        wraps = "return_dict" in self.signature.parameters
+        return prediction_of(self.model(**self.there(arguments), **({"return_dict": False} if wraps else {})))
 
     def there(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Recorded arguments where the model is."""
@@ -144,6 +183,18 @@ class Denoiser:
         config = {k: v for k, v in settings.items() if not k.startswith("_")}
         kind = [type(self.model).__name__, sorted(config.items())]
         return value_digest([kind, tensors_digest(self.model.state_dict())])
+
+
+def prediction_of(out: Any) -> Tensor:
+    """The first tensor of what a model returns, whatever it wraps it in."""
+    while not isinstance(out, Tensor):
+        out = next(iter(out.values())) if isinstance(out, Mapping) else out[0]
+    return out
+
+
+def kind_of(leaf: nn.Module) -> str:
+    """The role of a leaf of which nothing else is known."""
+    return "linear" if isinstance(leaf, nn.Linear) else "conv"
 
 
 def check_finite(model: nn.Module) -> None:

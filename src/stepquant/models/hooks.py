@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.models.denoiser import Denoiser
+from stepquant.models.denoiser import Denoiser, prediction_of
 from stepquant.models.generate import run
 from stepquant.models.sampling import Sampling
 from stepquant.models.tables import tables_of
@@ -48,9 +48,8 @@ def after_calls(denoiser: Denoiser, listener: OutputListener) -> Iterator[None]:
 
     def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         nonlocal calls
-        predicted = out[0] if isinstance(out, tuple) else out.sample
         calls += 1
-        listener(calls - 1, denoiser.bind(args, kwargs), predicted)
+        listener(calls - 1, denoiser.bind(args, kwargs), prediction_of(out))
 
     handle = denoiser.model.register_forward_hook(hook, with_kwargs=True)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,7 +67,15 @@ class QuantLayer(nn.Module):
         rows = to_groups(self.weight, quantizer.grid)
         return quantize(rows, scale[:, None], zero_point[:, None], quantizer.grid).reshape(self.weight.shape)
 
-    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
+        """What a model asks the layer itself: its widths, for one."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, x: Tensor | None = None, *_: object, **named: Tensor) -> Tensor:
+        x = named["input"] if x is None else x
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         quantizer = self.weight_quantizer

@@ -14,11 +14,11 @@ from stepquant.artifact import Artifact, LayerSpec, ProductSpec, StepSpec, bound
 from stepquant.core.bounds import check_tensors, check_values
 from stepquant.core.entries import AGAIN
 from stepquant.core.grid import GridError
-from stepquant.errors import ArtifactError, ModelError, RuntimeSupportError
+from stepquant.errors import ArtifactError, RuntimeSupportError
 from stepquant.models.attention import KeepProduct, NoFusing, rebind
 from stepquant.models.blocks.structure import roles, structure
 from stepquant.models.denoiser import device_of
-from stepquant.models.families.registry import family_of
+from stepquant.models.families.registry import is_declared
 from stepquant.models.families.roles import PRODUCTS
 from stepquant.models.split import find, split_concats
 from stepquant.runtime.blocks.chain import Chain
@@ -127,7 +127,7 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
             bind(module, FloatLayer(module, emit))
     if fuse:
         times, texts = install(model, chains)
-        if is_denoiser(model):
+        if is_declared(model):
             bind(model, Replay(model, times, texts, chains.text))
     elif chains.time is not None:
         look_up(model, chains)
@@ -177,8 +177,8 @@ class FloatLayer:
         self.module, self.emit = module, emit
         self.ready = Cast(Versions(), {})
 
-    def __call__(self, x: Tensor, *_: object, **__: object) -> Tensor:
-        layer, ready = self.module, self.prepared()
+    def __call__(self, x: Tensor | None = None, *_: object, **named: Tensor) -> Tensor:
+        x, layer, ready = named["input"] if x is None else x, self.module, self.prepared()
         if x.dtype not in ready.weights:
             bias = None if layer.bias is None else layer.bias.to(x.dtype)
             ready.weights[x.dtype] = (layer.weight.to(x.dtype), bias)
@@ -197,15 +197,6 @@ class FloatLayer:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"ready": Cast(Versions(), {})}
-
-
-def is_denoiser(model: nn.Module) -> bool:
-    """Whether a family declares how this model is called."""
-    try:
-        family_of(model)
-    except ModelError:
-        return False
-    return True
 
 
 def integer_layer(layer: nn.Module, spec: LayerSpec, path: str, groups: int = 1) -> IntegerLayer:

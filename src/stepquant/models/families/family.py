@@ -47,6 +47,7 @@ class Family:
         middle  # of the blocks, the one whose input says most about a sample
     )
     concats: Callable[[nn.Module], Mapping[str, tuple[int, int]]] = no_concats  # as `Denoiser.concats`
+    generic: bool = False  # nobody declared the class: roles that no building block has follow from a call
 
 
 def matches(pattern: str, path: str) -> bool:

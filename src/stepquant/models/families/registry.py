@@ -11,8 +11,9 @@ from torch import nn
 from stepquant.errors import ModelError
 from stepquant.models import families
 from stepquant.models.families.family import Family
+from stepquant.models.families.generic import generic
 
-KINDS = ("family", "registry", "roles")  # files that say what the others declare
+KINDS = ("family", "generic", "registry", "roles")  # files that say what the others declare
 
 
 @cache
@@ -24,7 +25,16 @@ def declared() -> dict[str, Family]:
 
 
 def family_of(model: nn.Module) -> Family:
-    name, known = type(model).__name__, declared()
-    if name in known:
-        return known[name]
-    raise ModelError(f"models of class {name} are not supported", expected=", ".join(sorted(known)))
+    """What is declared of the model's class, else what its signature says."""
+    found = declared().get(type(model).__name__) or generic(model)
+    if found is None:
+        raise ModelError(
+            f"models of class {type(model).__name__} are not supported",
+            got="a forward() without a noisy input or without a time",
+            expected=f"{', '.join(sorted(declared()))}, or another denoiser of diffusers",
+        )
+    return found
+
+
+def is_declared(model: nn.Module) -> bool:
+    return type(model).__name__ in declared()

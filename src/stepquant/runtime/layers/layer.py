@@ -170,8 +170,8 @@ class IntegerLayer(Stored[PreparedLayer]):
     def geometry(self) -> Geometry:
         return Geometry()
 
-    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
-        kernel = self.kernel
+    def forward(self, x: Tensor | None = None, *_: object, **named: Tensor) -> Tensor:
+        x, kernel = named["input"] if x is None else x, self.kernel
         if x.dtype == torch.uint8:
             return self.from_codes(x, self.emit or torch.float32)
         dtype = self.emit or x.dtype
