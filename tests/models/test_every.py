@@ -10,8 +10,15 @@ import pytest
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention
 
 from tests.models.every import BUILDERS, BUILT_ELSEWHERE, NO_DENOISERS, NOT_TINY
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flex attention traces itself anew for every shape unless this is set: seconds for three of the models."""
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
 
 
 def tensors(value: Any) -> list[Tensor]:
