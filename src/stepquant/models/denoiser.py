@@ -17,7 +17,7 @@ from stepquant.core.digest import tensors_digest, value_digest
 from stepquant.errors import ModelError
 from stepquant.models.families.family import matches
 from stepquant.models.families.registry import family_of
-from stepquant.models.families.roles import LEAVES, PRODUCTS, part_roles
+from stepquant.models.families.roles import FLOAT, LEAVES, PRODUCTS, part_roles
 from stepquant.models.split import SplitLayer
 
 COMPONENTS = ("unet", "transformer")  # of a pipeline, that may denoise
@@ -62,7 +62,11 @@ class Denoiser:
 
     def sites(self) -> dict[str, str]:
         """Path -> role of every convolution and linear, in module order; exactly one declaration may claim each."""
-        leaves = [name for name, module in self.model.named_modules() if isinstance(module, LEAVES)]
+        leaves = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, LEAVES) and not any(matches(pattern, name) for pattern in self.family.read)
+        ]
         claims: dict[str, list[str]] = {leaf: [] for leaf in leaves}
         modules = dict(self.model.named_modules())
         for name, module in modules.items():
@@ -101,6 +105,15 @@ class Denoiser:
         """Paths of modules that multiply query, key, value and probabilities."""
         return [name for name, module in self.model.named_modules() if isinstance(module, PRODUCTS)]
 
+    def stays_float(self) -> dict[str, str]:
+        """Path -> why, of the layers and attention products that no plan can quantize."""
+        kinds = {
+            name: (type(module), type(getattr(module, "processor", None)))
+            for name, module in self.model.named_modules()
+            if isinstance(module, (*LEAVES, *PRODUCTS))
+        }
+        return {name: FLOAT[kind] for name, both in kinds.items() for kind in both if kind in FLOAT}
+
     @cached_property
     def signature(self) -> inspect.Signature:
         return inspect.signature(type(self.model).forward)
@@ -119,8 +132,8 @@ class Denoiser:
 
     def predict(self, arguments: Mapping[str, Any]) -> Tensor:
         """The model's prediction for recorded arguments, which may lie on another device."""
-        out: Tensor = self.model(**self.there(arguments), return_dict=False)[0]
-        return out
+        out: Tensor | list[Tensor] = self.model(**self.there(arguments), return_dict=False)[0]
+        return out if isinstance(out, Tensor) else torch.stack(out)
 
     def there(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Recorded arguments where the model is."""
