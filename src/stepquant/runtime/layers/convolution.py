@@ -19,7 +19,7 @@ class IntegerConv2d(IntegerLayer):
 
     outputs_dim = 1
 
-    def __init__(self, layer: nn.Conv1d | nn.Conv2d, spec: LayerSpec, groups: int = 1) -> None:
+    def __init__(self, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, spec: LayerSpec, groups: int = 1) -> None:
         super().__init__(layer, spec, groups)
         self.in_channels, self.out_channels, self.groups = layer.in_channels, layer.out_channels, layer.groups
         self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
@@ -71,6 +71,55 @@ class IntegerConv1d(IntegerConv2d):
 
     def convolve(self, *args: Any) -> Tensor:
         return F.conv1d(*args)
+
+
+class IntegerConv3d(IntegerConv2d):
+    """A convolution over videos, run over images where its taps lie within a frame, or within a pixel's time."""
+
+    @property
+    def within_frames(self) -> bool:
+        return (self.kernel_size[0], self.stride[0], *self.sides[4:]) == (1, 1, 0, 0)
+
+    @property
+    def within_pixels(self) -> bool:
+        return (*self.kernel_size[1:], *self.stride[1:], *self.sides[:4]) == (1, 1, 1, 1, 0, 0, 0, 0)
+
+    def why_no_kernel(self) -> str | None:
+        if not (self.within_frames or self.within_pixels):
+            return "no integer kernel for taps in all three dimensions"
+        return super().why_no_kernel()
+
+    def geometry(self) -> Geometry:
+        padding, axes = (
+            (self.sides[::-2] if self.even else (0, 0, 0)),
+            slice(1, 3) if self.within_frames else slice(0, 1),
+        )
+        last = () if self.within_frames else (1,)
+        return Geometry(
+            (*self.stride[axes], *last),  # type: ignore[arg-type]
+            (*padding[axes], *(0 for _ in last)),  # type: ignore[arg-type]
+            (*self.dilation[axes], *last),  # type: ignore[arg-type]
+            self.groups,
+        )
+
+    def kernel_weight(self) -> Tensor:
+        weight = super().kernel_weight()
+        return weight.squeeze(2) if self.within_frames else weight.squeeze(-1)
+
+    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, *_: Any) -> Tensor:
+        images = self.images(codes)
+        out = super().from_codes(images, dtype, None if into is None else self.images(into))
+        samples, _, frames, height, width = codes.shape
+        if self.within_pixels and not self.within_frames:
+            return out.unflatten(-1, (height, width))
+        return out.unflatten(0, (samples, frames)).transpose(1, 2)
+
+    def images(self, x: Tensor) -> Tensor:
+        """Videos as a batch of frames, or as images of pixels by time."""
+        return channels_last(x.transpose(1, 2).flatten(0, 1) if self.within_frames else x.flatten(3))
+
+    def convolve(self, *args: Any) -> Tensor:
+        return F.conv3d(*args)
 
 
 def channels_last(x: Tensor) -> Tensor:
