@@ -33,6 +33,8 @@ GEOMETRIES = {
     "depthwise": (lambda: nn.Conv2d(32, 32, 3, padding=1, groups=32), (1, 32, 6, 6)),
     "no bias": (lambda: nn.Conv2d(8, 8, 3, bias=False), (1, 8, 5, 5)),
     "1d": (lambda: nn.Conv1d(6, 10, 5, padding=2, stride=2), (2, 6, 13)),
+    "frames": (lambda: nn.Conv3d(6, 10, (1, 3, 3), stride=(1, 2, 1), padding=(0, 1, 1)), (2, 6, 3, 5, 4)),
+    "time": (lambda: nn.Conv3d(6, 10, (3, 1, 1), stride=(2, 1, 1), padding=(1, 0, 0)), (2, 6, 5, 3, 4)),
     "linear": (lambda: nn.Linear(33, 17), (5, 33)),
     "linear one row": (lambda: nn.Linear(64, 3, bias=False), (1, 64)),
     "linear tokens": (lambda: nn.Linear(16, 48), (2, 7, 16)),
@@ -58,6 +60,14 @@ def test_every_geometry_agrees_with_exact_sums(name: str, dtype: torch.dtype) ->
     assert out.dtype == dtype
     if reason is None or dtype == torch.float32:
         close(out, expected(layer, new, x))
+
+
+def test_taps_in_three_dimensions_multiply_codes_in_float() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv3d(6, 10, (2, 3, 3), padding=1), torch.randn(2, 6, 3, 5, 4)
+    new = filled(layer, grids("int8/channel uint8/tensor"), -1.3, 2.9)
+    close(new(x), expected(layer, new, x))
+    assert new.reason == "no integer kernel for taps in all three dimensions"
 
 
 @needs_integers
