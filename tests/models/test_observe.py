@@ -10,7 +10,7 @@ from stepquant.errors import ModelError
 from stepquant.models.denoiser import Denoiser, Seen
 from stepquant.models.families import registry
 from stepquant.models.families.generic import generic
-from stepquant.models.observe import changed, later, observed
+from stepquant.models.observe import IDLE, changed, later, observed
 from stepquant.quant import schemes
 from tests.models.tiny import CASES
 
@@ -38,16 +38,16 @@ def test_a_call_shows_what_is_declared(name: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_was_seen_survives_being_written() -> None:
-    seen = Seen({"a": "stem"}, ("blocks.0",), ("blocks.0.attn",), ("b",))
+    seen = Seen({"a": "stem"}, ("blocks.0",), {"blocks.0.attn": "why"})
     assert Seen.from_json(seen.to_json()) == seen
 
 
-def test_a_layer_that_is_never_called_is_no_site(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_is_never_called_stays_float(monkeypatch: pytest.MonkeyPatch) -> None:
     model, arguments, _ = CASES["plain"]()
     model.spare = nn.Linear(4, 4)
     monkeypatch.setattr(registry, "declared", dict)
-    assert "spare" in Denoiser(model).sites()
-    assert "spare" not in observed(Denoiser(model), arguments).sites()
+    assert "spare" not in Denoiser(model).stays_float()
+    assert observed(Denoiser(model), arguments).stays_float() == {"spare": IDLE}
 
 
 def test_arguments_by_the_words_of_diffusers() -> None:

@@ -24,7 +24,7 @@ serial = count()  # torch.compile caches globals by module name, so that none ma
 
 def rebind(attention: nn.Module, product: Product, site: str) -> Any:
     """Give `attention` the product `product(query, key, value, mask, scale)`; returns the former processor."""
-    former = attention.processor
+    former = getattr(attention, "processor", None)
     attention.processor = rebound(former, product, site)
     return former
 
@@ -50,12 +50,12 @@ def rebound(processor: Any, product: Product, site: str) -> Any:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if is_causal or enable_gqa or dropout_p:
+        if is_causal or dropout_p:
             raise ProductError(
-                f"attention '{site}' is causal, grouped or uses dropout",
-                where=site,
-                fix="keep its product in float",
+                f"attention '{site}' is causal or uses dropout", where=site, fix="keep its product in float"
             )
+        if enable_gqa:  # heads of queries share those of keys and values
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         return product(query, key, value, attn_mask, scale)
 
     def dispatch(
@@ -64,8 +64,8 @@ def rebound(processor: Any, product: Product, site: str) -> Any:
         kwargs = {
             k: v for k, v in kwargs.items() if k not in ("attention_kwargs", "backend", "parallel_config")
         }
-        if attn_mask is not None and attn_mask.ndim == 2 and attn_mask.shape == (len(key), key.shape[1]):
-            attn_mask = attn_mask[:, None, None]  # of the keys of each sample
+        if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
+            attn_mask = attn_mask[:, None, None]  # of keys alone
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return attend(query, key, value, attn_mask, *args, **kwargs).transpose(1, 2)
 
@@ -156,8 +156,10 @@ class NoFusing:
 
 def computes_by_function(processor: Any) -> bool:
     """Whether its product is a function that can be exchanged."""
-    names = names_used(type(processor).__call__.__code__)
-    return bool({"scaled_dot_product_attention", "dispatch_attention_fn"} & names)
+    code = getattr(type(processor).__call__, "__code__", None)
+    return code is not None and bool(
+        {"scaled_dot_product_attention", "dispatch_attention_fn"} & names_used(code)
+    )
 
 
 def names_used(code: CodeType) -> set[str]:

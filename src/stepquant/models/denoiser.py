@@ -18,7 +18,7 @@ from stepquant.core.digest import tensors_digest, value_digest
 from stepquant.errors import ModelError
 from stepquant.models.families.family import matches
 from stepquant.models.families.registry import family_of
-from stepquant.models.families.roles import LEAVES, PRODUCTS, part_roles
+from stepquant.models.families.roles import FLOAT, LEAVES, PRODUCTS, part_roles
 from stepquant.models.split import SplitLayer
 
 COMPONENTS = ("unet", "transformer")  # of a pipeline, that may denoise
@@ -34,20 +34,14 @@ class Seen:
 
     roles: Mapping[str, str] = field(default_factory=dict)  # path -> role
     blocks: tuple[str, ...] = ()  # in the order in which they ran
-    fixed: tuple[str, ...] = ()  # attentions whose product stays as it is
-    idle: tuple[str, ...] = ()  # layers that were not called
+    in_float: Mapping[str, str] = field(default_factory=dict)  # path of what can only stay so -> why
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "roles": dict(self.roles),
-            "blocks": list(self.blocks),
-            "fixed": list(self.fixed),
-            "idle": list(self.idle),
-        }
+        return {"roles": dict(self.roles), "blocks": list(self.blocks), "in_float": dict(self.in_float)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Seen:
-        return cls(dict(data["roles"]), tuple(data["blocks"]), tuple(data["fixed"]), tuple(data["idle"]))
+        return cls(dict(data["roles"]), tuple(data["blocks"]), dict(data["in_float"]))
 
 
 class Denoiser:
@@ -89,11 +83,12 @@ class Denoiser:
 
     def sites(self) -> dict[str, str]:
         """Path -> role of every convolution and linear, in module order; exactly one declaration may claim each."""
-        idle = () if self.seen is None else self.seen.idle
         leaves = [
             name
             for name, module in self.model.named_modules()
-            if isinstance(module, LEAVES) and name not in idle and module.weight.numel()
+            if isinstance(module, LEAVES)
+            and module.weight.numel()
+            and not any(matches(pattern, name) for pattern in self.family.read)
         ]
         claims: dict[str, list[str]] = {leaf: [] for leaf in leaves}
         modules = dict(self.model.named_modules())
@@ -136,9 +131,17 @@ class Denoiser:
 
     def products(self) -> list[str]:
         """Paths of modules that multiply query, key, value and probabilities."""
-        fixed = () if self.seen is None else self.seen.fixed
-        found = (name for name, module in self.model.named_modules() if isinstance(module, PRODUCTS))
-        return [name for name in found if name not in fixed]
+        return [name for name, module in self.model.named_modules() if isinstance(module, PRODUCTS)]
+
+    def stays_float(self) -> dict[str, str]:
+        """Path -> why, of the layers and attention products that no plan can quantize."""
+        kinds = {
+            name: (type(module), type(getattr(module, "processor", None)))
+            for name, module in self.model.named_modules()
+            if isinstance(module, (*LEAVES, *PRODUCTS))
+        }
+        known = {name: FLOAT[kind] for name, both in kinds.items() for kind in both if kind in FLOAT}
+        return known if self.seen is None else {**known, **self.seen.in_float}
 
     @cached_property
     def signature(self) -> inspect.Signature:

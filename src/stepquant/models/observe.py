@@ -24,6 +24,7 @@ from stepquant.models.families.family import Family
 from stepquant.models.families.roles import LEAVES
 from stepquant.models.hooks import first_arguments
 
+IDLE = "was not called"
 Prints = dict[str, list[str]]  # leaf -> digest of every input that it saw, in the order of first calls
 
 
@@ -46,8 +47,10 @@ def observed(denoiser: Denoiser, arguments: Mapping[str, Any]) -> Denoiser:
             if now.get(leaf) != prints[leaf]:
                 reached[leaf].add(kind)
     blocks = ordered_blocks(denoiser, order)
-    idle = tuple(leaf for leaf in denoiser.sites() if leaf not in reached)
-    return denoiser.having(Seen(roles_of(reached, blocks), blocks, fixed_products(denoiser, arguments), idle))
+    idle = {leaf: IDLE for leaf in denoiser.sites() if leaf not in reached}
+    return denoiser.having(
+        Seen(roles_of(reached, blocks), blocks, idle | fixed_products(denoiser, arguments))
+    )
 
 
 def kinds(family: Family, arguments: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -140,33 +143,43 @@ def role_for(reached_by: set[str], inside: bool) -> str | None:
     return "cond"
 
 
-def fixed_products(denoiser: Denoiser, arguments: Mapping[str, Any]) -> tuple[str, ...]:
-    """Attentions whose product cannot be exchanged, or is called in a way that integers do not know."""
-    modules = {path: denoiser.model.get_submodule(path) for path in denoiser.products()}
-    tried, fixed = dict(modules), []
+def fixed_products(denoiser: Denoiser, arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Attentions whose product cannot be exchanged, is called in a way that integers do not know, or is not called."""
+    known = denoiser.stays_float()
+    tried = {p: denoiser.model.get_submodule(p) for p in denoiser.products() if p not in known}
+    fixed: dict[str, str] = {}
     while tried:
-        failed = refused(denoiser, arguments, tried)
-        if failed is None:
-            break
-        same = [path for path, module in tried.items() if alike(module, modules[failed])]
-        fixed += same
+        called, error = with_products(denoiser, arguments, tried)
+        if error is None:
+            return fixed | {path: IDLE for path in tried if path not in called}
+        failed = tried[str(error.where)]
+        same = [path for path, module in tried.items() if alike(module, failed)]
+        fixed |= dict.fromkeys(same, error.what)
         tried = {path: module for path, module in tried.items() if path not in same}
-    return tuple(fixed)
+    return fixed
 
 
-def refused(
-    denoiser: Denoiser, arguments: Mapping[str, Any], attentions: Mapping[str, nn.Module]
-) -> str | None:
-    """The first of these attentions that does not work with a product of ours."""
+def with_products(
+    denoiser: Denoiser, arguments: Mapping[str, Any], attentions: Mapping[str, Any]
+) -> tuple[set[str], ProductError | None]:
+    """Which of these attentions call a product of ours, and the first that does not work with one."""
     former: dict[str, Any] = {}
+    called: set[str] = set()
+
+    def product(path: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: Any) -> Tensor:
+        called.add(path)
+        if not query.ndim == key.ndim == value.ndim == 4 or query.shape[:2] != key.shape[:2]:
+            raise ProductError("its heads are laid out in a way that integers do not know", where=path)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
     try:
         for path, attention in attentions.items():
             former[path] = rebind(attention, partial(product, path), path)
         with torch.no_grad():
             denoiser.predict(arguments)
-        return None
+        return called, None
     except ProductError as error:
-        return error.where
+        return called, error
     finally:
         for path, processor in former.items():
             attentions[path].processor = processor
@@ -174,15 +187,3 @@ def refused(
 
 def alike(one: Any, other: Any) -> bool:
     return type(one) is type(other) and type(one.processor) is type(other.processor)
-
-
-def product(
-    path: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
-) -> Tensor:
-    if (
-        not query.ndim == key.ndim == value.ndim == 4
-        or query.shape[1] != key.shape[1]
-        or query.shape[0] != len(key)
-    ):
-        raise ProductError(f"attention '{path}' shares keys among heads", where=path)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)

@@ -92,9 +92,10 @@ class Plan:
         return min((grid.bits for grid in grids if grid is not None), default=None)
 
     def resolve(self, denoiser: Denoiser) -> dict[tuple[str, Port], Decision]:
-        """The decision for every site of the model: first match wins."""
+        """The decision for every site of the model: first match wins; what has no integer form stays float."""
         found: dict[tuple[str, Port], Decision] = {}
         used: set[int] = set()
+        float_anyway = denoiser.stays_float()
         for path, role, port in all_sites(denoiser):
             index = next((i for i, rule in enumerate(self.rules) if rule.matches(path, role, port)), None)
             if index is None:
@@ -104,8 +105,11 @@ class Plan:
                     fix="end the plan with a rule for everything else",
                 )
             rule = self.rules[index]
-            check_carries(denoiser, path, port, rule.grid)
             used.add(index)
+            if path in float_anyway:
+                found[path, port] = Decision(path, role, port, None, index, float_anyway[path])
+                continue
+            check_carries(denoiser, path, port, rule.grid)
             found[path, port] = Decision(path, role, port, rule.grid, index, rule.reason)
         for index, rule in enumerate(self.rules):
             if index not in used and not rule.optional:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +70,11 @@ def skeleton(
         rebind(attention, attention.product, path)
         attention.set_processor = KeepProduct(attention)  # type: ignore[assignment]
     for path in {path.rpartition(".")[0] for path in layers}:
-        if hasattr(type(model.get_submodule(path)), "fuse_projections"):
-            model.get_submodule(path).fuse_projections = NoFusing(path)  # type: ignore[assignment]
+        owner: Any = model.get_submodule(path)
+        if hasattr(type(owner), "fuse_projections"):
+            owner.fuse_projections = NoFusing(path)
+        if path and not any(True for _ in type(owner).parameters(owner)):
+            owner.parameters = FloatBuffers(owner)
     if steps is not None:
         check_steps(model, steps)
         if steps.table:
@@ -150,6 +153,16 @@ def unbind(model: nn.Module) -> None:
             getattr(forward, "__self__", None), TimeRows
         ):
             del module.forward
+
+
+class FloatBuffers:
+    """Takes the place of `parameters` of a module that holds integers alone: some models ask the first one for its dtype."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, recurse: bool = True) -> Iterator[Tensor]:
+        return (value for value in self.module.buffers(recurse) if value.is_floating_point())
 
 
 class Reload:

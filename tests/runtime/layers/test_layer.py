@@ -39,6 +39,14 @@ GEOMETRIES = {
     "3d strided": (lambda: nn.Conv3d(5, 8, 3, stride=2, dilation=(1, 2, 1), padding=1), (2, 5, 5, 9, 7)),
     "3d groups": (lambda: nn.Conv3d(8, 16, 3, padding=1, groups=4), (1, 8, 3, 4, 4)),
     "3d uneven border": (lambda: nn.Conv3d(4, 8, (2, 4, 3), padding="same"), (1, 4, 4, 6, 5)),
+    "within frames": (
+        lambda: nn.Conv3d(6, 10, (1, 3, 3), stride=(1, 2, 1), padding=(0, 1, 1)),
+        (2, 6, 3, 5, 4),
+    ),
+    "within time": (
+        lambda: nn.Conv3d(6, 10, (3, 1, 1), stride=(2, 1, 1), padding=(1, 0, 0)),
+        (2, 6, 5, 3, 4),
+    ),
     "linear": (lambda: nn.Linear(33, 17), (5, 33)),
     "linear one row": (lambda: nn.Linear(64, 3, bias=False), (1, 64)),
     "linear tokens": (lambda: nn.Linear(16, 48), (2, 7, 16)),
@@ -64,6 +72,14 @@ def test_every_geometry_agrees_with_exact_sums(name: str, dtype: torch.dtype) ->
     assert out.dtype == dtype
     if reason is None or dtype == torch.float32:
         close(out, expected(layer, new, x))
+
+
+def test_taps_in_three_dimensions_multiply_codes_in_float() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv3d(6, 10, (2, 3, 3), padding=1), torch.randn(2, 6, 3, 5, 4)
+    new = filled(layer, grids("int8/channel uint8/tensor"), -1.3, 2.9)
+    close(new(x), expected(layer, new, x))
+    assert new.reason == "no integer kernel for taps in all three dimensions"
 
 
 @needs_integers

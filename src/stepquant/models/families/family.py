@@ -9,7 +9,8 @@ from typing import Literal
 
 from torch import nn
 
-Guidance = Literal["none", "uncond, cond", "cond, uncond"]
+# How calls with and without the condition reach the model: halves of one batch, or one call after the other.
+Guidance = Literal["none", "uncond, cond", "cond, uncond", "cond; uncond"]
 
 
 def middle(blocks: Sequence[str]) -> str:
@@ -27,6 +28,20 @@ def children_of(*paths: str) -> Callable[[nn.Module], list[str]]:
         return [f"{path}.{i}" for path in paths for i, _ in enumerate(model.get_submodule(path).children())]
 
     return blocks
+
+
+def joined(*patterns: str) -> Callable[[nn.Module], dict[str, tuple[int, int]]]:
+    """Linears that read something of the width that they return, concatenated with something else."""
+
+    def widths(model: nn.Module) -> dict[str, tuple[int, int]]:
+        found = ((path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear))
+        return {
+            path: (layer.out_features, layer.in_features - layer.out_features)
+            for path, layer in found
+            if any(matches(pattern, path) for pattern in patterns)
+        }
+
+    return widths
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,8 @@ class Family:
         middle  # of the blocks, the one whose input says most about a sample
     )
     concats: Callable[[nn.Module], Mapping[str, tuple[int, int]]] = no_concats  # as `Denoiser.concats`
+    prompt_blocks: tuple[str, ...] = ()  # lists of blocks that never see x
+    read: tuple[str, ...] = ()  # patterns of layers whose weights are read while the layers are never called
     generic: bool = False  # nobody declared the class: roles that no building block has follow from a call
 
 

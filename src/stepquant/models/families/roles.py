@@ -5,49 +5,133 @@ Keyed by class object: diffusers uses some class names twice.
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers.models import attention, attention_processor, downsampling, normalization, resnet, upsampling
-from diffusers.models.transformers import transformer_2d
+from diffusers.models import transformers as networks
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.transformers import transformer_2d, transformer_temporal
+from diffusers.models.unets import unet_1d_blocks
 from torch import nn
 
-LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d)
 
-ATTENTION = {
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "attn_out",
+OUT = {"to_q": "q", "to_out.0": "attn_out"}
+ADDED = {
     "add_q_proj": "q_added",
     "add_k_proj": "k_added",
     "add_v_proj": "v_added",
     "to_add_out": "attn_out_added",
 }
+ATTENTION = OUT | {"to_k": "k", "to_v": "v"} | ADDED
+FEED = {"net.0.proj": "ff_in", "net.2": "ff_out"}
+RESIDUAL = {"conv1": "conv", "conv2": "conv", "time_emb_proj": "modulate", "conv_shortcut": "shortcut"}
+ENDS = {"proj_in": "proj_in", "proj_out": "proj_out"}
+SINGLE = {"proj_mlp": "ff_in", "proj_out": "ff_out"}  # a feed-forward beside an attention, joined at its end
+SELF_AND_CROSS = {"attn1.to_k": "k", "attn1.to_v": "v", "attn2.to_k": "k_text", "attn2.to_v": "v_text"}
+
+
+def each(roles: dict[str, str], *kinds: type[nn.Module]) -> dict[type[nn.Module], dict[str, str]]:
+    return dict.fromkeys(kinds, roles)
+
 
 PARTS: dict[type[nn.Module], dict[str, str]] = {
-    attention_processor.Attention: ATTENTION,
-    attention.FeedForward: {"net.0.proj": "ff_in", "net.2": "ff_out"},
-    resnet.ResnetBlock2D: {
-        "conv1": "conv",
-        "conv2": "conv",
-        "time_emb_proj": "modulate",
-        "conv_shortcut": "shortcut",
+    **each(
+        ATTENTION,
+        attention_processor.Attention,
+        networks.transformer_flux.FluxAttention,
+        networks.transformer_flux2.Flux2Attention,
+        networks.transformer_wan.WanAttention,
+    ),
+    networks.transformer_ltx.LTXAttention: OUT,
+    networks.transformer_ltx.LTXVideoTransformerBlock: SELF_AND_CROSS,
+    networks.transformer_flux2.Flux2ParallelSelfAttention: {
+        "to_qkv_mlp_proj": "qkv_ff_in",
+        "to_out": "ff_out",
     },
-    downsampling.Downsample2D: {"conv": "down"},
-    upsampling.Upsample2D: {"conv": "up"},
-    transformer_2d.Transformer2DModel: {"proj_in": "proj_in", "proj_out": "proj_out"},
-    normalization.AdaLayerNormZero: {"linear": "modulate"},
-    normalization.AdaLayerNormSingle: {"linear": "modulate"},
+    unet_1d_blocks.SelfAttention1d: {"query": "q", "key": "k", "value": "v", "proj_attn": "attn_out"},
+    # Feed-forwards
+    **each(FEED, attention.FeedForward),
+    attention.LuminaFeedForward: {"linear_1": "ff_in", "linear_3": "ff_in", "linear_2": "ff_out"},
+    networks.sana_transformer.GLUMBConv: {
+        "conv_inverted": "ff_in",
+        "conv_depth": "depthwise",
+        "conv_point": "ff_out",
+    },
+    networks.transformer_flux2.Flux2FeedForward: {"linear_in": "ff_in", "linear_out": "ff_out"},
+    networks.transformer_z_image.FeedForward: {"w1": "ff_in", "w3": "ff_in", "w2": "ff_out"},
+    **each(
+        SINGLE,
+        networks.transformer_flux.FluxSingleTransformerBlock,
+        networks.transformer_hunyuan_video.HunyuanVideoSingleTransformerBlock,
+    ),
+    # Residual blocks and resampling
+    **each(RESIDUAL, resnet.ResnetBlock2D, resnet.TemporalResnetBlock),
+    resnet.TemporalConvLayer: dict.fromkeys(("conv1.2", "conv2.3", "conv3.3", "conv4.3"), "conv"),
+    unet_1d_blocks.ResConvBlock: {"conv_1": "conv", "conv_2": "conv", "conv_skip": "shortcut"},
+    resnet.ResidualTemporalBlock1D: {
+        "conv_in.conv1d": "conv",
+        "conv_out.conv1d": "conv",
+        "time_emb": "modulate",
+        "residual_conv": "shortcut",
+    },
+    **each({"conv": "down"}, downsampling.Downsample2D, downsampling.Downsample1D),
+    **each({"conv": "up"}, upsampling.Upsample2D, upsampling.Upsample1D),
+    **each(
+        ENDS,
+        transformer_2d.Transformer2DModel,
+        transformer_temporal.TransformerTemporalModel,
+        transformer_temporal.TransformerSpatioTemporalModel,
+    ),
+    networks.hunyuan_transformer_2d.HunyuanDiTBlock: {"skip_linear": "skip"},
+    # Modulation
+    **each(
+        {"linear": "modulate"},
+        normalization.AdaLayerNorm,
+        normalization.AdaLayerNormContinuous,
+        normalization.AdaLayerNormSingle,
+        normalization.AdaLayerNormZero,
+        normalization.AdaLayerNormZeroSingle,
+        normalization.CogVideoXLayerNormZero,
+        normalization.LuminaRMSNormZero,
+        normalization.SD35AdaLayerNormZeroX,
+        networks.hunyuan_transformer_2d.AdaLayerNormShift,
+        networks.transformer_cogview4.CogView4AdaLayerNormContinuous,
+        networks.transformer_cogview4.CogView4AdaLayerNormZero,
+        networks.transformer_flux2.Flux2Modulation,
+        networks.transformer_hunyuan_video.HunyuanVideoAdaNorm,
+    ),
+    networks.transformer_qwenimage.QwenImageTransformerBlock: {
+        "img_mod.1": "modulate",
+        "txt_mod.1": "modulate",
+    },
+    networks.transformer_z_image.ZImageTransformerBlock: {"adaLN_modulation.0": "modulate"},
 }
 
-PRODUCTS = (attention_processor.Attention,)
+PRODUCTS: tuple[Any, ...] = (
+    attention_processor.Attention,
+    AttentionModuleMixin,
+    unet_1d_blocks.SelfAttention1d,
+)
+
+# Why some layers and attention products have no integer form, by their class or that of their processor.
+FLOAT: dict[type, str] = {
+    nn.ConvTranspose1d: "no integer kernel for transposed convolutions",
+    attention_processor.SanaLinearAttnProcessor2_0: "linear attention has no probabilities, and sums in float32",
+    unet_1d_blocks.SelfAttention1d: "its class multiplies by itself, without a function that could be exchanged",
+}
 
 
 def part_roles(module: nn.Module) -> dict[str, str]:
     """Child path -> role for the leaves that `module` owns, itself a building block."""
     roles = dict(PARTS.get(type(module), {}))
-    if not isinstance(module, attention_processor.Attention):
+    if not isinstance(module, PRODUCTS):
         return roles
-    if module.added_kv_proj_dim is None and module.is_cross_attention:
+    beside = getattr(module, "added_kv_proj_dim", None) is not None
+    if getattr(module, "is_cross_attention", False) and not beside and "to_k" in roles:
         roles |= {"to_k": "k_text", "to_v": "v_text"}
-    if getattr(module, "add_q_proj", None) is None:  # text keys beside the image's own
+    if (
+        getattr(module, "add_q_proj", None) is None and "add_k_proj" in roles
+    ):  # text keys beside the image's own
         roles |= {"add_k_proj": "k_text", "add_v_proj": "v_text"}
     return roles

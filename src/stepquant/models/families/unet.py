@@ -5,17 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from diffusers.models.unets import unet_1d_blocks
 from torch import nn
 
 from stepquant.models.families.family import Family, middle
 
-TIME = {"time_embedding.linear_1": "time", "time_embedding.linear_2": "time"}
-CLASS = {"class_embedding.linear_1": "cond", "class_embedding.linear_2": "cond"}
-TOP = {"conv_in": "stem", "conv_out": "head", **TIME, **CLASS}
+TOP = {
+    "conv_in": "stem",
+    "conv_out": "head",
+    "time_embedding.linear_*": "time",
+    "add_embedding.linear_*": "cond",
+    "class_embedding.linear_*": "cond",
+}
+# The first layer of a residual block, the shortcut that reads the same, and the last layer.
+RESIDUAL = (
+    ("conv1", "conv_shortcut", "conv2"),
+    ("spatial_res_block.conv1", "spatial_res_block.conv_shortcut", "spatial_res_block.conv2"),
+    ("conv_1", "conv_skip", "conv_2"),
+    ("conv_in.conv1d", "residual_conv", "conv_out.conv1d"),
+)
 
 
 def walk(model: nn.Module) -> Iterator[str]:
     """Residual, attention and resampling blocks in the order in which they run."""
+    if hasattr(model, "transformer_in"):
+        yield "transformer_in"
     for level in ("down_blocks", "mid_block", "up_blocks"):
         node = getattr(model, level, None)
         if isinstance(node, nn.ModuleList):
@@ -23,21 +37,36 @@ def walk(model: nn.Module) -> Iterator[str]:
                 yield from walk_block(f"{level}.{index}", block)
         elif node is not None:
             yield from walk_block(level, node)
+    if getattr(model, "out_block", None) is not None:
+        yield "out_block"
 
 
 def walk_block(name: str, block: nn.Module) -> Iterator[str]:
     resnets, attentions = (len(getattr(block, kind, None) or ()) for kind in ("resnets", "attentions"))
-    leading = name == "mid_block"  # one resnet first, then pairs of attention and resnet
+    # In the middle, one residual block comes first, then pairs of attention and residual block.
+    leading = name == "mid_block" and not isinstance(block, unet_1d_blocks.UNetMidBlock1D)
     per_resnet = attentions // max(resnets - leading, 1)
     present = [a is not None for a in getattr(block, "attentions", None) or ()]
     for index in range(resnets):
         turn = index - 1 if leading else index
         mine = range(turn * per_resnet, (turn + 1) * per_resnet) if turn >= 0 else ()
         paths = [f"{name}.attentions.{a}" for a in mine if present[a]]
+        paths += [
+            f"{name}.{kind}.{turn}"
+            for kind in ("temp_attentions", "motion_modules")
+            if has(block, kind, turn)
+        ]
         residual = [f"{name}.resnets.{index}"]
+        residual += [f"{name}.temp_convs.{index}"] if has(block, "temp_convs", index) else []
         yield from paths + residual if leading else residual + paths
     for kind in ("downsamplers", "upsamplers"):
         yield from (f"{name}.{kind}.{i}" for i in range(len(getattr(block, kind, None) or ())))
+    for kind in ("downsample", "upsample"):
+        yield from (f"{name}.{kind}" for child in [getattr(block, kind, None)] if child is not None)
+
+
+def has(block: nn.Module, kind: str, index: int) -> bool:
+    return 0 <= index < len(getattr(block, kind, None) or ())
 
 
 def deepest(blocks: Sequence[str]) -> str:
@@ -47,20 +76,18 @@ def deepest(blocks: Sequence[str]) -> str:
 
 
 def concats(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Layer path -> widths of (hidden, skip) where an up block feeds it a concatenation."""
+    """Layer path -> widths of (hidden, skip) where a block is fed a concatenation."""
     found: dict[str, tuple[int, int]] = {}
-    hidden = 0
+    layers: dict[str, Any] = dict(model.named_modules())
+    hidden = layers["conv_in"].out_channels if "conv_in" in layers else layers[""].config.in_channels
     for path in walk(model):
-        block: Any = model.get_submodule(path)
-        first = getattr(block, "conv1", None)
-        if first is None:
-            continue
-        width = first.in_channels
-        if path.startswith("up_blocks") and width != hidden:
-            for child in ("conv1", "conv_shortcut"):
-                if getattr(block, child, None) is not None:
-                    found[f"{path}.{child}"] = (hidden, width - hidden)
-        hidden = block.conv2.out_channels
+        for first, shortcut, last in ([f"{path}.{child}" for child in group] for group in RESIDUAL):
+            width = getattr(layers.get(first), "in_channels", None)
+            if width is None:
+                continue
+            if width != hidden:
+                found |= {name: (hidden, width - hidden) for name in (first, shortcut) if name in layers}
+            hidden = layers[last].out_channels
     return found
 
 
@@ -81,8 +108,8 @@ FAMILIES = (
         x="sample",
         top={
             **TOP,
-            "add_embedding.linear_1": "cond",
-            "add_embedding.linear_2": "cond",
+            "add_embedding.proj": "cond",
+            "add_embedding.pool.*_proj": "cond",
             "encoder_hid_proj": "context",
             "time_embedding.cond_proj": "time",
         },
@@ -91,6 +118,60 @@ FAMILIES = (
         text=("encoder_hidden_states", "encoder_attention_mask"),
         cond=("added_cond_kwargs", "class_labels", "timestep_cond"),
         shared=("cross_attention_kwargs",),
+        deepest=deepest,
+        concats=concats,
+    ),
+    Family(
+        models=("UNet3DConditionModel",),
+        x="sample",
+        top=TOP,
+        blocks=walk,
+        component="unet",
+        text=("encoder_hidden_states",),
+        cond=("class_labels", "timestep_cond"),
+        shared=("cross_attention_kwargs",),
+        deepest=deepest,
+        concats=concats,
+    ),
+    Family(
+        models=("UNetSpatioTemporalConditionModel",),
+        x="sample",
+        top={**TOP, "**.time_pos_embed.linear_*": "const"},
+        blocks=walk,
+        component="unet",
+        text=("encoder_hidden_states",),
+        cond=("added_time_ids",),
+        deepest=deepest,
+        concats=concats,
+    ),
+    Family(
+        models=("AudioLDM2UNet2DConditionModel",),
+        x="sample",
+        top=TOP,
+        blocks=walk,
+        component="unet",
+        text=(
+            "encoder_hidden_states",
+            "encoder_hidden_states_1",
+            "encoder_attention_mask",
+            "encoder_attention_mask_1",
+        ),
+        cond=("class_labels", "timestep_cond"),
+        shared=("cross_attention_kwargs",),
+        deepest=deepest,
+        concats=concats,
+    ),
+    Family(
+        models=("UNet1DModel",),
+        x="sample",
+        top={
+            "time_mlp.linear_*": "time",
+            "out_block.final_conv1d_1": "conv",
+            "out_block.final_conv1d_2": "head",
+        },
+        blocks=walk,
+        component="unet",
+        guidance="none",
         deepest=deepest,
         concats=concats,
     ),

@@ -46,7 +46,7 @@ class Texts:
             if found.text() is text and found.version == version:
                 return found.pairs
         with torch.inference_mode(False), torch.no_grad():
-            pairs = tuple(tuple(project(one, text)) for one in self.readers)
+            pairs = tuple(tuple(project(one, text)) if reads(one, text) else () for one in self.readers)
         self.kept = [Kept(weakref.ref(text), version, pairs), *self.kept[: KEPT_TEXTS - 1]]
         return pairs
 
@@ -64,6 +64,11 @@ class Texts:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"kept": []}
+
+
+def reads(readers: Readers, text: Tensor) -> bool:
+    """Whether it may be theirs: some models attend to two texts."""
+    return readers.layers[0].in_features == text.shape[-1]  # type: ignore[no-any-return]
 
 
 def prepared(layer: nn.Module) -> object:

@@ -1,20 +1,13 @@
-"""Tiny models of every declared class: a model, its inputs, and one other value for each input."""
+"""Tiny U-Nets over images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
-from torch import Tensor, nn
+from diffusers import UNet2DConditionModel, UNet2DModel
 
-Case = tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]
-generator = torch.Generator().manual_seed(0)
-
-
-def noise(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator)
+from tests.models.tiny.case import Case, noise
 
 
 def unconditional(**options: Any) -> UNet2DModel:
@@ -122,35 +115,31 @@ def size_conditioned() -> Case:
     return model, given, changed
 
 
-def class_transformer() -> Case:
-    model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=16, in_channels=4, num_layers=3,
-                                  sample_size=8, patch_size=2, num_embeds_ada_norm=20, norm_num_groups=4)  # fmt: skip
-    nn.init.normal_(model.proj_out_2.weight, std=0.1)
-    given = {
-        "hidden_states": noise(2, 4, 8, 8),
-        "timestep": torch.tensor([7, 7]),
-        "class_labels": torch.tensor([1, 2]),
-    }
-    changed = {
-        "x": {"hidden_states": noise(2, 4, 8, 8)},
-        "t": {"timestep": torch.tensor([9, 9])},
-        "class": {"class_labels": torch.tensor([3, 4])},
-    }
-    return model, given, changed
-
-
-CASES: dict[str, Callable[[], Case]] = {
-    case.__name__: case
-    for case in (
-        plain,
-        two_layers,
-        class_scale_shift,
-        text_to_image,
-        linear_projection,
-        class_conditional_latent,
-        size_conditioned,
-        class_transformer,
+def text_keys_beside_image_keys() -> Case:
+    model = conditional(
+        encoder_hid_dim=24,
+        encoder_hid_dim_type="text_proj",
+        attention_head_dim=8,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        resnet_time_scale_shift="scale_shift",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=2,
+        cross_attention_norm="group_norm",
+        act_fn="gelu",
+        time_embedding_act_fn="gelu",
     )
-}
+    return text((model, *inputs(4)), width=24)
 
-UNETS = {name: case for name, case in CASES.items() if case is not class_transformer}
+
+CASES = (
+    plain,
+    two_layers,
+    class_scale_shift,
+    text_to_image,
+    linear_projection,
+    class_conditional_latent,
+    size_conditioned,
+    text_keys_beside_image_keys,
+)
