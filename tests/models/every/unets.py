@@ -20,7 +20,7 @@ def dream_lite_unet() -> Case:
 def image_to_video() -> Case:
     """What the class calls the width of a head is the number of heads."""
     model = diffusers.I2VGenXLUNet(
-        sample_size=8, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
         attention_head_dim=2, down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
         up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"))  # fmt: skip
     return model, {"sample": noise(2, 4, 2, 8, 8), "timestep": times(), **text(32), "fps": torch.tensor([16, 24]),
