@@ -9,7 +9,8 @@ from torch import Tensor
 
 from stepquant.calib.calibset import CalibSet
 from stepquant.core.affine import scale_and_zero, to_groups
-from stepquant.core.ranges import Search, ema
+from stepquant.core.ranges import Search, SlicedSearch, ema
+from stepquant.core.slices import Slices
 from stepquant.core.steps import StepTable
 from stepquant.errors import CalibrationError, MethodError
 from stepquant.progress import Progress, Silent
@@ -30,7 +31,7 @@ def set_weight_ranges(network: Inserted, search: Search, progress: Progress | No
 def set_input_ranges(
     network: Inserted,
     data: CalibSet,
-    search: Search,
+    search: SlicedSearch,
     *,
     batch: int = 64,
     momentum: float = 0.9,
@@ -78,7 +79,7 @@ def by_row(data: CalibSet, table: StepTable) -> Iterator[tuple[int, CalibSet]]:
 def observe_part(
     network: Inserted,
     data: CalibSet,
-    search: Search,
+    search: SlicedSearch,
     quantizers: Sequence[Quantizer],
     row: int | None,
     batch: int,
@@ -89,13 +90,13 @@ def observe_part(
     lows: dict[Quantizer, Tensor] = {}
     highs: dict[Quantizer, Tensor] = {}
 
-    def observe(quantizer: Quantizer, x: Tensor) -> None:
-        if not torch.isfinite(x).all():
+    def observe(quantizer: Quantizer, values: Slices) -> None:
+        if not all(end.isfinite() for end in values.ends):
             raise CalibrationError(
                 f"activations are not finite at '{quantizer.site}'",
                 fix="keep this layer, or the one before it, in float with a plan rule",
             )
-        low, high = search(x.detach().float().reshape(1, -1), quantizer.grid)
+        low, high = search(values, quantizer.grid)
         lows[quantizer] = ema(lows.get(quantizer), low, momentum)
         highs[quantizer] = ema(highs.get(quantizer), high, momentum)
         quantizer.set_range(*scale_and_zero(lows[quantizer], highs[quantizer], quantizer.grid), row)
