@@ -51,6 +51,7 @@ def unet(width: float, latents: int) -> Any:
             block_out_channels=tuple(round(channels * width) for channels in (320, 640, 1280, 1280)),
             attention_head_dim=8,
             cross_attention_dim=768,
+            norm_num_groups=math.gcd(32, round(320 * width)),
         )
     model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)

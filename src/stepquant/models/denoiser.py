@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import typing
 from collections.abc import Mapping
@@ -144,6 +145,14 @@ class Denoiser:
         config = {k: v for k, v in settings.items() if not k.startswith("_")}
         kind = [type(self.model).__name__, sorted(config.items())]
         return value_digest([kind, tensors_digest(self.model.state_dict())])
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy that reads the same weights: its layers can be exchanged, and nothing is there twice."""
+    weights: dict[int, Any] = {
+        id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.parameters()
+    }
+    return copy.deepcopy(model, weights)
 
 
 def check_finite(model: nn.Module) -> None:
