@@ -19,7 +19,8 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    return (q - zero_point) * scale
+    centred = q - zero_point
+    return centred.mul_(scale) if centred.dtype == scale.dtype else centred * scale
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stepquant.calib.calibset import CalibSet
 from stepquant.core.affine import scale_and_zero, to_groups
+from stepquant.core.freed import give_back
 from stepquant.core.ranges import Search, SlicedSearch, ema
 from stepquant.core.slices import Slices
 from stepquant.core.steps import StepTable
@@ -21,6 +22,7 @@ from stepquant.quant.quantizer import Quantizer
 def set_weight_ranges(network: Inserted, search: Search, progress: Progress | None = None) -> None:
     """The range of every weight, from the weight alone."""
     layers = [layer for layer in network.layers.values() if layer.weight_quantizer is not None]
+    give_back()  # what recording has left
     for layer in (progress or Silent()).track(layers, "weight ranges", len(layers)):
         quantizer = layer.weight_quantizer
         assert quantizer is not None
@@ -108,11 +110,15 @@ def observe_part(
 def observe_all(network, data, quantizers, observe, batch: int, progress: Progress, what: str) -> None:  # type: ignore[no-untyped-def]
     for quantizer in quantizers:
         quantizer.observer = observe
+    blocks = [network.denoiser.model.get_submodule(path) for path in network.denoiser.blocks()]
+    handles = [block.register_forward_hook(lambda *_: give_back()) for block in blocks]
     try:
         with torch.no_grad():
             total = -(-len(data) // batch)
             for records in progress.track(data.batches(batch), what, total):
                 network.denoiser.predict(records.arguments)
     finally:
+        for handle in handles:
+            handle.remove()
         for quantizer in quantizers:
             quantizer.observer = None
