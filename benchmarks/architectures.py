@@ -22,6 +22,7 @@ from torch import Tensor
 from stepquant.artifact import Artifact
 from stepquant.core.affine import scale_and_zero
 from stepquant.core.ranges import minmax
+from stepquant.core.slices import Slices
 from stepquant.evaluate.speed.calls import (
     QUANTIZED,
     REFERENCE,
@@ -104,9 +105,9 @@ def calibrated(model: Any, calls: list[dict[str, Any]]) -> Artifact:
     """w8a8 with the extremes of these calls as ranges."""
     ends: dict[Quantizer, tuple[Tensor, Tensor]] = {}
 
-    def observe(quantizer: Quantizer, seen: Tensor) -> None:
-        low, high = ends.get(quantizer, (seen.min(), seen.max()))
-        ends[quantizer] = low, high = torch.minimum(low, seen.min()), torch.maximum(high, seen.max())
+    def observe(quantizer: Quantizer, seen: Slices) -> None:
+        low, high = ends.get(quantizer, seen.ends)
+        ends[quantizer] = low, high = torch.minimum(low, seen.ends[0]), torch.maximum(high, seen.ends[1])
         quantizer.set_range(*scale_and_zero(low, high, quantizer.grid))
 
     with torch.no_grad(), insert(Denoiser(model), scheme("w8a8"), split=False) as network:

@@ -71,6 +71,6 @@ def test_a_tiny_model_answers_by_its_noise_and_its_time(name: str) -> None:
     assert all(tensor.isfinite().all() for tensor in first)
     assert equal(first, answer(*BUILDERS[name]()))
     noisy, times = next(iter(inputs)), [key for key in inputs if "time" in key]
-    assert times or name == "UVit2DModel"
+    assert times
     for key in [noisy, *times]:
         assert not equal(first, answer(model, inputs | {key: halved(inputs[key])})), key

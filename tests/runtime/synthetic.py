@@ -13,6 +13,7 @@ from stepquant.core.affine import quantize, scale_and_zero, to_groups
 from stepquant.core.grid import Grid
 from stepquant.core.pack import pack
 from stepquant.core.ranges import minmax
+from stepquant.core.slices import Slices
 from stepquant.fit.ranges import set_weight_ranges
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze
@@ -40,9 +41,10 @@ def quantized(
     lows: dict[Quantizer, Tensor] = {}
     highs: dict[Quantizer, Tensor] = {}
 
-    def observe(quantizer: Quantizer, seen: Tensor) -> None:
-        lows[quantizer] = torch.minimum(lows.get(quantizer, seen.min()), seen.min())
-        highs[quantizer] = torch.maximum(highs.get(quantizer, seen.max()), seen.max())
+    def observe(quantizer: Quantizer, seen: Slices) -> None:
+        low, high = seen.ends
+        lows[quantizer] = torch.minimum(lows.get(quantizer, low), low)
+        highs[quantizer] = torch.maximum(highs.get(quantizer, high), high)
         scale, zero_point = scale_and_zero(lows[quantizer], highs[quantizer], quantizer.grid)
         quantizer.set_range(scale, zero_point)
 

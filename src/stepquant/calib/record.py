@@ -42,6 +42,7 @@ class Source:
         MEMORY  # bytes that a method may keep of what flows through the blocks; the rest goes to disk
     )
     progress: Progress = field(default_factory=Silent)
+    digest: str | None = None  # of the float model, where it is known already
 
     def record(self, picks: Sequence[Pick]) -> CalibSet:
         """The picked states of the float model's trajectories, from the cache where they are known."""
@@ -60,7 +61,7 @@ class Source:
         return value_digest(
             {
                 "format": FORMAT,
-                "model": Denoiser.of(self.pipeline).digest(),
+                "model": self.digest or Denoiser.of(self.pipeline).digest(),
                 "scheduler": [type(scheduler).__name__, dict(scheduler.config)],
                 "sampling": [
                     asked.steps,

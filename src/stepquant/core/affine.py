@@ -14,17 +14,18 @@ from stepquant.core.grid import Grid, GridError
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
     """Integers (in float storage) of `x`; `scale` and `zero_point` broadcast against it."""
-    q = torch.round(x.float() * scale.float().reciprocal()) + zero_point
-    return q.clamp(grid.qmin, grid.qmax)
+    q = x.float() * scale.float().reciprocal()
+    return q.round_().add_(zero_point).clamp_(grid.qmin, grid.qmax)
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    return (q - zero_point) * scale
+    centred = q - zero_point
+    return centred.mul_(scale) if centred.dtype == scale.dtype else centred * scale
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
     """The number nearest to `x` that the grid can hold, in the dtype of `x`."""
-    return dequantize(quantize(x, scale, zero_point, grid), scale, zero_point).to(x.dtype)
+    return quantize(x, scale, zero_point, grid).sub_(zero_point).mul_(scale).to(x.dtype)
 
 
 def fake_quantize_ste(

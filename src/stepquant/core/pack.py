@@ -18,7 +18,7 @@ def pack(q: Tensor, grid: Grid) -> Tensor:
     """Dense uint8 stream of the integers `q` (any shape, any integer or float storage)."""
     codes = (q.reshape(-1).to(torch.int16) - grid.qmin).to(torch.uint8)
     if grid.bits == 8:
-        return codes.clone()
+        return codes
     places = torch.arange(grid.bits, dtype=torch.uint8, device=codes.device)
     bits = (codes[:, None] >> places & 1).reshape(-1)
     bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).reshape(-1, 8)

@@ -9,30 +9,34 @@ from torch import Tensor
 
 from stepquant.core.affine import fake_quantize, scale_and_zero
 from stepquant.core.grid import Grid, GridError
+from stepquant.core.slices import Slices
 
+Rows = Tensor | Slices  # of slices there is a single row
 Search = Callable[[Tensor, Grid], tuple[Tensor, Tensor]]  # rows (n, elements), grid -> low (n,), high (n,)
+SlicedSearch = Callable[[Slices, Grid], tuple[Tensor, Tensor]]
 
 
-def minmax(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def minmax(rows: Rows, grid: Grid) -> tuple[Tensor, Tensor]:
     """The whole range of every row."""
+    if isinstance(rows, Slices):
+        return rows.ends
     low, high = rows.float().aminmax(dim=1)
     return low, high
 
 
-def percentile(rows: Tensor, grid: Grid, *, percent: float = 99.99) -> tuple[Tensor, Tensor]:
+def percentile(rows: Rows, grid: Grid, *, percent: float = 99.99) -> tuple[Tensor, Tensor]:
     """The range without the outermost (100 - percent) percent of the values on each side (linear interpolation)."""
     if not 50 < percent <= 100:
         raise GridError(f"a percentile range lies between 50 and 100, not at {percent}")
-    ordered = rows.float().sort(dim=1).values
-    place = percent / 100 * (ordered.shape[1] - 1)
-    return at(ordered, ordered.shape[1] - 1 - place), at(ordered, place)
-
-
-def at(ordered: Tensor, place: float) -> Tensor:
-    """The value at a fractional place of sorted rows."""
-    below = int(place)
-    above = min(below + 1, ordered.shape[1] - 1)
-    return torch.lerp(ordered[:, below], ordered[:, above], place - below)
+    last = (rows.count if isinstance(rows, Slices) else rows.shape[1]) - 1
+    places = last - percent / 100 * last, percent / 100 * last
+    ranks = [min(int(place) + more, last) for place in places for more in (0, 1)]
+    if isinstance(rows, Slices):
+        found = rows.ranked(ranks)[None]
+    else:
+        found = rows.float().sort(dim=1).values[:, ranks]
+    low, high = (torch.lerp(found[:, i], found[:, i + 1], place % 1) for i, place in zip((0, 2), places))
+    return low, high
 
 
 def lp_search(
@@ -67,23 +71,24 @@ def lp_error(
 
 
 def lp_search_binned(
-    rows: Tensor, grid: Grid, *, p: float = 2.4, candidates: int = 100, bins: int = 8192
+    rows: Rows, grid: Grid, *, p: float = 2.4, candidates: int = 100, bins: int = 8192
 ) -> tuple[Tensor, Tensor]:
     """`lp_search` over the histogram of a single row: for activations, where exact search would take minutes.
 
     A bin is at least 32 times finer than a step of the widest grid, so that the centres stand in for the values.
     """
-    if rows.shape[0] != 1:
-        raise GridError(
-            f"a binned search takes one row, not {rows.shape[0]}: use lp_search for several scales"
-        )
-    values = rows.float().reshape(-1)
-    low, high = (bound.reshape(1) for bound in values.aminmax())
+    if isinstance(rows, Tensor):
+        if rows.shape[0] != 1:
+            raise GridError(
+                f"a binned search takes one row, not {rows.shape[0]}: use lp_search for several scales"
+            )
+        rows = Slices.of(rows)
+    low, high = rows.ends
     if not torch.isfinite(high - low).all() or high == low:
         return low, high
-    mass = torch.histc(values, bins, low.item(), high.item())[None]
-    centres = low + (torch.arange(bins, device=rows.device) + 0.5) * ((high - low) / bins)
-    fractions = torch.arange(candidates, 0, -1, device=rows.device) / candidates
+    mass = rows.histogram(bins).float()[None]
+    centres = low + (torch.arange(bins, device=low.device) + 0.5) * ((high - low) / bins)
+    fractions = torch.arange(candidates, 0, -1, device=low.device) / candidates
     errors = lp_error(centres.expand(candidates, bins), low * fractions, high * fractions, grid, p, mass)
     chosen = fractions[errors.argmin()]
     return low * chosen, high * chosen

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from stepquant.core.affine import fake_quantize
+from stepquant.core.slices import Slices
 from stepquant.fit.compensate import calls
 from stepquant.fit.learner import Learner, Sample, Schedule, inside
 from stepquant.fit.reconstruct import Report
@@ -65,10 +66,11 @@ def missing(piece: Piece, product: QuantProduct, inputs: Table, batch: int) -> T
     lacks: list[Tensor] = []
     counts: list[int] = []
 
-    def observe(quantizer: Quantizer, x: Tensor) -> None:
+    def observe(quantizer: Quantizer, values: Slices) -> None:
         scale, zero_point = quantizer.range()
-        lacks.append((x.double() - fake_quantize(x, scale, zero_point, quantizer.grid).double()).sum())
-        counts.append(x.numel())
+        for x in values:
+            lacks.append((x.double() - fake_quantize(x, scale, zero_point, quantizer.grid).double()).sum())
+        counts.append(values.count)
 
     product.probabilities.observer = observe
     try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from types import TracebackType
+
 import torch
 from torch import Generator, Tensor
 
@@ -85,6 +88,26 @@ class LearnedScale:
         if self.training and self.keep < 1:
             chosen = draw(x.shape, self.keep, self.generator).to(x.device)
         return fake_quantize_ste(x, self.scale, self.zero_point, quantizer.grid, chosen)
+
+    def again(self) -> Rewound:
+        return Rewound(self.generator)
+
+
+class Rewound(AbstractContextManager[None]):
+    """In there the generator is where it was when this was made."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator = generator
+        self.then = self.now = generator.get_state()
+
+    def __enter__(self) -> None:
+        self.now = self.generator.get_state()
+        self.generator.set_state(self.then)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.generator.set_state(self.now)
 
 
 def draw(shape: torch.Size, probability: float, generator: Generator) -> Tensor:

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from stepquant.calib.calibset import CalibSet
 from stepquant.core.affine import scale_and_zero, to_groups
-from stepquant.core.ranges import Search, ema
+from stepquant.core.freed import give_back
+from stepquant.core.ranges import Search, SlicedSearch, ema
+from stepquant.core.slices import Slices
 from stepquant.core.steps import StepTable
 from stepquant.errors import CalibrationError, MethodError
 from stepquant.progress import Progress, Silent
@@ -20,6 +22,7 @@ from stepquant.quant.quantizer import Quantizer
 def set_weight_ranges(network: Inserted, search: Search, progress: Progress | None = None) -> None:
     """The range of every weight, from the weight alone."""
     layers = [layer for layer in network.layers.values() if layer.weight_quantizer is not None]
+    give_back()  # what recording has left
     for layer in (progress or Silent()).track(layers, "weight ranges", len(layers)):
         quantizer = layer.weight_quantizer
         assert quantizer is not None
@@ -30,7 +33,7 @@ def set_weight_ranges(network: Inserted, search: Search, progress: Progress | No
 def set_input_ranges(
     network: Inserted,
     data: CalibSet,
-    search: Search,
+    search: SlicedSearch,
     *,
     batch: int = 64,
     momentum: float = 0.9,
@@ -78,7 +81,7 @@ def by_row(data: CalibSet, table: StepTable) -> Iterator[tuple[int, CalibSet]]:
 def observe_part(
     network: Inserted,
     data: CalibSet,
-    search: Search,
+    search: SlicedSearch,
     quantizers: Sequence[Quantizer],
     row: int | None,
     batch: int,
@@ -89,13 +92,13 @@ def observe_part(
     lows: dict[Quantizer, Tensor] = {}
     highs: dict[Quantizer, Tensor] = {}
 
-    def observe(quantizer: Quantizer, x: Tensor) -> None:
-        if not torch.isfinite(x).all():
+    def observe(quantizer: Quantizer, values: Slices) -> None:
+        if not all(end.isfinite() for end in values.ends):
             raise CalibrationError(
                 f"activations are not finite at '{quantizer.site}'",
                 fix="keep this layer, or the one before it, in float with a plan rule",
             )
-        low, high = search(x.detach().float().reshape(1, -1), quantizer.grid)
+        low, high = search(values, quantizer.grid)
         lows[quantizer] = ema(lows.get(quantizer), low, momentum)
         highs[quantizer] = ema(highs.get(quantizer), high, momentum)
         quantizer.set_range(*scale_and_zero(lows[quantizer], highs[quantizer], quantizer.grid), row)
@@ -107,11 +110,15 @@ def observe_part(
 def observe_all(network, data, quantizers, observe, batch: int, progress: Progress, what: str) -> None:  # type: ignore[no-untyped-def]
     for quantizer in quantizers:
         quantizer.observer = observe
+    blocks = [network.denoiser.model.get_submodule(path) for path in network.denoiser.blocks()]
+    handles = [block.register_forward_hook(lambda *_: give_back()) for block in blocks]
     try:
         with torch.no_grad():
             total = -(-len(data) // batch)
             for records in progress.track(data.batches(batch), what, total):
                 network.denoiser.predict(records.arguments)
     finally:
+        for handle in handles:
+            handle.remove()
         for quantizer in quantizers:
             quantizer.observer = None

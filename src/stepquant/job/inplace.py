@@ -67,9 +67,11 @@ def run(
     progress: Progress | None = None,
     cache: Path | None = None,
     memory: int = MEMORY,
+    provenance: Mapping[str, Any] | None = None,
 ) -> Artifact:
     """What the recipe makes of this pipeline; the pipeline itself stays float.
 
+    `provenance` is that of the recipe with this pipeline, where it is known already.
     `cache` is a folder for recorded trajectories and finished blocks instead of the user's. `memory`: bytes of what
     flows into and out of blocks that are kept in memory; what is more goes to disk, and the result is the same.
     """
@@ -79,6 +81,7 @@ def run(
         raise ModelError("the model is quantized already", fix="start from the float model")
     check_finite(denoiser.model)
     denoiser.model.eval()
+    provenance = provenance or recipe.provenance(pipeline)
     source = Source(
         pipeline,
         Sampling(recipe.steps, recipe.sampler, recipe.prompts or ()),
@@ -86,8 +89,9 @@ def run(
         progress=progress or Silent(),
         cache=cache or cache_folder(),
         memory=memory,
+        digest=provenance["model_digest"],
     )
     denoiser = shown(pipeline, source.sampling.prompts)
     artifact = recipe.build_method()(denoiser, recipe.build_plan(), source)
     seen = {} if denoiser.seen is None else {"seen": denoiser.seen.to_json()}
-    return dataclasses.replace(artifact, recipe=recipe.provenance(pipeline) | seen)
+    return dataclasses.replace(artifact, recipe={**provenance, **seen})

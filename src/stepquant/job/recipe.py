@@ -72,7 +72,10 @@ class Recipe(BaseModel):
             raise UnknownNameError("sampler", self.sampler, SAMPLERS)
 
     def provenance(self, pipeline: Any) -> dict[str, Any]:
-        """What the artifact says about how it came about; the same for everybody who repeats it."""
+        """What the artifact says about how it came about; the same for everybody who repeats it.
+
+        The digest in it reads the entire float model: ask once.
+        """
         own = type(pipeline.scheduler).__name__
         return {
             "model": Path(self.model).resolve().name if Path(self.model).is_dir() else self.model,

@@ -58,7 +58,8 @@ def quantize_to(
         found = existing(target, provenance, resume)
         return Outcome(target, found, weights_bytes(target), float_bytes, found=True)
     with new_folder(target) as folder:
-        hub.attach(Denoiser.of(pipeline).model, run(pipeline, recipe, progress, memory=memory))
+        artifact = run(pipeline, recipe, progress, memory=memory, provenance=provenance)
+        hub.attach(Denoiser.of(pipeline).model, artifact)
         with writing(target), without_bars():
             pipeline.save_pretrained(folder)
     return Outcome(target, provenance, weights_bytes(target), float_bytes, found=False)

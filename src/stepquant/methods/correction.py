@@ -5,7 +5,6 @@ It is fitted on the integers that will run, so it alone of all that methods shar
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -15,7 +14,7 @@ from stepquant.artifact import Artifact
 from stepquant.calib.record import Source
 from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.methods.method import Method
-from stepquant.models.denoiser import Denoiser
+from stepquant.models.denoiser import Denoiser, twin
 from stepquant.quant.plan import Plan
 from stepquant.runtime.lower import lower
 
@@ -40,5 +39,5 @@ class Corrected(Method):
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         artifact = self.method(denoiser, plan, source)
-        quantized = Denoiser(lower(copy.deepcopy(denoiser.model), artifact))
+        quantized = Denoiser(lower(twin(denoiser.model), artifact))
         return artifact.with_correction(*self.correction(denoiser, quantized, source))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import typing
 from collections.abc import Mapping
@@ -189,8 +190,10 @@ class Denoiser:
 
 
 def prediction_of(out: Any) -> Tensor:
-    """The first tensor of what a model returns, whatever it wraps it in."""
+    """The first tensor of what a model returns, whatever it wraps it in; a list with one for each sample as one."""
     while not isinstance(out, Tensor):
+        if isinstance(out, list) and len({part.shape for part in out if isinstance(part, Tensor)}) == 1:
+            return torch.stack(out)
         out = next(iter(out.values())) if isinstance(out, Mapping) else out[0]
     return out
 
@@ -200,10 +203,20 @@ def kind_of(leaf: nn.Module) -> str:
     return "linear" if isinstance(leaf, nn.Linear) else "conv"
 
 
+def twin(model: nn.Module) -> nn.Module:
+    """A copy that reads the same weights: its layers can be exchanged, and nothing is there twice."""
+    weights: dict[int, Any] = {
+        id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.parameters()
+    }
+    return copy.deepcopy(model, weights)
+
+
 def check_finite(model: nn.Module) -> None:
     """A model with NaN or infinite weights cannot be quantized: name the first one."""
     for name, value in model.named_parameters():
-        if not torch.isfinite(value).all():
+        if (
+            value.numel() and not torch.stack(value.aminmax()).isfinite().all()
+        ):  # without a mask as large as it
             raise ModelError(
                 f"weight '{name}' holds NaN or infinite values",
                 where=type(model).__name__,

@@ -170,6 +170,8 @@ def with_products(
         called.add(path)
         if not query.ndim == key.ndim == value.ndim == 4 or query.shape[:2] != key.shape[:2]:
             raise ProductError("its heads are laid out in a way that integers do not know", where=path)
+        if mask is not None and not isinstance(mask, Tensor):
+            raise ProductError(f"its mask is a {type(mask).__name__}, which is no tensor", where=path)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
     try:

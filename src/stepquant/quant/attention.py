@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from stepquant.core.slices import Cut, Slices, cuts
 from stepquant.quant.quantizer import Quantizer
 
 
 class QuantProduct(nn.Module):
-    """softmax(Q K^T) V over (batch, heads, tokens, width) with quantized operands."""
+    """softmax(Q K^T) V over (batch, heads, tokens, width) with quantized operands.
+
+    Probabilities that are many are never all there: they are made slice by slice, for every pass over them anew.
+    """
 
     def __init__(self, query: Quantizer, key: Quantizer, value: Quantizer, probabilities: Quantizer) -> None:
         super().__init__()
@@ -27,11 +34,78 @@ class QuantProduct(nn.Module):
         }
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-        scores = self.query(q) @ self.key(k).transpose(-1, -2)
-        scores = scores * (scale if scale is not None else 1 / math.sqrt(q.shape[-1]))
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        probabilities = self.probabilities(scores.softmax(-1))
+        scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
+        shape = *q.shape[:-1], k.shape[-2]
+        q, k = self.query(q), self.key(k)
+        mask = None if mask is None else mask.expand(shape)
+        parts = cuts(*shape)
+        if len(parts) == 1:
+            return self.weigh(self.probabilities(softmax(q, k, mask, scale)), self.value(v))
+        v = self.value(v)
+        if self.probabilities.observer is not None:
+
+            def make() -> Iterator[Tensor]:
+                with torch.no_grad():
+                    yield from (softmax(*of(part, q, k, mask), scale) for part in parts)
+
+            self.probabilities.observer(self.probabilities, Slices(make, math.prod(shape)))
+        if torch.is_grad_enabled():
+            return join([self.learnable(part, q, k, v, mask, scale) for part in parts], parts)
+        out = torch.empty(0)
+        for part in parts:
+            found = self.product(part, q, k, v, mask, scale)
+            out = found.new_empty(*shape[:3], v.shape[-1]) if not out.numel() else out
+            out[part] = found
+        return out
+
+    def learnable(
+        self, part: Cut, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """A slice whose probabilities are made again where gradients pass through them."""
+        stand_in = self.probabilities.stand_in if self.probabilities.enabled else None
+        again = nullcontext() if stand_in is None else stand_in.again()
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), again
+
+        return checkpoint(  # type: ignore[no-any-return]
+            self.product, part, q, k, v, mask, scale, use_reentrant=False, context_fn=contexts
+        )
+
+    def product(
+        self, part: Cut, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """What one slice of queries returns."""
+        found = softmax(*of(part, q, k, mask), scale)
+        return self.weigh(self.probabilities.rounded(found, part[0]), v[part[:2]])
+
+    def weigh(self, probabilities: Tensor, v: Tensor) -> Tensor:
         if self.correction is not None and self.probabilities.enabled:
             probabilities = probabilities + self.correction.to(probabilities.dtype)
-        return probabilities @ self.value(v)
+        return probabilities @ v
+
+
+def softmax(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    scores = (q @ k.transpose(-1, -2)).mul_(scale)
+    if mask is None:
+        return scores.softmax(-1)
+    if mask.dtype != torch.bool:
+        return (scores + mask).softmax(-1)
+    # A query that may read nothing reads nothing: its probabilities are 0, where softmax would divide 0 by 0.
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0.0)
+
+
+def of(part: Cut, q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The queries, keys and mask of a slice."""
+    return q[part], k[part[:2]], None if mask is None else mask[part]
+
+
+def join(outs: list[Tensor], parts: list[Cut]) -> Tensor:
+    """The slices put together again."""
+    rows: dict[tuple[int, int], list[Tensor]] = {}
+    for part, out in zip(parts, outs):
+        rows.setdefault((part[0].start, part[1].start), []).append(out)
+    heads: dict[int, list[Tensor]] = {}
+    for (sample, _), row in rows.items():
+        heads.setdefault(sample, []).append(torch.cat(row, 2))
+    return torch.cat([torch.cat(row, 1) for row in heads.values()])

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from stepquant.artifact import Artifact, LayerSpec, ProductSpec, StepSpec, table_tensors
-from stepquant.core.pack import pack
+from stepquant.core.affine import quantize, to_groups
+from stepquant.core.freed import give_back
+from stepquant.core.pack import pack, packed_bytes
+from stepquant.core.slices import AT_ONCE
 from stepquant.quant.insert import Inserted
 from stepquant.quant.layers import QuantLayer
 from stepquant.quant.quantizer import Quantizer
@@ -22,6 +25,7 @@ def freeze(network: Inserted, time_table: Tensor | None = None) -> Artifact:
     tensors: dict[str, Tensor] = {}
     layers: dict[str, LayerSpec] = {}
     products: dict[str, ProductSpec] = {}
+    give_back()
     for path, layer in network.layers.items():
         if layer.weight_quantizer is None:
             continue
@@ -50,15 +54,35 @@ def packed_tensors(layer: QuantLayer) -> dict[str, Tensor]:
     quantizer = layer.weight_quantizer
     assert quantizer is not None
     scale, zero_point = quantizer.range()
-    integers = layer.weight_integers().cpu()
-    out = {"weight": pack(integers, quantizer.grid), "weight_scale": scale.float()}
+    out = {"weight_scale": scale.float()}
     if not quantizer.grid.symmetric:
         out["weight_zero_point"] = zero_point.to(torch.int16)
     if layer.bias is not None:
         out["bias"] = layer.bias.detach().float()
     if layer.input_quantizer is not None:
         out |= range_tensors("input", layer.input_quantizer)
-    return {name: value.detach().cpu().clone().contiguous() for name, value in out.items()}
+    return {name: own(value) for name, value in out.items()} | {"weight": packed_weight(layer, quantizer)}
+
+
+def packed_weight(layer: QuantLayer, quantizer: Quantizer) -> Tensor:
+    """The dense stream of bytes on the CPU; some rows after others, where they are rounded to nearest."""
+    grid, weight = quantizer.grid, layer.weight.detach()
+    rows = to_groups(weight, grid)
+    at_once = max(AT_ONCE // (64 * rows.shape[1]), 1) * 8  # of any bits, eight numbers end with a byte
+    if layer.rounding is not None or len(rows) <= at_once:
+        return pack(layer.weight_integers().cpu(), grid)
+    packed = torch.empty(packed_bytes(weight.numel(), grid.bits), dtype=torch.uint8)
+    scales, zero_points = (value.split(at_once) for value in quantizer.range())
+    size = packed_bytes(at_once * rows.shape[1], grid.bits)
+    for part, scale, zero_point, into in zip(rows.split(at_once), scales, zero_points, packed.split(size)):
+        into.copy_(pack(quantize(part, scale[:, None], zero_point[:, None], grid), grid))
+    return packed
+
+
+def own(value: Tensor) -> Tensor:
+    """The same numbers on the CPU, in memory of their own and no more than they need."""
+    value = value.detach().cpu()
+    return value.clone(memory_format=torch.contiguous_format)
 
 
 def range_tensors(prefix: str, quantizer: Quantizer) -> dict[str, Tensor]:

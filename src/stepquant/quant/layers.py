@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepquant.core.affine import dequantize, quantize, to_groups
+from stepquant.core.affine import dequantize, fake_quantize, quantize, to_groups
 from stepquant.quant.quantizer import Quantizer
 
 
@@ -55,7 +55,9 @@ class QuantLayer(nn.Module):
             return self.weight
         if self.rounding is not None:
             return self.rounding.values(self.weight, quantizer)
-        return from_integers(self.weight_integers(), quantizer).to(self.weight.dtype)
+        scale, zero_point = quantizer.range()
+        rows = to_groups(self.weight, quantizer.grid)
+        return fake_quantize(rows, scale[:, None], zero_point[:, None], quantizer.grid).view_as(self.weight)
 
     def weight_integers(self) -> Tensor:
         """The integers that are packed, in the shape of the weight."""

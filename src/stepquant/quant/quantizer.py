@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stepquant.core.affine import fake_quantize
 from stepquant.core.grid import Grid
+from stepquant.core.slices import Slices
 from stepquant.core.steps import StepTable
 from stepquant.errors import CalibrationError, RangeError
 
 Port = Literal["weight", "input", "query", "key", "value", "probabilities"]
-Observer = Callable[["Quantizer", Tensor], None]
-StandIn = Callable[["Quantizer", Tensor], Tensor]
+Observer = Callable[["Quantizer", Slices], None]
+ALL = slice(None)
+
+
+class StandIn(Protocol):
+    """Quantizes in place of a quantizer, while its step is learnt."""
+
+    def __call__(self, quantizer: Quantizer, x: Tensor) -> Tensor: ...
+
+    def again(self) -> AbstractContextManager[None]:
+        """In there the next call is the one that would come next now, chance included."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,11 +63,12 @@ class Clock:
             )
         self.rows = rows.expand(samples) if len(rows) == 1 else rows
 
-    def spread(self, values: Tensor, x: Tensor) -> Tensor:
-        """Per-step values, one row for each sample of `x`."""
-        if self.rows is None or len(self.rows) != len(x):
+    def spread(self, values: Tensor, x: Tensor, samples: slice = ALL) -> Tensor:
+        """Per-step values, one row for each sample of `x`, which holds these of the call's."""
+        rows = None if self.rows is None else self.rows[samples]
+        if rows is None or len(rows) != len(x):
             raise RangeError("a per-step range is used outside a call of the whole model")
-        return values.to(x.device)[self.rows.to(x.device)].reshape(-1, *[1] * (x.ndim - 1))
+        return values.to(x.device)[rows.to(x.device)].reshape(-1, *[1] * (x.ndim - 1))
 
 
 class Quantizer(nn.Module):
@@ -69,7 +82,7 @@ class Quantizer(nn.Module):
         self.grid, self.site, self.clock = grid, site, clock
         self.enabled = False
         self.observer: Observer | None = None
-        self.stand_in: StandIn | None = None  # quantizes instead, while its step is learnt
+        self.stand_in: StandIn | None = None
         self.register_buffer("scale", torch.empty(0))
         self.register_buffer("zero_point", torch.empty(0))
 
@@ -105,14 +118,18 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
-            self.observer(self, x)
+            self.observer(self, Slices.of(x))
+        return self.rounded(x)
+
+    def rounded(self, x: Tensor, samples: slice = ALL) -> Tensor:
+        """What becomes of `x`, which holds these samples of the call; nobody observes it."""
         if not self.enabled:
             return x
         if self.stand_in is not None:
             return self.stand_in(self, x)
         scale, zero_point = self.range()
         if self.clock is not None:
-            scale, zero_point = (self.clock.spread(values, x) for values in (scale, zero_point))
+            scale, zero_point = (self.clock.spread(values, x, samples) for values in (scale, zero_point))
         return fake_quantize(x, scale, zero_point, self.grid)
 
     def extra_repr(self) -> str:

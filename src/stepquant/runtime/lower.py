@@ -85,14 +85,15 @@ def skeleton(
 
 
 def lower(model: nn.Module, artifact: Artifact, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """`model` in integers, in place."""
+    """`model` in integers, in place; it holds the artifact's own tensors where they are on its device."""
     skeleton(model, artifact.layers, artifact.products, artifact.splits, artifact.steps)
     own = own_tensors(model)
     bounds = bounds_of(artifact.layers, artifact.products, artifact.steps)
     check_tensors(artifact.tensors, own, "artifact", bounds)
     check_values(artifact.tensors, bounds, "artifact")
     for name, value in artifact.tensors.items():
-        own[name].copy_(value)
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._buffers[leaf] = value.to(own[name])
     return prepare(model, dtype)
 
 

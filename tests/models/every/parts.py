@@ -42,6 +42,7 @@ NO_DENOISERS: Mapping[str, str] = MappingProxyType(
         "StableAudioProjectionModel": "projects the text and the two ends of the sound",
         "T2IAdapter": CONTROL,
         "TransformerTemporalModel": "a layer of video UNets that reads no time with any of its norms",
+        "UVit2DModel": "fills in masked tokens, and reads neither noise nor a time",
         "UniDiffuserTextDecoder": "decodes words one after the other, without noise",
         "ZImageControlNetModel": CONTROL,
     }

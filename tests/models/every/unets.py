@@ -62,17 +62,6 @@ def cascade() -> Case:
                    "clip_text": noise(2, TEXT, 32), "clip_img": noise(2, 1, 16)}  # fmt: skip
 
 
-def masked_tokens() -> Case:
-    """No time is given: how many tokens are still masked says how far the image has come."""
-    model = diffusers.UVit2DModel(
-        hidden_size=32, cond_embed_dim=32, micro_cond_encode_dim=16, micro_cond_embed_dim=80, encoder_hidden_size=32,
-        vocab_size=64, codebook_size=48, in_channels=32, block_out_channels=32, num_res_blocks=1, block_num_heads=2,
-        num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, sample_size=8)  # fmt: skip
-    sizes = torch.tensor([[512.0, 512, 0, 0, 6]] * 2)
-    return model, {"input_ids": torch.randint(48, (2, 4, 4)), **text(32), "pooled_text_emb": noise(2, 32),
-                   "micro_conds": sizes}  # fmt: skip
-
-
 def controlled() -> Case:
     model = diffusers.UNetControlNetXSModel(
         sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=32, num_attention_heads=2,
@@ -89,6 +78,5 @@ UNETS = {
     "Kandinsky3UNet": kandinsky_3,
     "UNetMotionModel": motion,
     "StableCascadeUNet": cascade,
-    "UVit2DModel": masked_tokens,
     "UNetControlNetXSModel": controlled,
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from stepquant.calib.pick import one_each
 from stepquant.calib.record import Source, trajectory_seed
 from stepquant.core.affine import scale_and_zero, to_groups
 from stepquant.core.digest import value_digest
-from stepquant.core.ranges import Search, lp_search, lp_search_binned
+from stepquant.core.ranges import lp_search, lp_search_binned
+from stepquant.core.slices import Slices
 from stepquant.errors import EvaluationError, UnknownNameError
 from stepquant.evaluate.metrics.classifiers import shipped_classifier
 from stepquant.evaluate.metrics.pairs import TOO_SMALL, psnr, ssim
@@ -167,10 +167,10 @@ def set_ranges(network: Inserted, data: CalibSet) -> None:
         quantizer = layer.weight_quantizer
         if quantizer is not None:
             rows = to_groups(layer.weight.detach().float(), quantizer.grid)
-            set_range(quantizer, rows, partial(lp_search, p=NORM))
+            set_range(quantizer, lp_search(rows, quantizer.grid, p=NORM))
 
-    def observe(quantizer: Quantizer, x: Tensor) -> None:
-        set_range(quantizer, x.detach().float().reshape(1, -1), partial(lp_search_binned, p=NORM))
+    def observe(quantizer: Quantizer, values: Slices) -> None:
+        set_range(quantizer, lp_search_binned(values, quantizer.grid, p=NORM))
 
     inputs = [quantizer for quantizer in network.quantizers() if quantizer.site.port != "weight"]
     network.switch(weights=False, inputs=False)
@@ -182,8 +182,8 @@ def set_ranges(network: Inserted, data: CalibSet) -> None:
         quantizer.observer = None
 
 
-def set_range(quantizer: Quantizer, rows: Tensor, search: Search) -> None:
-    quantizer.set_range(*scale_and_zero(*search(rows, quantizer.grid), quantizer.grid))
+def set_range(quantizer: Quantizer, ends: tuple[Tensor, Tensor]) -> None:
+    quantizer.set_range(*scale_and_zero(*ends, quantizer.grid))
 
 
 @contextmanager

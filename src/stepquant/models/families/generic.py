@@ -19,7 +19,7 @@ INPUTS = (
     "*latents",
     "*hidden_states",
     "*latent*",
-    "*input_tokens",
+    "*_tokens",
 )
 TIMES = ("timestep", "timesteps", "t", "timestep_*", "*_timestep", "*_timesteps", "*_time", "*sigma")
 TEXTS = ("encoder_hidden_states*", "encoder_attention_mask*", "*text*", "*prompt*", "*cap_*", "*caption*")
