@@ -18,6 +18,7 @@ from stepquant.evaluate.describe import (
 )
 from stepquant.evaluate.metrics.instruments import Weights, load_networks
 from stepquant.evaluate.metrics.measure import Batch, Measured
+from stepquant.evaluate.metrics.media import picture_of
 from stepquant.evaluate.metrics.quality import judge
 from stepquant.evaluate.trajectory.probe import trace
 from stepquant.evaluate.twins import Twins
@@ -77,7 +78,7 @@ def evaluate(
         "format": FORMAT,
         "float": describe_float(twins.float),
         "quantized": describe_quantized(twins.quantized),
-        "sampling": asked | {"calls": len(traced.steps), "size": list(judged.size)},
+        "sampling": asked | {"calls": len(traced.steps), "size": list(judged.size), "medium": judged.medium},
         "environment": environment(),
         "quality": [number.to_json() for number in judged.numbers],
         "portions": [asdict(portion) for portion in judged.portions],
@@ -94,7 +95,7 @@ def evaluate(
 
 def show(seeds: Sequence[int], measured: Measured) -> dict[str, Any]:
     """The images that were kept, with their seeds."""
-    ours, theirs = ([encode(image) for image in kept] for kept in measured.shown)
+    ours, theirs = ([encode(picture_of(sample)) for sample in kept] for kept in measured.shown)
     return {"seeds": list(seeds[: len(ours)]), "float": ours, "quantized": theirs}
 
 
