@@ -3,7 +3,8 @@
 format       1
 float        {name, class, parameters, digest}: the denoiser before quantization
 quantized    {name, method, scheme, digest, recipe}: as the artifact tells it
-sampling     {sampler, steps, calls, seed, images, batch, size: [height, width]}; `calls` of the denoiser an image
+sampling     {sampler, steps, calls, seed, images, batch, size: [height, width], medium}; `calls` of the denoiser
+             an image; `medium` is images, videos or sounds, whose size is [channels, samples]
 environment  {stepquant, torch, diffusers, python, cpu, threads}
 quality      [{name, against, value, low, high, n, better, unit, reference, floor, floor_of, extractor, resize,
                note, unavailable}]
@@ -69,6 +70,7 @@ class Sampling(Part):
     images: int
     batch: int
     size: tuple[int, int]
+    medium: str = "images"
 
 
 class Number(Part):

@@ -165,7 +165,7 @@ class TestQuantize:
 
         out = tmp_path / "out"
         with monkeypatch.context() as patch:
-            patch.setattr("stepquant.job.card.write_grid", fail)
+            patch.setattr("stepquant.job.card.write_media", fail)
             assert main(["quantize", str(tiny), *QUICK, "--out", str(out), "--quiet"]) == code
         said = capfd.readouterr()
         assert f"wrote {out}" in said.out

@@ -28,7 +28,7 @@ APART = ({"quant", "calib", "fit"}, {"runtime", "hub"})
 # The ladders inside: rooms, or single files of a room that stand lower or higher than the rest of it.
 INSIDE: dict[str, Rungs] = {
     "models": (
-        ("families", "split", "attention", "noise", "zoo"),
+        ("families", "split", "attention", "noise", "zoo", "call"),
         ("denoiser", "blocks", "tables"),
         ("sampling",),
         ("pipelines",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import Tensor
 from stepquant.errors import CalibrationError
 
 META = ("step", "trajectory", "branch")
+# What all records of a shard share: tensors without rows, and in its metadata what is no tensor.
+SHARED, VALUES = "shared ", "values"
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,13 @@ class CalibSet:
         for place, record in enumerate(records):
             wanted.setdefault(self.index[record][0], []).append(place)
         rows: list[dict[str, Tensor]] = [{} for _ in records]
+        shared: dict[str, Any] = {}
         for shard, places in wanted.items():
             with safe_open(self.shards[shard], "pt") as file:
                 columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                shared |= json.loads((file.metadata() or {}).get(VALUES, "{}"))
+            for name in [name for name in columns if name.startswith(SHARED)]:
+                shared[name.removeprefix(SHARED)] = columns.pop(name)
             for place in places:
                 row = self.index[records[place]][1]
                 rows[place] = {name: column[row] for name, column in columns.items()}
@@ -67,7 +74,7 @@ class CalibSet:
         if self.weights is not None:
             weight = torch.tensor([self.weights[record] for record in records])
         meta = {name: stacked.pop(name) for name in META}
-        return Batch(unflatten(stacked), weight=weight, **meta)
+        return Batch(unflatten(stacked | shared), weight=weight, **meta)
 
     def subset(self, records: Sequence[int]) -> CalibSet:
         """Only these records."""
@@ -85,26 +92,38 @@ class CalibSet:
         return torch.cat([batch.trajectory for batch in self.batches(256)])
 
 
-def flatten(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """Tensors of nested arguments under dotted names."""
-    flat: dict[str, Tensor] = {}
-    for name, value in arguments.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        elif isinstance(value, Tensor):
-            flat[prefix + name] = value
-    return flat
+def flatten(arguments: Mapping[str, Any] | Sequence[Any], prefix: str = "") -> dict[str, Tensor]:
+    """Tensors of nested arguments under dotted names; the places of a list are numbers."""
+    return {name: value for name, value in leaves(arguments, prefix) if isinstance(value, Tensor)}
 
 
-def unflatten(flat: Mapping[str, Tensor]) -> dict[str, Any]:
+def leaves(arguments: Mapping[str, Any] | Sequence[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All values of nested arguments under dotted names."""
+    pairs = arguments.items() if isinstance(arguments, Mapping) else enumerate(arguments)
+    for name, value in pairs:
+        if isinstance(value, Mapping | list | tuple):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for name, value in flat.items():
-        head, _, rest = name.partition(".")
-        if rest:
-            nested.setdefault(head, {})[rest] = value
-        else:
-            nested[head] = value
-    return nested
+        *heads, last = name.split(".")
+        place = nested
+        for head in heads:
+            place = place.setdefault(head, {})
+        place[last] = value
+    return {name: listed(value) for name, value in nested.items()}
+
+
+def listed(value: Any) -> Any:
+    """Tables whose names are numbers become lists."""
+    if not isinstance(value, dict):
+        return value
+    inner = {name: listed(one) for name, one in value.items()}
+    return [inner[name] for name in sorted(inner, key=int)] if all(map(str.isdecimal, inner)) else inner
 
 
 def check_finite(x: Tensor, steps: Tensor) -> None:

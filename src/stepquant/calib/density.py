@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stepquant.calib.record import Source, trajectory_seed
 from stepquant.errors import MethodError
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.generate import run
+from stepquant.models.generate import run, together
 
 TOGETHER = 8  # trajectories
 
@@ -115,16 +115,19 @@ def features_by_step(source: Source, trajectories: Sequence[int]) -> Tensor:
 
     handle = block.register_forward_pre_hook(listen, with_kwargs=True)
     seeds = [trajectory_seed(source.seed, trajectory) for trajectory in trajectories]
+    batches = together(seeds, source.sampling)
     try:
         with torch.no_grad():
-            run(source.pipeline, seeds, source.sampling)
+            for some in batches:
+                run(source.pipeline, some, source.sampling)
     finally:
         handle.remove()
-    if len(seen) != source.sampling.steps:
+    if len(seen) != source.steps * len(batches):
         raise MethodError(
             "features cannot be told apart by step",
-            got=f"{len(seen)} calls of the denoiser in {source.sampling.steps} steps",
-            fix="use a sampler that calls it once per step",
+            got=f"{len(seen)} calls of the denoiser in {source.steps * len(batches)} steps",
+            fix="use a sampler and a guidance that call it once per step",
         )
+    seen = [torch.cat(seen[step :: source.steps]) for step in range(source.steps)]
     features = torch.stack(seen)
     return features.movedim(-1, 2) if features.ndim == 4 else features  # tokens: channels come last

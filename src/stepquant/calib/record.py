@@ -5,27 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepquant.calib.cache import atomically, cache_folder
-from stepquant.calib.calibset import CalibSet, flatten
+from stepquant.calib.calibset import SHARED, CalibSet
 from stepquant.calib.pick import Pick, every
-from stepquant.core.digest import value_digest
+from stepquant.calib.rows import Rows, Steps, check_alike, shard_of
+from stepquant.core.digest import tensors_digest, value_digest
 from stepquant.errors import CalibrationError
+from stepquant.models.call import Call, described
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.generate import run, words_of
-from stepquant.models.hooks import Enough, listening
-from stepquant.models.sampling import Sampling
+from stepquant.models.generate import asked_of, run, together, words_of
+from stepquant.models.hooks import context_names, listening
+from stepquant.models.sampling import Enough, Sampling, scheduler_of
 from stepquant.progress import Progress, Silent
 
-FORMAT = 1
+FORMAT = 2
 MEMORY = 4 << 30
 
 
@@ -48,31 +50,52 @@ class Source:
         """The picked states of the float model's trajectories, from the cache where they are known."""
         return record(self, picks)
 
+    @cached_property
+    def steps(self) -> int:
+        """States of one trajectory: more than were asked for with a sampler of second order, fewer from an image."""
+        if not any(isinstance(one, Call) for one in self.sampling.prompts):
+            scheduler = scheduler_of(self.pipeline, self.sampling.sampler, self.sampling.steps)
+            return len(scheduler.timesteps)
+        return count_steps(self)
+
     def times(self) -> Tensor:
         """The t that the network receives at every step, in the sampler's order."""
-        data = self.record(every(1, range(self.sampling.steps)))
+        data = self.record(every(1, range(self.steps)))
         records = data.take(range(len(data)))
-        first = records.branch == records.branch.min()
-        times: Tensor = records.arguments[data.t][first]
-        return times[records.step[first].argsort()]
+        rows = [int((records.step == step).nonzero()[0]) for step in range(self.steps)]
+        times: Tensor = records.arguments[data.t][rows]
+        return times
 
     def key(self, picks: Sequence[Pick]) -> str:
         scheduler, asked = self.pipeline.scheduler, self.sampling
+        words = words_of(self.pipeline, asked)
         return value_digest(
             {
                 "format": FORMAT,
                 "model": self.digest or Denoiser.of(self.pipeline).digest(),
+                "around": self.around,
                 "scheduler": [type(scheduler).__name__, dict(scheduler.config)],
                 "sampling": [
                     asked.steps,
                     asked.sampler,
-                    words_of(self.pipeline, asked),
+                    [described(one) for one in words],
                     self.seed,
                     self.batch,
                 ],
                 "picks": [list(pick) for pick in picks],
             }
         )
+
+    @cached_property
+    def around(self) -> dict[str, str]:
+        """Digests of what else in the pipeline decides what reaches the denoiser: encoders, adapters, control networks."""
+        model = Denoiser.of(self.pipeline).model
+        parts = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
+        return {
+            name: f"{type(part).__name__} {tensors_digest(part.state_dict())}"
+            for name, part in parts.items()
+            if part is not model
+        }
 
 
 def record(source: Source, picks: Sequence[Pick]) -> CalibSet:
@@ -81,9 +104,9 @@ def record(source: Source, picks: Sequence[Pick]) -> CalibSet:
             "no calibration samples were asked for", fix="give --samples a positive number"
         )
     latest = max(pick.step for pick in picks)
-    if latest >= source.sampling.steps:
+    if latest >= source.steps:
         raise CalibrationError(
-            "a picked step lies beyond the sampler", got=latest, expected=f"below {source.sampling.steps}"
+            "a picked step lies beyond the sampler", got=latest, expected=f"below {source.steps}"
         )
     folder = source.cache / source.key(picks)[:32]
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,8 +115,10 @@ def record(source: Source, picks: Sequence[Pick]) -> CalibSet:
     denoiser = Denoiser.of(source.pipeline)
     todo = [(shard, batch) for shard, batch in zip(shards, batches) if not is_intact(shard)]
     for shard, batch in source.progress.track(todo, "recording trajectories", len(todo)):
-        columns = record_batch(source, denoiser, batch)
-        atomically(shard, partial(save_file, columns))
+        columns, values = record_batch(source, denoiser, batch)
+        atomically(shard, partial(save_file, columns, metadata=values))
+    for other in shards[1:]:
+        check_alike(first_row(shards[0]), first_row(other), f"batches of trajectories, {other.name}")
     rows = [(number, row) for number, shard in enumerate(shards) for row in range(count_rows(shard))]
     origin = {
         "steps": source.sampling.steps,
@@ -134,56 +159,77 @@ def shuffled(rows: list[tuple[int, int]], seed: int) -> tuple[tuple[int, int], .
     return tuple(rows[int(i)] for i in order)
 
 
-def record_batch(source: Source, denoiser: Denoiser, batch: Mapping[int, list[int]]) -> dict[str, Tensor]:
-    """Run one batch of trajectories and keep the wanted rows of every call."""
-    trajectories, kept = list(batch), []
-    last = max(max(steps) for steps in batch.values())
+def first_row(shard: Path) -> dict[str, Tensor]:
+    """The first record of a shard, under the names of its columns."""
+    with safe_open(shard, "pt") as file:
+        names = [name for name in file.keys() if not name.startswith(SHARED)]  # noqa: SIM118
+        return {name: file.get_slice(name)[:1] for name in names}
 
-    def listener(call: int, arguments: dict[str, Any]) -> None:
-        rows = [row for row, trajectory in enumerate(trajectories) if call in batch[trajectory]]
-        if rows:
-            kept.append(keep(denoiser, arguments, rows, trajectories, call))
-        if call == last + 1:
+
+def record_batch(
+    source: Source, denoiser: Denoiser, batch: Mapping[int, list[int]]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Run one batch of trajectories and keep the wanted rows of every call: tensors and metadata of a shard."""
+    seeds = {trajectory_seed(source.seed, trajectory): trajectory for trajectory in batch}
+    parts = []
+    for some in together(list(seeds), source.sampling):
+        wanted = {seeds[seed]: batch[seeds[seed]] for seed in some}
+        parts.append((origin_of(source, some), follow(source, denoiser, some, wanted)))
+    return shard_of(parts)
+
+
+def follow(source: Source, denoiser: Denoiser, seeds: Sequence[int], wanted: Mapping[int, list[int]]) -> Rows:
+    """Run trajectories that the denoiser meets in one batch, and keep the wanted steps of each."""
+    trajectories = list(wanted)
+    last = max(max(steps) for steps in wanted.values())
+    counted, kept = Steps(), Rows(denoiser, trajectories)
+
+    def listener(_: int, arguments: dict[str, Any]) -> None:
+        step, turn = counted.see(arguments[denoiser.family.x], arguments[denoiser.family.t])
+        if step > last:
             raise Enough
+        rows = [row for row, trajectory in enumerate(trajectories) if step in wanted[trajectory]]
+        if rows:
+            kept.keep(arguments, rows, step, turn, names[-1] if names else "")
 
-    seeds = [trajectory_seed(source.seed, trajectory) for trajectory in trajectories]
     try:
-        with listening(denoiser, listener), torch.no_grad():
+        with context_names(denoiser.model) as names, listening(denoiser, listener), torch.no_grad():
             run(source.pipeline, seeds, source.sampling, stop=last + 1)
     except Enough:
-        pass
-    return {name: torch.cat([columns[name] for columns in kept]).contiguous() for name in kept[0]}
+        return kept
+    if counted.step < last:
+        raise CalibrationError(
+            "a trajectory has fewer steps than others",
+            where=origin_of(source, seeds),
+            got=counted.step + 1,
+            expected=f"more than {last}",
+            fix="give all calls the same num_inference_steps and the same strength",
+        )
+    return kept
 
 
-def keep(
-    denoiser: Denoiser, arguments: Mapping[str, Any], rows: list[int], trajectories: list[int], step: int
-) -> dict[str, Tensor]:
-    """The rows of one call, every guidance branch of each, as they reached the network."""
-    flat = flatten({k: v for k, v in arguments.items() if k not in denoiser.family.shared})
-    entries = flat[denoiser.family.x].shape[0]
-    branches = max(entries // len(trajectories), 1)
-    places = torch.tensor([branch * len(trajectories) + row for branch in range(branches) for row in rows])
-    columns = {name: take_rows(value, places, entries).detach().cpu().clone() for name, value in flat.items()}
-    conditional = 0 if denoiser.family.guidance == "cond, uncond" else 1
-    branch = (
-        (places // len(trajectories) == conditional).long()
-        if branches > 1
-        else torch.zeros(len(places), dtype=torch.long)
-    )
-    return columns | {
-        "step": torch.full((len(places),), step),
-        "trajectory": torch.tensor([trajectories[int(place) % len(trajectories)] for place in places]),
-        "branch": branch,
-    }
+def origin_of(source: Source, seeds: Sequence[int]) -> str:
+    """Where what was asked stands."""
+    first = next(iter(asked_of(source.pipeline, seeds[:1], source.sampling)), "")
+    return first.origin if isinstance(first, Call) else f"seed {seeds[0]}"
 
 
-def take_rows(value: Tensor, places: Tensor, entries: int) -> Tensor:
-    """Rows of an argument; one value for the whole batch (a scalar time) is the same for every row."""
-    if value.ndim == 0:
-        return value.expand(len(places))
-    if value.shape[0] == entries:
-        return value[places]
-    return value.expand(len(places), *value.shape[1:])
+def count_steps(source: Source) -> int:
+    """The states of the first trajectory, which is run to its end."""
+    denoiser, counted = Denoiser.of(source.pipeline), Steps()
+
+    def listener(_: int, arguments: dict[str, Any]) -> None:
+        counted.see(arguments[denoiser.family.x], arguments[denoiser.family.t])
+
+    with listening(denoiser, listener), torch.no_grad():
+        run(source.pipeline, [trajectory_seed(source.seed, 0)], source.sampling)
+    if counted.step < 0:
+        raise CalibrationError(
+            "the pipeline never called its denoiser",
+            where=origin_of(source, [trajectory_seed(source.seed, 0)]),
+            fix="ask for more steps, or for more strength",
+        )
+    return counted.step + 1
 
 
 def trajectory_seed(seed: int, trajectory: int) -> int:

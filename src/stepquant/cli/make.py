@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import Tensor
 
 from stepquant import hub, methods
 from stepquant.calib.cache import cache_folder
@@ -20,6 +21,7 @@ from stepquant.cli.options import (
     AnyModel,
     ArtifactFolder,
     CalibrationSteps,
+    Calls,
     Device,
     Explain,
     Fastest,
@@ -39,8 +41,8 @@ from stepquant.cli.options import (
     Seed,
     Settings,
     Steps,
-    drawable,
-    read_prompts,
+    playable,
+    read_asked,
     read_settings,
 )
 from stepquant.cli.screen import Screen, command_text, size_text
@@ -48,8 +50,10 @@ from stepquant.errors import StepquantError
 from stepquant.job import Outcome, Recipe, load, plan_json, quantize_to
 from stepquant.job.files import CARD
 from stepquant.job.pipelines import sampling_of
+from stepquant.models.call import Asked, Call
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.observe import shown
+from stepquant.models.pipelines.results import SOUNDS, sampling_rate
 
 
 def quantize(
@@ -57,12 +61,13 @@ def quantize(
     method: Method = "ptq4dm",
     scheme: Scheme = None,
     out: OutFolder = None,
-    steps: CalibrationSteps = 100,
+    steps: CalibrationSteps = None,
     sampler: Sampler = None,
     samples: Samples = None,
     settings: Settings = None,
     plan: PlanFile = None,
     prompts: Prompts = None,
+    calls: Calls = None,
     explain: Explain = False,
     resume: Resume = False,
     no_card: NoCard = False,
@@ -87,8 +92,8 @@ def quantize(
         steps=steps,
         sampler=sampler,
         seed=seed,
-        prompts=read_prompts(prompts),
         device=device,
+        **{"prompts" if calls is None else "calls": read_asked(prompts, calls) or None},
     )
     recipe.check()
     if out is None and not explain:
@@ -97,10 +102,10 @@ def quantize(
         )
     result: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
     if explain:
-        result |= explain_plan(screen, shown(load(recipe.model), recipe.prompts or ()), recipe.build_plan())
+        result |= explain_plan(screen, shown(load(recipe.model), recipe.asked), recipe.build_plan())
     if out is not None:
         result |= make_artifact(screen, recipe, out, resume, int(memory * 2**30))
-        result |= {"card": None if no_card else str(add_card(screen, out, recipe.device))}
+        result |= {"card": None if no_card else str(add_card(screen, out, recipe.device, recipe.calls))}
         if not result["found"]:
             words = ["generate", str(out)] + (["--sampler", recipe.sampler] if recipe.sampler else [])
             screen.say(f"next: {command_text([*words, '--out', 'grid.png'])}")
@@ -138,7 +143,7 @@ def outcome_text(outcome: Outcome, seconds: float) -> str:
     return f"wrote {outcome.out}: {recipe['method']} {recipe['scheme']}, {size}, in {seconds:.0f} s"
 
 
-def add_card(screen: Screen, folder: Path, device: str) -> Path:
+def add_card(screen: Screen, folder: Path, device: str, calls: Sequence[Call] = ()) -> Path:
     """The model card of a finished artifact, which is kept as it is whatever becomes of the card."""
     if (folder / CARD).exists():
         return folder / CARD
@@ -147,20 +152,26 @@ def add_card(screen: Screen, folder: Path, device: str) -> Path:
         try:
             from stepquant.job.card import write_card  # imports what measures, which takes a second
 
-            return write_card(folder, device=device, progress=progress)
+            return write_card(folder, calls, device=device, progress=progress)
         except Exception as error:
             error.add_note(later)
             raise
 
 
-def card(folder: ArtifactFolder, device: Device = "cpu", json: Json = None, quiet: Quiet = False) -> None:
+def card(
+    folder: ArtifactFolder,
+    calls: Calls = None,
+    device: Device = "cpu",
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
     """Write the model card of an artifact: README.md with images (samples.png) and what was measured so far."""
     from stepquant.job.card import write_card
 
     screen = Screen(quiet)
     screen.warn_if_plain()
     with screen.reporter as progress:
-        page = write_card(folder, device=device, progress=progress)
+        page = write_card(folder, read_asked(None, calls), device=device, progress=progress)
     screen.show(f"wrote {page}")
     screen.finish(json, {"card": str(page)})
 
@@ -181,10 +192,17 @@ def generate(
     steps: Steps = None,
     sampler: Sampler = None,
     out: Annotated[
-        Path, typer.Option(metavar="FILE", help="Image file of the grid.", callback=drawable)
-    ] = Path("grid.png"),
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File of the grid; .gif for videos, .wav for sounds.",
+            callback=playable,
+            show_default="grid.png, .gif or .wav",
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 32,
     prompts: Prompts = None,
+    calls: Calls = None,
     fastest: Fastest = False,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -193,27 +211,31 @@ def generate(
 ) -> None:
     """Generate images with a float model or an artifact, one seed each, as one grid."""
     from stepquant.models.generate import sample
-    from stepquant.report.images import write_grid
+    from stepquant.report.media import file_for, name_of, write_media
 
     screen = Screen(quiet)
     pipeline = load(model, device)
     if hub.config_of(Denoiser.of(pipeline).model) is not None:
         screen.warn_if_plain()
-    chosen = sampling_of(pipeline, steps, sampler, read_prompts(prompts))
+    chosen = sampling_of(pipeline, steps, sampler, read_asked(prompts, calls))
     if fastest:
         go_fastest(screen, pipeline, min(batch, images), chosen.prompts)
     seeds = range(seed, seed + images)
     start = time.monotonic()
+    batches: list[Tensor] = []
     with screen.reporter as progress:
-        batches = list(sample(pipeline, seeds, chosen, batch=batch, progress=progress))
+        for made in sample(pipeline, seeds, chosen, batch=batch, progress=progress):
+            file = file_for(made, out)  # the first batch shows whether the name suits
+            batches.append(made)
     seconds = time.monotonic() - start
-    write_grid(batches, out)
-    screen.show(f"wrote {out}: {images} images, seeds {seed} to {seed + images - 1}, {seconds:.1f} s")
-    result = {"out": str(out), "images": images, "seed": seed, "steps": chosen.steps, "seconds": seconds}
+    write_media(batches, file, sampling_rate(pipeline) if made.ndim == SOUNDS else 0)
+    what = f"{images} {name_of(made)}, seeds {seed} to {seed + images - 1}"
+    screen.show(f"wrote {file}: {what}, {seconds:.1f} s")
+    result = {"out": str(file), "images": images, "seed": seed, "steps": chosen.steps, "seconds": seconds}
     screen.finish(json, result)
 
 
-def go_fastest(screen: Screen, pipeline: Any, batch: int, prompts: Sequence[str]) -> None:
+def go_fastest(screen: Screen, pipeline: Any, batch: int, prompts: Sequence[Asked]) -> None:
     from stepquant.job.fastest import fastest
 
     with screen.reporter as progress:

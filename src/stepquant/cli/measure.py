@@ -13,6 +13,7 @@ from stepquant.cli.benchmark import Chart, Generation, Profile, beside_calls, dr
 from stepquant.cli.options import (
     AnyModel,
     ArtifactFolder,
+    Calls,
     Classifier,
     Clip,
     Data,
@@ -26,6 +27,7 @@ from stepquant.cli.options import (
     Seed,
     Steps,
     Truth,
+    read_asked,
     read_counts,
     read_prompts,
 )
@@ -64,6 +66,7 @@ def evaluate(
         typer.Option(help="Also measure what two seeds of the float model differ by: half as long again."),
     ] = True,
     prompts: Prompts = None,
+    calls: Calls = None,
     seed: Seed = 0,
     device: Device = "cpu",
     json: Json = None,
@@ -78,7 +81,7 @@ def evaluate(
     options: dict[str, Any] = {
         "steps": steps,
         "sampler": sampler,
-        "prompts": read_prompts(prompts),
+        "prompts": read_asked(prompts, calls),
         "images": images,
         "batch": batch,
         "floor": floor,

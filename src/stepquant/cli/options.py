@@ -13,6 +13,7 @@ import typer
 from stepquant.calib.cache import is_special
 from stepquant.cli.words import LARGEST
 from stepquant.errors import StepquantError
+from stepquant.models.call import Asked
 
 DEFAULT_MODEL = "stepquant:characters"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -43,10 +44,19 @@ def writable(file: Path | None) -> Path | None:
 
 def drawable(file: Path | None) -> Path | None:
     """The same for an image of any kind."""
-    if file is not None and file.suffix.lower() not in IMAGE_SUFFIXES:
+    return ending(file, IMAGE_SUFFIXES)
+
+
+def playable(file: Path | None) -> Path | None:
+    """The same for what a pipeline makes: images, videos or sounds."""
+    return ending(file, (*IMAGE_SUFFIXES, ".gif", ".wav"))
+
+
+def ending(file: Path | None, suffixes: Sequence[str]) -> Path | None:
+    if file is not None and file.suffix.lower() not in suffixes:
         raise StepquantError(
             f"cannot write images as '{file.name}'",
-            expected=f"a name that ends in {', '.join(IMAGE_SUFFIXES)}",
+            expected=f"a name that ends in {', '.join(suffixes)}",
         )
     return writable(file)
 
@@ -76,6 +86,14 @@ Sampler = Annotated[
 ]
 Prompts = Annotated[
     Path | None, typer.Option(metavar="FILE", help="One prompt per line, for models that take text.")
+]
+
+Calls = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A line of JSON for each call of the pipeline: its arguments, for what needs more than a prompt.",
+    ),
 ]
 
 
@@ -130,7 +148,13 @@ OutFolder = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Folder to write.", show_default=False)
 ]
 CalibrationSteps = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Denoising steps of the calibration trajectories.")
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Denoising steps of the calibration trajectories.",
+        show_default="100, or those of --calls",
+    ),
 ]
 Steps = Annotated[
     int | None,
@@ -184,6 +208,17 @@ def read_prompts(file: Path | None) -> tuple[str, ...] | None:
     if not lines:
         raise StepquantError("the file of prompts is empty", where=str(file), expected="one prompt per line")
     return lines
+
+
+def read_asked(prompts: Path | None, calls: Path | None) -> tuple[Asked, ...]:
+    """What a pipeline is asked for, in turn: prompts or calls."""
+    if prompts is not None and calls is not None:
+        raise StepquantError("--prompts and --calls say the same thing", fix="give one of them")
+    if calls is None:
+        return read_prompts(prompts) or ()
+    from stepquant.job.calls import read_calls
+
+    return read_calls(calls)
 
 
 def read_settings(pairs: Sequence[str]) -> dict[str, Any]:

@@ -56,8 +56,7 @@ def describe_quantized(pipeline: Any) -> dict[str, Any]:
     if config is None:
         return found
     recipe = {key: value for key, value in config.recipe.items() if key not in ("plan", "seen")}
-    if recipe.get("prompts"):
-        recipe["prompts"] = len(recipe["prompts"])
+    recipe |= {name: len(recipe[name]) for name in ("prompts", "calls") if recipe.get(name)}
     named = {key: str(recipe.get(key) or "") for key in ("method", "scheme")}
     return found | named | {"digest": config.digest[:12], "recipe": recipe}
 

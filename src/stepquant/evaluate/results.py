@@ -18,9 +18,11 @@ from stepquant.evaluate.describe import (
 )
 from stepquant.evaluate.metrics.instruments import Weights, load_networks
 from stepquant.evaluate.metrics.measure import Batch, Measured
+from stepquant.evaluate.metrics.media import picture_of
 from stepquant.evaluate.metrics.quality import judge
 from stepquant.evaluate.trajectory.probe import trace
 from stepquant.evaluate.twins import Twins
+from stepquant.models.call import Call, texts
 from stepquant.models.generate import asked_of, run, words_of
 from stepquant.models.hooks import first_arguments
 from stepquant.models.sampling import Sampling
@@ -59,13 +61,15 @@ def evaluate(
     check_count(images, sampling.steps)
     progress = progress or Silent()
     check_twins(twins)
-    prompted = bool(words_of(twins.float, sampling))
+    prompted = bool(texts(words_of(twins.float, sampling)))
     networks = load_networks(weights or Weights(), data, prompted=prompted)
     asked = {"sampler": sampling.sampler or type(twins.float.scheduler).__name__, "steps": sampling.steps}
     asked |= {"seed": seed, "images": images, "batch": batch}
     seeds = [trajectory_seed(seed, FIRST_SEED + i) for i in range(images)]
     others = [trajectory_seed(seed, FIRST_OTHER_SEED + i) for i in range(images)] if floor else None
-    traced = trace(twins, seeds[:probed], sampling)
+    # A call that is written out is a trajectory of its own: one of them is followed.
+    written = any(isinstance(one, Call) for one in sampling.prompts)
+    traced = trace(twins, seeds[: 1 if written else probed], sampling)
     batches = generate(twins, seeds, others, sampling, batch, progress) if stored is None else iter(stored)
     judged = judge(batches, networks, data, prompted=prompted, keep=shown)
     arguments = first_arguments(twins.float, 1, sampling.prompts, twins.quantized)
@@ -74,7 +78,7 @@ def evaluate(
         "format": FORMAT,
         "float": describe_float(twins.float),
         "quantized": describe_quantized(twins.quantized),
-        "sampling": asked | {"calls": len(traced.steps), "size": list(judged.size)},
+        "sampling": asked | {"calls": len(traced.steps), "size": list(judged.size), "medium": judged.medium},
         "environment": environment(),
         "quality": [number.to_json() for number in judged.numbers],
         "portions": [asdict(portion) for portion in judged.portions],
@@ -91,7 +95,7 @@ def evaluate(
 
 def show(seeds: Sequence[int], measured: Measured) -> dict[str, Any]:
     """The images that were kept, with their seeds."""
-    ours, theirs = ([encode(image) for image in kept] for kept in measured.shown)
+    ours, theirs = ([encode(picture_of(sample)) for sample in kept] for kept in measured.shown)
     return {"seeds": list(seeds[: len(ours)]), "float": ours, "quantized": theirs}
 
 
@@ -130,6 +134,6 @@ def generate(
             run(twins.float, some, sampling),
             run(twins.quantized, some, sampling),
             run(twins.float, rest, sampling) if rest else None,
-            asked_of(twins.float, some, sampling),
-            asked_of(twins.float, rest, sampling),
+            texts(asked_of(twins.float, some, sampling)),
+            texts(asked_of(twins.float, rest, sampling)),
         )

@@ -16,6 +16,7 @@ from stepquant.errors import StepquantError
 from stepquant.evaluate.describe import cpu_name
 from stepquant.evaluate.metrics.reference import file_digest
 from stepquant.job.pipelines import prompts_of
+from stepquant.models.call import Asked
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import first_arguments
 from stepquant.progress import Progress
@@ -24,7 +25,7 @@ from stepquant.runtime.cpu.float_layers import LayerTime, Seconds, choose_float_
 
 
 def fastest(
-    pipeline: Any, batch: int = 1, *, prompts: Sequence[str] | None = None, progress: Progress | None = None
+    pipeline: Any, batch: int = 1, *, prompts: Sequence[Asked] | None = None, progress: Progress | None = None
 ) -> list[LayerTime]:
     """Let layers of `pipeline` that bfloat16 computes faster here, for such batches, stay in it; returns all times.
 

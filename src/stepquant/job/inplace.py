@@ -13,9 +13,12 @@ from stepquant.artifact import Artifact
 from stepquant.calib.cache import cache_folder
 from stepquant.calib.record import MEMORY, Source
 from stepquant.errors import ModelError
+from stepquant.job.calls import written_calls
 from stepquant.job.recipe import Recipe
-from stepquant.models.denoiser import Denoiser, check_finite
+from stepquant.models.call import Call
+from stepquant.models.denoiser import COMPONENTS, Denoiser, check_finite
 from stepquant.models.observe import shown
+from stepquant.models.pipelines.calling import check_call
 from stepquant.models.sampling import Sampling
 from stepquant.progress import Progress, Silent
 from stepquant.quant.plan import Plan
@@ -28,16 +31,18 @@ def quantize(
     scheme: str | None = None,
     plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     samples: int | None = None,
-    steps: int = 100,
+    steps: int | None = None,
     sampler: str | None = None,
     seed: int = 0,
     prompts: Sequence[str] | None = None,
+    calls: Sequence[Mapping[str, Any] | Call] = (),
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """Quantize the denoiser of `pipeline` in place: it runs in integers afterwards, and saves them.
 
-    `plan` puts rules before those of `scheme`, or stands alone when `scheme` is None. What `save_pretrained` then writes has
+    `plan` puts rules before those of `scheme`, or stands alone when `scheme` is None. `calls` are arguments of the
+    pipeline, one table for each trajectory, where a prompt is not all that it needs. `steps`: 100, or those of the calls. What `save_pretrained` then writes has
     no model card; `stepquant.write_card(folder)` adds one.
     """
     recipe = Recipe.of(
@@ -50,6 +55,7 @@ def quantize(
         sampler=sampler,
         seed=seed,
         prompts=prompts,
+        calls=written_calls(calls),
     )
     hub.attach(Denoiser.of(pipeline).model, run(pipeline, recipe, progress))
     return pipeline
@@ -80,18 +86,35 @@ def run(
     if hub.config_of(denoiser.model) is not None:
         raise ModelError("the model is quantized already", fix="start from the float model")
     check_finite(denoiser.model)
+    check_one_denoiser(pipeline)
+    for call in recipe.calls:
+        check_call(pipeline, call)
     denoiser.model.eval()
     provenance = provenance or recipe.provenance(pipeline)
     source = Source(
         pipeline,
-        Sampling(recipe.steps, recipe.sampler, recipe.prompts or ()),
+        Sampling(recipe.steps, recipe.sampler, recipe.asked),
         recipe.seed,
         progress=progress or Silent(),
         cache=cache or cache_folder(),
         memory=memory,
         digest=provenance["model_digest"],
     )
-    denoiser = shown(pipeline, source.sampling.prompts)
+    denoiser = shown(pipeline, recipe.asked)
     artifact = recipe.build_method()(denoiser, recipe.build_plan(), source)
     seen = {} if denoiser.seen is None else {"seen": denoiser.seen.to_json()}
     return dataclasses.replace(artifact, recipe={**provenance, **seen})
+
+
+def check_one_denoiser(pipeline: Any) -> None:
+    """A second denoiser, for other noise levels, would stay in float without a word."""
+    second = [
+        name for name in (f"{one}_2" for one in COMPONENTS) if getattr(pipeline, name, None) is not None
+    ]
+    if second:
+        raise ModelError(
+            f"{type(pipeline).__name__} denoises with two networks",
+            got=f"'{second[0]}' beside '{Denoiser.of(pipeline).component}'",
+            expected="a pipeline with one",
+            fix=f"quantize it without the other one, if it runs so: {second[0]}=None",
+        )

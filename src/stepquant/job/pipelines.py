@@ -16,7 +16,9 @@ from diffusers.utils import is_transformers_available, logging
 from stepquant import hub
 from stepquant.errors import ModelError, StepquantError, UnknownNameError
 from stepquant.models import zoo
+from stepquant.models.call import Asked, Call, steps_of
 from stepquant.models.denoiser import Denoiser, check_finite
+from stepquant.models.pipelines.calling import check_call
 from stepquant.models.sampling import SAMPLERS, Sampling
 
 
@@ -115,9 +117,14 @@ def without_bars() -> Iterator[None]:
 STEPS = 50
 
 
-def prompts_of(config: hub.StepquantConfig) -> tuple[str, ...]:
-    """What an artifact was calibrated with: those that were given, or what its embedded model brings."""
-    return tuple(config.recipe.get("prompts") or zoo.prompts(str(config.recipe.get("model"))))
+def prompts_of(config: hub.StepquantConfig) -> tuple[Asked, ...]:
+    """What an artifact was calibrated with: those that were given, or what its embedded model brings.
+
+    Calls come back without what was in their pictures and tensors, which is enough to know what shapes they lead to.
+    """
+    calls = config.recipe.get("calls") or ()
+    written = tuple(Call.from_json(one, f"call {place}") for place, one in enumerate(calls, 1))
+    return written or tuple(config.recipe.get("prompts") or zoo.prompts(str(config.recipe.get("model"))))
 
 
 def calibrated_with(config: hub.StepquantConfig) -> Sampling:
@@ -129,14 +136,32 @@ def calibrated_with(config: hub.StepquantConfig) -> Sampling:
 
 
 def sampling_of(
-    pipeline: Any, steps: int | None = None, sampler: str | None = None, prompts: Sequence[str] | None = None
+    pipeline: Any,
+    steps: int | None = None,
+    sampler: str | None = None,
+    prompts: Sequence[Asked] | None = None,
 ) -> Sampling:
     """How to sample: what is given, or what suits an artifact; one with tables by step has those steps only."""
     config = hub.config_of(Denoiser.of(pipeline).model)
     suits = Sampling(STEPS) if config is None else calibrated_with(config)
     if config is not None and not config.steps:
         suits = Sampling(STEPS, prompts=suits.prompts)
-    return Sampling(steps or suits.steps, sampler or suits.sampler, tuple(prompts or suits.prompts))
+    asked = tuple(prompts or suits.prompts)
+    for call in asked:
+        check_written(pipeline, call)
+    return Sampling(steps_of(asked, steps) or suits.steps, sampler or suits.sampler, asked)
+
+
+def check_written(pipeline: Any, asked: Asked) -> None:
+    """A call that the pipeline can be asked by."""
+    if isinstance(asked, Call):
+        if asked.stands_in:
+            raise StepquantError(
+                "the artifact knows the sizes of the pictures and tensors in its calls, and not what is in them",
+                where=f"{asked.origin}: {asked}",
+                fix="give them again: --calls FILE",
+            )
+        check_call(pipeline, asked)
 
 
 def move(pipeline: Any, device: str) -> Any:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import diffusers
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    ValidationError,
+)
 
 from stepquant import methods
 from stepquant.errors import StepquantError, UnknownNameError
 from stepquant.methods.method import Method
+from stepquant.models.call import Asked, Call, steps_of
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import SAMPLERS
 from stepquant.quant.plan import Plan
@@ -19,6 +28,12 @@ from stepquant.quant.schemes import scheme
 from stepquant.version import __version__
 
 DEFAULT_SCHEME = "w8a8"
+STEPS = 100
+WrittenCall = Annotated[
+    InstanceOf[Call],
+    BeforeValidator(lambda one: Call.from_json(one) if isinstance(one, dict) else one),
+    PlainSerializer(lambda one: dict(one.described)),
+]
 
 
 class Recipe(BaseModel):
@@ -31,10 +46,11 @@ class Recipe(BaseModel):
     scheme: str | None = None  # None: the plan alone, or w8a8 without one
     plan: dict[str, Any] | None = None  # rules that come before those of the scheme
     settings: dict[str, Any] = Field(default_factory=dict)  # fields of the method
-    steps: int = Field(100, gt=0)
+    steps: int = Field(STEPS, gt=0)
     sampler: str | None = None  # None: the pipeline's own
     seed: int = Field(0, ge=0, lt=2**63)
     prompts: tuple[str, ...] | None = None
+    calls: tuple[WrittenCall, ...] = ()  # arguments of the pipeline, instead of prompts
     device: str = "cpu"
 
     @classmethod
@@ -43,12 +59,21 @@ class Recipe(BaseModel):
         for name in fields:
             if name not in cls.model_fields:
                 raise UnknownNameError("key of the recipe", name, cls.model_fields)
+        asked = steps_of(fields.get("calls") or (), fields.get("steps"))
+        fields["steps"] = STEPS if asked is None else asked
+        if fields.get("calls") and fields.get("prompts"):
+            raise StepquantError("calls hold their prompts themselves", fix="give prompts or calls")
         try:
             return cls(**fields)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
             raise StepquantError(f"'{field}' of the recipe: {first['msg']}", got=first["input"]) from error
+
+    @property
+    def asked(self) -> tuple[Asked, ...]:
+        """What the pipeline is asked for, in turn."""
+        return self.calls or self.prompts or ()
 
     def build_method(self) -> Method:
         return methods.build(self.method, self.settings, self.build_plan().weight_bits)
@@ -88,6 +113,7 @@ class Recipe(BaseModel):
             "sampler": self.sampler or own,
             "seed": self.seed,
             "prompts": list(self.prompts) if self.prompts else None,
+            "calls": [dict(one.described) for one in self.calls] or None,
             "versions": {
                 "stepquant": __version__,
                 "torch": torch.__version__,

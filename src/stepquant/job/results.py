@@ -29,6 +29,7 @@ from stepquant.job.fastest import fastest
 from stepquant.job.files import writing
 from stepquant.job.pipelines import load, prompts_of, sampling_of
 from stepquant.models import zoo
+from stepquant.models.call import Asked
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import first_arguments
 from stepquant.progress import Progress
@@ -171,7 +172,7 @@ def evaluate_artifact(
     *,
     steps: int | None = None,
     sampler: str | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[Asked] | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
     **options: Any,

@@ -30,7 +30,7 @@ def study_model(recipe: Recipe, study: Study, out: Path, progress: Progress | No
     pipeline = load(recipe.model, recipe.device)
     if hub.config_of(Denoiser.of(pipeline).model) is not None:
         raise ModelError("the model is quantized already", fix="study the float model")
-    found = sensitivity(pipeline, recipe.build_plan(), study, prompts=recipe.prompts or (), progress=progress)
+    found = sensitivity(pipeline, recipe.build_plan(), study, prompts=recipe.asked, progress=progress)
     write_json(out, found)
     return found
 

@@ -46,9 +46,7 @@ class BRECQ(BlockMethod):
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         generator = torch.Generator().manual_seed(source.seed)
-        data = source.record(
-            spread(uniform(self.samples, source.sampling.steps, generator), self.trajectories)
-        )
+        data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
 
         with (
             insert(denoiser, plan) as network,

@@ -36,7 +36,7 @@ class D2DPM(Correction):
         noise = "sample" if self.form == "stochastic" else check_noise(source, "auto")
         # Pairs of prediction and error at every step of the float trajectory.
         table = StepTable.of(source.times())
-        data = source.record(every(self.trajectories, range(source.sampling.steps)))
+        data = source.record(every(self.trajectories, range(source.steps)))
         moments = measure(denoiser, quantized, data, table, source.progress)
         return correction(moments, self.channelwise, noise), table
 

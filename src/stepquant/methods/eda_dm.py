@@ -91,6 +91,6 @@ class EDADM(BlockMethod):
 
     def draw_steps(self, source: Source) -> torch.Tensor:
         if self.times == "uniform":
-            return uniform(self.samples, source.sampling.steps, torch.Generator().manual_seed(source.seed))
+            return uniform(self.samples, source.steps, torch.Generator().manual_seed(source.seed))
         shares = counts(likeness_of_steps(source, self.chunk), self.samples, self.variety, self.radius)
-        return torch.arange(source.sampling.steps).repeat_interleave(shares)
+        return torch.arange(source.steps).repeat_interleave(shares)

@@ -74,7 +74,7 @@ class GAC(StridedMethod):
         chains = time_chains(denoiser) if has_time_block(denoiser) else None
 
         # Training and validation records: the same steps of the float model's trajectories in both.
-        data = source.record(self.picks(source.sampling.steps))
+        data = source.record(self.picks(source.steps))
         held = of_last_trajectories(data, self.validation)
 
         with (

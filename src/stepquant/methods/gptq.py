@@ -55,9 +55,7 @@ class GPTQ(Method):
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         generator = torch.Generator().manual_seed(source.seed)
-        data = source.record(
-            spread(uniform(self.samples, source.sampling.steps, generator), self.trajectories)
-        )
+        data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
 
         split = split_here(self.split, "split" in self.model_fields_set, denoiser, source)
         with (

@@ -37,9 +37,7 @@ class MinMax(Method):
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         generator = torch.Generator().manual_seed(source.seed)
-        data = source.record(
-            spread(uniform(self.samples, source.sampling.steps, generator), self.trajectories)
-        )
+        data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
         with insert(denoiser, plan) as network:
             set_weight_ranges(network, minmax, source.progress)
             search = minmax if self.percent == 100 else partial(percentile, percent=self.percent)

@@ -83,10 +83,10 @@ class PTQ4DM(Method):
     def draw_steps(self, source: Source) -> torch.Tensor:
         generator = torch.Generator().manual_seed(source.seed)
         if self.times == "uniform":
-            return uniform(self.samples, source.sampling.steps, generator)
+            return uniform(self.samples, source.steps, generator)
         if self.times == "single":
-            return single(self.samples, source.sampling.steps, self.mean)
-        return normal(self.samples, source.sampling.steps, self.mean, self.std, generator, clamp=self.clamp)
+            return single(self.samples, source.steps, self.mean)
+        return normal(self.samples, source.steps, self.mean, self.std, generator, clamp=self.clamp)
 
     def collect(self, source: Source, steps: torch.Tensor) -> CalibSet:
         if self.data == "denoising":

@@ -35,7 +35,7 @@ class PTQD(Correction):
         noise = check_noise(source, self.variance)
         # Errors at every step of the float trajectory.
         table = StepTable.of(source.times())
-        data = source.record(every(self.trajectories, range(source.sampling.steps)))
+        data = source.record(every(self.trajectories, range(source.steps)))
         moments = measure(denoiser, quantized, data, table, source.progress)
         return correction(moments, noise), table
 

@@ -48,7 +48,7 @@ class QDiffusion(StridedMethod):
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         # Algorithm 1: intermediate inputs at fixed intervals over all time steps, both guidance branches.
-        data = source.record(self.picks(source.sampling.steps))
+        data = source.record(self.picks(source.steps))
 
         # Eq. 9 and 10: the halves of a concatenated input have their own weight and activation quantizers.
         split = split_here(self.split, "split" in self.model_fields_set, denoiser, source)

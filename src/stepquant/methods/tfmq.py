@@ -59,7 +59,7 @@ class TFMQ(StridedMethod):
         # The finite set: every t that the sampler feeds to the network, in intervals of neighbours.
         chains, times = time_chains(denoiser), source.times()
         steps = StepTable.of(times, self.intervals)
-        data = source.record(self.picks(source.sampling.steps))
+        data = source.record(self.picks(source.steps))
         table = time_table(denoiser, chains, steps.times.float()) if self.time == "table" else None
         plan = plan if table is None else plan.with_rules([TABLED])
 
@@ -79,6 +79,6 @@ class TFMQ(StridedMethod):
             reconstruct(self.schedule(without=ROLES), stage="weights", activations=False)
 
             # FSC: ranges from the records of each interval, moving averages over batches.
-            seen = source.record(every(self.range_trajectories, range(source.sampling.steps)))
+            seen = source.record(every(self.range_trajectories, range(source.steps)))
             self.set_input_ranges(network, seen, source)
             return freeze(network, table)

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from stepquant.models.call import Asked, Call
 from stepquant.models.denoiser import Denoiser, prediction_of
 from stepquant.models.generate import run
-from stepquant.models.sampling import Sampling
+from stepquant.models.sampling import Enough, Sampling
 from stepquant.models.tables import tables_of
 
+CALL_STEPS = 50  # image-to-image makes a share of the steps that it is asked for: of so many, at least one
+
 Listener = Callable[[int, dict[str, Any]], None]
-
-
-class Enough(Exception):  # noqa: N818 - it ends a sampling loop early, it is no error
-    """All wanted steps of the running batch have been seen."""
 
 
 @contextmanager
@@ -36,6 +36,31 @@ def listening(denoiser: Denoiser, listener: Listener) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def context_names(model: Any) -> Iterator[list[str]]:
+    """The names of the cache contexts that the model is in, the innermost last: how pipelines mark guidance branches."""
+    names: list[str] = []
+    own = getattr(model, "cache_context", None)
+
+    @contextmanager
+    def noting(name: str, **options: Any) -> Iterator[None]:
+        names.append(name)
+        try:
+            with own(name, **options):  # type: ignore[misc]
+                yield
+        finally:
+            names.pop()
+
+    if own is None:
+        yield names
+        return
+    model.cache_context = noting
+    try:
+        yield names
+    finally:
+        del model.cache_context
 
 
 OutputListener = Callable[[int, dict[str, Any], Tensor], None]
@@ -89,26 +114,45 @@ def removing(handle: Any) -> Iterator[None]:
 
 
 def first_arguments(
-    pipeline: Any, batch: int, prompts: Sequence[str] = (), quantized: Any = None
+    pipeline: Any, batch: int, prompts: Sequence[Asked] = (), quantized: Any = None
 ) -> dict[str, Any]:
     """What the pipeline's denoiser receives on the first step of a batch of images.
 
-    Where `quantized`, or the pipeline itself, knows some t only, the t is the first of those.
+    A call that is written out makes one image, which then stands for all of the batch. Where `quantized`, or the
+    pipeline itself, knows some t only, the t is the first of those.
     """
     caught: dict[str, Any] = {}
+    written = any(isinstance(one, Call) for one in prompts)
 
     def listener(_: int, arguments: dict[str, Any]) -> None:
         caught.update(arguments)
         raise Enough
 
+    sampling = Sampling(CALL_STEPS if written else 2, prompts=tuple(prompts))
     try:
         with torch.no_grad(), listening(Denoiser.of(pipeline), listener):
-            run(pipeline, list(range(batch)), Sampling(2, prompts=tuple(prompts)))
+            run(pipeline, list(range(1 if written else batch)), sampling)
     except Enough:
         pass
     denoiser = Denoiser.of(pipeline if quantized is None else quantized)
+    if written:
+        caught = widened(denoiser, caught, batch)
     tables = tables_of(denoiser.model)
     if tables is not None:
         t = torch.as_tensor(caught[denoiser.family.t])
         caught[denoiser.family.t] = torch.full_like(t, tables.times().times[0].item())
     return caught
+
+
+def widened(denoiser: Denoiser, arguments: dict[str, Any], batch: int) -> dict[str, Any]:
+    """The arguments of one image for `batch` of them, branch by branch."""
+    family = denoiser.family
+    entries = len(arguments[family.x])
+
+    def widen(value: Any) -> Any:
+        has_rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == entries
+        return value.repeat_interleave(batch, 0) if has_rows else value
+
+    return {
+        name: value if name in family.shared else tree_map(widen, value) for name, value in arguments.items()
+    }

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from stepquant.core.digest import tensors_digest
 from stepquant.errors import ProductError
 from stepquant.models.attention import rebind
+from stepquant.models.call import Asked
 from stepquant.models.denoiser import Denoiser, Seen
 from stepquant.models.families.family import Family
 from stepquant.models.families.roles import LEAVES
@@ -28,10 +29,10 @@ IDLE = "was not called"
 Prints = dict[str, list[str]]  # leaf -> digest of every input that it saw, in the order of first calls
 
 
-def shown(pipeline: Any, prompts: Sequence[str] = ()) -> Denoiser:
+def shown(pipeline: Any, asked: Sequence[Asked] = ()) -> Denoiser:
     """The denoiser of a pipeline, with what its first call shows where nobody declared it."""
     denoiser = Denoiser.of(pipeline)
-    return observed(denoiser, first_arguments(pipeline, 1, prompts)) if denoiser.family.generic else denoiser
+    return observed(denoiser, first_arguments(pipeline, 1, asked)) if denoiser.family.generic else denoiser
 
 
 def observed(denoiser: Denoiser, arguments: Mapping[str, Any]) -> Denoiser:

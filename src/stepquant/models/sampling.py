@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stepquant.errors import ModelError, UnknownNameError
+from stepquant.models.call import Asked
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.tables import tables_of
 
@@ -24,13 +25,18 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+class Enough(Exception):  # noqa: N818 - it ends a sampling loop early, it is no error
+    """All wanted steps of the running batch have been seen."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How trajectories are asked for; a seed makes one of them."""
 
     steps: int
     sampler: str | None = None  # None: the pipeline's own
-    prompts: tuple[str, ...] = ()  # in turn, by seed; none: what the pipeline knows by itself
+    # Texts, or calls that are written out, in turn, by seed; none: what the pipeline knows by itself.
+    prompts: tuple[Asked, ...] = ()
 
 
 def scheduler_of(pipeline: Any, sampler: str | None, steps: int | None = None) -> Any:
@@ -46,17 +52,21 @@ def scheduler_of(pipeline: Any, sampler: str | None, steps: int | None = None) -
     else:
         raise UnknownNameError("sampler", sampler, SAMPLERS)
     if steps is not None:
-        most = scheduler.config.num_train_timesteps
-        if not 1 <= steps <= most:
-            raise ModelError(
-                "no such number of sampling steps",
-                got=steps,
-                expected=f"1 to {most}",
-                fix="give another --steps",
-            )
+        check_steps(scheduler, steps)
         scheduler.set_timesteps(steps)
     tables = tables_of(Denoiser.of(pipeline).model)
     return scheduler if tables is None else tables.carry(scheduler)
+
+
+def check_steps(scheduler: Any, steps: int) -> None:
+    most = scheduler.config.num_train_timesteps
+    if not 1 <= steps <= most:
+        raise ModelError(
+            "no such number of sampling steps",
+            got=steps,
+            expected=f"1 to {most}",
+            fix="give another --steps",
+        )
 
 
 def advance(

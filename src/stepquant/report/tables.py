@@ -14,7 +14,22 @@ HEADER = ("", "float", "integer", "floor", "how")
 NONE = "–"
 DISTANCES = ("FD-CH", "FD-C10", "FD")  # of the package's own networks, and of the user's: FD (NAME)
 HEADLINES = (
-    *("recognised", "truth", "broken", "PSNR", "SSIM", "LPIPS", "FID", "sFID", "KID", "IS", "CLIP score"),
+    *(
+        "recognised",
+        "truth",
+        "broken",
+        "PSNR",
+        "motion PSNR",
+        "SNR",
+        "spectral distance",
+        "SSIM",
+        "LPIPS",
+        "FID",
+        "sFID",
+        "KID",
+        "IS",
+        "CLIP score",
+    ),
     *DISTANCES,
 )
 
@@ -92,7 +107,7 @@ def plain(name: str) -> str:
 
 def measured_on(number: Number, report: Report) -> str:
     """Without which a number cannot be compared with another one: images, sampler, calls, network, resize."""
-    parts = [f"{number.n} images"]
+    parts = [f"{number.n} {report.sampling.medium if report.sampling else 'images'}"]
     if report.sampling is not None:
         parts.append(f"{report.sampling.sampler}, {report.sampling.calls} calls")
     parts += [f"network {number.extractor}"] if number.extractor else []

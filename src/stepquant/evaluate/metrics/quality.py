@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import chain
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.metrics.instruments import Instruments, Networks, fit
+from stepquant.evaluate.metrics.instruments import Instruments, Networks
 from stepquant.evaluate.metrics.measure import Batch, Measured, measure, pair_number
+from stepquant.evaluate.metrics.media import MEDIA, fit_media
 from stepquant.evaluate.metrics.number import Number
 from stepquant.evaluate.metrics.sets import set_numbers
 from stepquant.evaluate.metrics.truth import Portion, Truth
@@ -16,9 +17,10 @@ from stepquant.evaluate.metrics.truth import Portion, Truth
 
 @dataclass(frozen=True)
 class Judged:
-    """The numbers, the samples behind them, and the height and width of the images."""
+    """The numbers, the samples behind them, and the height and width of the images; of sounds, channels and samples."""
 
     size: tuple[int, int]
+    medium: str
     measured: Measured
     numbers: list[Number]
     portions: list[Portion]  # of the error to legal images, where these are known
@@ -32,9 +34,15 @@ def judge(
     if first is None:
         raise EvaluationError("no images to measure", fix="give --images a positive number")
     height, width = first.float.shape[-2:]
-    tools = fit(networks, (height, width), data, prompted=prompted)
+    tools = fit_media(first.float, networks, data, prompted=prompted)
     measured = measure(chain([first], batches), tools.readers, keep, tools.metrics, tools.singles)
-    return Judged((height, width), measured, numbers(measured, tools), portions(measured, tools))
+    return Judged(
+        (height, width),
+        MEDIA[first.float.ndim],
+        measured,
+        numbers(measured, tools),
+        portions(measured, tools),
+    )
 
 
 def numbers(measured: Measured, tools: Instruments) -> list[Number]:

@@ -18,6 +18,7 @@ from stepquant.core.precision import multiplies_bf16
 from stepquant.errors import EvaluationError
 from stepquant.evaluate.speed.peers import openvino_calls, peers_installed
 from stepquant.evaluate.speed.turns import Call, interleave, summarize
+from stepquant.models.call import Asked
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.generate import run
 from stepquant.models.hooks import first_arguments, listening
@@ -122,7 +123,7 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {words[:200]}"
 
 
-def trajectory(pipeline: Any, batch: int, prompts: Sequence[str], steps: int = 8) -> list[dict[str, Any]]:
+def trajectory(pipeline: Any, batch: int, prompts: Sequence[Asked], steps: int = 8) -> list[dict[str, Any]]:
     """The inputs of the denoiser along one float trajectory, with which NNCF calibrates."""
     calls: list[dict[str, Any]] = []
     with torch.no_grad(), listening(Denoiser.of(pipeline), lambda _, arguments: calls.append(arguments)):
@@ -159,7 +160,7 @@ def contenders(
     arguments: Mapping[str, Any],
     batch: int,
     baselines: Sequence[str],
-    prompts: Sequence[str] = (),
+    prompts: Sequence[Asked] = (),
     progress: Progress | None = None,
 ) -> list[Contender]:
     model = Denoiser.of(pipeline).model
@@ -190,7 +191,7 @@ def benchmark(
     baselines: Sequence[str] | None = None,
     seconds: float = 10.0,
     count: int | None = None,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[Asked] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """`speed` of the results: each baseline at its best, and the quantized model, in turns for `seconds` a batch size.

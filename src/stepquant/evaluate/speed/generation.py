@@ -19,6 +19,7 @@ from stepquant.evaluate.speed.calls import (
 )
 from stepquant.evaluate.speed.turns import interleave
 from stepquant.evaluate.twins import Twins
+from stepquant.models.call import Asked
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.generate import run
 from stepquant.models.hooks import first_arguments
@@ -61,7 +62,7 @@ def generation(
     return {"threads": used, **known, "reference": REFERENCE, "rows": rows}
 
 
-def in_better_layout(pipeline: Any, dtype: torch.dtype, batch: int, prompts: Sequence[str]) -> Any:
+def in_better_layout(pipeline: Any, dtype: torch.dtype, batch: int, prompts: Sequence[Asked]) -> Any:
     """The pipeline with its denoiser in `dtype`, in the memory layout in which one call is faster."""
     denoiser = Denoiser.of(pipeline)
     ways = in_layouts(denoiser.model, first_arguments(pipeline, batch, prompts), dtype)

@@ -14,6 +14,7 @@ from torch import nn
 
 from stepquant.errors import EvaluationError
 from stepquant.evaluate.twins import Twins
+from stepquant.models.call import Asked
 from stepquant.models.hooks import first_arguments, removing
 from stepquant.progress import Progress, Silent
 from stepquant.runtime.lower import prepare
@@ -26,7 +27,7 @@ def layer_times(
     *,
     batch: int = 8,
     rounds: int = 15,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[Asked] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Rows {path, integer, milliseconds}: the median over rounds, each layer by itself, without its fusions.

@@ -29,6 +29,7 @@ from stepquant.evaluate.metrics.pairs import TOO_SMALL, psnr, ssim
 from stepquant.evaluate.networks.reader import Extractor
 from stepquant.evaluate.study.journal import Lines
 from stepquant.evaluate.study.sites import StudiedSite, plan_with, studied_sites
+from stepquant.models.call import Asked
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.generate import run
 from stepquant.models.hooks import first_arguments
@@ -86,7 +87,7 @@ def sensitivity(
     plan: Plan,
     study: Study,
     *,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[Asked] = (),
     progress: Progress | None = None,
     cache: Path | None = None,
 ) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def enabled(quantizer: Quantizer) -> Iterator[None]:
 class Meter:
     """Measures the model in its present state against its outputs when the meter was made."""
 
-    def __init__(self, pipeline: Any, data: CalibSet, study: Study, prompts: Sequence[str]) -> None:
+    def __init__(self, pipeline: Any, data: CalibSet, study: Study, prompts: Sequence[Asked]) -> None:
         self.pipeline, self.study = pipeline, study
         self.sampling = Sampling(study.image_steps, study.sampler, tuple(prompts))
         self.denoiser = Denoiser.of(pipeline)

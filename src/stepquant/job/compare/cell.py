@@ -21,6 +21,7 @@ from stepquant.evaluate.metrics.reference import data_digest, is_statistics
 from stepquant.evaluate.results import FIRST_SEED
 from stepquant.job.compare.code import code_digest
 from stepquant.job.recipe import Recipe
+from stepquant.models.call import described
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.generate import words_of
 from stepquant.models.sampling import Sampling, scheduler_of
@@ -58,7 +59,7 @@ class Evaluation(BaseModel):
             raise StepquantError(f"'{name}' of the evaluation: {first['msg']}", got=first["input"]) from error
 
     def sampling(self, recipe: Recipe) -> Sampling:
-        return Sampling(self.steps, self.sampler, recipe.prompts or ())
+        return Sampling(self.steps, self.sampler, recipe.asked)
 
     @property
     def batches(self) -> int:
@@ -163,7 +164,7 @@ class Origin:
             "steps": chosen.steps,
             "batch": chosen.batch,
             "scheduler": self.schedulers[str(chosen.sampler)],
-            "prompts": words_of(self.pipeline, cell.sampling),
+            "prompts": [described(one) for one in words_of(self.pipeline, cell.sampling)],
         }
 
 

@@ -18,6 +18,7 @@ from stepquant.job.compare.store import ARTIFACT, QUANTIZED, read_json
 from stepquant.job.pipelines import load
 from stepquant.job.recipe import Recipe
 from stepquant.job.results import describe_artifact
+from stepquant.models.call import texts
 from stepquant.models.generate import asked_of
 from stepquant.progress import Progress
 
@@ -41,7 +42,7 @@ class Sets:
             folders = (self.source, self.quantized, self.other)
             source, quantized, other = (read_images(folder / name) for folder in folders)
             seeds = [chosen.seeds(seed, number) for seed in (recipe.seed, other_seed(recipe.seed))]
-            ours, others = (asked_of(pipeline, some, sampling) for some in seeds)
+            ours, others = (texts(asked_of(pipeline, some, sampling)) for some in seeds)
             yield Batch(source, quantized, other, ours, others)
 
 
@@ -78,7 +79,7 @@ def measure_cell(
     )
     found |= describe_artifact(twins, folder, artifact.name) | {"making": making(artifact)}
     if chosen.speed:
-        options: dict[str, Any] = {"seconds": chosen.speed, "prompts": recipe.prompts or ()}
+        options: dict[str, Any] = {"seconds": chosen.speed, "prompts": recipe.asked}
         found["speed"] = benchmark(
             twins.float, twins.quantized, batches=(chosen.batch,), baselines=BASELINE, **options
         )

@@ -2,23 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepquant.models.sampling import Sampling, generators, scheduler_of
+from stepquant.errors import ModelError, StepquantError, UnknownNameError
+from stepquant.models.call import STEPS, Call
+from stepquant.models.denoiser import Denoiser
+from stepquant.models.pipelines.results import tensor_of
+from stepquant.models.sampling import Enough, Sampling, check_steps, generators, scheduler_of
+
+# Arguments that say where randomness and results go, and how many results: ours.
+OURS = ("generator", "output_type", "return_dict", "callback_on_step_end", "callback", "batch_size")
+WRITE_CALLS = "write the arguments of each call into a file, a line of JSON each: --calls FILE"
 
 
-def images_of(pipeline: Any, seeds: Sequence[int], sampling: Sampling, **asked: Any) -> Tensor:
-    """What the pipeline makes of what is asked, one generator an image."""
+def results_of(pipeline: Any, seeds: Sequence[int], sampling: Sampling, **asked: Any) -> Tensor:
+    """What the pipeline makes of what is asked, one generator a result."""
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    options = {STEPS: sampling.steps, "generator": generators(seeds), "output_type": "pt"}
+    options = {name: value for name, value in options.items() if name in accepted} | asked
+    with sampled_by(pipeline, sampling), torch.no_grad():
+        return tensor_of(pipeline(**options))
+
+
+@contextmanager
+def sampled_by(pipeline: Any, sampling: Sampling) -> Iterator[None]:
+    """Another scheduler for a while; a pipeline sets its steps itself."""
     own = pipeline.scheduler
-    pipeline.scheduler = scheduler_of(pipeline, sampling.sampler, sampling.steps)
+    pipeline.scheduler = scheduler_of(pipeline, sampling.sampler)
+    check_steps(pipeline.scheduler, sampling.steps)
     pipeline.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": sampling.steps, "generator": generators(seeds), "output_type": "pt"}
     try:
-        out = pipeline(**asked, **options)
+        yield
     finally:
         pipeline.scheduler = own
-    return torch.as_tensor(out.images).float()
+
+
+def results_of_text(pipeline: Any, seeds: Sequence[int], sampling: Sampling, words: Sequence[str]) -> Tensor:
+    """What the pipeline makes of prompts alone, if that is all that it needs."""
+    reached: list[Any] = []
+    handle = Denoiser.of(pipeline).model.register_forward_pre_hook(lambda *_: reached.append(True))
+    try:
+        return results_of(pipeline, seeds, sampling, prompt=list(words))
+    except (TypeError, ValueError) as error:
+        if reached:  # the arguments were good
+            raise
+        raise ModelError(
+            f"{type(pipeline).__name__} cannot be asked by a prompt alone",
+            got=message_of(error),
+            fix=WRITE_CALLS,
+        ) from error
+    finally:
+        handle.remove()
+
+
+def result_of_call(pipeline: Any, seed: int, call: Call, sampling: Sampling) -> Tensor:
+    """The one result (1, ...) of a call that is written out."""
+    check_call(pipeline, call)
+    try:
+        made = results_of(pipeline, [seed], sampling, **call.there(Denoiser.of(pipeline).device))
+    except (StepquantError, Enough):
+        raise
+    except Exception as error:  # whatever a pipeline says about arguments that it was given
+        raise ModelError(
+            f"{type(pipeline).__name__} refuses {call.origin or 'a call'}",
+            where=str(call),
+            got=f"{type(error).__name__}: {message_of(error)}",
+            fix="change the arguments of this call; they are those of the pipeline's own __call__",
+        ) from error
+    if len(made) != 1:
+        raise ModelError(
+            f"{call.origin or 'a call'} makes several results",
+            where=str(call),
+            got=len(made),
+            expected="one",
+            fix="write a call for each of them",
+        )
+    return made
+
+
+def check_call(pipeline: Any, call: Call) -> None:
+    """The pipeline has all these arguments, and none of them is ours."""
+    accepted: Mapping[str, inspect.Parameter] = inspect.signature(type(pipeline).__call__).parameters
+    for name in call.arguments:
+        if name in OURS:
+            raise ModelError(
+                f"'{name}' cannot stand in a call",
+                where=call.origin,
+                fix="leave it out: seeds decide the noise, and each call makes one result",
+            )
+        if name not in accepted:
+            unknown = UnknownNameError("argument", name, set(accepted) - {"self", "kwargs", *OURS})
+            raise ModelError(
+                f"{type(pipeline).__name__} has no argument '{name}'",
+                where=call.origin,
+                expected=unknown.expected,
+                fix=unknown.fix,
+            )
+
+
+def message_of(error: Exception) -> str:
+    """The first lines of what an error says."""
+    return (str(error).strip() or type(error).__name__)[:400]

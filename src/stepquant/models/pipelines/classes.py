@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from stepquant.errors import ModelError, UnknownNameError
-from stepquant.models.pipelines.calling import images_of
+from stepquant.models.pipelines.calling import results_of
 from stepquant.models.pipelines.kind import Kind
 from stepquant.models.sampling import Sampling
 
@@ -35,7 +35,7 @@ def number_of(word: str, pipeline: Any) -> int:
 def draw(
     pipeline: Any, seeds: Sequence[int], words: Sequence[str], sampling: Sampling, _: int | None
 ) -> Tensor:
-    return images_of(pipeline, seeds, sampling, class_labels=[number_of(word, pipeline) for word in words])
+    return results_of(pipeline, seeds, sampling, class_labels=[number_of(word, pipeline) for word in words])
 
 
 KIND = Kind(pipelines=("DiTPipeline",), draw=draw, words=words)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepquant.errors import ModelError
 from stepquant.models import zoo
-from stepquant.models.pipelines.calling import images_of
+from stepquant.models.pipelines.calling import WRITE_CALLS, results_of_text
 from stepquant.models.pipelines.kind import Kind
 from stepquant.models.sampling import Sampling
 
@@ -26,9 +26,9 @@ def draw(
         raise ModelError(
             "this pipeline needs prompts",
             got="none",
-            fix="give a file with one prompt per line: --prompts FILE",
+            fix=f"give a file with one prompt per line: --prompts FILE; or {WRITE_CALLS}",
         )
-    return images_of(pipeline, seeds, sampling, prompt=list(words))
+    return results_of_text(pipeline, seeds, sampling, words)
 
 
 KIND = Kind(pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"), draw=draw, words=words)

@@ -1,0 +1,149 @@
+"""Call: the arguments of one use of a pipeline, as its user writes them; it makes one image, video or sound."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from stepquant.core.digest import tensors_digest
+from stepquant.errors import StepquantError
+
+STEPS = "num_inference_steps"
+MID_GREY = 128
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments by name, and the same as JSON, in which pictures and tensors are their sizes and digests."""
+
+    arguments: Mapping[str, Any] = field(compare=False, repr=False)
+    described: Mapping[str, Any]
+    origin: str = field(default="", compare=False)  # where its user wrote it
+    stands_in: bool = field(default=False, compare=False)  # its pictures and tensors have the sizes alone
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], origin: str = "") -> Call:
+        return cls(dict(arguments), {name: describe(value) for name, value in arguments.items()}, origin)
+
+    @classmethod
+    def from_json(cls, described: Mapping[str, Any], origin: str = "") -> Call:
+        """The call that was described so; what was described by its size has that size alone."""
+        arguments = {name: restore(value) for name, value in described.items()}
+        return cls(arguments, dict(described), origin, arguments != described)
+
+    @property
+    def text(self) -> str:
+        """What the result is to show, where words say it."""
+        prompt = self.arguments.get("prompt", "")
+        return prompt if isinstance(prompt, str) else ""
+
+    @property
+    def steps(self) -> int | None:
+        """The denoising steps that it asks for."""
+        return self.arguments.get(STEPS)
+
+    def there(self, device: torch.device) -> dict[str, Any]:
+        """The arguments with all tensors on a device."""
+        moved: dict[str, Any] = tree_map(
+            lambda value: value.to(device) if isinstance(value, Tensor) else value, dict(self.arguments)
+        )
+        return moved
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={shown(value)}" for name, value in self.arguments.items())
+
+
+Asked = str | Call
+
+
+def describe(value: Any) -> Any:
+    """A value as JSON."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Image.Image):
+        return {"picture": picture_digest(value), "mode": value.mode, "size": list(value.size)}
+    if isinstance(value, np.ndarray):
+        return describe(torch.from_numpy(value)) | {"array": True}
+    if isinstance(value, Tensor):
+        kind = str(value.dtype).removeprefix("torch.")
+        return {"tensor": tensors_digest({"": value}), "dtype": kind, "shape": list(value.shape)}
+    if isinstance(value, Mapping):
+        return {str(name): describe(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe(one) for one in value]
+    raise StepquantError(
+        "a call cannot hold such a value",
+        got=type(value).__name__,
+        expected="a number, a text, a picture, a tensor, or lists of these",
+    )
+
+
+def restore(described: Any) -> Any:
+    """A value that is described so: grey pictures, and tensors of ones, which as a mask hide nothing."""
+    if isinstance(described, list):
+        return [restore(one) for one in described]
+    if not isinstance(described, Mapping):
+        return described
+    if "picture" in described:
+        size: tuple[int, int] = tuple(described["size"])
+        return Image.new("L", size, MID_GREY).convert(described["mode"])
+    if "tensor" in described:
+        ones = torch.ones(described["shape"], dtype=getattr(torch, described["dtype"]))
+        return ones.numpy() if described.get("array") else ones
+    return {name: restore(one) for name, one in described.items()}
+
+
+def picture_digest(picture: Image.Image) -> str:
+    return hashlib.sha256(f"{picture.mode}|{picture.size}|".encode() + picture.tobytes()).hexdigest()
+
+
+def shown(value: Any) -> str:
+    """A value in a few words."""
+    if isinstance(value, Image.Image):
+        return f"<picture {value.width}x{value.height}>"
+    if isinstance(value, Tensor | np.ndarray):
+        return f"<tensor {'x'.join(map(str, value.shape))}>"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(shown, value))}]"
+    return repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."
+
+
+def described(asked: Asked) -> Any:
+    """What was asked, as JSON."""
+    return dict(asked.described) if isinstance(asked, Call) else asked
+
+
+def texts(asked: Sequence[Asked]) -> list[str]:
+    """What was asked, in words; nothing where one of them has none."""
+    words = [one.text if isinstance(one, Call) else one for one in asked]
+    return words if all(words) else []
+
+
+def steps_of(asked: Sequence[Asked], given: int | None) -> int | None:
+    """The denoising steps that calls ask for, else those that are `given`; numbers that differ are an error."""
+    calls = [one for one in asked if isinstance(one, Call)]
+    numbers = {one.steps: one for one in reversed(calls)}
+    if len(numbers) > 1:
+        first, other = list(numbers.values())[::-1][:2]
+        raise StepquantError(
+            f"all calls need the same {STEPS}: results are told by step",
+            where=other.origin,
+            got=other.steps,
+            expected=first.steps,
+            fix="write the same number into each, or quantize for one of them",
+        )
+    own = next(iter(numbers), None)
+    if own is not None and given not in (None, own):
+        raise StepquantError(
+            f"the calls and --steps say the same thing: {STEPS} {own} and --steps {given}",
+            fix="give one of them",
+        )
+    return given if own is None else own
