@@ -12,11 +12,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from stepquant.calib.form import put_together
 from stepquant.errors import CalibrationError
 
 META = ("step", "trajectory", "branch")
-# What all records of a shard share: tensors without rows, and in its metadata what is no tensor.
-SHARED, VALUES = "shared ", "values"
+# What all records of a shard share: tensors without rows, and in its metadata the form of the arguments.
+SHARED, FORM = "shared ", "form"
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,12 @@ class CalibSet:
         for place, record in enumerate(records):
             wanted.setdefault(self.index[record][0], []).append(place)
         rows: list[dict[str, Tensor]] = [{} for _ in records]
-        shared: dict[str, Any] = {}
+        shared: dict[str, Tensor] = {}
+        form: dict[str, Any] = {}
         for shard, places in wanted.items():
             with safe_open(self.shards[shard], "pt") as file:
                 columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                shared |= json.loads((file.metadata() or {}).get(VALUES, "{}"))
+                form |= json.loads(file.metadata()[FORM])
             for name in [name for name in columns if name.startswith(SHARED)]:
                 shared[name.removeprefix(SHARED)] = columns.pop(name)
             for place in places:
@@ -74,7 +76,8 @@ class CalibSet:
         if self.weights is not None:
             weight = torch.tensor([self.weights[record] for record in records])
         meta = {name: stacked.pop(name) for name in META}
-        return Batch(unflatten(stacked | shared), weight=weight, **meta)
+        arguments = {name: put_together(one, stacked | shared) for name, one in form.items()}
+        return Batch(arguments, weight=weight, **meta)
 
     def subset(self, records: Sequence[int]) -> CalibSet:
         """Only these records."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepquant.calib.calibset import SHARED, VALUES, leaves
+from stepquant.calib.calibset import FORM, SHARED
+from stepquant.calib.form import Parts
 from stepquant.errors import CalibrationError
 from stepquant.models.denoiser import Denoiser
 
@@ -27,10 +28,10 @@ class Steps:
         self.step, self.turn = -1, 0
         self.state: tuple[Tensor, Tensor] | None = None
 
-    def see(self, x: Tensor, t: Any) -> tuple[int, int]:
+    def see(self, x: Tensor | Sequence[Tensor], t: Any) -> tuple[int, int]:
         """The step of a call, and how many calls of this step came before."""
         # One row is enough, and a branch may have fewer of them than another.
-        state = (x[:1].detach().clone(), torch.as_tensor(t).reshape(-1)[:1].clone())
+        state = (torch.as_tensor(x[0]).detach().clone(), torch.as_tensor(t).reshape(-1)[:1].clone())
         same = self.state is not None and all(map(torch.equal, state, self.state))
         self.step, self.turn = (self.step, self.turn + 1) if same else (self.step + 1, 0)
         self.state = state
@@ -45,26 +46,24 @@ class Rows:
     trajectories: Sequence[int]
     columns: list[dict[str, Tensor]] = field(default_factory=list)
     turns: list[tuple[int, str]] = field(default_factory=list)  # of each call in its step, and its context
-    shared: dict[str, Any] = field(default_factory=dict)
+    form: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
 
     def keep(
         self, arguments: Mapping[str, Any], rows: Sequence[int], step: int, turn: int, context: str
     ) -> None:
         """The rows of one call, every guidance branch of each, as they reached the network."""
-        t = self.denoiser.family.t
-        given = dict(leaves({**arguments, t: torch.as_tensor(arguments[t])}))
-        alone = {name for name, value in given.items() if not self.has_rows(name, value)}
-        self.share({name: given[name] for name in sorted(alone)}, step)
-        flat = {name: value for name, value in given.items() if name not in alone}
+        family = self.denoiser.family
+        given = {**arguments, family.t: torch.as_tensor(arguments[family.t])}
+        parts = Parts.of(given, family.x, family.shared)
+        self.share(parts.form, parts.shared, step)
         count = len(self.trajectories)
-        entries = len(flat[self.denoiser.family.x])
-        branches = max(entries // count, 1)
+        branches = max(parts.entries // count, 1)
         places = torch.tensor([branch * count + row for branch in range(branches) for row in rows])
         columns = {
-            name: take_rows(name, value, places, entries).detach().cpu().clone()
-            for name, value in flat.items()
+            name: value[places.to(value.device)].detach().cpu().clone() for name, value in parts.rows.items()
         }
-        conditional = 0 if self.denoiser.family.guidance == "cond, uncond" else 1
+        conditional = 0 if family.guidance == "cond, uncond" else 1
         branch = (places // count == conditional).long() if branches > 1 else torch.zeros(len(places)).long()
         columns |= {
             "step": torch.full((len(places),), step),
@@ -76,31 +75,24 @@ class Rows:
         self.columns.append(columns)
         self.turns.append((-1 if branches > 1 else turn, context))
 
-    def has_rows(self, name: str, value: Any) -> bool:
-        return isinstance(value, Tensor) and name.partition(".")[0] not in self.denoiser.family.shared
-
-    def share(self, values: Mapping[str, Any], step: int) -> None:
+    def share(self, form: Mapping[str, Any], shared: Mapping[str, Tensor], step: int) -> None:
         """What has no rows must be the same in all calls."""
-        kept = {
-            name: value.detach().cpu() if isinstance(value, Tensor) else value
-            for name, value in values.items()
+        if not self.form:
+            self.form, self.shared = dict(form), dict(shared)
+        names = {
+            name.partition(".")[0]
+            for name in {**shared, **self.shared}
+            if not same(name, shared, self.shared)
         }
-        kept = {name: value for name, value in kept.items() if value is not None}
-        for name, value in kept.items():
-            if not isinstance(value, Tensor | bool | int | float | str):
-                raise CalibrationError(
-                    f"the argument '{name}' of the denoiser cannot be recorded", got=type(value).__name__
-                )
-        if self.columns and not same(kept, self.shared):
-            changed = next(n for n in kept | self.shared if not same_value(kept.get(n), self.shared.get(n)))
+        names |= {name for name in {**form, **self.form} if form.get(name) != self.form.get(name)}
+        if names:
             raise CalibrationError(
-                f"the argument '{changed}' of the denoiser changes between calls",
+                f"the argument '{min(names)}' of the denoiser changes between calls",
                 where=f"step {step}",
-                got=kept.get(changed),
-                expected=f"always {self.shared.get(changed)}",
-                fix="leave out what changes the pipeline on the way",
+                got=described(form.get(min(names))),
+                expected=f"always {described(self.form.get(min(names)))}",
+                fix="leave out what changes the pipeline on the way, and give all calls the same sizes",
             )
-        self.shared = kept
 
     def together(self) -> dict[str, Tensor]:
         """All rows; where branches came in calls of their own, those are told apart now."""
@@ -113,30 +105,14 @@ class Rows:
         return {name: torch.cat([one[name] for one in self.columns]) for name in self.columns[0]}
 
 
-def same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
-    return ours.keys() == theirs.keys() and all(same_value(ours[name], theirs[name]) for name in ours)
+def same(name: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    one, other = ours.get(name), theirs.get(name)
+    return one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other)
 
 
-def same_value(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    return type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other)
-
-
-def take_rows(name: str, value: Tensor, places: Tensor, entries: int) -> Tensor:
-    """Rows of an argument; one value for the whole batch (a scalar time) is the same for every row."""
-    if value.ndim == 0:
-        return value.expand(len(places))
-    if value.shape[0] == entries:
-        return value[places.to(value.device)]
-    if value.shape[0] == 1:
-        return value.expand(len(places), *value.shape[1:])
-    raise CalibrationError(
-        f"the argument '{name}' of the denoiser has other rows than its noisy input",
-        got=tuple(value.shape),
-        expected=f"{entries} rows, or one",
-        fix="declare it as shared in its family, if it has no batch axis",
-    )
+def described(form: Any) -> str:
+    """What an argument was, for people."""
+    return "a tensor" if isinstance(form, dict) else str(form)
 
 
 def check_alike(first: Mapping[str, Tensor], other: Mapping[str, Tensor], where: str) -> None:
@@ -159,13 +135,7 @@ def shard_of(parts: Sequence[tuple[str, Rows]]) -> tuple[dict[str, Tensor], dict
     first = parts[0][1]
     for (name, rows), columns in zip(parts, tables):
         check_alike(tables[0], columns, name)
-        first.share(rows.shared, 0)
+        first.share(rows.form, rows.shared, 0)
     columns = {name: torch.cat([one[name] for one in tables]).contiguous() for name in tables[0]}
-    tensors = {n: value.contiguous() for n, value in first.shared.items() if isinstance(value, Tensor)}
-    values = {name: value for name, value in first.shared.items() if name not in tensors}
-    return columns | {f"{SHARED}{name}": value for name, value in tensors.items()}, noted(values)
-
-
-def noted(values: Mapping[str, Any]) -> dict[str, str]:
-    """Values that are no tensors, as metadata."""
-    return {VALUES: json.dumps(values)} if values else {}
+    shared = {f"{SHARED}{name}": value.contiguous() for name, value in first.shared.items()}
+    return columns | shared, {FORM: json.dumps(first.form)}

@@ -162,8 +162,10 @@ class Denoiser:
 
     def predict(self, arguments: Mapping[str, Any]) -> Tensor:
         """The model's prediction for recorded arguments, which may lie on another device."""
-        wraps = "return_dict" in self.signature.parameters
-        return prediction_of(self.model(**self.there(arguments), **({"return_dict": False} if wraps else {})))
+        given, known = self.there(arguments), self.signature.parameters
+        absent = [name for name, one in known.items() if name not in ("self", *given) and is_needed(one)]
+        wraps = {"return_dict": False} if "return_dict" in known else {}
+        return prediction_of(self.model(**given, **dict.fromkeys(absent), **wraps))
 
     def there(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Recorded arguments where the model is."""
@@ -187,6 +189,11 @@ class Denoiser:
         config = {k: v for k, v in settings.items() if not k.startswith("_")}
         kind = [type(self.model).__name__, sorted(config.items())]
         return value_digest([kind, tensors_digest(self.model.state_dict())])
+
+
+def is_needed(argument: inspect.Parameter) -> bool:
+    """Whether a call must name it, be it as None."""
+    return argument.default is argument.empty and argument.kind is argument.POSITIONAL_OR_KEYWORD
 
 
 def prediction_of(out: Any) -> Tensor:

@@ -16,21 +16,34 @@ INPUTS = (
     "sample",
     "x",
     "latents",
-    "*latents",
-    "*hidden_states",
     "*latent*",
+    "*hidden_states",
     "*_tokens",
 )
 TIMES = ("timestep", "timesteps", "t", "timestep_*", "*_timestep", "*_timesteps", "*_time", "*sigma")
 TEXTS = ("encoder_hidden_states*", "encoder_attention_mask*", "*text*", "*prompt*", "*cap_*", "*caption*")
-NO_ROWS = ("*_ids", "*rotary*", "*rope*", "*_kwargs", "*shapes", "num_*", "height", "width", "fps")
+NO_ROWS = (
+    "*_ids",
+    "indices_*",
+    "*_indices",
+    "*_indexes",
+    "*rotary*",
+    "*rope*",
+    "*_kwargs",
+    "*shapes",
+    "num_*",
+    "height",
+    "width",
+    "fps",
+)
 ELSE = ("return_dict", "self")
 
 
 def generic(model: nn.Module) -> Family | None:
     """A family for `model` by its signature; None where that says no input or no time."""
     names = [name for name in inspect.signature(type(model).forward).parameters if name not in ELSE]
-    x, t = first(names, INPUTS), first(names, TIMES)
+    x = first([name for name in names if not any_of(name, TEXTS)], INPUTS)
+    t = first(names, TIMES)
     if x is None or t is None:
         return None
     text = tuple(name for name in names if any_of(name, TEXTS) and name not in (x, t))
