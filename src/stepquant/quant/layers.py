@@ -67,9 +67,9 @@ class QuantLayer(nn.Module):
         rows = to_groups(self.weight, quantizer.grid)
         return quantize(rows, scale[:, None], zero_point[:, None], quantizer.grid).reshape(self.weight.shape)
 
-    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
-        if self.input_quantizer is not None:
-            x = self.input_quantizer(x)
+    def forward(self, input: Tensor, *_: object, **__: object) -> Tensor:
+        """`input` is what torch calls it, and some models name it."""
+        x = input if self.input_quantizer is None else self.input_quantizer(input)
         quantizer = self.weight_quantizer
         bias = self.layer.bias if quantizer is None or not quantizer.enabled else self.bias
         return apply_layer(self.layer, x, self.weight_values(), bias)  # type: ignore[arg-type]

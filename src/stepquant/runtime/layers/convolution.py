@@ -85,22 +85,16 @@ class IntegerConv3d(IntegerConv2d):
         return (*self.kernel_size[1:], *self.stride[1:], *self.sides[:4]) == (1, 1, 1, 1, 0, 0, 0, 0)
 
     def why_no_kernel(self) -> str | None:
-        if not (self.within_frames or self.within_pixels):
+        if not self.even or not (self.within_frames or self.within_pixels):
             return "no integer kernel for taps in all three dimensions"
         return super().why_no_kernel()
 
     def geometry(self) -> Geometry:
-        padding, axes = (
-            (self.sides[::-2] if self.even else (0, 0, 0)),
-            slice(1, 3) if self.within_frames else slice(0, 1),
-        )
-        last = () if self.within_frames else (1,)
-        return Geometry(
-            (*self.stride[axes], *last),  # type: ignore[arg-type]
-            (*padding[axes], *(0 for _ in last)),  # type: ignore[arg-type]
-            (*self.dilation[axes], *last),  # type: ignore[arg-type]
-            self.groups,
-        )
+        """Of the frames, or of the images of pixels by time, in which the second dimension has one tap."""
+        padding = self.sides[::-2]
+        if self.within_frames:
+            return Geometry(self.stride[1:], padding[1:], self.dilation[1:], self.groups)  # type: ignore[arg-type]
+        return Geometry((self.stride[0], 1), (padding[0], 0), (self.dilation[0], 1), self.groups)
 
     def kernel_weight(self) -> Tensor:
         weight = super().kernel_weight()
