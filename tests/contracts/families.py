@@ -114,7 +114,7 @@ def dependence(denoiser: Denoiser, hit: dict[str, set[str]], changed: Mapping[st
             yield f"{leaf} ({role}) also depends on {sorted(seen - may[role])}"
         elif role in may and role != "const" and not seen:
             yield f"{leaf} ({role}) depends on nothing"
-        elif prompt and ("x" in seen or not seen & text):
+        elif prompt and role not in may and ("x" in seen or not seen & text):
             yield f"{leaf} of the prompt's blocks depends on {sorted(seen)}"
         # Attention to one token of text returns that token's value, whatever asks.
         elif role not in may and not prompt and role != "attn_out" and (seen <= t or seen <= text):
@@ -161,8 +161,9 @@ def rows(denoiser: Denoiser, arguments: Mapping[str, Any], both: Tensor) -> list
 
 
 def one_of(value: Any) -> Any:
+    """The half of a batch of two; what has a row for every frame has half of those."""
     if isinstance(value, Mapping):
         return {name: one_of(part) for name, part in value.items()}
-    if isinstance(value, Tensor):
-        return value[:1] if value.ndim else value
-    return value[:1] if isinstance(value, list) else value
+    if isinstance(value, Tensor) and not value.ndim:
+        return value
+    return value[: len(value) // 2] if isinstance(value, Tensor | list) else value

@@ -29,8 +29,8 @@ class SplitLayer(nn.Module):
         first = self.get_submodule("0")
         return int(getattr(first, "out_channels", None) or first.out_features)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
-        first, *rest = zip(self.children(), x.split(self.widths, self.dim))
+    def forward(self, input: Tensor, *_: object, **__: object) -> Tensor:
+        first, *rest = zip(self.children(), input.split(self.widths, self.dim))
         total = first[0](first[1])
         for part, piece in rest:
             total = total + part(piece)

@@ -76,10 +76,9 @@ class QuantLayer(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("layer"), name)
 
-    def forward(self, x: Tensor | None = None, *_: object, **named: Tensor) -> Tensor:
-        x = named["input"] if x is None else x
-        if self.input_quantizer is not None:
-            x = self.input_quantizer(x)
+    def forward(self, input: Tensor, *_: object, **__: object) -> Tensor:
+        """`input` is what torch calls it, and some models name it."""
+        x = input if self.input_quantizer is None else self.input_quantizer(input)
         quantizer = self.weight_quantizer
         bias = self.layer.bias if quantizer is None or not quantizer.enabled else self.bias
         return apply_layer(self.layer, x, self.weight_values(), bias)  # type: ignore[arg-type]

@@ -191,8 +191,8 @@ class FloatLayer:
         self.module, self.emit = module, emit
         self.ready = Cast(Versions(), {})
 
-    def __call__(self, x: Tensor | None = None, *_: object, **named: Tensor) -> Tensor:
-        x, layer, ready = named["input"] if x is None else x, self.module, self.prepared()
+    def __call__(self, input: Tensor, *_: object, **__: object) -> Tensor:
+        x, layer, ready = input, self.module, self.prepared()
         if x.dtype not in ready.weights:
             bias = None if layer.bias is None else layer.bias.to(x.dtype)
             ready.weights[x.dtype] = (layer.weight.to(x.dtype), bias)

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import (
     DiTTransformer2DModel,
     HunyuanDiT2DModel,
+    Krea2Transformer2DModel,
     Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
     SanaTransformer2DModel,
@@ -40,13 +43,20 @@ def pixart_sigma() -> Case:
     return pixart(sizes=False)
 
 
-def sana() -> Case:
-    model = SanaTransformer2DModel(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,
+def sana(**options: Any) -> Case:
+    model = SanaTransformer2DModel(**options, in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,
                                    num_layers=2, num_cross_attention_heads=2, cross_attention_head_dim=8,
                                    cross_attention_dim=16, caption_channels=24, sample_size=8, patch_size=1)
     given = {"hidden_states": noise(2, 4, 8, 8), "timestep": twice(700), "encoder_hidden_states": noise(2, 6, 24),
              "encoder_attention_mask": twice(1, 1, 1, 1, 1, 0)}
-    return case(model, given, x="hidden_states", t="timestep", text="encoder_hidden_states")
+    if options:
+        given["guidance"] = twice(4.5)
+    return case(model, given, x="hidden_states", t="timestep", text="encoder_hidden_states",
+                **dict.fromkeys(given.keys() & {"guidance"}, "guidance"))
+
+
+def sana_guided() -> Case:
+    return sana(guidance_embeds=True)
 
 
 def hunyuandit() -> Case:
@@ -78,4 +88,15 @@ def z_image() -> Case:
     return case(model, given, x="x", t="t", text="cap_feats")
 
 
-CASES = (class_transformer, pixart, pixart_sigma, sana, hunyuandit, lumina2, z_image)
+def krea2() -> Case:
+    model = Krea2Transformer2DModel(in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+                                    num_key_value_heads=1, intermediate_size=32, timestep_embed_dim=16, text_hidden_dim=16,
+                                    num_text_layers=3, text_num_attention_heads=2, text_num_key_value_heads=2,
+                                    text_intermediate_size=24, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
+                                    axes_dims_rope=(4, 6, 6))
+    given = {"hidden_states": noise(2, 16, 4), "encoder_hidden_states": noise(2, 6, 3, 16), "timestep": twice(0.7),
+             "position_ids": torch.rand(22, 3)}
+    return case(model, given, x="hidden_states", t="timestep", text="encoder_hidden_states")
+
+
+CASES = (class_transformer, pixart, pixart_sigma, sana, sana_guided, hunyuandit, lumina2, z_image, krea2)

@@ -257,6 +257,7 @@ def test_sequences_of_torch_operations(function) -> None:
         lambda x: x + torch.ones(2, 3).index_put_((torch.tensor([0]),), x[0, 0]),
         lambda x: x + CONSTANT.mul_(1.0),
         lambda x: torch.cat([x, CONSTANT]),
+        lambda x: x[:, torch.tensor([2, 0])],
     ],
 )
 def test_what_depends_on_values_or_chance_is_refused(function) -> None:

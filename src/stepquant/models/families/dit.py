@@ -42,6 +42,8 @@ FAMILIES = (
             "patch_embed.proj": "stem",
             "proj_out": "head",
             "time_embed.emb.timestep_embedder.linear_*": "time",
+            "time_embed.timestep_embedder.linear_*": "time",
+            "time_embed.guidance_embedder.linear_*": "cond",
             "caption_projection.linear_*": "context",
         },
         blocks=children_of("transformer_blocks"),
@@ -103,5 +105,24 @@ FAMILIES = (
         text=("cap_feats",),
         guidance="cond, uncond",
         shared=("patch_size", "f_patch_size"),
+    ),
+    Family(
+        models=("Krea2Transformer2DModel",),
+        x="hidden_states",
+        top={
+            "img_in": "stem",
+            "final_layer.linear": "head",
+            "time_embed.linear_*": "time",
+            "time_mod_proj": "modulate",
+            "text_fusion.projector": "context",
+            "txt_in.linear_*": "context",
+        },
+        blocks=children_of(
+            "text_fusion.layerwise_blocks", "text_fusion.refiner_blocks", "transformer_blocks"
+        ),
+        prompt_blocks=("text_fusion.layerwise_blocks", "text_fusion.refiner_blocks"),
+        text=("encoder_hidden_states", "encoder_attention_mask"),
+        guidance="cond; uncond",
+        shared=("position_ids", "attention_kwargs"),
     ),
 )

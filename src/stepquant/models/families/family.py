@@ -30,6 +30,16 @@ def children_of(*paths: str) -> Callable[[nn.Module], list[str]]:
     return blocks
 
 
+def taking_turns(*paths: str) -> Callable[[nn.Module], list[str]]:
+    """The first blocks of these lists of a model, then the second ones, and so on."""
+
+    def blocks(model: nn.Module) -> list[str]:
+        count = len(list(model.get_submodule(paths[0]).children()))
+        return [f"{path}.{i}" for i in range(count) for path in paths]
+
+    return blocks
+
+
 def joined(*patterns: str) -> Callable[[nn.Module], dict[str, tuple[int, int]]]:
     """Linears that read something of the width that they return, concatenated with something else."""
 

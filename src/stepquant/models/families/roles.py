@@ -11,7 +11,7 @@ from diffusers.models import attention, attention_processor, downsampling, norma
 from diffusers.models import transformers as networks
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.transformers import transformer_2d, transformer_temporal
-from diffusers.models.unets import unet_1d_blocks
+from diffusers.models.unets import unet_1d_blocks, unet_motion_model
 from torch import nn
 
 LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d)
@@ -25,6 +25,7 @@ ADDED = {
 }
 ATTENTION = OUT | {"to_k": "k", "to_v": "v"} | ADDED
 FEED = {"net.0.proj": "ff_in", "net.2": "ff_out"}
+IMAGE_FEED = {"conv_inverted": "ff_in", "conv_depth": "depthwise", "conv_point": "ff_out"}
 RESIDUAL = {"conv1": "conv", "conv2": "conv", "time_emb_proj": "modulate", "conv_shortcut": "shortcut"}
 ENDS = {"proj_in": "proj_in", "proj_out": "proj_out"}
 SINGLE = {"proj_mlp": "ff_in", "proj_out": "ff_out"}  # a feed-forward beside an attention, joined at its end
@@ -42,7 +43,12 @@ PARTS: dict[type[nn.Module], dict[str, str]] = {
         networks.transformer_flux.FluxAttention,
         networks.transformer_flux2.Flux2Attention,
         networks.transformer_wan.WanAttention,
+        networks.transformer_skyreels_v2.SkyReelsV2Attention,
+        networks.transformer_bria.BriaAttention,
+        attention_processor.MochiAttention,
     ),
+    # The gate multiplies what attention returns, and reads what the queries read.
+    networks.transformer_krea2.Krea2Attention: ATTENTION | {"to_gate": "q"},
     networks.transformer_ltx.LTXAttention: OUT,
     networks.transformer_ltx.LTXVideoTransformerBlock: SELF_AND_CROSS,
     networks.transformer_flux2.Flux2ParallelSelfAttention: {
@@ -53,16 +59,22 @@ PARTS: dict[type[nn.Module], dict[str, str]] = {
     # Feed-forwards
     **each(FEED, attention.FeedForward),
     attention.LuminaFeedForward: {"linear_1": "ff_in", "linear_3": "ff_in", "linear_2": "ff_out"},
-    networks.sana_transformer.GLUMBConv: {
-        "conv_inverted": "ff_in",
-        "conv_depth": "depthwise",
-        "conv_point": "ff_out",
-    },
+    networks.sana_transformer.GLUMBConv: IMAGE_FEED,
+    networks.transformer_sana_video.GLUMBTempConv: IMAGE_FEED | {"conv_temp": "conv"},
     networks.transformer_flux2.Flux2FeedForward: {"linear_in": "ff_in", "linear_out": "ff_out"},
+    networks.auraflow_transformer_2d.AuraFlowFeedForward: {
+        "linear_1": "ff_in",
+        "linear_2": "ff_in",
+        "out_projection": "ff_out",
+    },
+    networks.transformer_krea2.Krea2SwiGLU: {"gate": "ff_in", "up": "ff_in", "down": "ff_out"},
     networks.transformer_z_image.FeedForward: {"w1": "ff_in", "w3": "ff_in", "w2": "ff_out"},
     **each(
         SINGLE,
+        networks.transformer_bria.BriaSingleTransformerBlock,
+        networks.transformer_chroma.ChromaSingleTransformerBlock,
         networks.transformer_flux.FluxSingleTransformerBlock,
+        networks.transformer_hunyuanimage.HunyuanImageSingleTransformerBlock,
         networks.transformer_hunyuan_video.HunyuanVideoSingleTransformerBlock,
     ),
     # Residual blocks and resampling
@@ -82,6 +94,8 @@ PARTS: dict[type[nn.Module], dict[str, str]] = {
         transformer_2d.Transformer2DModel,
         transformer_temporal.TransformerTemporalModel,
         transformer_temporal.TransformerSpatioTemporalModel,
+        unet_motion_model.AnimateDiffTransformer3D,
+        networks.transformer_wan_vace.WanVACETransformerBlock,
     ),
     networks.hunyuan_transformer_2d.HunyuanDiTBlock: {"skip_linear": "skip"},
     # Modulation
@@ -95,12 +109,20 @@ PARTS: dict[type[nn.Module], dict[str, str]] = {
         normalization.CogVideoXLayerNormZero,
         normalization.LuminaRMSNormZero,
         normalization.SD35AdaLayerNormZeroX,
+        normalization.CogView3PlusAdaLayerNormZeroTextImage,
+        networks.auraflow_transformer_2d.AuraFlowPreFinalBlock,
         networks.hunyuan_transformer_2d.AdaLayerNormShift,
         networks.transformer_cogview4.CogView4AdaLayerNormContinuous,
         networks.transformer_cogview4.CogView4AdaLayerNormZero,
         networks.transformer_flux2.Flux2Modulation,
         networks.transformer_hunyuan_video.HunyuanVideoAdaNorm,
+        networks.transformer_hunyuan_video15.HunyuanVideo15AdaNorm,
+        networks.transformer_hunyuanimage.HunyuanImageAdaNorm,
+        networks.transformer_mochi.MochiRMSNormZero,
+        networks.sana_transformer.SanaCombinedTimestepGuidanceEmbeddings,
+        networks.transformer_sana_video.SanaCombinedTimestepGuidanceEmbeddings,
     ),
+    networks.transformer_mochi.MochiLayerNormContinuous: {"linear_1": "modulate"},
     networks.transformer_qwenimage.QwenImageTransformerBlock: {
         "img_mod.1": "modulate",
         "txt_mod.1": "modulate",
@@ -114,10 +136,12 @@ PRODUCTS: tuple[Any, ...] = (
     unet_1d_blocks.SelfAttention1d,
 )
 
+LINEAR = "linear attention has no probabilities, and sums in float32"
 # Why some layers and attention products have no integer form, by their class or that of their processor.
 FLOAT: dict[type, str] = {
     nn.ConvTranspose1d: "no integer kernel for transposed convolutions",
-    attention_processor.SanaLinearAttnProcessor2_0: "linear attention has no probabilities, and sums in float32",
+    attention_processor.SanaLinearAttnProcessor2_0: LINEAR,
+    networks.transformer_sana_video.SanaLinearAttnProcessor3_0: LINEAR,
     unet_1d_blocks.SelfAttention1d: "its class multiplies by itself, without a function that could be exchanged",
 }
 

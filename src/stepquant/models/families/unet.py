@@ -28,8 +28,7 @@ RESIDUAL = (
 
 def walk(model: nn.Module) -> Iterator[str]:
     """Residual, attention and resampling blocks in the order in which they run."""
-    if hasattr(model, "transformer_in"):
-        yield "transformer_in"
+    yield from (name for name in ("image_latents_temporal_encoder", "transformer_in") if hasattr(model, name))
     for level in ("down_blocks", "mid_block", "up_blocks"):
         node = getattr(model, level, None)
         if isinstance(node, nn.ModuleList):
@@ -172,6 +171,37 @@ FAMILIES = (
         blocks=walk,
         component="unet",
         guidance="none",
+        deepest=deepest,
+        concats=concats,
+    ),
+    Family(
+        models=("UNetMotionModel",),
+        x="sample",
+        top={**TOP, "time_embedding.cond_proj": "time"},
+        blocks=walk,
+        component="unet",
+        text=("encoder_hidden_states",),
+        cond=("added_cond_kwargs", "timestep_cond"),
+        shared=("cross_attention_kwargs",),
+        deepest=deepest,
+        concats=concats,
+    ),
+    Family(
+        models=("I2VGenXLUNet",),
+        x="sample",
+        top={
+            **TOP,
+            "context_embedding.*": "context",
+            "fps_embedding.*": "cond",
+            "image_latents_context_embedding.*": "context",
+            "image_latents_proj_in.*": "context",
+        },
+        blocks=walk,
+        component="unet",
+        prompt_blocks=("image_latents_temporal_encoder",),
+        text=("encoder_hidden_states", "image_latents", "image_embeddings"),
+        cond=("fps",),
+        shared=("cross_attention_kwargs",),
         deepest=deepest,
         concats=concats,
     ),

@@ -90,12 +90,12 @@ class Attention(Chain):
 
     def fused(
         self,
-        x: Tensor,
+        hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        changed = self.mix.changed()
+        x, changed = hidden_states, self.mix.changed()
         if changed or encoder_hidden_states is not None or attention_mask is not None or x.dim() != 4:
             return self.unfused(x, encoder_hidden_states, attention_mask, **kwargs)
         batch, channels, height, width = x.shape

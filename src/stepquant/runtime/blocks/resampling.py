@@ -20,8 +20,8 @@ class Resample(Chain):
         super().__init__(module, *module.children())
         self.declared, self.conv = declared, module.conv
 
-    def fused(self, x: Tensor, output_size: Any = None, *_: Any, **__: Any) -> Tensor:
-        kernel = kernel_of(self.conv)
+    def fused(self, hidden_states: Tensor, output_size: Any = None, *_: Any, **__: Any) -> Tensor:
+        x, kernel = hidden_states, kernel_of(self.conv)
         if kernel is None:
             return self.unfused(x, output_size) if self.declared.doubles else self.unfused(x)
         codes = ops.quantize(x.contiguous(memory_format=torch.channels_last), kernel.code)

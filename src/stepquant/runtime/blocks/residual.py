@@ -28,8 +28,9 @@ class Residual(Chain):
         return super().unfused(x if skip is None else torch.cat([x, skip], dim=1), *args, **kwargs)
 
     def fused(
-        self, x: Tensor, temb: Tensor | None = None, *_: Any, skip: Tensor | None = None, **__: Any
+        self, input_tensor: Tensor, temb: Tensor | None = None, *_: Any, skip: Tensor | None = None, **__: Any
     ) -> Tensor:
+        x = input_tensor
         hidden = self.first(x, None, skip)
         kept = addable(x, self.module.conv2) if self.shortcut is None else read_raw(self.shortcut, x, skip)
         out = self.second(hidden, self.time_row(temb, len(x)), None, kept)

@@ -134,6 +134,8 @@ def push(made: Any, kind: str, value: Any) -> None:
             raise UnrecordableError("an argument is a list of numbers of any kind")
         made.push_no_numbers()
     elif isinstance(value, (tuple, list)):
+        if "Tensor" in kind:
+            raise UnrecordableError(f"an argument is a {kind} of constants")
         made.push_floats(list(value)) if any(isinstance(v, float) for v in value) else made.push_ints(
             list(value)
         )

@@ -170,8 +170,9 @@ class IntegerLayer(Stored[PreparedLayer]):
     def geometry(self) -> Geometry:
         return Geometry()
 
-    def forward(self, x: Tensor | None = None, *_: object, **named: Tensor) -> Tensor:
-        x, kernel = named["input"] if x is None else x, self.kernel
+    def forward(self, input: Tensor, *_: object, **__: object) -> Tensor:
+        """`input` is what torch calls it, and some models name it."""
+        x, kernel = input, self.kernel
         if x.dtype == torch.uint8:
             return self.from_codes(x, self.emit or torch.float32)
         dtype = self.emit or x.dtype
