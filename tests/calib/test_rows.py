@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMPipeline,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
@@ -88,6 +89,30 @@ def test_samplers_of_second_order_are_recorded_to_their_end(
     times = source.times()
     assert len(times) == source.steps
     assert len(times.unique()) == 4
+
+
+class Shifted(StableDiffusionPipeline):
+    """Tells its scheduler how far the size of images shifts the times."""
+
+    def __call__(self, prompt: Any, num_inference_steps: int = 3, **_: Any) -> Any:  # type: ignore[override]
+        self.scheduler.set_timesteps(num_inference_steps, mu=1.0)
+        text, _none = self.encode_prompt(prompt, "cpu", 1, False)
+        x = torch.ones(len(text), 4, 8, 8)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(self.unet(x, t, text).sample, t, x).prev_sample
+        return SimpleNamespace(images=torch.zeros(len(text), 3, 8, 8))
+
+
+def test_times_that_the_size_of_images_shifts_are_those_that_arrive(
+    text_pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    pipe = Shifted(**text_pipeline.components, requires_safety_checker=False)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    source = Source(pipe, Sampling(3, prompts=("a",)), cache=tmp_path)
+    assert source.steps == 3
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(3, mu=1.0)
+    assert torch.equal(source.times(), scheduler.timesteps)
 
 
 def test_a_cache_context_says_which_branch_it_is(
