@@ -56,6 +56,7 @@ def test_results_are_plain_json_about_the_same_seeds(pipeline: DDIMPipeline, qua
     assert psnr(first, second).mean() < 60  # they do differ
     assert found["sampling"] | {"batch": 4} == {
         "sampler": "ddim", "steps": 3, "calls": 3, "seed": 0, "images": 6, "batch": 4, "size": [8, 8],
+        "medium": "images",
     }  # fmt: skip
 
 

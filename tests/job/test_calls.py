@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
-    DDPMPipeline,
     DiTPipeline,
-    HeunDiscreteScheduler,
-    PNDMScheduler,
     StableDiffusionPipeline,
 )
 from safetensors.torch import save_file
@@ -32,7 +28,7 @@ from stepquant.models.call import Call
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.generate import run
 from stepquant.models.hooks import first_arguments
-from stepquant.models.sampling import Sampling, scheduler_of
+from stepquant.models.sampling import Sampling
 from tests.models.pipelines import CALLS, TASKS, Filming, made_for, picture
 
 
@@ -252,63 +248,14 @@ def test_an_artifact_asks_for_pictures_that_it_does_not_hold(text_pipeline: Stab
     (stands_in,) = (Call.from_json(one.described) for one in written_calls([CALLS["inpainting"]]))
     with pytest.raises(StepquantError, match="--calls FILE"):
         sampling_of(text_pipeline, prompts=(stands_in,))
+    with pytest.raises(StepquantError, match="only the sizes"):
+        quantize(made_for("inpainting", text_pipeline), calls=[stands_in], method="minmax", samples=2)
 
 
 def test_a_second_denoiser_is_refused(text_pipeline: StableDiffusionPipeline) -> None:
     text_pipeline.register_modules(unet_2=text_pipeline.unet)
     with pytest.raises(ModelError, match="two networks"):
         quantize(text_pipeline, prompts=["a"], method="minmax", samples=2, steps=2)
-
-
-def options_of(scheduler: Any) -> dict[str, Any]:
-    """As Stable Diffusion has it: without steps of another kind at the beginning."""
-    return {"skip_prk_steps": True} if scheduler is PNDMScheduler else {}
-
-
-class Twice(StableDiffusionPipeline):
-    """Asks for both branches of guidance in calls of their own, the conditional one first."""
-
-    def __call__(self, prompt: Any, num_inference_steps: int = 3, **_: Any) -> Any:  # type: ignore[override]
-        self.scheduler.set_timesteps(num_inference_steps)
-        text, none = self.encode_prompt(prompt, "cpu", 1, True)
-        x = torch.ones(len(text), 4, 8, 8) * self.scheduler.init_noise_sigma
-        for t in self.scheduler.timesteps:
-            scaled = self.scheduler.scale_model_input(x, t)
-            one, other = (self.unet(scaled, t, one, return_dict=False)[0] for one in (text, none))
-            x = self.scheduler.step(other + 2 * (one - other), t, x, return_dict=False)[0]
-        return SimpleNamespace(images=x[:, :3])
-
-
-@pytest.mark.parametrize("scheduler", [None, PNDMScheduler, HeunDiscreteScheduler])
-def test_two_calls_of_a_step_are_its_branches(
-    text_pipeline: StableDiffusionPipeline, tmp_path: Path, scheduler: Any
-) -> None:
-    pipe = Twice(**text_pipeline.components, requires_safety_checker=False)
-    if scheduler is not None:
-        pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **options_of(scheduler))
-    source = Source(pipe, Sampling(3, prompts=("a b", "c")), batch=2, cache=tmp_path)
-    assert source.steps == {None: 3, PNDMScheduler: 4, HeunDiscreteScheduler: 5}[scheduler]
-    records = (data := source.record(every(2, range(source.steps)))).take(range(len(data)))
-    assert len(records) == 2 * 2 * source.steps
-    assert torch.equal(records.branch.sort().values, torch.tensor([0, 1]).repeat_interleave(2 * source.steps))
-    text = records.arguments["encoder_hidden_states"]
-    unasked = text[records.branch == 0]
-    torch.testing.assert_close(unasked, unasked[:1].expand_as(unasked))
-    assert not torch.allclose(text[records.branch == 1], unasked)
-    expected = scheduler_of(pipe, None, 3).timesteps.double()
-    assert torch.equal(source.times().double(), expected)
-
-
-@pytest.mark.parametrize("scheduler", [PNDMScheduler, HeunDiscreteScheduler])
-def test_samplers_of_second_order_are_recorded_to_their_end(
-    pipeline: DDPMPipeline, tmp_path: Path, scheduler: Any
-) -> None:
-    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options_of(scheduler))
-    source = Source(pipeline, Sampling(4), cache=tmp_path)
-    assert source.steps == {PNDMScheduler: 5, HeunDiscreteScheduler: 7}[scheduler]
-    times = source.times()
-    assert len(times) == source.steps
-    assert len(times.unique()) == 4
 
 
 def test_a_call_may_make_a_video(text_pipeline: StableDiffusionPipeline) -> None:

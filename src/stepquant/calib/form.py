@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stepquant.errors import CalibrationError
+from stepquant.models.families.family import Family
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -19,14 +20,15 @@ class Parts:
     """Tensors of one call by dotted names; `form` puts them back where they were, and is JSON."""
 
     entries: int  # samples in the call
+    declared: bool = True  # what belongs to no sample is known; otherwise it is seen
     form: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)  # one a sample, whatever they were kept in
     shared: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any], x: str, shared: tuple[str, ...]) -> Parts:
-        parts = cls(len(arguments[x]))
-        parts.form = {name: parts.take(value, name, name in shared) for name, value in arguments.items()}
+    def of(cls, arguments: Mapping[str, Any], family: Family) -> Parts:
+        parts = cls(len(arguments[family.x]), not family.generic)
+        parts.form = {n: parts.take(value, n, n in family.shared) for n, value in arguments.items()}
         return parts
 
     def take(self, value: Any, name: str, shared: bool) -> Any:
@@ -49,7 +51,7 @@ class Parts:
         )
 
     def take_tensor(self, value: Tensor, name: str, shared: bool) -> dict[str, Any]:
-        """A row for each sample, some for each, or one for all; anything else belongs to no sample."""
+        """A row for each sample, some for each, or one for all; what else there is belongs to no sample."""
         length, entries = len(value) if value.ndim else 1, self.entries
         if not shared and (length in (1, entries)):
             self.rows[name] = value.expand(entries, *value.shape[1:])
@@ -57,6 +59,13 @@ class Parts:
         if not shared and value.ndim > 2 and length % entries == 0:
             self.rows[name] = value.unflatten(0, (entries, -1))
             return {"several": name}
+        if not shared and self.declared:
+            raise CalibrationError(
+                f"the argument '{name}' of the denoiser has other rows than its noisy input",
+                got=tuple(value.shape),
+                expected=f"{entries} rows, or one",
+                fix="declare it as shared in its family, if it has no batch axis",
+            )
         self.shared[name] = value.detach().cpu().clone()  # two arguments may be one tensor
         return {"shared": name}
 

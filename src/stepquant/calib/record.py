@@ -24,7 +24,7 @@ from stepquant.models.call import Call, described
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.generate import asked_of, run, together, words_of
 from stepquant.models.hooks import context_names, listening
-from stepquant.models.sampling import Enough, Sampling, scheduler_of
+from stepquant.models.sampling import Enough, Sampling, check_steps, scheduler_of
 from stepquant.progress import Progress, Silent
 
 FORMAT = 2
@@ -53,10 +53,15 @@ class Source:
     @cached_property
     def steps(self) -> int:
         """States of one trajectory: more than were asked for with a sampler of second order, fewer from an image."""
-        if not any(isinstance(one, Call) for one in self.sampling.prompts):
-            scheduler = scheduler_of(self.pipeline, self.sampling.sampler, self.sampling.steps)
-            return len(scheduler.timesteps)
-        return count_steps(self)
+        if any(isinstance(one, Call) for one in self.sampling.prompts):
+            return count_steps(self)
+        scheduler = scheduler_of(self.pipeline, self.sampling.sampler)
+        check_steps(scheduler, self.sampling.steps)
+        try:
+            scheduler.set_timesteps(self.sampling.steps)
+        except ValueError:  # it wants to know more, as the size of images, which the pipeline tells it
+            return count_steps(self)
+        return len(scheduler.timesteps)
 
     def times(self) -> Tensor:
         """The t that the network receives at every step, in the sampler's order."""

@@ -55,7 +55,7 @@ class Rows:
         """The rows of one call, every guidance branch of each, as they reached the network."""
         family = self.denoiser.family
         given = {**arguments, family.t: torch.as_tensor(arguments[family.t])}
-        parts = Parts.of(given, family.x, family.shared)
+        parts = Parts.of(given, family)
         self.share(parts.form, parts.shared, step)
         count = len(self.trajectories)
         branches = max(parts.entries // count, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepquant.calib.cache import atomically
-from stepquant.calib.calibset import CalibSet
+from stepquant.calib.calibset import FORM, CalibSet
+from stepquant.calib.form import Parts
 from stepquant.calib.record import Source, trajectory_seed
 from stepquant.core.digest import tensors_digest
 from stepquant.errors import CalibrationError
@@ -47,16 +49,16 @@ def stored(source: Source, x: Tensor, steps: Tensor, kind: str) -> CalibSet:
     denoiser = Denoiser.of(source.pipeline)
     scheduler = scheduler_of(source.pipeline, source.sampling.sampler, source.sampling.steps)
     family = denoiser.family
-    columns = {
-        family.x: x.contiguous(),
-        family.t: scheduler.timesteps[steps].contiguous(),
+    arguments = {family.x: x.contiguous(), family.t: scheduler.timesteps[steps].contiguous()}
+    columns = arguments | {
         "step": steps.contiguous(),
         "trajectory": torch.arange(len(steps)),
         "branch": torch.zeros(len(steps), dtype=torch.long),
     }
     shard = source.cache / f"{kind}-{tensors_digest(columns)[:32]}" / "00000.safetensors"
     if not shard.exists():
-        atomically(shard, lambda temporary: save_file(columns, temporary))
+        form = {FORM: json.dumps(Parts.of(arguments, family).form)}
+        atomically(shard, lambda temporary: save_file(columns, temporary, form))
     rows = tuple((0, row) for row in range(len(steps)))
     return CalibSet((shard,), rows, family.x, family.t, {"kind": kind, "steps": source.sampling.steps})
 

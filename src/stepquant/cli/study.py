@@ -12,6 +12,7 @@ from stepquant.cli.interrupt import keeping
 from stepquant.cli.options import (
     DEFAULT_MODEL,
     ArtifactFolder,
+    Calls,
     Device,
     Json,
     Model,
@@ -21,8 +22,8 @@ from stepquant.cli.options import (
     Sampler,
     Scheme,
     Seed,
+    read_asked,
     read_counts,
-    read_prompts,
     writable,
 )
 from stepquant.cli.screen import Screen, command_text, size_text
@@ -66,6 +67,7 @@ def sensitivity(
     image_steps: ImageSteps = 8,
     sampler: Sampler = None,
     prompts: Prompts = None,
+    calls: Calls = None,
     seed: Seed = 0,
     device: Device = "cpu",
     json: Json = None,
@@ -76,15 +78,15 @@ def sensitivity(
     from stepquant.job.study import study_model
 
     screen = Screen(quiet)
-    asked = read_prompts(prompts)
+    asked = read_asked(prompts, calls)
     recipe = Recipe.of(
         model=model,
         scheme=scheme,
         plan=plan_json(plan),
         sampler=sampler,
         seed=seed,
-        prompts=asked,
         device=device,
+        **{"prompts" if calls is None else "calls": asked or None},
     )
     recipe.check()
     counts = {"samples": samples, "steps": steps, "images": images, "image_steps": image_steps}

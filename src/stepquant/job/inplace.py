@@ -14,11 +14,11 @@ from stepquant.calib.cache import cache_folder
 from stepquant.calib.record import MEMORY, Source
 from stepquant.errors import ModelError
 from stepquant.job.calls import written_calls
+from stepquant.job.pipelines import check_written
 from stepquant.job.recipe import Recipe
 from stepquant.models.call import Call
 from stepquant.models.denoiser import COMPONENTS, Denoiser, check_finite
 from stepquant.models.observe import shown
-from stepquant.models.pipelines.calling import check_call
 from stepquant.models.sampling import Sampling
 from stepquant.progress import Progress, Silent
 from stepquant.quant.plan import Plan
@@ -88,7 +88,7 @@ def run(
     check_finite(denoiser.model)
     check_one_denoiser(pipeline)
     for call in recipe.calls:
-        check_call(pipeline, call)
+        check_written(pipeline, call)
     denoiser.model.eval()
     provenance = provenance or recipe.provenance(pipeline)
     source = Source(

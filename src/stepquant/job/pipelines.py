@@ -157,7 +157,7 @@ def check_written(pipeline: Any, asked: Asked) -> None:
     if isinstance(asked, Call):
         if asked.stands_in:
             raise StepquantError(
-                "the artifact knows the sizes of the pictures and tensors in its calls, and not what is in them",
+                "only the sizes of the pictures and tensors in these calls are known, and not what is in them",
                 where=f"{asked.origin}: {asked}",
                 fix="give them again: --calls FILE",
             )

@@ -56,11 +56,13 @@ def context_names(model: Any) -> Iterator[list[str]]:
     if own is None:
         yield names
         return
+    before = vars(model).get("cache_context")
     model.cache_context = noting
     try:
         yield names
     finally:
         del model.cache_context
+        vars(model).update({} if before is None else {"cache_context": before})
 
 
 OutputListener = Callable[[int, dict[str, Any], Tensor], None]

@@ -103,7 +103,7 @@ def sensitivity(
         cache=folder,
         progress=progress,
     )
-    steps = torch.linspace(0, study.steps - 1, study.samples).round().long()
+    steps = torch.linspace(0, source.steps - 1, study.samples).round().long()
     data = source.record(one_each(steps))
     meter = Meter(pipeline, data, study, prompts)
     asked = {

@@ -18,7 +18,7 @@ from stepquant.models.sampling import Enough, Sampling, check_steps, generators,
 
 # Arguments that say where randomness and results go, and how many results: ours.
 OURS = ("generator", "output_type", "return_dict", "callback_on_step_end", "callback", "batch_size")
-WRITE_CALLS = "write the arguments of each call into a file, a line of JSON each: --calls FILE"
+WRITE_CALLS = "write the arguments of each call into a file, a line of JSON each: quantize --calls FILE"
 
 
 def results_of(pipeline: Any, seeds: Sequence[int], sampling: Sampling, **asked: Any) -> Tensor:

@@ -6,7 +6,6 @@ children and the names of its tensors. For arguments that it cannot take, it cal
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -29,11 +28,8 @@ class Chain(ABC):
 
     def __init__(self, module: Any, *swallowed: Any) -> None:
         self.module, self.swallowed = module, Swallowed(*swallowed)
-        self.first_argument = list(inspect.signature(type(module).forward).parameters)[1]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not args:
-            args = (kwargs.pop(self.first_argument),)
         if torch.compiler.is_compiling():  # whoever compiles has what runs now, and no hook
             return self.fused(*args, **kwargs)
         if self.swallowed.awaited():
