@@ -4,7 +4,7 @@
     python -m benchmarks.memory --width 1 --latents 64 --dtype bf16
 
 Weights are random, the text encoder and the autoencoder tiny. Every case runs in a process of its own: the float pipeline
-alone, and `stepquant.quantize` of it with as many steps. Peaks are beyond what imports take.
+alone, one image of a few steps with guidance, and `stepquant.quantize` of it with as many. Peaks are beyond what imports take.
 """
 
 from __future__ import annotations
@@ -92,11 +92,10 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
     reset_peak()
     began = time.perf_counter()
     if case["what"] == "float":
-        seeds = [trajectory_seed(0, number) for number in range(case["samples"])]
         with torch.no_grad():
-            run(pipe, seeds, Sampling(case["steps"], prompts=(PROMPT,)))
+            run(pipe, [trajectory_seed(0, 0)], Sampling(case["steps"], prompts=(PROMPT,)))
     else:
-        settings = {"samples": case["samples"], "trajectories": case["samples"]}
+        settings = {"samples": case["steps"], "trajectories": 1}
         stepquant.quantize(pipe, method=case["what"], scheme=case["scheme"], steps=case["steps"], prompts=[PROMPT],
                            settings=settings if case["what"] == "minmax" else {})  # fmt: skip
     seconds = time.perf_counter() - began
@@ -126,8 +125,7 @@ def read_options() -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="fp32")
     add("--method", default="minmax")
     add("--scheme", default="w8a8")
-    add("--samples", type=int, default=2)
-    add("--steps", type=int, default=2)
+    add("--steps", type=int, default=2, help="of a single trajectory; minmax records every one of them")
     add("--limit", type=float, default=0, help="address space of each process in GB; 0: as much as there is")
     add("--case", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -137,7 +135,7 @@ def main(options: argparse.Namespace) -> None:
     if options.case:
         print(json.dumps(measure(options.case)))
         return
-    keys = ("width", "dtype", "scheme", "samples", "steps", "limit")
+    keys = ("width", "dtype", "scheme", "steps", "limit")
     shared = {key: getattr(options, key) for key in keys}
     print("| latents | float GB | | peak GB | over float | seconds |\n|---|---|---|---|---|---|")
     for latents in map(int, options.latents.split(",")):

@@ -34,13 +34,20 @@ class Slices:
     @cached_property
     def ends(self) -> tuple[Tensor, Tensor]:
         """The least and the greatest element, one of each; NaN if there is any."""
-        found = torch.stack([torch.stack(part.aminmax()) for part in self]).float()
-        return found[:, 0].amin().reshape(1), found[:, 1].amax().reshape(1)
+        # One after the other: what is kept from every slice would pin the memory of the next one's neighbours.
+        low = high = None
+        for part in self:
+            least, most = part.aminmax()
+            low = least if low is None else torch.minimum(low, least)
+            high = most if high is None else torch.maximum(high, most)
+        assert low is not None
+        assert high is not None
+        return low.float().reshape(1), high.float().reshape(1)
 
     def histogram(self, bins: int) -> Tensor:
         """How many elements lie in each of so many equal parts of the range, in float64."""
         low, high = (end.item() for end in self.ends)
-        return torch.stack([part.float().histc(bins, low, high).double() for part in self]).sum(0)
+        return sum(part.float().histc(bins, low, high).double() for part in self)  # type: ignore[return-value]
 
     def ranked(self, ranks: Sequence[int]) -> Tensor:
         """The elements of these ranks in ascending order, of the least from 0 on, as sorting would find them."""

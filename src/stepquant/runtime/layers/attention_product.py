@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stepquant.artifact import ProductSpec
+from stepquant.core.slices import cuts
 from stepquant.runtime import ops
 from stepquant.runtime.device import device_for
 from stepquant.runtime.layers.stored import Prepared, Stored, Versions
@@ -110,12 +111,17 @@ def product_in_float32(
     """The same product of the same codes, as float32 numbers: their sums are exact for heads of up to 1,000 channels."""
     query, key, value, probabilities = codes
     left, right, values = (centred(x, code) for x, code in zip((q, k, v), codes))
-    scores = left @ right.transpose(-1, -2)
-    scores = (scores - scores.amax(-1, keepdim=True)) * (query.scale * key.scale * scale)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    out = centred(scores.softmax(-1), probabilities) @ values * (probabilities.scale * value.scale)
-    return out.to(q.dtype)
+    shape = *q.shape[:-1], k.shape[-2]
+    mask = None if mask is None else mask.expand(shape)
+    out = values.new_empty(*q.shape[:-1], v.shape[-1])
+    for part in cuts(*shape):  # so that the probabilities of many tokens are never all there
+        scores = left[part] @ right[part[:2]].transpose(-1, -2)
+        scores = (scores - scores.amax(-1, keepdim=True)) * (query.scale * key.scale * scale)
+        if mask is not None:
+            there = mask[part]
+            scores = scores.masked_fill(~there, -torch.inf) if mask.dtype == torch.bool else scores + there
+        out[part] = centred(scores.softmax(-1), probabilities) @ values[part[:2]]
+    return (out * (probabilities.scale * value.scale)).to(q.dtype)
 
 
 def centred(x: Tensor, code: Code) -> Tensor:
