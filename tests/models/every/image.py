@@ -157,22 +157,6 @@ def qwen_image_21() -> Case:
                    "img_shapes": [[(1, 4, 4)]] * 2, "img_mask": slots}  # fmt: skip
 
 
-def transformer_2d() -> Case:
-    model = diffusers.Transformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
-        patch_size=2, num_embeds_ada_norm=1000, norm_type="ada_norm_single", norm_elementwise_affine=False,
-        cross_attention_dim=32, caption_channels=32, activation_fn="gelu-approximate", attention_bias=True)  # fmt: skip
-    return model, {"hidden_states": noise(2, 4, 8, 8), "timestep": times(), **text(32),
-                   "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}  # fmt: skip
-
-
-def dream_lite() -> Case:
-    model = diffusers.DreamLiteTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=32, num_layers=2, norm_num_groups=8,
-        cross_attention_dim=32, norm_type="ada_norm", num_embeds_ada_norm=1000, qk_norm="rms_norm")  # fmt: skip
-    return model, {"hidden_states": noise(2, 32, 8, 8), "timestep": torch.tensor(300), **text(32)}
-
-
 IMAGE = {
     "AuraFlowTransformer2DModel": aura_flow,
     "CogView3PlusTransformer2DModel": cog_view_3,
@@ -189,6 +173,4 @@ IMAGE = {
     "Krea2Transformer2DModel": krea_2,
     "Ideogram4Transformer2DModel": ideogram_4,
     "QwenImage21Transformer2DModel": qwen_image_21,
-    "Transformer2DModel": transformer_2d,
-    "DreamLiteTransformer2DModel": dream_lite,
 }
