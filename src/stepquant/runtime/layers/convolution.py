@@ -103,10 +103,9 @@ class IntegerConv3d(IntegerConv2d):
     def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, *_: Any) -> Tensor:
         images = self.images(codes)
         out = super().from_codes(images, dtype, None if into is None else self.images(into))
-        samples, _, frames, height, width = codes.shape
-        if self.within_pixels and not self.within_frames:
-            return out.unflatten(-1, (height, width))
-        return out.unflatten(0, (samples, frames)).transpose(1, 2)
+        if self.within_frames:
+            return out.unflatten(0, (codes.shape[0], codes.shape[2])).transpose(1, 2)
+        return out.unflatten(-1, codes.shape[-2:])
 
     def images(self, x: Tensor) -> Tensor:
         """Videos as a batch of frames, or as images of pixels by time."""
