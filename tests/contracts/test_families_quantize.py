@@ -19,7 +19,7 @@ from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import ops
-from stepquant.runtime.coverage import IDLE, Coverage, coverage
+from stepquant.runtime.coverage import ASTRAY, IDLE, INLINE, Coverage, coverage
 from stepquant.runtime.lower import lower
 from tests.models.tiny import CASES
 
@@ -68,7 +68,7 @@ def test_every_family_runs_in_integers(name: str) -> None:
     for one, there, here in zip(calls.arguments, exact, pretended):
         with torch.no_grad():
             found = served.predict(one)
-        assert error(here, there) < 0.2
+        assert error(here, there) < 0.25
         # Roundings that fall the other way change as much as rounding does, and no more.
         assert error(found, here) < 0.02 + 1.5 * error(here, there)
     check_coverage(denoiser, coverage(served.model, arguments))
@@ -78,8 +78,5 @@ def check_coverage(denoiser: Denoiser, seen: Coverage) -> None:
     """What is planned runs in integers, or says why not."""
     assert not [line for line in seen.lines if line.reason == IDLE and line.path in denoiser.sites()]
     planned = [line for line in seen.lines if line.planned]
-    if ops.compiled():
-        assert not [
-            line for line in planned if not line.integer and "no integer kernel" not in str(line.reason)
-        ]
+    assert not [line for line in planned if line.reason in (ASTRAY, INLINE)]
     assert seen.share_of_planned > (0.5 if ops.compiled() else -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,11 @@ def test_declaration_holds(name: str) -> None:
 
 def test_every_declared_class_has_a_tiny_model() -> None:
     assert {type(tiny(name)[0]).__name__ for name in CASES} == set(registry.declared())
+
+
+def test_the_documentation_names_every_declared_class() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert not [name for name in registry.declared() if name not in page]
 
 
 @cache

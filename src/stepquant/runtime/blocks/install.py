@@ -48,7 +48,8 @@ def install(model: nn.Module, chains: Structure) -> tuple[TimeRows | None, Texts
     for kind, blocks in simple:
         found |= {declared.path: kind(model.get_submodule(declared.path), declared) for declared in blocks}
     modules: list[Any] = [model.get_submodule(block.path) for block in chains.text_blocks]
-    texts = Texts([Readers(block.attn2.to_k, block.attn2.to_v) for block in modules])
+    readers = [Readers(block.attn2.to_k, block.attn2.to_v) for block in modules]
+    texts = Texts(readers, known=chains.text is not None)
     for index, (block, declared) in enumerate(zip(modules, chains.text_blocks)):
         found[declared.path] = Block(block, declared, texts, index)
     if chains.tail is not None:

@@ -26,9 +26,12 @@ class Kept(NamedTuple):
 class Texts:
     """What every attention to a text makes of it, kept while that very tensor comes back as it was."""
 
-    def __init__(self, readers: Sequence[Readers]) -> None:
+    def __init__(self, readers: Sequence[Readers], known: bool) -> None:
+        """`known`: an argument of the model is the text, so that whoever replays a call sees when it is another."""
         self.readers = readers
-        self.keeps = not any(getattr(layer, "stepped", False) for one in readers for layer in one.layers)
+        self.keeps = known and not any(
+            getattr(layer, "stepped", False) for one in readers for layer in one.layers
+        )
         self.kept: list[Kept] = []
         self.made_by: list[Any] = []  # what the layers had prepared when the texts were kept
 
@@ -46,7 +49,7 @@ class Texts:
             if found.text() is text and found.version == version:
                 return found.pairs
         with torch.inference_mode(False), torch.no_grad():
-            pairs = tuple(tuple(project(one, text)) if reads(one, text) else () for one in self.readers)
+            pairs = tuple(tuple(project(one, text)) for one in self.readers)
         self.kept = [Kept(weakref.ref(text), version, pairs), *self.kept[: KEPT_TEXTS - 1]]
         return pairs
 
@@ -64,11 +67,6 @@ class Texts:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"kept": []}
-
-
-def reads(readers: Readers, text: Tensor) -> bool:
-    """Whether it may be theirs: some models attend to two texts."""
-    return readers.layers[0].in_features == text.shape[-1]  # type: ignore[no-any-return]
 
 
 def prepared(layer: nn.Module) -> object:
