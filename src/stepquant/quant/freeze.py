@@ -68,7 +68,7 @@ def packed_weight(layer: QuantLayer, quantizer: Quantizer) -> Tensor:
     """The dense stream of bytes on the CPU; some rows after others, where they are rounded to nearest."""
     grid, weight = quantizer.grid, layer.weight.detach()
     rows = to_groups(weight, grid)
-    at_once = max(AT_ONCE // (16 * rows.shape[1]), 1) * 8  # of any bits, eight numbers end with a byte
+    at_once = max(AT_ONCE // (64 * rows.shape[1]), 1) * 8  # of any bits, eight numbers end with a byte
     if layer.rounding is not None or len(rows) <= at_once:
         return pack(layer.weight_integers().cpu(), grid)
     packed = torch.empty(packed_bytes(weight.numel(), grid.bits), dtype=torch.uint8)
