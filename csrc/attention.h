@@ -38,6 +38,20 @@ struct Layout {
   int64_t bytes() const { return round_up(key_bytes() + correction_bytes() + value_bytes(), 64); }
 };
 
+// The keys of one (batch, head) that a mask leaves.
+struct Left {
+  const int32_t* places;
+  const int32_t* biases;
+  int64_t count;
+
+  Left(const AttentionTask& task, int64_t item)
+      : places(task.places ? task.places + item * task.keys : nullptr),
+        biases(task.biases ? task.biases + item * task.keys : nullptr),
+        count(task.counts ? task.counts[item] : task.keys) {}
+
+  int64_t operator[](int64_t key) const { return places ? places[key] : key; }
+};
+
 template <class T>
 const T* token(const Operand& operand, int64_t batch, int64_t head, int64_t index) {
   return static_cast<const T*>(operand.data) + batch * operand.batch_stride + head * operand.head_stride +
@@ -55,23 +69,24 @@ STEPQUANT_INLINE void encode_row(const T* x, int64_t width, const Code& code, in
 }
 
 template <class Dot, class T>
-void pack_keys(const AttentionTask& task, int64_t batch, int64_t head, const Layout<Dot>& layout, uint8_t* packed) {
+void pack_keys(
+    const AttentionTask& task, int64_t batch, int64_t head, const Left& left, const Layout<Dot>& layout, uint8_t* packed) {
   int32_t* words = reinterpret_cast<int32_t*>(packed);
   Scratch scratch(layout.score_words * 4);
   int32_t* row = scratch.take<int32_t>(layout.score_words);
   std::memset(row, 0, static_cast<size_t>(layout.score_words * 4));
   std::memset(words, 0, static_cast<size_t>(layout.key_bytes()));
-  for (int64_t key = 0; key < task.keys; ++key) {
-    const T* x = token<T>(task.key, batch, head, key);
+  for (int64_t key = 0; key < left.count; ++key) {
+    const T* x = token<T>(task.key, batch, head, left[key]);
     encode_row(x, task.width, task.key.code, 0, reinterpret_cast<typename Dot::Element*>(row));
     int32_t* to = words + key / tile_keys * layout.score_words * tile_keys + key % tile_keys;
     for (int64_t w = 0; w < layout.score_words; ++w) to[w * tile_keys] = row[w];
   }
 }
 
-// The part of each key's scores that its own codes and the query's zero point make.
+// The part of each key's scores that its own codes, the query's zero point and its bias make.
 template <class Dot>
-void correct_keys(const AttentionTask& task, const Layout<Dot>& layout, uint8_t* packed) {
+void correct_keys(const AttentionTask& task, const Left& left, const Layout<Dot>& layout, uint8_t* packed) {
   const int32_t* words = reinterpret_cast<const int32_t*>(packed);
   int32_t* correction = reinterpret_cast<int32_t*>(packed + layout.key_bytes());
   const Ints ones = Dot::ones - Ints{};
@@ -81,18 +96,20 @@ void correct_keys(const AttentionTask& task, const Layout<Dot>& layout, uint8_t*
     for (int64_t w = 0; w < layout.score_words; ++w) sum = Dot::key_dot(sum, ones, load_words(tile + w * tile_keys));
     store(correction + key, sum * -(task.query.code.zero_point - 128));
   }
-  for (int64_t key = task.keys; key < layout.keys; ++key) correction[key] = never;
+  for (int64_t key = 0; left.biases && key < left.count; ++key) correction[key] += left.biases[key];
+  for (int64_t key = left.count; key < layout.keys; ++key) correction[key] = never;
 }
 
 template <class Dot, class T>
-void pack_values(const AttentionTask& task, int64_t batch, int64_t head, const Layout<Dot>& layout, uint8_t* packed) {
+void pack_values(
+    const AttentionTask& task, int64_t batch, int64_t head, const Left& left, const Layout<Dot>& layout, uint8_t* packed) {
   int32_t* words = reinterpret_cast<int32_t*>(packed + layout.key_bytes() + layout.correction_bytes());
   for (int64_t key = 0; key < layout.keys; key += Dot::per_word) {
     for (int64_t i = 0; i < layout.value_words; i += lanes) {
       const int64_t rest = task.width - i;
       Ints word{};
-      for (int64_t k = 0; k < Dot::per_word && key + k < task.keys; ++k) {
-        const T* x = token<T>(task.value, batch, head, key + k) + i;
+      for (int64_t k = 0; k < Dot::per_word && key + k < left.count; ++k) {
+        const T* x = token<T>(task.value, batch, head, left[key + k]) + i;
         const Floats scaled = (rest < lanes ? load_first(x, rest) : load(x)) * task.value.code.inverse;
         word |= Dot::place(encode(scaled, task.value.code) - 128, k);
       }
@@ -106,15 +123,16 @@ void pack(const AttentionTask& task, int64_t begin, int64_t end) {
   const Layout<Dot> layout(task.keys, task.width);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t batch = item / task.heads, head = item % task.heads;
+    const Left left(task, item);
     uint8_t* packed = task.packed + item * task.packed_bytes;
     if (task.type == Type::bf16) {
-      pack_keys<Dot, bf16>(task, batch, head, layout, packed);
-      pack_values<Dot, bf16>(task, batch, head, layout, packed);
+      pack_keys<Dot, bf16>(task, batch, head, left, layout, packed);
+      pack_values<Dot, bf16>(task, batch, head, left, layout, packed);
     } else {
-      pack_keys<Dot, float>(task, batch, head, layout, packed);
-      pack_values<Dot, float>(task, batch, head, layout, packed);
+      pack_keys<Dot, float>(task, batch, head, left, layout, packed);
+      pack_values<Dot, float>(task, batch, head, left, layout, packed);
     }
-    correct_keys(task, layout, packed);
+    correct_keys(task, left, layout, packed);
   }
 }
 
@@ -170,7 +188,7 @@ struct Block {
   int32_t* products;
   int32_t* largest;  // score of each row
   int32_t* sums;  // of the codes of each row's probabilities
-  int64_t batch = 0, head = 0, first = 0, rows = 0;
+  int64_t batch = 0, head = 0, first = 0, rows = 0, filled = 0;
   const uint8_t* packed = nullptr;
 
   explicit Block(const AttentionTask& attention)
@@ -201,6 +219,7 @@ struct Block {
     first = item % blocks * task.block;
     rows = task.queries - first < task.block ? task.queries - first : task.block;
     packed = task.packed + slab * task.packed_bytes;
+    filled = Left(task, slab).count;
   }
 };
 
@@ -219,7 +238,12 @@ void softmax(Block<Dot>& block) {
   const int64_t keys = block.layout.keys;
   for (int64_t row = 0; row < block.rows; ++row) {
     int32_t* scores = block.scores + row * keys;
-    const float sum = exponentiate(scores, keys, block.task.keys, block.largest[row], block.task.factor);
+    if (block.filled == 0) {  // nothing to read: no shares, where 0 would be divided by 0
+      std::memset(block.probabilities + row * keys, 0, static_cast<size_t>(keys) * sizeof(typename Dot::Element));
+      block.sums[row] = 0;
+      continue;
+    }
+    const float sum = exponentiate(scores, keys, block.filled, block.largest[row], block.task.factor);
     const Code& code = block.task.probabilities;
     block.sums[row] = normalize<Dot>(scores, keys, code.inverse / sum, code, block.probabilities + row * keys);
   }

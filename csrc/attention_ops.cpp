@@ -2,6 +2,9 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cmath>
+
 #include "tensors.h"
 
 namespace stepquant {
@@ -19,11 +22,47 @@ Operand operand_of(const Tensor& x, const Code& code) {
   return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), code};
 }
 
+// A bias this low leaves a key out: no float32 holds its share beside one without bias.
+constexpr float out_of_reach = -5000.0f;
+constexpr float most_bias = 1 << 29;  // in steps of a score
+
+// The keys that a mask leaves for every (batch, head).
+struct Kept {
+  Tensor places, counts, biases;
+
+  Kept(const Tensor& mask, int64_t batch, int64_t heads, int64_t keys, float step)
+      : places(at::detail::empty_cpu({batch * heads * keys}, at::kInt)),
+        counts(at::detail::empty_cpu({batch * heads}, at::kInt)),
+        biases(at::detail::empty_cpu({batch * heads * keys}, at::kInt)) {
+    TORCH_CHECK(
+        mask.dim() == 4 && mask.size(2) == 1 && mask.size(3) == keys && (mask.size(0) == 1 || mask.size(0) == batch) &&
+            (mask.size(1) == 1 || mask.size(1) == heads),
+        "attention: a mask is expected as (batch or 1, heads or 1, 1, keys), got ", mask.sizes());
+    const bool logical = mask.scalar_type() == at::kBool;
+    const Tensor all = (logical ? mask : mask.to(at::kFloat)).expand({batch, heads, 1, keys}).contiguous();
+    int32_t* place = places.mutable_data_ptr<int32_t>();
+    int32_t* bias = biases.mutable_data_ptr<int32_t>();
+    int32_t* count = counts.mutable_data_ptr<int32_t>();
+    for (int64_t item = 0; item < batch * heads; ++item, place += keys, bias += keys) {
+      const int64_t from = item * keys;
+      count[item] = 0;
+      for (int64_t key = 0; key < keys; ++key) {
+        const float added = logical ? 0.0f : all.const_data_ptr<float>()[from + key];
+        if (logical ? !all.const_data_ptr<bool>()[from + key] : !(added > out_of_reach)) continue;
+        const float steps = std::nearbyint(added / step);
+        place[count[item]] = static_cast<int32_t>(key);
+        bias[count[item]++] = static_cast<int32_t>(std::min(std::max(steps, -most_bias), most_bias));
+      }
+    }
+  }
+};
+
 Tensor attention(
     const Tensor& query, const Tensor& key, const Tensor& value, double scale, double query_scale, int64_t query_zero,
     int64_t query_low, int64_t query_high, double key_scale, int64_t key_zero, int64_t key_low, int64_t key_high,
     double value_scale, int64_t value_zero, int64_t value_low, int64_t value_high, double probabilities_scale,
-    int64_t probabilities_zero, int64_t probabilities_low, int64_t probabilities_high) {
+    int64_t probabilities_zero, int64_t probabilities_low, int64_t probabilities_high,
+    const std::optional<Tensor>& mask) {
   const at::AutoDispatchBelowAutograd guard;
   const at::ScalarType type = query.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
   const Tensor q = operand_tensor("query", query, type), k = operand_tensor("key", key, type);
@@ -50,6 +89,13 @@ Tensor attention(
   task.block = kernel.block;
   const Tensor out = at::detail::empty_cpu({batch, queries, heads, width}, type);
   if (out.numel() == 0) return out.to(query.scalar_type()).transpose(1, 2);
+  std::optional<Kept> kept;
+  if (mask.has_value()) {
+    kept.emplace(*mask, batch, heads, keys, single(query_scale) * single(key_scale) * single(scale));
+    task.places = kept->places.const_data_ptr<int32_t>();
+    task.counts = kept->counts.const_data_ptr<int32_t>();
+    task.biases = mask->scalar_type() == at::kBool ? nullptr : kept->biases.const_data_ptr<int32_t>();
+  }
   task.packed_bytes = kernel.packed_bytes(keys, width);
   const Tensor packed = at::detail::empty_cpu({batch * heads * task.packed_bytes}, at::kByte);
   task.packed = packed.mutable_data_ptr<uint8_t>();

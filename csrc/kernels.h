@@ -99,6 +99,11 @@ struct AttentionTask {
   float factor;  // from integer scores to the exponent of 2
   float result_scale;
   Code probabilities;
+  // What a mask leaves of the keys of every (batch, head): their places, how many, and what is added to their scores, in
+  // whole steps. Without a mask there are none of the three, and all keys are left.
+  const int32_t* places;
+  const int32_t* counts;
+  const int32_t* biases;
   uint8_t* packed;  // the packed key and value of every (batch, head), packed_bytes each
   int64_t packed_bytes;
   void* out;  // (batch, queries, heads, width)

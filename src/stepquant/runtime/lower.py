@@ -18,7 +18,7 @@ from stepquant.errors import ArtifactError, RuntimeSupportError
 from stepquant.models.attention import KeepProduct, NoFusing, rebind
 from stepquant.models.blocks.structure import roles, structure
 from stepquant.models.denoiser import device_of
-from stepquant.models.families.registry import is_declared
+from stepquant.models.families.registry import is_declared, is_generic
 from stepquant.models.families.roles import PRODUCTS
 from stepquant.models.split import find, split_concats
 from stepquant.runtime.blocks.chain import Chain
@@ -117,9 +117,10 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
     unbind(model)
     role_of, chains = roles(model), structure(model)
     keep = bool(chains.residuals)
+    stream = None if is_generic(model) else dtype  # nobody knows where an undeclared model's stream begins
     for path, module in model.named_modules():
         role = role_of.get(path, "")
-        emit = torch.float32 if role == "head" else dtype if role in INTO_STREAM else None
+        emit = torch.float32 if role == "head" else stream if role in INTO_STREAM else None
         if isinstance(module, IntegerLayer):
             module.emit, module.keeps_weight = emit, keep and role in SMALL
         if isinstance(module, IntegerLayer | IntegerProduct):

@@ -74,14 +74,6 @@ def test_every_geometry_agrees_with_exact_sums(name: str, dtype: torch.dtype) ->
         close(out, expected(layer, new, x))
 
 
-def test_taps_in_three_dimensions_multiply_codes_in_float() -> None:
-    torch.manual_seed(0)
-    layer, x = nn.Conv3d(6, 10, (2, 3, 3), padding=1), torch.randn(2, 6, 3, 5, 4)
-    new = filled(layer, grids("int8/channel uint8/tensor"), -1.3, 2.9)
-    close(new(x), expected(layer, new, x))
-    assert new.reason == "no integer kernel for taps in all three dimensions"
-
-
 @needs_integers
 @pytest.mark.parametrize(
     "name", ["odd", pytest.param("depthwise", marks=needs_groups), "uneven border", "linear"]

@@ -21,21 +21,34 @@ def heads(batch: int, count: int, tokens: int, width: int, dtype: torch.dtype, s
     return x.view(batch, tokens, count, width).transpose(1, 2)
 
 
-def doubtful_rows(q: Tensor, k: Tensor, scale: float, query: Code, key: Code, probabilities: Code) -> Tensor:
+def doubtful_rows(
+    q: Tensor, k: Tensor, scale: float, query: Code, key: Code, probabilities: Code, mask: Tensor | None
+) -> Tensor:
     """Rows in which some probability lies within 1e-5 (relative) of a rounding boundary."""
     left = reference.quantize(q, query).double() - query.zero_point
     right = reference.quantize(k, key).double() - key.zero_point
     scores = left @ right.transpose(-1, -2) * (query.scale * key.scale * scale)
-    scaled = torch.softmax(scores, -1) / probabilities.scale
+    if mask is not None:
+        step = query.scale * key.scale * scale
+        added = (
+            torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else (mask / step).round() * step
+        )
+        scores = scores + added
+    scaled = torch.softmax(scores, -1).nan_to_num() / probabilities.scale
     return (((scaled - scaled.floor()) - 0.5).abs() <= 1e-5 * (1 + scaled)).any(-1)
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, codes: tuple[Code, Code, Code, Code], most_doubtful: float = 0.05
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    codes: tuple[Code, Code, Code, Code],
+    most_doubtful: float = 0.05,
+    mask: Tensor | None = None,
 ) -> None:
     scale = q.shape[-1] ** -0.5
-    got, want = ops.attention(q, k, v, scale, *codes), reference.attention(q, k, v, scale, *codes)
-    doubtful = doubtful_rows(q, k, scale, codes[0], codes[1], codes[3])
+    got, want = ops.attention(q, k, v, scale, *codes, mask), reference.attention(q, k, v, scale, *codes, mask)
+    doubtful = doubtful_rows(q, k, scale, codes[0], codes[1], codes[3], mask)
     assert got.dtype == q.dtype
     assert got.transpose(1, 2).is_contiguous()
     assert doubtful.float().mean() <= most_doubtful
@@ -74,6 +87,54 @@ def test_keys_that_are_not_there_weigh_nothing_though_all_scores_are_alike(keys:
     got = ops.attention(q * 1e-3, k * 1e-3, v, 40**-0.5, flat, flat, SIGNED, PROBABILITIES)
     want = reference.attention(q * 1e-3, k * 1e-3, v, 40**-0.5, flat, flat, SIGNED, PROBABILITIES)
     torch.testing.assert_close(got, want, rtol=1e-2, atol=SIGNED.scale)
+
+
+def dropped(*shape: int) -> Tensor:
+    """A mask that leaves about two of three keys."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(4)) < 0.66
+
+
+MASKS = {
+    "of every sample": lambda keys: dropped(2, 1, 1, keys),
+    "of every head": lambda keys: dropped(2, 3, 1, keys),
+    "the first keys": lambda keys: (torch.arange(keys) < keys // 2)[None, None, None],
+    "everything": lambda keys: torch.ones(1, 1, 1, keys, dtype=torch.bool),
+    "nothing of one sample": lambda keys: (
+        dropped(2, 1, 1, keys) & torch.tensor([True, False])[:, None, None, None]
+    ),
+    "added": lambda keys: torch.randn(2, 1, 1, keys, generator=torch.Generator().manual_seed(5)),
+    "added, far away": lambda keys: dropped(2, 3, 1, keys).float() * 10000 - 10000,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("keys", [7, 64, 77])
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_of_keys(name: str, keys: int, dtype: torch.dtype) -> None:
+    q, k, v = (heads(2, 3, tokens, 40, dtype, seed) for seed, tokens in ((1, 19), (2, keys), (3, keys)))
+    mask = MASKS[name](keys)
+    check(q, k, v, (SHIFTED, SIGNED, SHIFTED, PROBABILITIES), 0.2, mask)
+    if mask.dtype == torch.bool and mask.shape[:2] == (1, 1):  # the same bytes as of what is left alone
+        left = mask[0, 0, 0]
+        codes = (0.2, SHIFTED, SIGNED, SHIFTED, PROBABILITIES)
+        alone = ops.attention(q, k[:, :, left], v[:, :, left], *codes)
+        assert torch.equal(ops.attention(q, k, v, *codes, mask), alone)
+
+
+def test_a_query_that_may_read_nothing_returns_nothing() -> None:
+    q, k, v = (heads(1, 2, 9, 16, torch.float32, seed) for seed in (1, 2, 3))
+    codes = (0.2, SIGNED, SIGNED, SIGNED, PROBABILITIES)
+    for nothing in (torch.zeros(1, 1, 1, 9, dtype=torch.bool), torch.full((1, 1, 1, 9), -1e4)):
+        assert not ops.attention(q, k, v, *codes, nothing).any()
+        assert not reference.attention(q, k, v, *codes, nothing).any()
+
+
+def test_a_mask_that_does_not_fit_is_refused() -> None:
+    q = heads(1, 2, 9, 16, torch.float32, 1)
+    with pytest.raises(RuntimeError, match="a mask is expected"):
+        ops.attention(
+            q, q, q, 0.2, SIGNED, SIGNED, SIGNED, PROBABILITIES, torch.ones(1, 1, 9, 9, dtype=torch.bool)
+        )
 
 
 @pytest.mark.parametrize("zero_points", [(0, 0, 0), (255, 255, 255), (0, 255, 128), (255, 0, 3)])

@@ -36,5 +36,10 @@ def family_of(model: nn.Module) -> Family:
     return found
 
 
+def is_generic(model: nn.Module) -> bool:
+    """Whether it denoises, and nobody declared it."""
+    return not is_declared(model) and generic(model) is not None
+
+
 def is_declared(model: nn.Module) -> bool:
     return type(model).__name__ in declared()

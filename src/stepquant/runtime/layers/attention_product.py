@@ -78,11 +78,11 @@ class IntegerProduct(Stored[PreparedProduct]):
         return device_for(device).why_no_attention(device)
 
     def why_not(
-        self, q: Tensor, _k: Tensor, _v: Tensor, mask: Tensor | None = None, *_: object
+        self, _q: Tensor, k: Tensor, _v: Tensor, mask: Tensor | None = None, *_: object
     ) -> str | None:
         """Why these operands are not multiplied as integers; None if they are."""
-        if self.reason is None and mask is not None:
-            return "no integer kernel takes a mask: the codes are multiplied in float32"
+        if self.reason is None and mask is not None and not is_of_keys(mask, k.shape[2]):
+            return "no integer kernel takes a mask that differs by query: the codes are multiplied in float32"
         return self.reason
 
     def forward(
@@ -91,7 +91,9 @@ class IntegerProduct(Stored[PreparedProduct]):
         codes = self.codes
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         if self.why_not(q, k, v, mask) is None:
-            return self.shifted(ops.attention(q, k, v, scale, *codes), v, codes)
+            left = None if mask is None else mask[:, :, :1]
+            out = ops.attention(q, k, v, scale, codes[0], codes[1], codes[2], codes[3], left)
+            return self.shifted(out, v, codes)
         return self.shifted(product_in_float32(q, k, v, mask, scale, codes), v, codes)
 
     def shifted(self, out: Tensor, v: Tensor, codes: tuple[Code, ...]) -> Tensor:
@@ -103,6 +105,11 @@ class IntegerProduct(Stored[PreparedProduct]):
             value.scale * self.get_buffer("probabilities_shift")
         )
         return out + total.to(out.dtype)
+
+
+def is_of_keys(mask: Tensor, keys: int) -> bool:
+    """Whether a mask (batch or 1, heads or 1, ..., keys) says the same to every query."""
+    return mask.ndim == 4 and mask.shape[3] == keys and (mask.shape[2] == 1 or mask.stride(2) == 0)
 
 
 def product_in_float32(
@@ -120,7 +127,10 @@ def product_in_float32(
         if mask is not None:
             there = mask[part]
             scores = scores.masked_fill(~there, -torch.inf) if mask.dtype == torch.bool else scores + there
-        out[part] = centred(scores.softmax(-1), probabilities) @ values[part[:2]]
+        shares = scores.softmax(-1)
+        if mask is not None and mask.dtype == torch.bool:  # a query that reads nothing returns 0
+            shares = shares.masked_fill(~mask[part].any(-1, keepdim=True), 0.0)
+        out[part] = centred(shares, probabilities) @ values[part[:2]]
     return (out * (probabilities.scale * value.scale)).to(q.dtype)
 
 

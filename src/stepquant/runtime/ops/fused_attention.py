@@ -8,6 +8,9 @@ from torch import Tensor
 from stepquant.runtime.ops.code import Code, centred, single
 from stepquant.runtime.ops.operation import Operation
 
+OUT_OF_REACH = -5000.0  # a bias: no float32 holds the share of its key beside that of one without
+MOST_BIAS = 2.0**29  # in steps of a score
+
 
 @Operation
 def attention(
@@ -19,17 +22,28 @@ def attention(
     key_code: Code,
     value_code: Code,
     probabilities_code: Code,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """softmax(query key^T * scale) value in integers, for (batch, heads, tokens, width) of any strides.
+    """softmax(query key^T * scale + mask) value in integers, for (batch, heads, tokens, width) of any strides.
 
     The result has the dtype of `query` and the memory of (batch, tokens, heads, width), so that
     `.transpose(1, 2).flatten(2)` is a view. The probabilities' zero point must be 0.
+    A mask of keys (batch or 1, heads or 1, 1, keys) says which of them a query reads, or what is added to their scores,
+    in whole steps of these; one of at most OUT_OF_REACH leaves a key out. A query that reads none returns 0.
     """
     scores = centred(query, query_code) @ centred(key, key_code).transpose(-1, -2)
-    # The distance to the row's maximum is taken on integers, where it is exact.
-    distance = (scores - scores.amax(-1, keepdim=True)).float()
     factor = single(query_code.scale) * single(key_code.scale) * single(scale)
-    shares = torch.softmax(distance * factor, dim=-1)
+    left = None if mask is None else mask if mask.dtype == torch.bool else mask > OUT_OF_REACH
+    if mask is not None and left is not mask:
+        scores = scores + (mask.float() / factor).round().clamp(-MOST_BIAS, MOST_BIAS).to(scores.dtype)
+    if left is not None:
+        scores = scores.masked_fill(~left, -2 * MOST_BIAS)
+    # The distance to the row's maximum is taken on integers, where it is exact.
+    distance = (scores - scores.amax(-1, keepdim=True)).float() * factor
+    if left is None:
+        shares = torch.softmax(distance, dim=-1)
+    else:  # where nothing is left the softmax is 0 / 0
+        shares = torch.softmax(distance.masked_fill(~left, -torch.inf), dim=-1).masked_fill(~left, 0.0)
     products = centred(shares, probabilities_code) @ centred(value, value_code)
     result = products.float() * (single(probabilities_code.scale) * single(value_code.scale))
     batch, heads, tokens, width = query.shape
