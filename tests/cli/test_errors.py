@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DiTTransformer2DModel, PriorTransformer
+from diffusers import DDIMPipeline, DDIMScheduler, DiTTransformer2DModel, VQModel
 from safetensors.torch import load_file, save_file
 
 from stepquant.cli import main
@@ -96,10 +96,8 @@ def test_pickled_weights_are_not_loaded(pipeline: DDIMPipeline, tmp_path: Path, 
 def test_models_that_are_not_there_or_not_supported(tmp_path: Path, fails: Fails) -> None:
     assert "cifar10-features" not in fails("generate", "nowhere")
     assert "no such artifact" in fails("report", tmp_path / "nowhere")
-    DDIMPipeline(
-        PriorTransformer(num_attention_heads=1, attention_head_dim=8, num_layers=1), DDIMScheduler()
-    ).save_pretrained(tmp_path / "prior")
-    assert "PriorTransformer are not supported" in fails("generate", tmp_path / "prior")
+    DDIMPipeline(VQModel(block_out_channels=(32,)), DDIMScheduler()).save_pretrained(tmp_path / "coder")
+    assert "VQModel are not supported" in fails("generate", tmp_path / "coder")
 
 
 def test_a_pipeline_that_asks_its_model_for_nothing_needs_one_that_can_do_without(

@@ -18,8 +18,8 @@ import torch
 from stepquant.cli import main
 from stepquant.cli.interrupt import Interrupted, heeding, keeping
 
-WORDS = ("--method", "minmax", "--steps", "25", "--samples", "256")
-FIELDS = ("--set", "batch=8", "--set", "trajectories=256")  # recordings in many shards
+WORDS = ("--method", "minmax", "--steps", "12", "--samples", "128")
+FIELDS = ("--set", "batch=8", "--set", "trajectories=128")  # recordings in many shards
 # Methods that fit blocks, by the stage that they are killed in.
 BLOCKS = {
     "steps": ("--method", "brecq", "--set", "step_iterations=3"),

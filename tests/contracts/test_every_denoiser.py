@@ -92,6 +92,8 @@ def make(name: str, folder: Path) -> Made:
     denoiser = observed(Denoiser(model), arguments)
     data = calibrated(denoiser, arguments, folder)
     exact = predicted(model, folder)
+    assert exact.isfinite().all()
+    assert exact.any(), "a prediction of zeros would hide what quantizing does"
     with torch.no_grad(), insert(denoiser, scheme("w8a8")) as network:
         set_weight_ranges(network, minmax)
         set_input_ranges(network, data, minmax)

@@ -27,7 +27,7 @@ from stepquant.models.hooks import context_names, listening
 from stepquant.models.sampling import Enough, Sampling, check_steps, scheduler_of
 from stepquant.progress import Progress, Silent
 
-FORMAT = 2
+FORMAT = 3
 MEMORY = 4 << 30
 
 

@@ -151,7 +151,8 @@ def part_roles(module: nn.Module) -> dict[str, str]:
     roles = dict(PARTS.get(type(module), {}))
     if not isinstance(module, PRODUCTS):
         return roles
-    beside = getattr(module, "added_kv_proj_dim", None) is not None
+    of_unets = isinstance(module, attention_processor.Attention)
+    beside = of_unets and getattr(module, "added_kv_proj_dim", None) is not None
     if getattr(module, "is_cross_attention", False) and not beside and "to_k" in roles:
         roles |= {"to_k": "k_text", "to_v": "v_text"}
     if (
