@@ -81,21 +81,32 @@ def by_path(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 @compiled
-def test_a_masked_attention_is_float_and_says_so() -> None:
-    """Its product has an integer kernel and gives no reason against it, until it is called with a mask."""
+def test_a_mask_that_differs_by_query_is_float_and_says_so() -> None:
+    """Its product has an integer kernel and gives no reason against it, also with a mask of keys."""
     source, lowered, arguments = conditional_twins(scheme("w8a8"))
     open_rows = by_path(coverage(source, lowered, arguments))
-    mask = torch.tensor([[1.0, 1, 1, 1, 0, 0, 0]])
-    rows = by_path(coverage(source, lowered, arguments | {"encoder_attention_mask": mask}))
-    assert {path: row["macs"] for path, row in rows.items()} == {
-        p: row["macs"] for p, row in open_rows.items()
-    }
+    keys = torch.tensor([[1.0, 1, 1, 1, 0, 0, 0]])
+    rows = by_path(coverage(source, lowered, arguments | {"encoder_attention_mask": keys}))
+    assert rows == open_rows
+
+    paths = [path for path in source.products() if path.endswith("attn2")]
+    for path in paths:
+        attention = lowered.model.get_submodule(path)
+        attention.register_forward_pre_hook(of_queries, with_kwargs=True)
+    rows = by_path(coverage(source, lowered, arguments))
+    assert {p: row["macs"] for p, row in rows.items()} == {p: row["macs"] for p, row in open_rows.items()}
     changed = {path for path, row in rows.items() if row["integer"] != open_rows[path]["integer"]}
-    assert changed == {path for path in source.products() if path.endswith("attn2")} != set()
+    assert changed == set(paths) != set()
     for path in changed:
         assert (rows[path]["integer"], rows[path]["kernel"]) == (False, "")
         assert "mask" in rows[path]["reason"]
         assert open_rows[path]["kernel"] == "attention"
+
+
+def of_queries(_: Any, args: Any, kwargs: Any) -> Any:
+    """A mask that differs by query for an attention to a text."""
+    x, text = args[0], kwargs["encoder_hidden_states"]
+    return args, kwargs | {"attention_mask": torch.randn(len(x), x.shape[1], text.shape[1])}
 
 
 def test_work_of_integers_is_that_of_the_float_model() -> None:
