@@ -70,7 +70,8 @@ STEPQUANT_INLINE void encode_row(const T* x, int64_t width, const Code& code, in
 
 template <class Dot, class T>
 void pack_keys(
-    const AttentionTask& task, int64_t batch, int64_t head, const Left& left, const Layout<Dot>& layout, uint8_t* packed) {
+    const AttentionTask& task, int64_t batch, int64_t head, const Left& left, const Layout<Dot>& layout,
+    uint8_t* packed) {
   int32_t* words = reinterpret_cast<int32_t*>(packed);
   Scratch scratch(layout.score_words * 4);
   int32_t* row = scratch.take<int32_t>(layout.score_words);
@@ -102,7 +103,8 @@ void correct_keys(const AttentionTask& task, const Left& left, const Layout<Dot>
 
 template <class Dot, class T>
 void pack_values(
-    const AttentionTask& task, int64_t batch, int64_t head, const Left& left, const Layout<Dot>& layout, uint8_t* packed) {
+    const AttentionTask& task, int64_t batch, int64_t head, const Left& left, const Layout<Dot>& layout,
+    uint8_t* packed) {
   int32_t* words = reinterpret_cast<int32_t*>(packed + layout.key_bytes() + layout.correction_bytes());
   for (int64_t key = 0; key < layout.keys; key += Dot::per_word) {
     for (int64_t i = 0; i < layout.value_words; i += lanes) {
