@@ -39,12 +39,12 @@ def test_the_model_stays_float_and_integers_move_by_more_than_one(source: Source
 
 
 def test_fields_change_what_they_say(source: Source) -> None:
-    plain, ordered, split, shifted = (
-        run(source, **o) for o in ({}, {"act_order": True}, {"split": True}, {"bias": True})
+    plain, ordered, shifted = (
+        run(source, **o) for o in ({}, {"act_order": True, "split": True}, {"bias": True})
     )
     path = "mid_block.resnets.0.conv1"
     assert not torch.equal(plain.tensors[f"{path}.weight"], ordered.tensors[f"{path}.weight"])
-    assert split.splits
+    assert ordered.splits
     assert not plain.splits
     assert torch.equal(plain.tensors[f"{path}.weight"], shifted.tensors[f"{path}.weight"])
     assert torch.equal(plain.tensors[f"{path}.bias"], source.pipeline.unet.get_submodule(path).bias)
