@@ -95,40 +95,6 @@ class CalibSet:
         return torch.cat([batch.trajectory for batch in self.batches(256)])
 
 
-def flatten(arguments: Mapping[str, Any] | Sequence[Any], prefix: str = "") -> dict[str, Tensor]:
-    """Tensors of nested arguments under dotted names; the places of a list are numbers."""
-    return {name: value for name, value in leaves(arguments, prefix) if isinstance(value, Tensor)}
-
-
-def leaves(arguments: Mapping[str, Any] | Sequence[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All values of nested arguments under dotted names."""
-    pairs = arguments.items() if isinstance(arguments, Mapping) else enumerate(arguments)
-    for name, value in pairs:
-        if isinstance(value, Mapping | list | tuple):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        *heads, last = name.split(".")
-        place = nested
-        for head in heads:
-            place = place.setdefault(head, {})
-        place[last] = value
-    return {name: listed(value) for name, value in nested.items()}
-
-
-def listed(value: Any) -> Any:
-    """Tables whose names are numbers become lists."""
-    if not isinstance(value, dict):
-        return value
-    inner = {name: listed(one) for name, one in value.items()}
-    return [inner[name] for name in sorted(inner, key=int)] if all(map(str.isdecimal, inner)) else inner
-
-
 def check_finite(x: Tensor, steps: Tensor) -> None:
     bad = ~torch.isfinite(x.flatten(1)).all(1)
     if bad.any():
