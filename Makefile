@@ -1,4 +1,4 @@
-# make demo | make test | make setup | make format | make torture.  Other Python: make PYTHON=python3.12 test
+# make demo | make test | make setup | make format | make docs | make dist | make torture.  Other Python: make PYTHON=python3.12 test
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 READY := $(VENV)/.ready
 CPP := $(wildcard csrc/*.h csrc/*.cpp)
 
-.PHONY: demo test setup format sanitize torture clean
+.PHONY: demo test setup format docs dist sanitize torture clean
 
 demo: setup
 	$(BIN)/stepquant demo
@@ -37,6 +37,18 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	$(PIP) install --quiet --no-build-isolation --editable ".[dev]"
 	@$(BIN)/python -c 'from stepquant.runtime.ops import compiled; print("C++ kernels:", "built" if compiled() else "not built, plain torch instead")'
 	touch $@
+
+# Pages of docs/ and of the docstrings: build/docs/index.html.
+docs: setup
+	$(PIP) install --quiet "pip>=25.1"
+	$(PIP) install --quiet --group docs
+	$(BIN)/python -m mkdocs build --strict
+
+# dist/: an sdist, and the wheel that is built from it, with kernels for this machine's kind and the pinned torch.
+dist: setup
+	$(PIP) install --quiet "pip>=25.1"
+	$(PIP) install --quiet --group release
+	$(BIN)/python -m build --no-isolation
 
 # Long: random kills, damaged artifacts, shared caches, random shapes. Each prints one line; see docs/torture.md.
 torture: setup

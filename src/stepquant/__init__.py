@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
+from stepquant.version import TORCH
 from stepquant.version import __version__ as __version__
 
 
@@ -24,6 +26,16 @@ _ran = sys.argv[:1] == ["-m"] and ("-m", "stepquant") in zip(sys.orig_argv, sys.
 _ran = _ran or os.path.basename(sys.argv[0] if sys.argv else "") == "stepquant"
 if _ran and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, leave)  # until the command line listens itself
+
+import torch  # noqa: E402
+
+if torch.__version__.partition("+")[0] != TORCH:  # said before anything else can fail of it
+    warnings.warn(
+        f"stepquant {__version__} is made for torch {TORCH}, and this is {torch.__version__}: C++ kernels that were "
+        f"compiled for another torch are left out, which is slower, and nothing is tested with it; "
+        f"pip install torch=={TORCH}",
+        stacklevel=2,
+    )
 
 from stepquant import hub  # noqa: E402, F401 - registers with diffusers
 from stepquant.errors import StepquantError  # noqa: E402

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from torch import Generator, Tensor
 
 from stepquant.calib.pick import every
@@ -27,9 +28,15 @@ from stepquant.fit.weights import (
     step_groups,
     weigh_block,
 )
+from tests.conftest import make_one_level
 from tests.fit.conftest import Bench
 
 SETTINGS = Weighing(rounds=30, batch=8, inner=0.05, groups=3, group_batch=4)
+
+
+@pytest.fixture
+def unet() -> UNet2DModel:
+    return make_one_level()
 
 
 class Toy:
@@ -198,12 +205,12 @@ def test_validation_records_are_as_many_of_every_step(source: Source) -> None:
 def test_a_block_gets_weights_with_mean_one(bench: Bench) -> None:
     steps = bench.data.steps()
     settings = Weighing(rounds=3, batch=6, groups=3)
-    piece, sample = next((p, s) for p, s in bench.samples() if p.path == "down_blocks.1.resnets.0")
+    piece, sample = next((p, s) for p, s in bench.samples() if p.path == "down_blocks.0.resnets.0")
     bench.network.switch(weights=True, inputs=False)
     found = weigh_block(bench.network, piece, sample, 0, steps=steps, settings=settings)
     assert float(found[sample.train].mean()) == pytest.approx(1, abs=1e-5)
     assert found[sample.train].std() > 0
-    assert bench.network.layers["down_blocks.1.resnets.0.conv1"].rounding is None
+    assert bench.network.layers["down_blocks.0.resnets.0.conv1"].rounding is None
 
 
 def test_without_meta_steps_the_result_is_that_of_no_weights_bit_for_bit(bench: Bench, tmp_path) -> None:  # type: ignore[no-untyped-def]

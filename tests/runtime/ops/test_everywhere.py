@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import stepquant
 from stepquant.core import affine
 from stepquant.core.grid import Grid
 from stepquant.runtime import ops
 from stepquant.runtime.ops import Code
+from stepquant.version import TORCH
 from tests.runtime import reference
 from tests.runtime.ops.examples import CODE, arguments
 
@@ -112,6 +117,39 @@ def test_an_extension_that_does_not_load_says_why(tmp_path: Path) -> None:
     assert str(bogus) in run.stdout, "the loader's own reason"
     assert "pip install --no-build-isolation" in run.stdout
     assert "compiler" not in run.stdout
+
+
+def test_kernels_for_another_torch_are_not_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Loading them could find every symbol, and crash later; what they were built for stands in the file."""
+    bogus = tmp_path / "_C.so"
+    bogus.write_bytes(b"\0The compiled operations of stepquant, built for torch 2.1.0\0\7")
+    assert ops.torch_of(bogus) == "2.1.0"
+    found = importlib.util.spec_from_file_location("stepquant._C", bogus)
+    monkeypatch.setattr(ops, "find_spec", lambda name: found)
+    monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail("loaded"))
+    why = ops._load()
+    assert why is not None
+    assert f"another torch than {torch.__version__} (they want torch 2.1.0)" in why
+
+
+@needs_extension
+def test_these_kernels_say_what_they_were_built_for() -> None:
+    assert ops.torch_of(Path(importlib.import_module("stepquant._C").__file__)) == TORCH
+
+
+@pytest.mark.parametrize(
+    ("installed", "warned"), [("2.14.0+cpu", True), (TORCH, False), (f"{TORCH}+cpu", False)]
+)
+def test_another_torch_is_said_at_import(
+    installed: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", installed)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        runpy.run_path(stepquant.__file__)
+    mine = [str(one.message) for one in said if "is made for torch" in str(one.message)]
+    assert len(mine) == warned
+    assert all(f"torch {TORCH}, and this is {installed}" in one for one in mine)
 
 
 @pytest.mark.parametrize("text", ["int8/tensor", "uint8/tensor", "int4/tensor/asym", "uint4/tensor"])

@@ -8,6 +8,9 @@ either dtype.
 from __future__ import annotations
 
 import importlib
+import re
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -47,17 +50,31 @@ __all__ = [
 
 def _load() -> str | None:
     """Why there are no kernels; None where there are."""
+    found = find_spec("stepquant._C")
+    if found is None or found.origin is None:
+        return "the C++ kernels are not built (no compiler at install?)"
+    built_for, here = torch_of(Path(found.origin)), str(torch.__version__).partition("+")[0]
+    if built_for not in (None, here):  # the loader may find every symbol, and what lies behind them has moved
+        return _other_torch(f"they want torch {built_for}")
     try:
         importlib.import_module("stepquant._C")
-    except ModuleNotFoundError:
-        return "the C++ kernels are not built (no compiler at install?)"
     except ImportError as error:
-        return (
-            f"the C++ kernels were built for another torch than {torch.__version__} "
-            f"({' '.join(str(error).split())[:200]}): in stepquant's source, rebuild them with "
-            "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir ."
-        )
+        return _other_torch(" ".join(str(error).split())[:200])
     return None
+
+
+def torch_of(kernels: Path) -> str | None:
+    """The torch that a compiled module was built for, as the file itself says, which is not loaded for it."""
+    found = re.search(rb"stepquant, built for torch ([0-9a-z.]+)", kernels.read_bytes())
+    return found[1].decode() if found else None
+
+
+def _other_torch(reason: str) -> str:
+    return (
+        f"the C++ kernels were built for another torch than {torch.__version__} ({reason}): "
+        "in stepquant's source, rebuild them with "
+        "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir ."
+    )
 
 
 _WHY_PLAIN = _load()
