@@ -119,4 +119,4 @@ def test_a_model_whose_time_block_is_another_is_named(source: Source) -> None:
     source.pipeline.unet = make_unet()
     source.pipeline.unet.mid_block.resnets[0].time_embedding_norm = "scale_shift"
     with pytest.raises(MethodError, match="no time embedding of the declared kind"):
-        made(source, scheme("w8a8"))
+        made(source, scheme("w8a8"), time="reconstruct")
