@@ -27,17 +27,10 @@ from stepquant.quant.insert import insert
 from stepquant.quant.schemes import scheme
 from stepquant.runtime.lower import lower
 from tests.contracts.smallest import made, plan_for, smallest
-from tests.models.steered import SAMPLING, STEPS, Steered
-from tests.models.tiny import CASES
+from tests.models.steered import STEPS, source_of
 
 # A stem that reads all samples as one list, frames and tokens folded into the batch, text beside the image.
 REPLAYED = ("pixart", "z_image", "sd3_dual", "flux", "cogvideox", "latte")
-
-
-def source_of(name: str, folder: Path) -> Source:
-    torch.manual_seed(0)
-    model, given, _ = CASES[name]()
-    return Source(Steered(model, given), SAMPLING, batch=4, cache=folder)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,11 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from stepquant.calib.record import Source
 from stepquant.models.call import Call
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import Sampling
+from tests.models.tiny import CASES
 
 STEPS = 4
 SAMPLING = Sampling(STEPS, prompts=(Call.of({}),))
@@ -40,6 +43,13 @@ class Steered:
             time = (self.given[t] * share).to(self.given[t].dtype)
             self.denoiser.predict({**self.given, x: state, t: time})
         return SimpleNamespace(images=torch.zeros(1, 3, 2, 2))
+
+
+def source_of(name: str, folder: Path) -> Source:
+    """Records of the tiny model of that name."""
+    torch.manual_seed(0)
+    model, given, _ = CASES[name]()
+    return Source(Steered(model, given), SAMPLING, batch=4, cache=folder)
 
 
 def noisy(x: Tensor, generator: torch.Generator) -> Tensor:

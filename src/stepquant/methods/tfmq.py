@@ -76,7 +76,8 @@ class TFMQ(StridedMethod):
         chains = self.chains_of(denoiser, data, source)
         table, tabled = None, None
         if chains is None:
-            table, tabled = vars(table_time(denoiser, data, steps.times)).values()
+            decided = table_time(denoiser, data, steps.times)
+            table, tabled = decided.values, decided.shapes
             plan = plan.with_rules([replace(TABLED, roles=("*",), path=path) for path in tabled])
         elif self.time == "table":
             table = time_table(denoiser, chains, steps.times.float())
