@@ -79,9 +79,8 @@ def sample_of(streams: Streams, piece: Piece) -> Sample:
     return Sample(floats, floats, targets, *hold_out(streams.records, 0.25))
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen_image"])
-def test_a_joint_block_is_fitted_to_both_of_its_streams(name: str, tmp_path: Path) -> None:
-    with streams_of(source_of(name, tmp_path), trajectories=4) as streams:
+def test_a_joint_block_is_fitted_to_both_of_its_streams(tmp_path: Path) -> None:
+    with streams_of(source_of("qwen_image", tmp_path), trajectories=4) as streams:
         piece = next(one for one in streams.pieces if one.path == "transformer_blocks.0")
         given = piece.arguments.join([torch.ones(1)] * sum(map(bool, piece.arguments.rows)))
         rows = {
@@ -105,13 +104,10 @@ def test_a_joint_block_is_fitted_to_both_of_its_streams(name: str, tmp_path: Pat
         assert learner.held_loss(sample) == pytest.approx(report.hard)
 
 
-# A transformer, joint and single blocks, a video, a sound, a U-Net with a text: two of them for each method.
-KINDS = ("class_transformer", "flux", "text_to_image", "cogvideox", "stable_audio")
-PAIRS = [
-    (method, KINDS[(number + other) % len(KINDS)])
-    for number, method in enumerate(methods.names())
-    for other in (0, 1)
-]
+# A transformer, joint and single blocks, a video and a sound take turns; U-Nets run all methods in test_methods_bytes.py.
+KINDS = ("class_transformer", "flux", "cogvideox", "stable_audio")
+PAIRS = [(method, KINDS[number % len(KINDS)]) for number, method in enumerate(methods.names())]
+PAIRS.append(("d2dpm", "text_to_image"))
 REFUSED = {"tac": "needs an unconditional pipeline"}
 
 

@@ -70,6 +70,9 @@ class TFMQ(StridedMethod):
     )
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
+        if self.time == "reconstruct" and "time" in self.model_fields_set:
+            time_chains(denoiser)  # what was asked for cannot be had: said before anything is recorded
+
         # The finite set: every t that the sampler feeds to the network, in intervals of neighbours.
         steps = StepTable.of(source.times(), self.intervals)
         data = source.record(self.picks(source.steps))
@@ -106,8 +109,7 @@ class TFMQ(StridedMethod):
 
     def chains_of(self, denoiser: Denoiser, data: CalibSet, source: Source) -> Structure | None:
         """The layers behind t, where they are a time block that can be fitted or tabled apart."""
-        asked = self.time == "reconstruct" and "time" in self.model_fields_set
-        if not has_time_block(denoiser) and not asked:
+        if not has_time_block(denoiser):
             source.progress.note(MODULATED)
             return None
         chains = time_chains(denoiser)
