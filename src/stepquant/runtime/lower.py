@@ -23,8 +23,7 @@ from stepquant.models.families.roles import PRODUCTS
 from stepquant.models.split import find, split_concats
 from stepquant.runtime.blocks.chain import Chain
 from stepquant.runtime.blocks.install import bind, install, look_up
-from stepquant.runtime.blocks.tabled import TabledLayer, put_tabled
-from stepquant.runtime.blocks.time_rows import TableColumn, Tabled, TimeRows
+from stepquant.runtime.blocks.time_rows import TableColumn, Tabled, TabledLayer, TimeRows, put_tabled
 from stepquant.runtime.cpu.replay import Replay
 from stepquant.runtime.intact import check_steps, own_bounds
 from stepquant.runtime.layers.attention_product import IntegerProduct
