@@ -119,17 +119,24 @@ class StepSpec:
     times: int  # values of t that are known
     groups: int = 1  # rows of the ranges
     table: int = 0  # columns of what the time embedding becomes; 0: computed as ever
+    # Layer -> shape of its part of those columns, by path; none where nothing reads what it returns. Without
+    # any entry, the columns are what residual blocks add.
+    tabled: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     channels: int = 0  # of the correction; 0: none
     noise: str = "none"  # what becomes of the correction's variance
 
-    def to_json(self) -> dict[str, int | str]:
-        return asdict(self)
+    def to_json(self) -> dict[str, Any]:
+        tabled = {path: list(shape) for path, shape in sorted(self.tabled.items())}
+        return asdict(self) | {"tabled": tabled}
 
     @classmethod
     def from_json(cls, data: Any, where: str = "steps") -> StepSpec:
         sizes = {"groups": integer(1), "table": integer(0), "channels": integer(0)}
         noise = one_of("none", "absorb", "sample")
-        return cls(**entries(data, where, {"times": integer(1)}, {**sizes, "noise": noise}))
+        allowed = {**sizes, "noise": noise, "tabled": table_of(list_of(integer(1), 0))}
+        found = entries(data, where, {"times": integer(1)}, allowed)
+        tabled = {path: tuple(shape) for path, shape in sorted(found.get("tabled", {}).items())}
+        return cls(**found | {"tabled": tabled})
 
 
 @dataclass(frozen=True)

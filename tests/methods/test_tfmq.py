@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from stepquant import methods
+from stepquant import hub, methods
 from stepquant.artifact import Artifact
+from stepquant.calib.pick import every
 from stepquant.calib.record import Source
 from stepquant.core.grid import Grid
 from stepquant.core.steps import StepTable
-from stepquant.errors import MethodError
+from stepquant.errors import MethodError, RuntimeSupportError
 from stepquant.evaluate.trajectory.time_confusion import confusion
-from stepquant.fit.time_block import TimeBlock, time_chains
+from stepquant.fit.time_block import ROLES, TimeBlock, time_chains
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.plan import Plan, Rule
 from stepquant.quant.schemes import scheme
 from stepquant.runtime.lower import lower
 from tests.conftest import make_unet
+from tests.models.steered import source_of
 
 TINY = {
     "trajectories": 2,
@@ -89,6 +92,41 @@ def test_the_table_is_without_confusion_and_has_no_layers(source: Source) -> Non
     assert not [path for path in artifact.layers if "time" in path]
 
 
+def test_where_t_enters_by_modulation_the_table_is_the_modulation(tmp_path: Path) -> None:
+    """It has no layers; what is saved and loaded reads it, sample by sample, and refuses a t without a row."""
+    source = source_of("qwen_image", tmp_path)
+    denoiser = source.pipeline.denoiser
+    alone = [path for path, role in denoiser.sites().items() if role in ROLES]
+    artifact = made(source, scheme("w4a8"))
+    assert artifact.steps is not None
+    assert set(artifact.steps.tabled) == set(alone)
+    assert not set(artifact.layers) & set(alone)
+    assert not artifact.steps.tabled["time_text_embed.timestep_embedder.linear_2"], "only modulations read it"
+
+    calls = [records.arguments for records in source.record(every(1, range(3))).batches(3)]  # at several t
+    with torch.no_grad():
+        exact = [denoiser.predict(call) for call in calls]
+        hub.attach(denoiser.model, artifact)
+        made_here = [denoiser.predict(call) for call in calls]
+        denoiser.model.save_pretrained(tmp_path / "saved")
+        loaded = Denoiser(type(denoiser.model).from_pretrained(tmp_path / "saved"))
+        for call, here, want in zip(calls, made_here, exact):
+            assert torch.equal(loaded.predict(call), here)
+            assert (here - want).norm() < 0.1 * want.norm()
+        with pytest.raises(RuntimeSupportError, match="no entry for that t|no entry for t"):
+            loaded.predict({**calls[0], "timestep": calls[0]["timestep"] + 0.01})
+
+
+def test_what_is_tabled_follows_t_alone(tmp_path: Path) -> None:
+    """A class enters the modulation of a DiT, whose embedding of t is left."""
+    source = source_of("class_transformer", tmp_path)
+    steps = made(source, scheme("w4a8")).steps
+    assert steps is not None
+    assert all("timestep_embedder" in path for path in steps.tabled)
+    with pytest.raises(MethodError, match="no time embedding of the declared kind"):
+        made(source, scheme("w4a8"), time="reconstruct")
+
+
 def test_every_interval_has_ranges_of_its_own(source: Source) -> None:
     artifact = made(source, narrow_time(), intervals=3)
     assert artifact.steps is not None
@@ -119,4 +157,4 @@ def test_a_model_whose_time_block_is_another_is_named(source: Source) -> None:
     source.pipeline.unet = make_unet()
     source.pipeline.unet.mid_block.resnets[0].time_embedding_norm = "scale_shift"
     with pytest.raises(MethodError, match="no time embedding of the declared kind"):
-        made(source, scheme("w8a8"))
+        made(source, scheme("w8a8"), time="reconstruct")

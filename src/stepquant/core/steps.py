@@ -64,8 +64,11 @@ class StepCorrection:
     variance: Tensor
     noise: str = "none"
 
-    def __call__(self, predicted: Tensor, places: Tensor) -> Tensor:
-        """The corrected prediction of samples at these places of the table."""
+    def __call__(self, predicted: Tensor, places: Tensor, channels: int = 1) -> Tensor:
+        """The corrected prediction of samples at these places of the table; its channels are on that axis."""
         shape = (len(places), -1) + (1,) * (predicted.ndim - 2)
-        scale, bias = (rows[places].reshape(shape).to(predicted.device) for rows in (self.scale, self.bias))
+        scale, bias = (
+            rows[places].reshape(shape).movedim(1, channels).to(predicted.device)
+            for rows in (self.scale, self.bias)
+        )
         return (predicted.float() * scale + bias).to(predicted.dtype)

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from stepquant.calib.calibset import CalibSet
 from stepquant.errors import CalibrationError
 from stepquant.fit.journal import Journal
 from stepquant.fit.learner import Sample, Schedule, watch_layers, watched_layers
 from stepquant.fit.reconstruct import Report, reconstruct
-from stepquant.fit.streams import Allocation, Piece, Shape, Streams, Table
+from stepquant.fit.shape import Shape
+from stepquant.fit.streams import Allocation, Piece, Streams, Table
 from stepquant.progress import Progress, Silent
 from stepquant.quant.insert import Inserted
 
@@ -101,9 +101,7 @@ def layer_targets(streams: Streams, piece: Piece, floats: Table) -> Table | None
     if not layers:
         return None
     streams.network.switch(weights=False, inputs=False)
-    table = Allocation(
-        streams, Shape(tree_flatten([0] * len(layers))[1], (None,) * len(layers), (True,) * len(layers))
-    )
+    table = Allocation(streams, Shape.of_list([1] * len(layers)))
     with torch.no_grad():
         for rows in streams.slices():
             table.put(rows, watch_layers(piece, layers, floats.take(rows)).layers)

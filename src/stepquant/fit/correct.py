@@ -77,20 +77,21 @@ def measure(
     batch: int = 32,
 ) -> Moments:
     """Moments of both models' predictions at every step, on the records of that step."""
-    found = []
+    found, axis = [], denoiser.family.channels
     for _, records in progress.track(by_row(data, table), "prediction errors", table.groups):
         pairs = []
         with torch.no_grad():
             for part in records.batches(batch):
                 pairs.append([model.predict(part.arguments).cpu() for model in (denoiser, quantized)])
-        found.append(Moments.of(*(torch.cat(side) for side in zip(*pairs))))
+        found.append(Moments.of(*(torch.cat(side).movedim(axis, 1) for side in zip(*pairs))))
     return Moments(*(torch.stack(values) for values in zip(*(vars(m).values() for m in found))))
 
 
 def check_noise(source: Source, wanted: str) -> str:
     """`wanted`, or what the sampler can carry where that is left to us (auto)."""
     scheduler = scheduler_of(source.pipeline, source.sampling.sampler)
-    carried = adds_noise(scheduler)
+    # Noise of the sampler's is spread over channels where images have them.
+    carried = adds_noise(scheduler) and Denoiser.of(source.pipeline).family.channels == 1
     if wanted == "absorb" and not carried:
         raise MethodError(
             "the sampler adds no noise that could absorb the variance of the error",

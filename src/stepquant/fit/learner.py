@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from stepquant.core.losses import BlockLoss, Outputs
 from stepquant.core.precision import multiplies_bf16
 from stepquant.fit.learnable import LearnedScale, SoftRounding, draw
+from stepquant.fit.shape import fold
 from stepquant.fit.streams import Piece, Table
 from stepquant.models.split import SplitLayer
 from stepquant.quant.insert import Inserted
@@ -216,4 +217,10 @@ def watch_layers(piece: Piece, layers: Sequence[nn.Module], columns: Sequence[Te
     with ExitStack() as hooks:
         for layer in layers:
             hooks.callback(layer.register_forward_hook(lambda m, a, out: seen.append(out)).remove)
-        return Outputs(piece.outputs(columns), seen)
+        return Outputs(piece.outputs(columns), [by_record(out, len(columns[0])) for out in seen])
+
+
+def by_record(out: Tensor, records: int) -> Tensor:
+    """What a layer inside a piece returns, one entry for each record; what it returns for all, for each of them."""
+    rows, rest = divmod(len(out), records)
+    return fold(out, rows) if rows and not rest else out.expand(records, *out.shape)

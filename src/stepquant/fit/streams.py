@@ -17,38 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from stepquant.calib.calibset import CalibSet
 from stepquant.calib.record import MEMORY
 from stepquant.errors import CalibrationError, MethodError
+from stepquant.fit.shape import PROBES, Shape, shape_of
 from stepquant.quant.insert import Inserted
-
-PROBES = (2, 3)  # batch sizes whose comparison shows which tensors have a batch axis
 
 
 class Reached(Exception):  # noqa: N818 - it ends a forward pass early, it is no error
     """The block whose inputs are wanted has been called."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How a tree of arguments or results is put together: its leaves, and which of them have one row per record."""
-
-    spec: TreeSpec
-    leaves: tuple[Any, ...]
-    rows: tuple[bool, ...]
-
-    def split(self, tree: Any) -> list[Tensor]:
-        """The leaves that have a row per record."""
-        leaves, _ = tree_flatten(tree)
-        return [leaf for leaf, is_row in zip(leaves, self.rows, strict=True) if is_row]
-
-    def join(self, columns: Sequence[Tensor]) -> Any:
-        """The tree with these leaves, and with the constants seen before."""
-        pending = iter(columns)
-        leaves = [next(pending) if is_row else leaf for leaf, is_row in zip(self.leaves, self.rows)]
-        return tree_unflatten(leaves, self.spec)
 
 
 @dataclass(frozen=True)
@@ -244,8 +222,8 @@ def find_pieces(network: Inserted, probes: Sequence[Mapping[str, Any]]) -> list[
 
 
 def piece_of(path: str, module: nn.Module, trees: Sequence[Any], others: Sequence[Any]) -> Piece:
-    """What two passes of different batch size show of a module: which arguments and results have a row a sample."""
-    arguments, results = (shape_of(tree, other) for tree, other in zip(trees, others))
+    """What two passes of different batch size show of a module: which arguments and results have rows of records."""
+    arguments, results = (shape_of(tree, other, path) for tree, other in zip(trees, others))
     return Piece(path, module, arguments, results)
 
 
@@ -273,14 +251,3 @@ def watch(
         with torch.no_grad():
             network.denoiser.predict(arguments)
     return seen
-
-
-def shape_of(tree: Any, other: Any) -> Shape:
-    """The shape of a tree, given the same for another batch size."""
-    (leaves, spec), (others, _) = tree_flatten(tree), tree_flatten(other)
-    rows = tuple(
-        isinstance(a, Tensor) and a.ndim > 0 and (a.shape[0], b.shape[0]) == PROBES
-        for a, b in zip(leaves, others, strict=True)
-    )
-    constants = tuple(None if is_row else leaf for leaf, is_row in zip(leaves, rows))
-    return Shape(spec, constants, rows)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from stepquant.errors import MethodError
 from stepquant.fit.learner import Sample, Schedule
 from stepquant.fit.reconstruct import Report, reconstruct
-from stepquant.fit.streams import PROBES, Piece, Table, shape_of
+from stepquant.fit.shape import PROBES, shape_of
+from stepquant.fit.streams import Piece, Table
 from stepquant.models.blocks.structure import Structure, structure
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.insert import Inserted
@@ -46,7 +47,7 @@ def time_chains(denoiser: Denoiser) -> Structure:
             "this model has no time embedding of the declared kind",
             where=type(denoiser.model).__name__,
             got=f"undeclared: {', '.join(sorted(behind - declared)[:3])}" if behind else "no such layers",
-            fix="choose a method that does not treat the time embedding apart",
+            fix="choose a method that does not treat the time embedding apart, or --set time=table",
         )
     return chains
 
@@ -57,6 +58,12 @@ def has_time_block(denoiser: Denoiser) -> bool:
     except MethodError:
         return False
     return True
+
+
+def adds_to_time(denoiser: Denoiser) -> bool:
+    """Whether something else enters what the time embedding becomes, so that no row over t can stand in for it."""
+    others = ("class_embedding", "add_embedding", "time_embed_act")
+    return any(getattr(denoiser.model, name, None) is not None for name in others)
 
 
 def reconstruct_time(
@@ -79,13 +86,5 @@ def reconstruct_time(
 
 def time_table(denoiser: Denoiser, chains: Structure, times: Tensor) -> Tensor:
     """What every residual block adds for each t, side by side: (times, channels), exact."""
-    others = ("class_embedding", "add_embedding", "time_embed_act")
-    present = [name for name in others if getattr(denoiser.model, name, None) is not None]
-    if present:
-        raise MethodError(
-            "a table over t cannot stand in for the time embedding of this model",
-            got=f"'{present[0]}' adds to it",
-            fix="--set time=reconstruct",
-        )
     with torch.no_grad():
         return torch.cat(TimeBlock(denoiser.model, chains)(times.to(denoiser.device)), dim=1)

@@ -179,8 +179,10 @@ class Denoiser:
     def output(self) -> type:
         """The class in which the model returns its prediction when it is asked for more than a tuple."""
         forward = type(self.model).forward
-        kinds = typing.get_type_hints(forward, vars(inspect.getmodule(forward)))["return"]
-        options = typing.get_args(kinds) or (kinds,)
+        names = vars(inspect.getmodule(forward))
+        kinds = typing.get_type_hints(forward, names).get("return")
+        # Where the annotation names none, it is the one that its module has imported.
+        options = (*(typing.get_args(kinds) or (kinds,)), *names.values())
         return next(kind for kind in options if "sample" in getattr(kind, "__dataclass_fields__", ()))
 
     def digest(self) -> str:

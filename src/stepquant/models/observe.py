@@ -75,7 +75,8 @@ def changed(value: Any) -> Any:
         if not isinstance(x, Tensor) or x.dtype == torch.bool or not x.numel():
             return x
         if not x.is_floating_point():
-            return x.flatten().flip(0).reshape(x.shape)
+            moved = x.flatten().flip(0).reshape(x.shape)
+            return torch.where(x > 0, x - 1, x + 1) if x.ndim < 2 and torch.equal(moved, x) else moved
         noise = torch.Generator().manual_seed(0)
         scale = x.float().std(correction=0).clamp(min=x.float().abs().mean() / 2 + 1e-3)
         return x + scale.to(x) * torch.randn(x.shape, generator=noise).to(x)

@@ -77,7 +77,7 @@ class QuantProduct(nn.Module):
     ) -> Tensor:
         """What one slice of queries returns."""
         found = softmax(*of(part, q, k, mask), scale)
-        return self.weigh(self.probabilities.rounded(found, part[0]), v[part[:2]])
+        return self.weigh(self.probabilities.rounded(found, part[0], len(q)), v[part[:2]])
 
     def weigh(self, probabilities: Tensor, v: Tensor) -> Tensor:
         if self.correction is not None and self.probabilities.enabled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -17,10 +18,15 @@ from stepquant.quant.layers import QuantLayer
 from stepquant.quant.quantizer import Quantizer
 
 
-def freeze(network: Inserted, time_table: Tensor | None = None) -> Artifact:
+def freeze(
+    network: Inserted,
+    time_table: Tensor | None = None,
+    tabled: Mapping[str, tuple[int, ...]] | None = None,
+) -> Artifact:
     """Round and pack what the quantizers describe; the network itself is left as it is.
 
-    `time_table` has a row for each t of the network's clock, in place of the layers that depend on t alone.
+    `time_table` has a row for each t of the network's clock, in place of the layers that depend on t alone; `tabled`
+    says which, and the shape of each one's part, where that is no time embedding of the declared kind.
     """
     tensors: dict[str, Tensor] = {}
     layers: dict[str, LayerSpec] = {}
@@ -46,7 +52,7 @@ def freeze(network: Inserted, time_table: Tensor | None = None) -> Artifact:
         steps = StepSpec(len(table.times), table.groups)
         if time_table is not None:
             tensors["steps.table"] = time_table.detach().cpu().float().contiguous()
-            steps = replace(steps, table=time_table.shape[1])
+            steps = replace(steps, table=time_table.shape[1], tabled=dict(tabled or {}))
     return Artifact(layers, products, tensors, dict(network.splits), steps)
 
 

@@ -63,11 +63,15 @@ class Clock:
             )
         self.rows = rows.expand(samples) if len(rows) == 1 else rows
 
-    def spread(self, values: Tensor, x: Tensor, samples: slice = ALL) -> Tensor:
-        """Per-step values, one row for each sample of `x`, which holds these of the call's."""
-        rows = None if self.rows is None else self.rows[samples]
-        if rows is None or len(rows) != len(x):
+    def spread(self, values: Tensor, x: Tensor, part: slice = ALL, total: int | None = None) -> Tensor:
+        """Per-step values, one row for each of `x`, which is this part of `total` rows.
+
+        Frames or tokens that are folded into the batch are several rows for each sample of the call.
+        """
+        total = len(x) if total is None else total
+        if self.rows is None or not len(self.rows) or total % len(self.rows):
             raise RangeError("a per-step range is used outside a call of the whole model")
+        rows = self.rows.repeat_interleave(total // len(self.rows))[part]
         return values.to(x.device)[rows.to(x.device)].reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -121,15 +125,15 @@ class Quantizer(nn.Module):
             self.observer(self, Slices.of(x))
         return self.rounded(x)
 
-    def rounded(self, x: Tensor, samples: slice = ALL) -> Tensor:
-        """What becomes of `x`, which holds these samples of the call; nobody observes it."""
+    def rounded(self, x: Tensor, part: slice = ALL, total: int | None = None) -> Tensor:
+        """What becomes of `x`, which is this part of `total` rows; nobody observes it."""
         if not self.enabled:
             return x
         if self.stand_in is not None:
             return self.stand_in(self, x)
         scale, zero_point = self.range()
         if self.clock is not None:
-            scale, zero_point = (self.clock.spread(values, x, samples) for values in (scale, zero_point))
+            scale, zero_point = (self.clock.spread(values, x, part, total) for values in (scale, zero_point))
         return fake_quantize(x, scale, zero_point, self.grid)
 
     def extra_repr(self) -> str:

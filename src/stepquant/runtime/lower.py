@@ -23,7 +23,7 @@ from stepquant.models.families.roles import PRODUCTS
 from stepquant.models.split import find, split_concats
 from stepquant.runtime.blocks.chain import Chain
 from stepquant.runtime.blocks.install import bind, install, look_up
-from stepquant.runtime.blocks.time_rows import TableColumn, Tabled, TimeRows
+from stepquant.runtime.blocks.time_rows import TableColumn, Tabled, TabledLayer, TimeRows, put_tabled
 from stepquant.runtime.cpu.replay import Replay
 from stepquant.runtime.intact import check_steps, own_bounds
 from stepquant.runtime.layers.attention_product import IntegerProduct
@@ -69,7 +69,7 @@ def skeleton(
         attention.product = IntegerProduct(product, device_of(attention), groups)
         rebind(attention, attention.product, path)
         attention.set_processor = KeepProduct(attention)  # type: ignore[assignment]
-    for path in {path.rpartition(".")[0] for path in layers}:
+    for path in {path.rpartition(".")[0] for path in (*layers, *(steps.tabled if steps else ()))}:
         owner: Any = model.get_submodule(path)
         if hasattr(type(owner), "fuse_projections"):
             owner.fuse_projections = NoFusing(path)
@@ -77,10 +77,12 @@ def skeleton(
             owner.parameters = FloatBuffers(owner)
     if steps is not None:
         check_steps(model, steps)
-        if steps.table:
+        if steps.table and not steps.tabled:
             for path in structure(model).time_layers():
                 model.set_submodule(path, Tabled())
-        model.steps = StepTensors(steps, device)
+        tensors = StepTensors(steps, device)
+        put_tabled(model, steps, tensors)
+        model.steps = tensors
     return model
 
 
@@ -121,6 +123,8 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
     for path, module in model.named_modules():
         role = role_of.get(path, "")
         emit = torch.float32 if role == "head" else stream if role in INTO_STREAM else None
+        if isinstance(module, TabledLayer):
+            module.emit = emit
         if isinstance(module, IntegerLayer):
             module.emit, module.keeps_weight = emit, keep and role in SMALL
         if isinstance(module, IntegerLayer | IntegerProduct):
@@ -164,7 +168,8 @@ class FloatBuffers:
         self.module = module
 
     def __call__(self, recurse: bool = True) -> Iterator[Tensor]:
-        return (value for value in self.module.buffers(recurse) if value.is_floating_point())
+        found = [value for value in self.module.buffers(recurse) if value.is_floating_point()]
+        return iter(found or [torch.empty(0)])
 
 
 class Reload:

@@ -39,6 +39,7 @@ class StepTensors(Stored[PreparedSteps], StepTables):
     def __init__(self, spec: StepSpec, device: torch.device) -> None:
         super().__init__()
         self.spec = spec
+        self.present: Tensor | None = None  # rows of the table, one for each sample of the running call
         self.register_buffer("bits", torch.zeros(spec.times, dtype=torch.int64, device=device))
         self.register_buffer("rows", torch.zeros(spec.times, dtype=torch.int32, device=device))
         if spec.table:
@@ -107,31 +108,44 @@ class StepForward:
         samples = len(arguments[family.x])
         places = places_of(torch.as_tensor(arguments[family.t]), samples, known.times)
         if not self.stepped:
-            out = self.forward(**arguments, return_dict=False)[0]
+            out = self.forward_at(arguments, places)
         else:
             rows = known.times.rows[places]
             one = bool((rows == rows[:1]).all())
             first = int(rows[0]) if len(rows) else 0
-            out = self.run(arguments, first) if one else self.by_row(arguments, rows)
+            out = self.run(arguments, places, first) if one else self.by_row(arguments, places, rows)
         if known.correction is not None:
-            out = known.correction(out, places)
+            out = known.correction(out, places, family.channels)
         return self.output(sample=out) if return_dict else (out,)
 
-    def by_row(self, arguments: dict[str, Any], rows: Tensor) -> Tensor:
+    def by_row(self, arguments: dict[str, Any], places: Tensor, rows: Tensor) -> Tensor:
         """The predictions of a batch whose samples read different rows, in its order."""
         out: Tensor | None = None
         for row in rows.unique().tolist():
             mine = (rows == row).nonzero().flatten()
-            part = self.run({name: pick(value, mine, len(rows)) for name, value in arguments.items()}, row)
+            some = {name: pick(value, mine, len(rows)) for name, value in arguments.items()}
+            part = self.run(some, places[mine], row)
             out = part.new_empty((len(rows), *part.shape[1:])) if out is None else out
             out[mine] = part
         assert out is not None
         return out
 
-    def run(self, arguments: dict[str, Any], row: int) -> Tensor:
+    def run(self, arguments: dict[str, Any], places: Tensor, row: int) -> Tensor:
         for module in self.stepped:
             module.select(row)
-        out: Tensor = self.forward(**arguments, return_dict=False)[0]
+        return self.forward_at(arguments, places)
+
+    def forward_at(self, arguments: dict[str, Any], places: Tensor) -> Tensor:
+        """The model's own prediction, while tabled layers return the rows at these places."""
+        tensors = self.tensors
+        if tensors.spec.tabled:
+            table = tensors.prepared().table
+            assert table is not None, "what is tabled has a table"
+            tensors.present = table[places.to(table.device)]
+        try:
+            out: Tensor = self.forward(**arguments, return_dict=False)[0]
+        finally:
+            tensors.present = None
         return out
 
 

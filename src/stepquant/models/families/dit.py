@@ -108,6 +108,7 @@ FAMILIES = (
     ),
     Family(
         models=("Krea2Transformer2DModel",),
+        channels=-1,
         x="hidden_states",
         top={
             "img_in": "stem",

@@ -74,6 +74,7 @@ class Family:
     concats: Callable[[nn.Module], Mapping[str, tuple[int, int]]] = no_concats  # as `Denoiser.concats`
     prompt_blocks: tuple[str, ...] = ()  # lists of blocks that never see x
     read: tuple[str, ...] = ()  # patterns of layers whose weights are read while the layers are never called
+    channels: int = 1  # axis of the prediction's channels
     generic: bool = False  # nobody declared the class: roles that no building block has follow from a call
 
 

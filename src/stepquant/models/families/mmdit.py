@@ -22,6 +22,7 @@ FAMILIES = (
     ),
     Family(
         models=("FluxTransformer2DModel",),
+        channels=-1,
         x="hidden_states",
         top={
             "x_embedder": "stem",
@@ -40,6 +41,7 @@ FAMILIES = (
     ),
     Family(
         models=("Flux2Transformer2DModel",),
+        channels=-1,
         x="hidden_states",
         top={
             "x_embedder": "stem",
@@ -57,6 +59,7 @@ FAMILIES = (
     ),
     Family(
         models=("QwenImageTransformer2DModel",),
+        channels=-1,
         x="hidden_states",
         top={
             "img_in": "stem",
@@ -114,6 +117,7 @@ FAMILIES = (
     ),
     Family(
         models=("ChromaTransformer2DModel",),
+        channels=-1,
         x="hidden_states",
         top={
             "x_embedder": "stem",
@@ -131,6 +135,7 @@ FAMILIES = (
     ),
     Family(
         models=("BriaTransformer2DModel",),
+        channels=-1,
         x="hidden_states",
         top={
             "x_embedder": "stem",

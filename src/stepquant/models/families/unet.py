@@ -134,6 +134,7 @@ FAMILIES = (
     ),
     Family(
         models=("UNetSpatioTemporalConditionModel",),
+        channels=2,
         x="sample",
         top={**TOP, "**.time_pos_embed.linear_*": "const"},
         blocks=walk,

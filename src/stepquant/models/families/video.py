@@ -41,6 +41,7 @@ FAMILIES = (
     ),
     Family(
         models=("CogVideoXTransformer3DModel",),
+        channels=2,
         x="hidden_states",
         top={
             "patch_embed.proj": "stem",
@@ -56,6 +57,7 @@ FAMILIES = (
     ),
     Family(
         models=("LTXVideoTransformer3DModel",),
+        channels=-1,
         x="hidden_states",
         top={
             "proj_in": "stem",

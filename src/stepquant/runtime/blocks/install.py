@@ -67,14 +67,15 @@ def bind(module: Any, forward: Callable[..., Any]) -> None:
 
 
 def install_times(model: nn.Module, chains: Structure) -> TimeRows | None:
-    if chains.time is None:
+    tensors = getattr(model, "steps", None)
+    tables = tensors.spec if isinstance(tensors, StepTensors) else None
+    if chains.time is None or (tables is not None and tables.tabled):
         return None
     projection, embedding = (model.get_submodule(path) for path in chains.time)
     blocks: list[Any] = [
         model.get_submodule(f"{block.path}.time_emb_proj") for block in chains.residuals if block.timed
     ]
-    tensors = getattr(model, "steps", None)
-    if isinstance(tensors, StepTensors) and tensors.spec.table:
+    if tables is not None and tables.table:
         widths = [block.width for block in chains.residuals if block.timed]
         times: TimeRows = TimeTable(projection, embedding, blocks, tensors, widths)
     else:

@@ -99,7 +99,8 @@ class Replay:
         row = self.row_of(arguments[family.t], unchanged)
         pairs = self.texts.of(arguments.get(self.text), unchanged) if self.text is not None else None
         known = () if row is None else (row.projection, row.embedding, *row.blocks)
-        inputs = [*tensors, *known, *(rows for pair in pairs or () for rows in pair)]
+        present = self.present
+        inputs = [*tensors, *known, *present, *(rows for pair in pairs or () for rows in pair)]
         # One tensor in two places is another kind: a sequence would take both for the same ever after.
         seen: dict[int, int] = {}
         same = tuple(seen.setdefault(id(tensor), place) for place, tensor in enumerate(tensors))
@@ -123,6 +124,12 @@ class Replay:
         """Sequences to keep: a sampler comes by every row of the ranges before it returns to the first."""
         steps = getattr(self.model, "steps", None)
         return KEPT_KINDS * (1 if steps is None else int(steps.spec.groups))
+
+    @property
+    def present(self) -> list[Tensor]:
+        """What tabled layers read in this call."""
+        rows = getattr(getattr(self.model, "steps", None), "present", None)
+        return [] if rows is None else [rows]
 
     def row_of(self, t: Tensor, unchanged: bool) -> Row | None:
         return None if self.times is None else self.times.row_of(t.reshape(-1), unchanged)
