@@ -13,6 +13,7 @@ from stepquant.artifact import Artifact
 from stepquant.calib.cache import cache_folder
 from stepquant.calib.record import MEMORY, Source
 from stepquant.errors import ModelError
+from stepquant.evaluate.study.automatic import automatic
 from stepquant.job.calls import written_calls
 from stepquant.job.pipelines import check_written
 from stepquant.job.recipe import Recipe
@@ -101,9 +102,11 @@ def run(
         digest=provenance["model_digest"],
     )
     denoiser = shown(pipeline, recipe.asked)
-    artifact = recipe.build_method()(denoiser, recipe.build_plan(), source)
+    plan = recipe.build_plan() if recipe.budget is None else automatic(denoiser, recipe.budget, source)
+    artifact = recipe.build_method()(denoiser, plan, source)
     seen = {} if denoiser.seen is None else {"seen": denoiser.seen.to_json()}
-    return dataclasses.replace(artifact, recipe={**provenance, **seen})
+    found = {} if recipe.budget is None else {"allocated": plan.to_json()["rules"]}
+    return dataclasses.replace(artifact, recipe={**provenance, **seen, **found})
 
 
 def check_one_denoiser(pipeline: Any) -> None:
