@@ -10,8 +10,9 @@ from stepquant.errors import PlanError
 from stepquant.quant.plan import Plan
 from stepquant.quant.schemes import bulk, protections
 
+AUTO = "auto-4.5"
 FORMS = {
-    "auto-4.5": "4.5 bits a weight on average, more where they count; 8-bit activations",
+    AUTO: "4.5 bits a weight on average, more where they count; 8-bit activations",
     "auto-4.5a6": "6 bits an activation on average too, each counted as often as it is multiplied",
     "auto-2000000bytes": "weights and their scales in so many bytes",
 }
@@ -32,7 +33,7 @@ class Budget:
     @classmethod
     def of(cls, name: str | None) -> Budget | None:
         """The budget that the scheme of this name stands for; None if it is no such scheme."""
-        if name is None or not name.startswith("auto"):
+        if name is None or name.partition("-")[0] != "auto":
             return None
         found = PATTERN.fullmatch(name)
         number, inputs = (float(found["number"]), float(found["inputs"] or 8)) if found else (0.0, 0.0)

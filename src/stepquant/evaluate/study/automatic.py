@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from stepquant.calib.pick import every, strided
 from stepquant.calib.record import Source
 from stepquant.core.pack import packed_bytes
-from stepquant.evaluate.study.allocate import Sensitivity, allocate
+from stepquant.evaluate.study.allocate import allocate
+from stepquant.evaluate.study.knapsack import check_fits
 from stepquant.evaluate.study.probes import estimate
-from stepquant.evaluate.study.sites import plan_with, studied_sites
+from stepquant.evaluate.study.sites import StudiedSite, plan_with, studied_sites
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.auto import BITS, Budget
 from stepquant.quant.plan import Plan
@@ -23,8 +25,11 @@ def automatic(denoiser: Denoiser, budget: Budget, source: Source) -> Plan:
     data = source.record(every(TRAJECTORIES, strided(source.steps, STATES)))
     ports = ("weight",) if budget.inputs == max(BITS) else ("weight", "input")
     sites = studied_sites(denoiser, base, data.take([0]).arguments, ports)
+    weights = [site for site in sites if site.port == "weight"]
+    room = room_for(weights, budget)
+    check_fits(sum(site.bytes(min(BITS)) for site in weights), room)
     known = estimate(denoiser, base, sites, BITS, data, source.progress)
-    bits = dict(allocate(known, "bytes", bytes_within(known, budget)).bits)
+    bits = dict(allocate(known, "bytes", room).bits)
     if "input" in ports:
         work = budget.inputs * sum(site.macs for site in sites if site.port == "input")
         bits |= allocate(known, "inputs", work).bits
@@ -32,12 +37,11 @@ def automatic(denoiser: Denoiser, budget: Budget, source: Source) -> Plan:
     return plan_with(budget.name, base, bits, sites, reasons)
 
 
-def bytes_within(known: Sensitivity, budget: Budget) -> int:
-    """What the weights may take, scales included."""
+def room_for(weights: Sequence[StudiedSite], budget: Budget) -> int:
+    """The bytes that weights may take, scales included."""
     if budget.bytes is not None:
         return budget.bytes
     assert budget.bits is not None
-    weights = [site for site in known.sites if site.port == "weight"]
     scales = sum(site.bytes(8) - packed_bytes(site.weights, 8) for site in weights)
     return math.ceil(budget.bits * sum(site.weights for site in weights) / 8) + scales
 

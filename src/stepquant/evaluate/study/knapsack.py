@@ -18,14 +18,7 @@ TRIES = 20
 
 def choose(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float) -> list[int]:
     """The option of every choice; the total of `costs` is at most `budget`, that of `losses` the least possible."""
-    least = sum(min(options) for options in costs)
-    if least > budget:
-        raise EvaluationError(
-            "no choice fits the budget",
-            got=f"{budget:,.10g}",
-            expected=f"at least {least:,.10g}, which every site at its cheapest costs",
-            fix="give a larger budget, or study fewer bits",
-        )
+    check_fits(sum(min(options) for options in costs), budget)
     owner = np.repeat(np.arange(len(losses)), [len(options) for options in losses])
     loss = np.concatenate([np.asarray(options, dtype=float) for options in losses])
     cost = np.concatenate([np.asarray(options, dtype=float) for options in costs])
@@ -38,6 +31,17 @@ def choose(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], 
             return [int(place - start) for place, start in zip(chosen, first)]
         limit -= total - budget  # the solver rounded in its own favour
     raise EvaluationError("the budget is too tight for the solver's arithmetic", got=budget)
+
+
+def check_fits(least: float, budget: float) -> None:
+    """Before anything slow begins, too."""
+    if least > budget:
+        raise EvaluationError(
+            "no choice fits the budget",
+            got=f"{budget:,.10g}",
+            expected=f"at least {least:,.10g}, which every site at its cheapest costs",
+            fix="give a larger budget, or study fewer bits",
+        )
 
 
 def solve(owner: np.ndarray, loss: np.ndarray, cost: np.ndarray, budget: float) -> np.ndarray:

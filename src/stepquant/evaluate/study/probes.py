@@ -30,6 +30,10 @@ from stepquant.progress import Progress
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 
+CANDIDATES = (
+    20  # of the range of a weight: a finer search changes an error by less than the probes' own spread
+)
+
 
 @dataclass(frozen=True)
 class Rounded:
@@ -55,7 +59,7 @@ def estimate(
     data: CalibSet,
     progress: Progress,
     *,
-    probes: int = 2,
+    probes: int = 4,
     batch: int = 2,
     seed: int = 0,
 ) -> Sensitivity:
@@ -91,7 +95,7 @@ def options_of(
     for width in bits:
         narrow = plan_with(f"{width} bits", plan, {site.key: width for site in sites}, sites)
         with insert(denoiser, narrow) as network:
-            set_ranges(network, data)
+            set_ranges(network, data, CANDIDATES)
             for quantizer in network.quantizers():
                 if str(quantizer.site) in found:
                     found[str(quantizer.site)][width] = Rounded(quantizer.grid, *quantizer.range())
