@@ -32,7 +32,9 @@ PORTS = ("weight", "input")
 def known(pipeline: DDIMPipeline, tmp_path: Path) -> Sensitivity:
     denoiser = Denoiser.of(pipeline)
     sites = studied_sites(denoiser, FEW, first_arguments(pipeline, 1), PORTS)
-    data = Source(pipeline, Sampling(4), cache=tmp_path).record(one_each(torch.linspace(0, 3, 8).round().long()))
+    data = Source(pipeline, Sampling(4), cache=tmp_path).record(
+        one_each(torch.linspace(0, 3, 8).round().long())
+    )
     return estimate(denoiser, FEW, sites, (8,), data, Silent(), probes=10, batch=1)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -50,22 +54,39 @@ def solve(owner: np.ndarray, loss: np.ndarray, cost: np.ndarray, budget: float) 
     one = csr_array((np.ones(count), (owner, np.arange(count))), shape=(int(owner.max()) + 1, count))
     grain = scale_of(cost)
     span = float(np.ptp(loss)) or 1.0
-    found = milp(
-        STRETCH * (loss - loss.min()) / span,
-        integrality=np.ones(count),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one, 1, 1),
-            LinearConstraint(cost[None] / grain, -np.inf, budget / grain),
-        ],
-        options={"mip_rel_gap": 0.0, "presolve": True},
-    )
+    with nothing_printed():
+        found = milp(
+            STRETCH * (loss - loss.min()) / span,
+            integrality=np.ones(count),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one, 1, 1),
+                LinearConstraint(cost[None] / grain, -np.inf, budget / grain),
+            ],
+            options={"mip_rel_gap": 0.0, "presolve": True},
+        )
     if found.x is None:
         raise EvaluationError(f"the solver found no allocation: {found.message}")
     best = np.full(int(owner.max()) + 1, -1)
     for place in np.argsort(found.x):
         best[owner[place]] = place
     return best
+
+
+@contextmanager
+def nothing_printed() -> Iterator[None]:
+    """The solver's library writes a line for itself to the standard output of the process, where a user's JSON may go."""
+    library = ctypes.CDLL(None)
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        library.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def scale_of(cost: np.ndarray) -> float:
