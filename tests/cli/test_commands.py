@@ -13,6 +13,7 @@ from PIL import Image
 from stepquant import methods
 from stepquant.cli import main
 from stepquant.job import pipelines
+from stepquant.quant.auto import FORMS
 from stepquant.quant.schemes import SCHEMES
 from tests.cli.conftest import QUICK
 
@@ -100,7 +101,7 @@ def test_methods(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_schemes(tmp_path: Path) -> None:
-    assert run(tmp_path, "schemes") == SCHEMES
+    assert run(tmp_path, "schemes") == SCHEMES | FORMS
     assert run(tmp_path, "schemes", "w4a8")["name"] == "w4a8"
 
 

@@ -14,6 +14,7 @@ from stepquant.cli.options import Json
 from stepquant.cli.screen import Screen, size_text
 from stepquant.errors import UnknownNameError
 from stepquant.models import zoo
+from stepquant.quant.auto import FORMS, Budget
 from stepquant.quant.schemes import SCHEMES, scheme
 
 
@@ -62,10 +63,11 @@ def schemes(
     """List the schemes, or the rules of one."""
     screen = Screen()
     if name is None:
-        screen.table("", ("scheme", "what it is"), list(SCHEMES.items()))
-        screen.finish(json, SCHEMES)
+        screen.table("", ("scheme", "what it is"), [*SCHEMES.items(), *FORMS.items()])
+        screen.finish(json, SCHEMES | FORMS)
         return
-    plan = scheme(name)
+    budget = Budget.of(name)
+    plan = scheme(name) if budget is None else budget.base()
     rows = [
         (index, str(rule.grid or "float"), ", ".join(rule.roles), ", ".join(rule.ports), rule.reason)
         for index, rule in enumerate(plan.rules)

@@ -20,6 +20,8 @@ from stepquant.cli.options import (
     DEFAULT_MODEL,
     AnyModel,
     ArtifactFolder,
+    Auto,
+    BudgetBytes,
     CalibrationSteps,
     Calls,
     Device,
@@ -47,13 +49,13 @@ from stepquant.cli.options import (
 )
 from stepquant.cli.screen import Screen, command_text, size_text
 from stepquant.errors import StepquantError
-from stepquant.job import Outcome, Recipe, load, plan_json, quantize_to
+from stepquant.job import Outcome, Recipe, load, plan_json, planned, quantize_to
 from stepquant.job.files import CARD
 from stepquant.job.pipelines import sampling_of
 from stepquant.models.call import Asked, Call
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.observe import shown
 from stepquant.models.pipelines.results import SOUNDS, sampling_rate
+from stepquant.quant.auto import AUTO
 
 
 def quantize(
@@ -68,6 +70,8 @@ def quantize(
     plan: PlanFile = None,
     prompts: Prompts = None,
     calls: Calls = None,
+    auto: Auto = False,
+    budget_bytes: BudgetBytes = None,
     explain: Explain = False,
     resume: Resume = False,
     no_card: NoCard = False,
@@ -86,7 +90,7 @@ def quantize(
     recipe = Recipe.of(
         model=model,
         method=method,
-        scheme=scheme,
+        scheme=scheme_of(scheme, auto, budget_bytes),
         plan=plan_json(plan),
         settings=chosen | records,
         steps=steps,
@@ -102,7 +106,9 @@ def quantize(
         )
     result: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
     if explain:
-        result |= explain_plan(screen, shown(load(recipe.model), recipe.asked), recipe.build_plan())
+        with screen.reporter as progress:
+            denoiser, chosen_plan = planned(recipe, progress)
+        result |= explain_plan(screen, denoiser, chosen_plan)
     if out is not None:
         result |= make_artifact(screen, recipe, out, resume, int(memory * 2**30))
         result |= {"card": None if no_card else str(add_card(screen, out, recipe.device, recipe.calls))}
@@ -110,6 +116,17 @@ def quantize(
             words = ["generate", str(out)] + (["--sampler", recipe.sampler] if recipe.sampler else [])
             screen.say(f"next: {command_text([*words, '--out', 'grid.png'])}")
     screen.finish(json, result)
+
+
+def scheme_of(scheme: str | None, auto: bool, budget_bytes: int | None) -> str | None:
+    """The name of the scheme that the options ask for together."""
+    asked = {"--scheme": scheme is not None, "--auto": auto, "--budget-bytes": budget_bytes is not None}
+    given = [name for name, there in asked.items() if there]
+    if len(given) > 1:
+        raise StepquantError(f"{' and '.join(given)} say the same thing", fix="give one of them")
+    if budget_bytes is not None:
+        return f"auto-{budget_bytes}bytes"
+    return AUTO if auto else scheme
 
 
 def make_artifact(

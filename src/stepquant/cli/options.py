@@ -144,6 +144,16 @@ Scheme = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="See `stepquant schemes`.", show_default="w8a8, or none with --plan"),
 ]
+Auto = Annotated[
+    bool,
+    typer.Option(
+        "--auto", help="Bits where they count: --scheme auto-4.5, a probed plan of 4.5 bits a weight."
+    ),
+]
+BudgetBytes = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Bits where they count, packed weights and scales within N bytes."),
+]
 OutFolder = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Folder to write.", show_default=False)
 ]

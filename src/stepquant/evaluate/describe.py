@@ -55,7 +55,7 @@ def describe_quantized(pipeline: Any) -> dict[str, Any]:
     config = hub.config_of(model)
     if config is None:
         return found
-    recipe = {key: value for key, value in config.recipe.items() if key not in ("plan", "seen")}
+    recipe = {key: value for key, value in config.recipe.items() if key not in ("plan", "seen", "allocated")}
     recipe |= {name: len(recipe[name]) for name in ("prompts", "calls") if recipe.get(name)}
     named = {key: str(recipe.get(key) or "") for key in ("method", "scheme")}
     return found | named | {"digest": config.digest[:12], "recipe": recipe}
@@ -66,7 +66,8 @@ def describe_plan(source: Denoiser, quantized: Denoiser) -> list[dict[str, Any]]
     config = hub.config_of(quantized.model)
     if config is None or not config.recipe.get("plan"):
         return []
-    plan = Plan.from_json({"name": config.recipe.get("scheme", ""), "rules": config.recipe["plan"]})
+    rules = config.recipe.get("allocated") or config.recipe["plan"]
+    plan = Plan.from_json({"name": config.recipe.get("scheme", ""), "rules": rules})
     seen = Seen.from_json(config.recipe["seen"]) if config.recipe.get("seen") else None
     return [
         {

@@ -14,7 +14,7 @@ from stepquant.calib.cache import cache_folder
 from stepquant.calib.record import MEMORY, Source
 from stepquant.errors import ModelError
 from stepquant.job.calls import written_calls
-from stepquant.job.pipelines import check_written
+from stepquant.job.pipelines import check_written, load
 from stepquant.job.recipe import Recipe
 from stepquant.models.call import Call
 from stepquant.models.denoiser import COMPONENTS, Denoiser, check_finite
@@ -91,19 +91,48 @@ def run(
         check_written(pipeline, call)
     denoiser.model.eval()
     provenance = provenance or recipe.provenance(pipeline)
-    source = Source(
+    source = source_of(pipeline, recipe, progress, cache, memory, provenance["model_digest"])
+    denoiser = shown(pipeline, recipe.asked)
+    plan = plan_of(denoiser, recipe, source)
+    artifact = recipe.build_method()(denoiser, plan, source)
+    seen = {} if denoiser.seen is None else {"seen": denoiser.seen.to_json()}
+    found = {} if recipe.budget is None else {"allocated": plan.to_json()["rules"]}
+    return dataclasses.replace(artifact, recipe={**provenance, **seen, **found})
+
+
+def planned(recipe: Recipe, progress: Progress | None = None) -> tuple[Denoiser, Plan]:
+    """The float model, and what the recipe decides for its sites."""
+    pipeline = load(recipe.model, recipe.device)
+    denoiser = shown(pipeline, recipe.asked)
+    return denoiser, plan_of(denoiser, recipe, source_of(pipeline, recipe, progress))
+
+
+def plan_of(denoiser: Denoiser, recipe: Recipe, source: Source) -> Plan:
+    if recipe.budget is None:
+        return recipe.build_plan()
+    from stepquant.evaluate.study.automatic import automatic  # its solver takes a second to import
+
+    return automatic(denoiser, recipe.budget, source)
+
+
+def source_of(
+    pipeline: Any,
+    recipe: Recipe,
+    progress: Progress | None = None,
+    cache: Path | None = None,
+    memory: int = MEMORY,
+    digest: str | None = None,
+) -> Source:
+    """The trajectories that the recipe is calibrated on."""
+    return Source(
         pipeline,
         Sampling(recipe.steps, recipe.sampler, recipe.asked),
         recipe.seed,
         progress=progress or Silent(),
         cache=cache or cache_folder(),
         memory=memory,
-        digest=provenance["model_digest"],
+        digest=digest,
     )
-    denoiser = shown(pipeline, recipe.asked)
-    artifact = recipe.build_method()(denoiser, recipe.build_plan(), source)
-    seen = {} if denoiser.seen is None else {"seen": denoiser.seen.to_json()}
-    return dataclasses.replace(artifact, recipe={**provenance, **seen})
 
 
 def check_one_denoiser(pipeline: Any) -> None:

@@ -23,6 +23,7 @@ from stepquant.methods.method import Method
 from stepquant.models.call import Asked, Call, steps_of
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import SAMPLERS
+from stepquant.quant.auto import Budget
 from stepquant.quant.plan import Plan
 from stepquant.quant.schemes import scheme
 from stepquant.version import __version__
@@ -75,11 +76,18 @@ class Recipe(BaseModel):
         """What the pipeline is asked for, in turn."""
         return self.calls or self.prompts or ()
 
+    @property
+    def budget(self) -> Budget | None:
+        """What an automatic scheme may cost; its plan follows from the model."""
+        return Budget.of(self.scheme)
+
     def build_method(self) -> Method:
         return methods.build(self.method, self.settings, self.build_plan().weight_bits)
 
     def build_plan(self) -> Plan:
-        """The plan's rules first, then those of the scheme."""
+        """The plan's rules first, then those of the scheme; of an automatic one what it starts from."""
+        if self.budget is not None:
+            return self.budget.base()
         if self.plan is None:
             return scheme(DEFAULT_SCHEME if self.scheme is None else self.scheme)
         own = Plan.from_json(self.plan)
@@ -93,6 +101,10 @@ class Recipe(BaseModel):
         """Find what cannot work before anything slow begins."""
         self.build_method()
         self.build_plan()
+        if self.budget is not None and self.plan is not None:
+            raise StepquantError(
+                f"'{self.scheme}' makes its plan itself", fix="leave the plan out, or name another scheme"
+            )
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise UnknownNameError("sampler", self.sampler, SAMPLERS)
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ctypes
 import itertools
+from random import Random
 
 import numpy as np
 import pytest
@@ -48,3 +50,15 @@ def test_a_budget_that_nothing_fits_names_the_least_one() -> None:
         choose([[0.0, 1.0], [2.0]], [[9.0, 4.0], [3.0]], 6.5)
     assert "at least 7" in str(error.value)
     assert choose([[0.0, 1.0], [2.0]], [[9.0, 4.0], [3.0]], 7) == [1, 0]
+
+
+def test_the_solver_says_nothing_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    """With numbers at which it does, on the standard output."""
+    random, bits = Random(0), (2, 3, 4, 5, 6, 8)
+    for _ in range(11):
+        losses = [[random.random() * 10 / 4**b for b in bits] for _ in range(30)]
+        sizes = [random.randint(1000, 300000) for _ in range(30)]
+        budget = sum(sizes) * random.uniform(3, 6) / 8
+    choose(losses, [[size * b // 8 for b in bits] for size in sizes], budget)
+    ctypes.CDLL(None).fflush(None)
+    assert not capfd.readouterr().out

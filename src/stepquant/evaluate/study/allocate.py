@@ -1,4 +1,4 @@
-"""Bits for every site under a budget of bytes, bit operations or milliseconds, from a measured sensitivity."""
+"""Bits for every site under a budget of bytes, bit operations or milliseconds, from a known sensitivity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stepquant.evaluate.study.knapsack import choose
 from stepquant.evaluate.study.sites import StudiedSite, plan_with
 from stepquant.quant.plan import Plan
 
-Budget = Literal["bytes", "bops", "ms"]
+Budget = Literal["bytes", "inputs", "bops", "ms"]
 DECOUPLED = "decoupled"
 # arXiv:2405.17873: layers that read the prompt, and feed-forward ones, decide the content.
 CONTENT = ("k_text", "v_text", "q_added", "k_added", "v_added", "ff_in", "ff_out")
@@ -125,6 +125,7 @@ def allocate(
     """
     choices = {
         "bytes": lambda: byte_choices(study),
+        "inputs": lambda: input_choices(study),
         "bops": lambda: bop_choices(study),
         "ms": lambda: time_choices(study, times or {}),
     }[kind]()
@@ -160,6 +161,15 @@ def byte_choices(study: Sensitivity) -> list[Choice]:
         Choice((site,), tuple(Option((b,), site.bytes(b), study.losses[site.key, b]) for b in study.bits))
         for site in study.sites
         if site.port == "weight"
+    ]
+
+
+def input_choices(study: Sensitivity) -> list[Choice]:
+    """One choice for each input of a layer: its bits count as often as they are multiplied."""
+    return [
+        Choice((site,), tuple(Option((b,), b * site.macs, study.losses[site.key, b]) for b in study.bits))
+        for site in study.sites
+        if site.port == "input"
     ]
 
 

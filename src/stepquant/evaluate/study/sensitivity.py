@@ -162,13 +162,13 @@ def measure_all(
         pass
 
 
-def set_ranges(network: Inserted, data: CalibSet) -> None:
+def set_ranges(network: Inserted, data: CalibSet, candidates: int = 100) -> None:
     """Ranges of least error from the float model's own tensors: the first batch decides those of activations."""
     for layer in network.layers.values():
         quantizer = layer.weight_quantizer
         if quantizer is not None:
             rows = to_groups(layer.weight.detach().float(), quantizer.grid)
-            set_range(quantizer, lp_search(rows, quantizer.grid, p=NORM))
+            set_range(quantizer, lp_search(rows, quantizer.grid, p=NORM, candidates=candidates))
 
     def observe(quantizer: Quantizer, values: Slices) -> None:
         set_range(quantizer, lp_search_binned(values, quantizer.grid, p=NORM))

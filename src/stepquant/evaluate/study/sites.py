@@ -78,17 +78,25 @@ def studied_sites(
     return tuple(found)
 
 
-def plan_with(name: str, base: Plan, bits: Mapping[str, int | None], sites: Sequence[StudiedSite]) -> Plan:
+def plan_with(
+    name: str,
+    base: Plan,
+    bits: Mapping[str, int | None],
+    sites: Sequence[StudiedSite],
+    reasons: Mapping[str, str] | None = None,
+) -> Plan:
     """`base` with another number of bits for the sites in `bits`, by key; None keeps a site float.
 
     The rules of `base` stay behind for everything else, and may find nothing left to decide.
     """
+    known = reasons or {}
     rules = []
     for site in sites:
         if site.key not in bits:
             continue
         width = bits[site.key]
-        reason = "float: worth its cost" if width is None else f"{width} bits of the budget"
+        plain = "float: worth its cost" if width is None else f"{width} bits of the budget"
+        reason = known.get(site.key, plain)
         rule = Rule(None if width is None else site.at(width), reason, ("*",), (site.port,), site.path)
         rules.append(rule)
         if site.split:

@@ -1,0 +1,50 @@
+"""The plan that an automatic scheme stands for: sites probed on a few recorded states, bits chosen exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from stepquant.calib.pick import every, strided
+from stepquant.calib.record import Source
+from stepquant.core.pack import packed_bytes
+from stepquant.evaluate.study.allocate import allocate
+from stepquant.evaluate.study.knapsack import check_fits
+from stepquant.evaluate.study.probes import estimate
+from stepquant.evaluate.study.sites import StudiedSite, plan_with, studied_sites
+from stepquant.models.denoiser import Denoiser
+from stepquant.quant.auto import BITS, Budget
+from stepquant.quant.plan import Plan
+
+TRAJECTORIES, STATES = 4, 8  # of each
+
+
+def automatic(denoiser: Denoiser, budget: Budget, source: Source) -> Plan:
+    """Weights within their bytes, then inputs within their share of the products."""
+    base = budget.base()
+    data = source.record(every(TRAJECTORIES, strided(source.steps, STATES)))
+    ports = ("weight",) if budget.inputs == max(BITS) else ("weight", "input")
+    sites = studied_sites(denoiser, base, data.take([0]).arguments, ports)
+    weights = [site for site in sites if site.port == "weight"]
+    room = room_for(weights, budget)
+    check_fits(sum(site.bytes(min(BITS)) for site in weights), room)
+    known = estimate(denoiser, base, sites, BITS, data, source.progress)
+    bits = dict(allocate(known, "bytes", room).bits)
+    if "input" in ports:
+        work = budget.inputs * sum(site.macs for site in sites if site.port == "input")
+        bits |= allocate(known, "inputs", work).bits
+    reasons = {key: reason_of(width, known.losses[key, width]) for key, width in bits.items() if width}
+    return plan_with(budget.name, base, bits, sites, reasons)
+
+
+def room_for(weights: Sequence[StudiedSite], budget: Budget) -> int:
+    """The bytes that weights may take, scales included."""
+    if budget.bytes is not None:
+        return budget.bytes
+    assert budget.bits is not None
+    scales = sum(site.bytes(8) - packed_bytes(site.weights, 8) for site in weights)
+    return math.ceil(budget.bits * sum(site.weights for site in weights) / 8) + scales
+
+
+def reason_of(bits: int, loss: float) -> str:
+    return f"{bits} bits move the prediction by {100 * math.sqrt(loss):.2g} %"

@@ -1,0 +1,168 @@
+"""How much every site hurts at every number of bits, estimated together from a few backward passes.
+
+A small error d of a weight or an input moves the prediction by J d. For random v with independent entries of mean zero and
+variance one, E (v . J d)^2 = |J d|^2 (Hutchinson 1990), and v . J d is the product of d with the gradient of v . prediction: one
+backward pass tells it for all sites and bits. What `sensitivity` measures with a call for each of them is the same number,
+beyond the second order of d.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.calib.calibset import CalibSet
+from stepquant.core.affine import fake_quantize, to_groups
+from stepquant.core.grid import Grid
+from stepquant.errors import EvaluationError
+from stepquant.evaluate.study.allocate import Sensitivity
+from stepquant.evaluate.study.sensitivity import set_ranges
+from stepquant.evaluate.study.sites import StudiedSite, plan_with
+from stepquant.models.denoiser import Denoiser
+from stepquant.progress import Progress
+from stepquant.quant.insert import insert
+from stepquant.quant.plan import Plan
+
+CANDIDATES = (
+    20  # of the range of a weight: a finer search changes an error by less than the probes' own spread
+)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A grid with its range: what a tensor becomes."""
+
+    grid: Grid
+    scale: Tensor
+    zero_point: Tensor
+
+    def error(self, values: Tensor) -> Tensor:
+        rows = to_groups(values, self.grid) if len(self.scale) > 1 else values.reshape(1, -1)
+        return fake_quantize(rows, self.scale[:, None], self.zero_point[:, None], self.grid).sub_(rows)
+
+
+Options = Mapping[str, Mapping[int, Rounded]]  # site key -> bits
+
+
+def estimate(
+    denoiser: Denoiser,
+    plan: Plan,
+    sites: Sequence[StudiedSite],
+    bits: Sequence[int],
+    data: CalibSet,
+    progress: Progress,
+    *,
+    probes: int = 4,
+    batch: int = 2,
+    seed: int = 0,
+) -> Sensitivity:
+    """The squared relative error of the prediction that each site makes alone, as `noise` of a measured study."""
+    options = options_of(denoiser, plan, sites, bits, data)
+    told = Told(options)
+    random = torch.Generator().manual_seed(seed)
+    batches = [part.arguments for part in data.batches(batch)]
+    work = [arguments for _ in range(probes) for arguments in batches]
+    with listening(denoiser.model, sites, told):
+        for arguments in progress.track(work, "probing all sites at once", len(work)):
+            target = denoiser.predict(arguments).float()
+            norms = target.detach().flatten(1).norm(dim=1).view(-1, *[1] * (target.ndim - 1))
+            v = torch.randn(target.shape, generator=random).to(target.device) / norms
+            (target * v).sum().backward()
+            told.close()
+    losses = {key: value / len(data) / probes for key, value in told.squares.items()}
+    broken = [key for key, value in losses.items() if not math.isfinite(value)]
+    if broken:
+        raise EvaluationError(
+            "a gradient is not finite",
+            where=f"{broken[0][0]} at {broken[0][1]} bits",
+            fix="measure the sites one by one: stepquant sensitivity, then allocate",
+        )
+    return Sensitivity(plan, tuple(sites), losses, tuple(sorted(bits)))
+
+
+def options_of(
+    denoiser: Denoiser, plan: Plan, sites: Sequence[StudiedSite], bits: Sequence[int], data: CalibSet
+) -> Options:
+    """Every grid of every site, over the range of least error."""
+    found: dict[str, dict[int, Rounded]] = {site.key: {} for site in sites}
+    for width in bits:
+        narrow = plan_with(f"{width} bits", plan, {site.key: width for site in sites}, sites)
+        with insert(denoiser, narrow) as network:
+            set_ranges(network, data, CANDIDATES)
+            for quantizer in network.quantizers():
+                if str(quantizer.site) in found:
+                    found[str(quantizer.site)][width] = Rounded(quantizer.grid, *quantizer.range())
+    return found
+
+
+class Told:
+    """The products of errors with gradients: summed over the uses of a site in one pass, then squared."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.sums: dict[tuple[str, int], float] = {}
+        self.squares = {(key, width): 0.0 for key, widths in options.items() for width in widths}
+
+    def add(self, key: str, values: Tensor, gradient: Tensor) -> None:
+        values, gradient = values.detach().float(), gradient.float()
+        for width, rounded in self.options[key].items():
+            error = rounded.error(values)
+            product = float((error * gradient.reshape(error.shape)).sum())
+            self.sums[key, width] = self.sums.get((key, width), 0.0) + product
+
+    def close(self) -> None:
+        for key, value in self.sums.items():
+            self.squares[key] += value**2
+        self.sums = {}
+
+
+@contextmanager
+def listening(model: nn.Module, sites: Sequence[StudiedSite], told: Told) -> Iterator[None]:
+    """Gradients go to `told` and are dropped; no parameter keeps one, and the model is as it was at the end."""
+    former = {weight: weight.requires_grad for weight in model.parameters()}
+    model.requires_grad_(False)
+    hooks: list[Any] = []
+    for site in sites:
+        layer: Any = model.get_submodule(site.path)
+        if site.port == "weight":
+            layer.weight.requires_grad_(True)
+            hooks.append(layer.weight.register_post_accumulate_grad_hook(weight_hook(site.key, told)))
+        else:
+            hooks.append(layer.register_forward_pre_hook(input_hook(site.key, told), with_kwargs=True))
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for weight, wanted in former.items():
+            weight.requires_grad_(wanted)
+            weight.grad = None
+
+
+def weight_hook(key: str, told: Told) -> Callable[[Tensor], None]:
+    def hook(weight: Tensor) -> None:
+        assert weight.grad is not None
+        told.add(key, weight, weight.grad)
+        weight.grad = None
+
+    return hook
+
+
+def input_hook(key: str, told: Told) -> Callable[..., Any]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else kwargs["input"]
+        alone = (
+            x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        )  # what this layer reads, no other
+        alone.register_hook(partial(told.add, key, x))
+        return ((alone, *args[1:]), kwargs) if args else ((), {**kwargs, "input": alone})
+
+    return hook
