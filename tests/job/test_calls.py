@@ -252,12 +252,6 @@ def test_an_artifact_asks_for_pictures_that_it_does_not_hold(text_pipeline: Stab
         quantize(made_for("inpainting", text_pipeline), calls=[stands_in], method="minmax", samples=2)
 
 
-def test_a_second_denoiser_is_refused(text_pipeline: StableDiffusionPipeline) -> None:
-    text_pipeline.register_modules(unet_2=text_pipeline.unet)
-    with pytest.raises(ModelError, match="two networks"):
-        quantize(text_pipeline, prompts=["a"], method="minmax", samples=2, steps=2)
-
-
 def test_a_call_may_make_a_video(text_pipeline: StableDiffusionPipeline) -> None:
     pipe = Filming(**text_pipeline.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)

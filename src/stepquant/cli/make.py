@@ -51,7 +51,7 @@ from stepquant.job import Outcome, Recipe, load, plan_json, quantize_to
 from stepquant.job.files import CARD
 from stepquant.job.pipelines import sampling_of
 from stepquant.models.call import Asked, Call
-from stepquant.models.denoiser import Denoiser
+from stepquant.models.denoiser import Denoiser, by_denoiser
 from stepquant.models.observe import shown
 from stepquant.models.pipelines.results import SOUNDS, sampling_rate
 
@@ -102,7 +102,10 @@ def quantize(
         )
     result: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
     if explain:
-        result |= explain_plan(screen, shown(load(recipe.model), recipe.asked), recipe.build_plan())
+        pipeline = load(recipe.model)
+        for one in by_denoiser(pipeline):
+            found = explain_plan(screen, shown(one, recipe.asked), recipe.build_plan())
+            result |= found if one is pipeline else {Denoiser.of(one).component: found}
     if out is not None:
         result |= make_artifact(screen, recipe, out, resume, int(memory * 2**30))
         result |= {"card": None if no_card else str(add_card(screen, out, recipe.device, recipe.calls))}

@@ -17,7 +17,7 @@ from stepquant.job.calls import written_calls
 from stepquant.job.pipelines import check_written
 from stepquant.job.recipe import Recipe
 from stepquant.models.call import Call
-from stepquant.models.denoiser import COMPONENTS, Denoiser, check_finite
+from stepquant.models.denoiser import Denoiser, by_denoiser, check_finite
 from stepquant.models.observe import shown
 from stepquant.models.sampling import Sampling
 from stepquant.progress import Progress, Silent
@@ -41,6 +41,8 @@ def quantize(
 ) -> Any:
     """Quantize the denoiser of `pipeline` in place: it runs in integers afterwards, and saves them.
 
+    Where several denoisers share the steps, each is calibrated on those that it runs, while the others are float.
+
     `plan` puts rules before those of `scheme`, or stands alone when `scheme` is None. `calls` are arguments of the
     pipeline, one table for each trajectory, where a prompt is not all that it needs. `steps`: 100, or those of the calls. What `save_pretrained` then writes has
     no model card; `stepquant.write_card(folder)` adds one.
@@ -57,7 +59,10 @@ def quantize(
         prompts=prompts,
         calls=written_calls(calls),
     )
-    hub.attach(Denoiser.of(pipeline).model, run(pipeline, recipe, progress))
+    aimed = by_denoiser(pipeline)
+    artifacts = [run(one, recipe, progress) for one in aimed]
+    for one, artifact in zip(aimed, artifacts):
+        hub.attach(Denoiser.of(one).model, artifact)
     return pipeline
 
 
@@ -86,7 +91,6 @@ def run(
     if hub.config_of(denoiser.model) is not None:
         raise ModelError("the model is quantized already", fix="start from the float model")
     check_finite(denoiser.model)
-    check_one_denoiser(pipeline)
     for call in recipe.calls:
         check_written(pipeline, call)
     denoiser.model.eval()
@@ -104,17 +108,3 @@ def run(
     artifact = recipe.build_method()(denoiser, recipe.build_plan(), source)
     seen = {} if denoiser.seen is None else {"seen": denoiser.seen.to_json()}
     return dataclasses.replace(artifact, recipe={**provenance, **seen})
-
-
-def check_one_denoiser(pipeline: Any) -> None:
-    """A second denoiser, for other noise levels, would stay in float without a word."""
-    second = [
-        name for name in (f"{one}_2" for one in COMPONENTS) if getattr(pipeline, name, None) is not None
-    ]
-    if second:
-        raise ModelError(
-            f"{type(pipeline).__name__} denoises with two networks",
-            got=f"'{second[0]}' beside '{Denoiser.of(pipeline).component}'",
-            expected="a pipeline with one",
-            fix=f"quantize it without the other one, if it runs so: {second[0]}=None",
-        )
