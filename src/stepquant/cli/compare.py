@@ -11,6 +11,7 @@ import typer
 from stepquant.cli.interrupt import keeping
 from stepquant.cli.options import (
     DEFAULT_MODEL,
+    Calls,
     Classifier,
     Clip,
     Data,
@@ -24,11 +25,12 @@ from stepquant.cli.options import (
     Sampler,
     Settings,
     Truth,
-    read_prompts,
+    read_asked,
     read_settings,
 )
 from stepquant.cli.screen import Screen
 from stepquant.errors import StepquantError, UnknownNameError
+from stepquant.models.call import steps_of
 from stepquant.progress import Progress
 
 if TYPE_CHECKING:
@@ -50,7 +52,15 @@ Variants = Annotated[
 ]
 Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="Runs of each with seeds 0 to N-1.")]
 Images = Annotated[int, typer.Option(min=2, metavar="N", help="Images of each cell, and of the float model.")]
-Steps = Annotated[int, typer.Option(min=1, metavar="N", help="Denoising steps of those images.")]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Denoising steps of those images.",
+        show_default="50, or those of the calls",
+    ),
+]
 Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")]
 CalibrationSteps = Annotated[
     int | None,
@@ -102,7 +112,7 @@ def compare(
     variant: Variants = None,
     seeds: Seeds = 1,
     images: Images = 2048,
-    steps: Steps = 50,
+    steps: Steps = None,
     batch: Batch = 32,
     calibration_steps: CalibrationSteps = None,
     sampler: Sampler = None,
@@ -115,6 +125,7 @@ def compare(
     truth: Truth = None,
     speed: Speed = 3.0,
     prompts: Prompts = None,
+    calls: Calls = None,
     out: Out = Path("runs/compare"),
     store: StoreFolder = None,
     executor: Kind = "processes",
@@ -135,9 +146,12 @@ def compare(
     from stepquant.job.results import DATA
 
     screen = Screen(quiet, brief=True)
-    chosen = {"images": images, "steps": steps, "batch": batch, "sampler": sampler, "speed": speed}
+    asked = read_asked(prompts, calls)
+    count = steps_of(asked, steps) or 50
+    chosen = {"images": images, "steps": count, "batch": batch, "sampler": sampler, "speed": speed}
     weights = Weights(inception, lpips, clip, classifier, truth)
-    recipe = {"sampler": sampler, "prompts": read_prompts(prompts), "device": device}
+    recipe: dict[str, Any] = {"sampler": sampler, "device": device}
+    recipe |= {"prompts" if calls is None else "calls": asked or None}
     cells = grid(
         model,
         read_variants(read_names(methods), variant or []),
@@ -145,7 +159,7 @@ def compare(
         range(seeds),
         Evaluation.of(**chosen, data=data or DATA.get(model), weights=weights),
         settings=read_settings(settings or []),
-        steps=calibration_steps or steps,
+        steps=calibration_steps or count,
         **recipe,
     )
     screen.warn_if_plain()
