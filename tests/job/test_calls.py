@@ -258,3 +258,20 @@ def test_a_call_may_make_a_video(text_pipeline: StableDiffusionPipeline) -> None
     call = {"prompt": "a", "num_frames": 2, "num_inference_steps": 2}
     made = run(pipe, [0, 1], Sampling(2, prompts=written_calls([call])))
     assert made.shape == (2, 2, 3, 16, 16)
+
+
+def test_a_call_reaches_another_process_with_all_that_it_holds() -> None:
+    arguments = {
+        "prompt": "a",
+        "image": picture(),
+        "mask": [np.ones((2, 2))],
+        "prompt_embeds": torch.rand(2, 3),
+    }
+    recipe = Recipe.of(calls=written_calls([arguments]))
+    (again,) = Recipe.model_validate_json(recipe.model_dump_json(context=IN_FULL)).calls
+    assert again == recipe.calls[0]
+    assert not again.stands_in
+    assert torch.equal(again.arguments["prompt_embeds"], arguments["prompt_embeds"])
+    assert again.arguments["image"].tobytes() == picture().tobytes()
+    (shapes,) = Recipe.model_validate_json(recipe.model_dump_json()).calls
+    assert shapes.stands_in

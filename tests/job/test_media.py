@@ -39,7 +39,9 @@ def made(folder: Path, pipeline: Any, call: dict[str, Any]) -> tuple[Path, Path]
 @pytest.fixture(scope="module")
 def film(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     call = {"prompt": "a hat", "num_inference_steps": 4, **FILM}
-    return made(tmp_path_factory.mktemp("film"), film_pipeline(), call)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEPQUANT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return made(tmp_path_factory.mktemp("film"), film_pipeline(), call)
 
 
 def test_each_denoiser_is_an_artifact_of_its_own(film: tuple[Path, Path]) -> None:

@@ -30,12 +30,13 @@ from stepquant.cli.options import (
 )
 from stepquant.cli.screen import Screen
 from stepquant.errors import StepquantError, UnknownNameError
-from stepquant.models.call import steps_of
+from stepquant.models.call import Asked, Call, steps_of
 from stepquant.progress import Progress
 
 if TYPE_CHECKING:
     from stepquant.job.compare import Compared
 
+COUNT = 50  # denoising steps of images where nobody asks for another number
 EXECUTORS = ("processes", "inline", "ray")
 
 Methods = Annotated[
@@ -147,11 +148,9 @@ def compare(
 
     screen = Screen(quiet, brief=True)
     asked = read_asked(prompts, calls)
-    count = steps_of(asked, steps) or 50
+    count = steps_of(asked, steps) or COUNT
     chosen = {"images": images, "steps": count, "batch": batch, "sampler": sampler, "speed": speed}
     weights = Weights(inception, lpips, clip, classifier, truth)
-    recipe: dict[str, Any] = {"sampler": sampler, "device": device}
-    recipe |= {"prompts" if calls is None else "calls": asked or None}
     cells = grid(
         model,
         read_variants(read_names(methods), variant or []),
@@ -159,8 +158,7 @@ def compare(
         range(seeds),
         Evaluation.of(**chosen, data=data or DATA.get(model), weights=weights),
         settings=read_settings(settings or []),
-        steps=calibration_steps or count,
-        **recipe,
+        **fields(asked, calibration_steps or count, sampler=sampler, device=device),
     )
     screen.warn_if_plain()
     kept = f"finished cells are kept in {store or out}; run the same command to go on"
@@ -168,6 +166,12 @@ def compare(
         worked = choose_executor(executor, workers, threads, address, bars)
         compared = compare(cells, store or out, out=out, executor=worked, any_code=any_code, progress=bars)
     show(screen, compared, json)
+
+
+def fields(asked: Sequence[Asked], steps: int, **others: Any) -> dict[str, Any]:
+    """What all recipes have in common."""
+    kind = "calls" if any(isinstance(one, Call) for one in asked) else "prompts"
+    return {kind: asked or None, "steps": steps} | others
 
 
 def results(

@@ -20,7 +20,8 @@ from stepquant.evaluate.metrics.instruments import Weights, load_networks
 from stepquant.evaluate.metrics.measure import Batch, Measured
 from stepquant.evaluate.metrics.media import picture_of
 from stepquant.evaluate.metrics.quality import judge
-from stepquant.evaluate.several import named, traces
+from stepquant.evaluate.several import named
+from stepquant.evaluate.trajectory.joined import traces
 from stepquant.evaluate.trajectory.probe import trace
 from stepquant.evaluate.twins import Twins
 from stepquant.models.call import Call, texts

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepquant.evaluate.trajectory.probe import Trace
-
 Rows = list[dict[str, Any]]
 
 
@@ -28,27 +26,3 @@ def sizes(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Bytes of all of them."""
     stored, plain = (sum(part[key] for part in parts) for key in ("bytes", "float_bytes"))
     return {"float_bytes": plain, "bytes": stored, "ratio": stored / plain}
-
-
-def traces(parts: Sequence[tuple[str, Trace]]) -> Trace:
-    """One trace along all steps, those of the first denoiser first.
-
-    What has a number for every probed step stays out where there are several: no denoiser runs all of them.
-    """
-    if len(parts) == 1:
-        return parts[0][1]
-    steps: Rows = []
-    blocks: list[tuple[str, Rows]] = []
-    probed: dict[str, list[Any]] = {"steps": [], "t": []}
-    count = sum(len(part.blocks["steps"]) for _, part in parts)
-    for name, part in parts:
-        before, start = len(probed["steps"]), len(steps)
-        after = count - before - len(part.blocks["steps"])
-        rows = part.blocks["rows"]
-        blocks.append(
-            (name, [row | {"sqnr": [None] * before + row["sqnr"] + [None] * after} for row in rows])
-        )
-        probed["steps"] += [start + step for step in part.blocks["steps"]]
-        probed["t"] += part.blocks["t"]
-        steps += [row | {"step": start + row["step"]} for row in part.steps]
-    return Trace(steps, {**probed, "rows": named(blocks)}, [])

@@ -16,6 +16,7 @@ from stepquant.errors import ModelError
 from stepquant.job.calls import written_calls
 from stepquant.job.pipelines import check_written
 from stepquant.job.recipe import Recipe
+from stepquant.models.attention import is_adapter
 from stepquant.models.call import Call
 from stepquant.models.denoiser import Denoiser, by_denoiser, check_finite
 from stepquant.models.observe import shown
@@ -90,6 +91,7 @@ def run(
     denoiser = Denoiser.of(pipeline)
     if hub.config_of(denoiser.model) is not None:
         raise ModelError("the model is quantized already", fix="start from the float model")
+    check_no_adapter(denoiser)
     check_finite(denoiser.model)
     for call in recipe.calls:
         check_written(pipeline, call)
@@ -108,3 +110,14 @@ def run(
     artifact = recipe.build_method()(denoiser, recipe.build_plan(), source)
     seen = {} if denoiser.seen is None else {"seen": denoiser.seen.to_json()}
     return dataclasses.replace(artifact, recipe={**provenance, **seen})
+
+
+def check_no_adapter(denoiser: Denoiser) -> None:
+    """An IP-Adapter is no part of the model's configuration: no folder that `from_pretrained` reads can hold it."""
+    if any(is_adapter(module) for module in denoiser.model.modules()):
+        raise ModelError(
+            "the pipeline has an IP-Adapter, which cannot be saved with it",
+            where=denoiser.component,
+            expected="a pipeline without one",
+            fix="pipe.unload_ip_adapter(); load it again into the quantized pipeline, where it runs in float",
+        )
