@@ -24,6 +24,7 @@ from stepquant.job import Recipe, quantize
 from stepquant.job.calls import read_calls, written_calls
 from stepquant.job.inplace import run as quantize_pipeline
 from stepquant.job.pipelines import prompts_of, sampling_of
+from stepquant.job.recipe import IN_FULL
 from stepquant.models.call import Call
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.generate import run
