@@ -147,8 +147,7 @@ def compare(
     from stepquant.job.results import DATA
 
     screen = Screen(quiet, brief=True)
-    asked = read_asked(prompts, calls)
-    count = steps_of(asked, steps) or COUNT
+    asked, count = read_sampling(prompts, calls, steps)
     chosen = {"images": images, "steps": count, "batch": batch, "sampler": sampler, "speed": speed}
     weights = Weights(inception, lpips, clip, classifier, truth)
     cells = grid(
@@ -166,6 +165,14 @@ def compare(
         worked = choose_executor(executor, workers, threads, address, bars)
         compared = compare(cells, store or out, out=out, executor=worked, any_code=any_code, progress=bars)
     show(screen, compared, json)
+
+
+def read_sampling(
+    prompts: Path | None, calls: Path | None, steps: int | None
+) -> tuple[tuple[Asked, ...], int]:
+    """What is asked for, and in how many steps: those of the calls, where they say it."""
+    asked = read_asked(prompts, calls)
+    return asked, steps_of(asked, steps) or COUNT
 
 
 def fields(asked: Sequence[Asked], steps: int, **others: Any) -> dict[str, Any]:
