@@ -24,6 +24,7 @@ from stepquant.job import Recipe, quantize
 from stepquant.job.calls import read_calls, written_calls
 from stepquant.job.inplace import run as quantize_pipeline
 from stepquant.job.pipelines import prompts_of, sampling_of
+from stepquant.job.recipe import IN_FULL
 from stepquant.models.call import Call
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.generate import run
@@ -252,15 +253,26 @@ def test_an_artifact_asks_for_pictures_that_it_does_not_hold(text_pipeline: Stab
         quantize(made_for("inpainting", text_pipeline), calls=[stands_in], method="minmax", samples=2)
 
 
-def test_a_second_denoiser_is_refused(text_pipeline: StableDiffusionPipeline) -> None:
-    text_pipeline.register_modules(unet_2=text_pipeline.unet)
-    with pytest.raises(ModelError, match="two networks"):
-        quantize(text_pipeline, prompts=["a"], method="minmax", samples=2, steps=2)
-
-
 def test_a_call_may_make_a_video(text_pipeline: StableDiffusionPipeline) -> None:
     pipe = Filming(**text_pipeline.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     call = {"prompt": "a", "num_frames": 2, "num_inference_steps": 2}
     made = run(pipe, [0, 1], Sampling(2, prompts=written_calls([call])))
     assert made.shape == (2, 2, 3, 16, 16)
+
+
+def test_a_call_reaches_another_process_with_all_that_it_holds() -> None:
+    arguments = {
+        "prompt": "a",
+        "image": picture(),
+        "mask": [np.ones((2, 2))],
+        "prompt_embeds": torch.rand(2, 3),
+    }
+    recipe = Recipe.of(calls=written_calls([arguments]))
+    (again,) = Recipe.model_validate_json(recipe.model_dump_json(context=IN_FULL)).calls
+    assert again == recipe.calls[0]
+    assert not again.stands_in
+    assert torch.equal(again.arguments["prompt_embeds"], arguments["prompt_embeds"])
+    assert again.arguments["image"].tobytes() == picture().tobytes()
+    (shapes,) = Recipe.model_validate_json(recipe.model_dump_json()).calls
+    assert shapes.stands_in

@@ -49,7 +49,7 @@ INSIDE: dict[str, Rungs] = {
         ("cpu.float_layers",),
     ),
     "evaluate": (
-        ("metrics.pairs", "twins"),
+        ("metrics.pairs", "twins", "several"),
         ("networks",),
         ("metrics",),
         ("cost", "describe", "disk", "speed", "trajectory"),

@@ -21,7 +21,7 @@ from stepquant.calib.rows import Rows, Steps, check_alike, shard_of
 from stepquant.core.digest import tensors_digest, value_digest
 from stepquant.errors import CalibrationError
 from stepquant.models.call import Call, described
-from stepquant.models.denoiser import Denoiser
+from stepquant.models.denoiser import Denoiser, denoisers
 from stepquant.models.generate import asked_of, run, together, words_of
 from stepquant.models.hooks import context_names, listening
 from stepquant.models.sampling import Enough, Sampling, check_steps, scheduler_of
@@ -52,8 +52,9 @@ class Source:
 
     @cached_property
     def steps(self) -> int:
-        """States of one trajectory: more than were asked for with a sampler of second order, fewer from an image."""
-        if any(isinstance(one, Call) for one in self.sampling.prompts):
+        """States of one trajectory that the denoiser meets: more than were asked for with a sampler of second order, fewer
+        from an image, and a part of them where another denoiser meets the rest."""
+        if len(denoisers(self.pipeline)) > 1 or any(isinstance(one, Call) for one in self.sampling.prompts):
             return count_steps(self)
         scheduler = scheduler_of(self.pipeline, self.sampling.sampler)
         check_steps(scheduler, self.sampling.steps)
@@ -230,7 +231,7 @@ def count_steps(source: Source) -> int:
         run(source.pipeline, [trajectory_seed(source.seed, 0)], source.sampling)
     if counted.step < 0:
         raise CalibrationError(
-            "the pipeline never called its denoiser",
+            f"the pipeline never called its denoiser '{denoiser.component}'",
             where=origin_of(source, [trajectory_seed(source.seed, 0)]),
             fix="ask for more steps, or for more strength",
         )

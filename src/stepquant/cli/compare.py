@@ -11,6 +11,7 @@ import typer
 from stepquant.cli.interrupt import keeping
 from stepquant.cli.options import (
     DEFAULT_MODEL,
+    Calls,
     Classifier,
     Clip,
     Data,
@@ -24,16 +25,18 @@ from stepquant.cli.options import (
     Sampler,
     Settings,
     Truth,
-    read_prompts,
+    read_asked,
     read_settings,
 )
 from stepquant.cli.screen import Screen
 from stepquant.errors import StepquantError, UnknownNameError
+from stepquant.models.call import Asked, Call, steps_of
 from stepquant.progress import Progress
 
 if TYPE_CHECKING:
     from stepquant.job.compare import Compared
 
+COUNT = 50  # denoising steps of images where nobody asks for another number
 EXECUTORS = ("processes", "inline", "ray")
 
 Methods = Annotated[
@@ -50,7 +53,15 @@ Variants = Annotated[
 ]
 Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="Runs of each with seeds 0 to N-1.")]
 Images = Annotated[int, typer.Option(min=2, metavar="N", help="Images of each cell, and of the float model.")]
-Steps = Annotated[int, typer.Option(min=1, metavar="N", help="Denoising steps of those images.")]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Denoising steps of those images.",
+        show_default="50, or those of the calls",
+    ),
+]
 Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")]
 CalibrationSteps = Annotated[
     int | None,
@@ -102,7 +113,7 @@ def compare(
     variant: Variants = None,
     seeds: Seeds = 1,
     images: Images = 2048,
-    steps: Steps = 50,
+    steps: Steps = None,
     batch: Batch = 32,
     calibration_steps: CalibrationSteps = None,
     sampler: Sampler = None,
@@ -115,6 +126,7 @@ def compare(
     truth: Truth = None,
     speed: Speed = 3.0,
     prompts: Prompts = None,
+    calls: Calls = None,
     out: Out = Path("runs/compare"),
     store: StoreFolder = None,
     executor: Kind = "processes",
@@ -135,9 +147,9 @@ def compare(
     from stepquant.job.results import DATA
 
     screen = Screen(quiet, brief=True)
-    chosen = {"images": images, "steps": steps, "batch": batch, "sampler": sampler, "speed": speed}
+    asked, count = read_sampling(prompts, calls, steps)
+    chosen = {"images": images, "steps": count, "batch": batch, "sampler": sampler, "speed": speed}
     weights = Weights(inception, lpips, clip, classifier, truth)
-    recipe = {"sampler": sampler, "prompts": read_prompts(prompts), "device": device}
     cells = grid(
         model,
         read_variants(read_names(methods), variant or []),
@@ -145,8 +157,7 @@ def compare(
         range(seeds),
         Evaluation.of(**chosen, data=data or DATA.get(model), weights=weights),
         settings=read_settings(settings or []),
-        steps=calibration_steps or steps,
-        **recipe,
+        **fields(asked, calibration_steps or count, sampler=sampler, device=device),
     )
     screen.warn_if_plain()
     kept = f"finished cells are kept in {store or out}; run the same command to go on"
@@ -154,6 +165,20 @@ def compare(
         worked = choose_executor(executor, workers, threads, address, bars)
         compared = compare(cells, store or out, out=out, executor=worked, any_code=any_code, progress=bars)
     show(screen, compared, json)
+
+
+def read_sampling(
+    prompts: Path | None, calls: Path | None, steps: int | None
+) -> tuple[tuple[Asked, ...], int]:
+    """What is asked for, and in how many steps: those of the calls, where they say it."""
+    asked = read_asked(prompts, calls)
+    return asked, steps_of(asked, steps) or COUNT
+
+
+def fields(asked: Sequence[Asked], steps: int, **others: Any) -> dict[str, Any]:
+    """What all recipes have in common."""
+    kind = "calls" if any(isinstance(one, Call) for one in asked) else "prompts"
+    return {kind: asked or None, "steps": steps} | others
 
 
 def results(

@@ -53,7 +53,7 @@ from stepquant.job import Outcome, Recipe, load, plan_json, planned, quantize_to
 from stepquant.job.files import CARD
 from stepquant.job.pipelines import sampling_of
 from stepquant.models.call import Asked, Call
-from stepquant.models.denoiser import Denoiser
+from stepquant.models.denoiser import Denoiser, by_denoiser
 from stepquant.models.pipelines.results import SOUNDS, sampling_rate
 from stepquant.quant.auto import AUTO
 
@@ -106,9 +106,12 @@ def quantize(
         )
     result: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
     if explain:
-        with screen.reporter as progress:
-            denoiser, chosen_plan = planned(recipe, progress)
-        result |= explain_plan(screen, denoiser, chosen_plan)
+        pipeline = load(recipe.model)
+        for one in by_denoiser(pipeline):
+            with screen.reporter as progress:
+                decided = planned(one, recipe, progress)
+            found = explain_plan(screen, *decided)
+            result |= found if one is pipeline else {Denoiser.of(one).component: found}
     if out is not None:
         result |= make_artifact(screen, recipe, out, resume, int(memory * 2**30))
         result |= {"card": None if no_card else str(add_card(screen, out, recipe.device, recipe.calls))}

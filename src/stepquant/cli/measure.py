@@ -29,7 +29,6 @@ from stepquant.cli.options import (
     Truth,
     read_asked,
     read_counts,
-    read_prompts,
 )
 from stepquant.cli.screen import Screen, command_text
 from stepquant.cli.show import integer_shares, shares_text
@@ -114,6 +113,7 @@ def benchmark(
     profile: Profile = False,
     chart: Chart = None,
     prompts: Prompts = None,
+    calls: Calls = None,
     device: Device = "cpu",
     json: Json = None,
     quiet: Quiet = False,
@@ -129,7 +129,7 @@ def benchmark(
         "seconds": seconds,
         "count": threads,
         "baselines": baselines_here(compiled),
-        "prompts": read_prompts(prompts) or (),
+        "prompts": read_asked(prompts, calls),
     }
     pipeline = load(model, device)
     with screen.reporter as progress:

@@ -10,7 +10,6 @@ import typer
 
 from stepquant.cli.options import ArtifactFolder, Fastest, Json
 from stepquant.cli.screen import Screen, size_text
-from stepquant.job.store import weights_bytes
 from stepquant.runtime import ops
 
 Rows = Sequence[Mapping[str, Any]]
@@ -38,7 +37,7 @@ def inspect(
     )
     screen.show(
         f"calibrated with seed {recipe['seed']} over {recipe['steps']} steps of {recipe['sampler']}; "
-        f"weights {size_text(weights_bytes(folder))}; C++ kernels: {ops.capability()}"
+        f"weights {size_text(found['size']['bytes'])}; C++ kernels: {ops.capability()}"
     )
     if found["steps"]:
         screen.show(steps_text(found["steps"]))

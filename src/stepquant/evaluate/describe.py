@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,29 @@ from torch import Tensor
 
 from stepquant import hub
 from stepquant.evaluate.metrics.measure import as_saved
+from stepquant.evaluate.several import text_of
 from stepquant.models import zoo
-from stepquant.models.denoiser import Denoiser, Seen
+from stepquant.models.denoiser import Denoiser, Seen, by_denoiser
 from stepquant.quant.plan import Plan
 from stepquant.version import __version__
 
 
 def describe_float(pipeline: Any) -> dict[str, Any]:
-    denoiser = Denoiser.of(pipeline)
+    denoisers = [Denoiser.of(one) for one in by_denoiser(pipeline)]
+    return {"name": model_name(pipeline)} | describe_networks(denoisers, [one.digest() for one in denoisers])
+
+
+def describe_networks(denoisers: Sequence[Denoiser], digests: Sequence[str]) -> dict[str, Any]:
+    """Class, parameters and digest of what denoises in a pipeline."""
     return {
-        "name": model_name(pipeline),
-        "class": class_of(denoiser),
-        "parameters": sum(value.numel() for value in denoiser.model.parameters()),
-        "digest": denoiser.digest()[:12],
+        "class": text_of([(one.component, class_of(one)) for one in denoisers]),
+        "parameters": sum(value.numel() for one in denoisers for value in one.model.parameters()),
+        "digest": joined_digests(digests),
     }
+
+
+def joined_digests(digests: Sequence[str]) -> str:
+    return "+".join(digest[:12] for digest in digests)
 
 
 def class_of(denoiser: Denoiser) -> str:
@@ -50,15 +60,17 @@ def model_name(pipeline: Any) -> str:
 
 def describe_quantized(pipeline: Any) -> dict[str, Any]:
     """Method, scheme and recipe as the artifact stores them."""
-    model = Denoiser.of(pipeline).model
+    configs = [hub.config_of(Denoiser.of(one).model) for one in by_denoiser(pipeline)]
     found = {"name": model_name(pipeline), "method": "", "scheme": "", "digest": "", "recipe": {}}
-    config = hub.config_of(model)
-    if config is None:
+    known = [config for config in configs if config is not None]
+    if not known:
         return found
+    config = known[0]
     recipe = {key: value for key, value in config.recipe.items() if key not in ("plan", "seen", "allocated")}
     recipe |= {name: len(recipe[name]) for name in ("prompts", "calls") if recipe.get(name)}
     named = {key: str(recipe.get(key) or "") for key in ("method", "scheme")}
-    return found | named | {"digest": config.digest[:12], "recipe": recipe}
+    digest = joined_digests([config.digest for config in known])
+    return found | named | {"digest": digest, "recipe": recipe}
 
 
 def describe_plan(source: Denoiser, quantized: Denoiser) -> list[dict[str, Any]]:

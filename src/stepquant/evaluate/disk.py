@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from stepquant.errors import EvaluationError
-from stepquant.models.denoiser import Denoiser
+from stepquant.evaluate.several import sizes
+from stepquant.models.denoiser import Denoiser, by_denoiser
 
 
 def size(float_pipeline: Any, folder: Path) -> dict[str, Any]:
-    """Bytes of the quantized denoiser's weight files, against four bytes for each number of the float one."""
-    return size_beside(Denoiser.of(float_pipeline), folder)
+    """Bytes of the quantized denoisers' weight files, against four bytes for each number of the float ones."""
+    return sizes([size_beside(Denoiser.of(one), folder) for one in by_denoiser(float_pipeline)])
 
 
 def size_beside(denoiser: Denoiser, folder: Path) -> dict[str, Any]:
-    """The same for a given float denoiser; only the shapes of its weights count."""
+    """The same for one given float denoiser; only the shapes of its weights count."""
     inside = Path(folder) / denoiser.component
     files = sorted((inside if inside.is_dir() else Path(folder)).glob("*.safetensors"))
     if not files:

@@ -20,6 +20,8 @@ from stepquant.evaluate.metrics.instruments import Weights, load_networks
 from stepquant.evaluate.metrics.measure import Batch, Measured
 from stepquant.evaluate.metrics.media import picture_of
 from stepquant.evaluate.metrics.quality import judge
+from stepquant.evaluate.several import named
+from stepquant.evaluate.trajectory.joined import traces
 from stepquant.evaluate.trajectory.probe import trace
 from stepquant.evaluate.twins import Twins
 from stepquant.models.call import Call, texts
@@ -69,11 +71,12 @@ def evaluate(
     others = [trajectory_seed(seed, FIRST_OTHER_SEED + i) for i in range(images)] if floor else None
     # A call that is written out is a trajectory of its own: one of them is followed.
     written = any(isinstance(one, Call) for one in sampling.prompts)
-    traced = trace(twins, seeds[: 1 if written else probed], sampling)
+    parts = twins.by_denoiser()
+    followed = seeds[: 1 if written else probed]
+    traced = traces([(one.source.component, trace(one, followed, sampling)) for one in parts])
     batches = generate(twins, seeds, others, sampling, batch, progress) if stored is None else iter(stored)
     judged = judge(batches, networks, data, prompted=prompted, keep=shown)
-    arguments = first_arguments(twins.float, 1, sampling.prompts, twins.quantized)
-    covered = coverage(twins.source, twins.other, arguments)
+    covered = named([(one.source.component, covered_by(one, sampling)) for one in parts])
     return {
         "format": FORMAT,
         "float": describe_float(twins.float),
@@ -89,8 +92,14 @@ def evaluate(
         "images": show(seeds, judged.measured),
         "coverage": covered,
         "cost": cost(covered),
-        "plan": describe_plan(twins.source, twins.other),
+        "plan": named([(one.source.component, describe_plan(one.source, one.other)) for one in parts]),
     }
+
+
+def covered_by(twins: Twins, sampling: Sampling) -> list[dict[str, Any]]:
+    """What the first call of a denoiser runs in integers."""
+    arguments = first_arguments(twins.float, 1, sampling.prompts, twins.quantized)
+    return coverage(twins.source, twins.other, arguments)
 
 
 def show(seeds: Sequence[int], measured: Measured) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from stepquant.models.denoiser import Denoiser
+from stepquant.models.denoiser import Denoiser, by_denoiser
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,11 @@ class Twins:
 
     float: Any
     quantized: Any
+
+    def by_denoiser(self) -> list[Twins]:
+        """The same once for each denoiser of the pipelines."""
+        pairs = zip(by_denoiser(self.float), by_denoiser(self.quantized), strict=True)
+        return [Twins(*pair) for pair in pairs]
 
     @cached_property
     def source(self) -> Denoiser:

@@ -15,6 +15,7 @@ from stepquant.evaluate.twins import Twins
 from stepquant.job.fresh_process import first_images
 from stepquant.job.pipelines import load
 from stepquant.job.results import artifact_config, load_twin
+from stepquant.models.call import Asked
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import first_arguments
 from stepquant.models.sampling import Sampling
@@ -29,13 +30,13 @@ def benchmark_generation(
     steps: int = 10,
     seconds: float = 10.0,
     count: int | None = None,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[Asked] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Whole generations in turns, then every variant in a process of its own for its first images and its memory."""
     quantized = load(folder)
     config = artifact_config(quantized, folder)
-    source = load_twin(config, against, "cpu")
+    source = load_twin(quantized, against)
     found = generation(
         Twins(source, quantized),
         Sampling(steps, "ddim", tuple(prompts)),
@@ -59,7 +60,7 @@ def benchmark_generation(
 
 
 def profile_call(
-    model: str | Path, batch: int, count: int | None = None, prompts: Sequence[str] = ()
+    model: str | Path, batch: int, count: int | None = None, prompts: Sequence[Asked] = ()
 ) -> dict[str, Any]:
     """One call of a denoiser, operation by operation."""
     pipeline = load(model)

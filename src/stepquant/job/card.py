@@ -17,7 +17,7 @@ from stepquant.job.pipelines import STEPS, calibrated_with, load
 from stepquant.job.results import artifact_config, describe_alone, measured_so_far
 from stepquant.models.call import Asked, Call, steps_of
 from stepquant.models.generate import sample
-from stepquant.models.pipelines.results import SOUNDS
+from stepquant.models.pipelines.results import IMAGES, OUTPUTS, SOUNDS
 from stepquant.models.sampling import Sampling
 from stepquant.progress import Progress
 from stepquant.report import card
@@ -44,21 +44,20 @@ def write_card(
     shown = shown_with(config, calls)
     made = draw(pipeline, shown, progress)
     known = measured_so_far(place, describe_alone(pipeline, place))
-    samples = None
-    if made:
+    samples, output = None, OUTPUTS[made[0].ndim if made else IMAGES]
+    if made and made[0].ndim != SOUNDS:  # which no page plays
         samples = file_for(made[0], None, SAMPLES).name
         write_media(made, place / samples)
-    text = card(known, samples, shown.steps)
+    text = card(known, samples, shown.steps, output)
     atomically(place / CARD, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return place / CARD
 
 
 def draw(pipeline: Any, shown: Sampling, progress: Progress | None) -> list[Tensor]:
-    """Images or videos for the card; none of sounds, which no page plays, and where calls lack their pictures."""
+    """What the card is about; nothing where calls lack their pictures."""
     if any(isinstance(one, Call) and one.stands_in for one in shown.prompts):
         return []
-    made = list(sample(pipeline, range(SHOWN), shown, progress=progress))
-    return [] if made[0].ndim == SOUNDS else made
+    return list(sample(pipeline, range(SHOWN), shown, progress=progress))
 
 
 def shown_with(config: hub.StepquantConfig, calls: Sequence[Asked] = ()) -> Sampling:

@@ -21,7 +21,7 @@ from stepquant.artifact import LayerSpec
 from stepquant.core.pack import unpack
 from stepquant.errors import ArtifactError, StepquantError
 from stepquant.evaluate.metrics.pairs import psnr
-from stepquant.job.pipelines import find_folder, load
+from stepquant.job.pipelines import check_one_denoiser, find_folder, load
 from stepquant.job.results import RESULTS, artifact_config, read_results
 from stepquant.job.store import weights_bytes
 from stepquant.models.denoiser import Denoiser
@@ -36,6 +36,7 @@ class Side:
     """One artifact: its configuration, its tensors, and what was measured of it."""
 
     folder: Path
+    component: str
     config: hub.StepquantConfig
     tensors: Mapping[str, Tensor]
     results: Mapping[str, Any]
@@ -47,8 +48,9 @@ class Side:
         folder = inside if (inside / "model_index.json").is_file() else find_folder(str(folder))
         pipeline = load(folder)
         config = artifact_config(pipeline, folder)
-        weights = folder / Denoiser.of(pipeline).component
-        return cls(folder, config, read_tensors(weights), measured(folder, config))
+        check_one_denoiser(pipeline)
+        component = Denoiser.of(pipeline).component
+        return cls(folder, component, config, read_tensors(folder / component), measured(folder, config))
 
     @property
     def name(self) -> str:
@@ -94,7 +96,11 @@ def diff(first: Path, second: Path) -> dict[str, Any]:
 
 
 def describe(side: Side) -> dict[str, Any]:
-    known = {"name": side.name, "digest": side.config.digest[:12], "bytes": weights_bytes(side.folder)}
+    known = {
+        "name": side.name,
+        "digest": side.config.digest[:12],
+        "bytes": weights_bytes(side.folder, [side.component]),
+    }
     return known | {"layers": len(side.config.layers), "measured": bool(side.results)}
 
 

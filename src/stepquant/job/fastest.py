@@ -17,7 +17,7 @@ from stepquant.evaluate.describe import cpu_name
 from stepquant.evaluate.metrics.reference import file_digest
 from stepquant.job.pipelines import prompts_of
 from stepquant.models.call import Asked
-from stepquant.models.denoiser import Denoiser
+from stepquant.models.denoiser import Denoiser, by_denoiser
 from stepquant.models.hooks import first_arguments
 from stepquant.progress import Progress
 from stepquant.runtime import ops
@@ -31,16 +31,25 @@ def fastest(
 
     The predictions of an artifact then depend on the machine. Times are measured once for a machine and a shape.
     """
-    denoiser = Denoiser.of(pipeline)
-    config = hub.config_of(denoiser.model)
+    known = KnownTimes()
+    try:
+        return [
+            found for one in by_denoiser(pipeline) for found in of_one(one, batch, prompts, known, progress)
+        ]
+    finally:
+        known.keep()
+
+
+def of_one(
+    pipeline: Any, batch: int, prompts: Sequence[Asked] | None, known: KnownTimes, progress: Progress | None
+) -> list[LayerTime]:
+    """The same for one denoiser."""
+    model = Denoiser.of(pipeline).model
+    config = hub.config_of(model)
     if config is None:
         raise StepquantError("only a quantized pipeline has layers in integers", fix="load an artifact")
     arguments = first_arguments(pipeline, batch, prompts or prompts_of(config))
-    known = KnownTimes()
-    try:
-        return choose_float_layers(denoiser.model, arguments, known.here, progress=progress)
-    finally:
-        known.keep()
+    return choose_float_layers(model, arguments, known.here, progress=progress)
 
 
 class KnownTimes:

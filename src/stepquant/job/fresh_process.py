@@ -20,6 +20,7 @@ from torch import nn
 from stepquant.errors import EvaluationError
 from stepquant.job.memory import peak_bytes
 from stepquant.job.pipelines import load
+from stepquant.models.call import Asked, Call
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.generate import run
 from stepquant.models.sampling import Sampling
@@ -32,7 +33,7 @@ def first_images(
     batch: int,
     steps: int,
     threads: int,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[Asked] = (),
 ) -> list[dict[str, Any]]:
     """For each name's (model, dtype): seconds to load and to the first images, and the peak of resident memory."""
     rows = []
@@ -43,7 +44,7 @@ def first_images(
             "batch": batch,
             "steps": steps,
             "threads": threads,
-            "prompts": list(prompts),
+            "prompts": [one.packed() if isinstance(one, Call) else one for one in prompts],
         }
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(
@@ -63,7 +64,7 @@ def first_images(
 
 
 def measure(
-    model: str, dtype: str, batch: int, steps: int, threads: int, prompts: Sequence[str]
+    model: str, dtype: str, batch: int, steps: int, threads: int, prompts: Sequence[Any]
 ) -> dict[str, Any]:
     torch.set_num_threads(threads)
     start_bytes, start = peak_bytes(), time.perf_counter()
@@ -72,7 +73,8 @@ def measure(
     if target is not None:
         nn.Module.to(network, dtype=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     loaded = time.perf_counter()
-    run(pipeline, list(range(batch)), Sampling(steps, prompts=tuple(prompts)))
+    asked = tuple(Call.unpacked(one) if isinstance(one, dict) else one for one in prompts)
+    run(pipeline, list(range(batch)), Sampling(steps, prompts=asked))
     return {
         "load_seconds": loaded - start,
         "first_image_seconds": time.perf_counter() - loaded,

@@ -14,10 +14,11 @@ from stepquant.calib.cache import cache_folder
 from stepquant.calib.record import MEMORY, Source
 from stepquant.errors import ModelError
 from stepquant.job.calls import written_calls
-from stepquant.job.pipelines import check_written, load
+from stepquant.job.pipelines import check_written
 from stepquant.job.recipe import Recipe
+from stepquant.models.attention import is_adapter
 from stepquant.models.call import Call
-from stepquant.models.denoiser import COMPONENTS, Denoiser, check_finite
+from stepquant.models.denoiser import Denoiser, by_denoiser, check_finite
 from stepquant.models.observe import shown
 from stepquant.models.sampling import Sampling
 from stepquant.progress import Progress, Silent
@@ -41,6 +42,8 @@ def quantize(
 ) -> Any:
     """Quantize the denoiser of `pipeline` in place: it runs in integers afterwards, and saves them.
 
+    Where several denoisers share the steps, each is calibrated on those that it runs, while the others are float.
+
     `plan` puts rules before those of `scheme`, or stands alone when `scheme` is None. `calls` are arguments of the
     pipeline, one table for each trajectory, where a prompt is not all that it needs. `steps`: 100, or those of the calls. What `save_pretrained` then writes has
     no model card; `stepquant.write_card(folder)` adds one.
@@ -57,7 +60,10 @@ def quantize(
         prompts=prompts,
         calls=written_calls(calls),
     )
-    hub.attach(Denoiser.of(pipeline).model, run(pipeline, recipe, progress))
+    aimed = by_denoiser(pipeline)
+    artifacts = [run(one, recipe, progress) for one in aimed]
+    for one, artifact in zip(aimed, artifacts):
+        hub.attach(Denoiser.of(one).model, artifact)
     return pipeline
 
 
@@ -85,8 +91,8 @@ def run(
     denoiser = Denoiser.of(pipeline)
     if hub.config_of(denoiser.model) is not None:
         raise ModelError("the model is quantized already", fix="start from the float model")
+    check_no_adapter(denoiser)
     check_finite(denoiser.model)
-    check_one_denoiser(pipeline)
     for call in recipe.calls:
         check_written(pipeline, call)
     denoiser.model.eval()
@@ -100,9 +106,8 @@ def run(
     return dataclasses.replace(artifact, recipe={**provenance, **seen, **found})
 
 
-def planned(recipe: Recipe, progress: Progress | None = None) -> tuple[Denoiser, Plan]:
+def planned(pipeline: Any, recipe: Recipe, progress: Progress | None = None) -> tuple[Denoiser, Plan]:
     """The float model, and what the recipe decides for its sites."""
-    pipeline = load(recipe.model, recipe.device)
     denoiser = shown(pipeline, recipe.asked)
     return denoiser, plan_of(denoiser, recipe, source_of(pipeline, recipe, progress))
 
@@ -135,15 +140,12 @@ def source_of(
     )
 
 
-def check_one_denoiser(pipeline: Any) -> None:
-    """A second denoiser, for other noise levels, would stay in float without a word."""
-    second = [
-        name for name in (f"{one}_2" for one in COMPONENTS) if getattr(pipeline, name, None) is not None
-    ]
-    if second:
+def check_no_adapter(denoiser: Denoiser) -> None:
+    """An IP-Adapter is no part of the model's configuration: no folder that `from_pretrained` reads can hold it."""
+    if any(is_adapter(module) for module in denoiser.model.modules()):
         raise ModelError(
-            f"{type(pipeline).__name__} denoises with two networks",
-            got=f"'{second[0]}' beside '{Denoiser.of(pipeline).component}'",
-            expected="a pipeline with one",
-            fix=f"quantize it without the other one, if it runs so: {second[0]}=None",
+            "the pipeline has an IP-Adapter, which cannot be saved with it",
+            where=denoiser.component,
+            expected="a pipeline without one",
+            fix="pipe.unload_ip_adapter(); load it again into the quantized pipeline, where it runs in float",
         )

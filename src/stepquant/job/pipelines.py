@@ -17,7 +17,7 @@ from stepquant import hub
 from stepquant.errors import ModelError, StepquantError, UnknownNameError
 from stepquant.models import zoo
 from stepquant.models.call import Asked, Call, steps_of
-from stepquant.models.denoiser import Denoiser, check_finite
+from stepquant.models.denoiser import Denoiser, check_finite, denoisers
 from stepquant.models.pipelines.calling import check_call
 from stepquant.models.sampling import SAMPLERS, Sampling
 
@@ -26,9 +26,10 @@ def load(model: str | os.PathLike[str], device: str = "cpu") -> Any:
     """A pipeline by the name of an embedded model or by its folder; a quantized one runs in integers."""
     folder = find_folder(str(model))
     pipeline = open_pipeline(folder)
-    network = Denoiser.of(pipeline).model
-    if hub.config_of(network) is None:
-        check_finite(network)
+    Denoiser.of(pipeline)  # it has one
+    for network in denoisers(pipeline).values():
+        if hub.config_of(network) is None:
+            check_finite(network)
     rename(pipeline, str(model) if str(model) in zoo.names() else folder.resolve().name)
     pipeline.set_progress_bar_config(disable=True)
     return move(pipeline, device)
@@ -150,6 +151,17 @@ def sampling_of(
     for call in asked:
         check_written(pipeline, call)
     return Sampling(steps_of(asked, steps) or suits.steps, sampler or suits.sampler, asked)
+
+
+def check_one_denoiser(pipeline: Any) -> None:
+    """Studies look at one network; a second one would stay as it is without a word."""
+    names = list(denoisers(pipeline))
+    if len(names) > 1:
+        raise ModelError(
+            f"{type(pipeline).__name__} denoises with {len(names)} networks: {', '.join(names)}",
+            expected="a pipeline with one, where several variants or sites are compared",
+            fix="quantize and evaluate it: these take all of its networks",
+        )
 
 
 def check_written(pipeline: Any, asked: Asked) -> None:

@@ -20,7 +20,7 @@ from pydantic import (
 from stepquant import methods
 from stepquant.errors import StepquantError, UnknownNameError
 from stepquant.methods.method import Method
-from stepquant.models.call import Asked, Call, steps_of
+from stepquant.models.call import PACKED, Asked, Call, steps_of
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import SAMPLERS
 from stepquant.quant.auto import Budget
@@ -30,10 +30,17 @@ from stepquant.version import __version__
 
 DEFAULT_SCHEME = "w8a8"
 STEPS = 100
+IN_FULL = {"calls": "in full"}  # context of JSON for another process, which has no files of calls
+
+
+def read_call(data: dict[str, Any]) -> Call:
+    return Call.unpacked(data) if PACKED in data else Call.from_json(data)
+
+
 WrittenCall = Annotated[
     InstanceOf[Call],
-    BeforeValidator(lambda one: Call.from_json(one) if isinstance(one, dict) else one),
-    PlainSerializer(lambda one: dict(one.described)),
+    BeforeValidator(lambda one: read_call(one) if isinstance(one, dict) else one),
+    PlainSerializer(lambda one, info: one.packed() if info.context == IN_FULL else dict(one.described)),
 ]
 
 

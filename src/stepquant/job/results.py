@@ -16,21 +16,23 @@ from stepquant.errors import ArtifactError, StepquantError
 from stepquant.evaluate import Twins, benchmark, evaluate, size
 from stepquant.evaluate.cost import coverage
 from stepquant.evaluate.describe import (
-    class_of,
     describe_float,
+    describe_networks,
     describe_plan,
     describe_quantized,
     environment,
+    joined_digests,
 )
 from stepquant.evaluate.disk import size_beside
 from stepquant.evaluate.metrics.reference import check_data
 from stepquant.evaluate.results import FORMAT
+from stepquant.evaluate.several import named, sizes
 from stepquant.job.fastest import fastest
 from stepquant.job.files import writing
 from stepquant.job.pipelines import load, prompts_of, sampling_of
 from stepquant.models import zoo
 from stepquant.models.call import Asked
-from stepquant.models.denoiser import Denoiser
+from stepquant.models.denoiser import Denoiser, by_denoiser, denoisers
 from stepquant.models.hooks import first_arguments
 from stepquant.progress import Progress
 from stepquant.report import write as write_report
@@ -54,24 +56,27 @@ def artifact_config(pipeline: Any, folder: Path) -> hub.StepquantConfig:
     return config
 
 
-def load_twin(config: hub.StepquantConfig, against: str | None, device: str = "cpu") -> Any:
-    """The float model that an artifact was made of; another one is an error."""
-    name = against or config.recipe.get("model", "")
+def load_twin(quantized: Any, against: str | None, device: str = "cpu") -> Any:
+    """The float pipeline that a quantized one was made of; another one is an error."""
+    known = [hub.config_of(network) for network in denoisers(quantized).values()]
+    recipes = [config.recipe for config in known if config is not None]
+    name = against or recipes[0].get("model", "")
     if against is None and name not in zoo.names():
         raise StepquantError(
             "the float model is not an embedded one", got=name, fix="say where it is: --against FOLDER"
         )
     pipeline = load(name, device)
-    if hub.config_of(Denoiser.of(pipeline).model) is not None:
+    if any(hub.config_of(network) is not None for network in denoisers(pipeline).values()):
         raise StepquantError(
             f"'{name}' is quantized itself", fix="compare with the float model: --against FOLDER"
         )
-    digest = Denoiser.of(pipeline).digest()
-    if digest != config.recipe.get("model_digest", digest):
+    digests = [Denoiser(network).digest() for network in denoisers(pipeline).values()]
+    wanted = [recipe.get("model_digest", digest) for recipe, digest in zip(recipes, digests)]
+    if digests != wanted:
         raise StepquantError(
             f"the artifact was not made of '{name}'",
-            got=f"a model with digest {digest[:12]}",
-            expected=str(config.recipe["model_digest"])[:12],
+            got=f"a model with digest {joined_digests(digests)}",
+            expected=joined_digests(wanted),
             fix="compare with the model it was made of: --against FOLDER",
         )
     return pipeline
@@ -80,36 +85,41 @@ def load_twin(config: hub.StepquantConfig, against: str | None, device: str = "c
 def describe_artifact(twins: Twins, folder: Path, name: str) -> dict[str, Any]:
     """All that follows from an artifact without measuring: origin, recipe, size, plan and coverage."""
     prompts = prompts_of(artifact_config(twins.quantized, folder))
-    arguments = first_arguments(twins.float, 1, prompts, twins.quantized)
+    parts = [(one.source.component, one) for one in twins.by_denoiser()]
+    arguments = [first_arguments(one.float, 1, prompts, one.quantized) for _, one in parts]
+    covered = [coverage(one.source, one.other, given) for (_, one), given in zip(parts, arguments)]
+    names = [component for component, _ in parts]
     return {
         "format": FORMAT,
         "float": describe_float(twins.float),
         "quantized": describe_quantized(twins.quantized) | {"name": name},
         "size": size(twins.float, folder),
-        "coverage": coverage(twins.source, twins.other, arguments),
-        "plan": describe_plan(twins.source, twins.other),
+        "coverage": named(list(zip(names, covered))),
+        "plan": named([(component, describe_plan(one.source, one.other)) for component, one in parts]),
     }
 
 
 def describe_alone(pipeline: Any, folder: Path) -> dict[str, Any]:
     """The same from the artifact alone, whose recipe names the float model: its shapes need no weights."""
-    quantized, config = Denoiser.of(pipeline), artifact_config(pipeline, folder)
-    recipe = config.recipe
-    shapes = shapes_of(quantized)
-    model = {
-        "name": recipe.get("model", ""),
-        "class": class_of(shapes),
-        "parameters": sum(value.numel() for value in shapes.model.parameters()),
-        "digest": recipe.get("model_digest", "")[:12],
-    }
-    arguments = first_arguments(pipeline, 1, prompts_of(config))
+    aimed = by_denoiser(pipeline)
+    recipes = [artifact_config(one, folder).recipe for one in aimed]
+    prompts = prompts_of(artifact_config(pipeline, folder))
+    quantized = [Denoiser.of(one) for one in aimed]
+    shapes = [shapes_of(one) for one in quantized]
+    names = [one.component for one in shapes]
+    networks = describe_networks(shapes, [recipe.get("model_digest", "") for recipe in recipes])
+    covered = [
+        coverage(shape, one, first_arguments(asked, 1, prompts))
+        for shape, one, asked in zip(shapes, quantized, aimed)
+    ]
+    plans = [describe_plan(shape, one) for shape, one in zip(shapes, quantized)]
     return {
         "format": FORMAT,
-        "float": model,
+        "float": {"name": recipes[0].get("model", "")} | networks,
         "quantized": describe_quantized(pipeline) | {"name": folder.resolve().name},
-        "size": size_beside(shapes, folder),
-        "coverage": coverage(shapes, quantized, arguments),
-        "plan": describe_plan(shapes, quantized),
+        "size": sizes([size_beside(one, folder) for one in shapes]),
+        "coverage": named(list(zip(names, covered))),
+        "plan": named(list(zip(names, plans))),
     }
 
 
@@ -118,7 +128,7 @@ def shapes_of(quantized: Denoiser) -> Denoiser:
     model: Any = quantized.model
     config = {name: value for name, value in model.config.items() if name != "quantization_config"}
     with torch.device("meta"):
-        return Denoiser(type(model).from_config(config))
+        return Denoiser(type(model).from_config(config), component=quantized.component)
 
 
 def inspect_artifact(
@@ -130,7 +140,7 @@ def inspect_artifact(
     """
     pipeline = load(folder)
     settings = artifact_config(pipeline, folder)
-    timed = [] if batch is None else fastest(pipeline, batch, progress=progress)
+    timed = [] if batch is None else fastest(pipeline, batch, progress=progress)  # of all denoisers
     known = describe_alone(pipeline, folder)
     return known | {"steps": settings.steps, "times": [asdict(layer) for layer in timed]}
 
@@ -183,7 +193,7 @@ def evaluate_artifact(
     """
     quantized = load(folder, device)
     config = artifact_config(quantized, folder)
-    twins = Twins(load_twin(config, against, device), quantized)
+    twins = Twins(load_twin(quantized, against, device), quantized)
     options.setdefault("data", DATA.get(config.recipe.get("model", "")))
     check_data(options["data"])
     sampling = sampling_of(quantized, steps, sampler, prompts)
@@ -202,7 +212,7 @@ def benchmark_artifact(
     """Time an artifact beside the float model it was made of; `options` as in `stepquant.evaluate`."""
     quantized = load(folder, device)
     config = artifact_config(quantized, folder)
-    source = load_twin(config, against, device)
+    source = load_twin(quantized, against, device)
     options["prompts"] = options.get("prompts") or prompts_of(config)
     speed = benchmark(source, quantized, progress=progress, **options)
     return update_results(folder, Twins(source, quantized), {"speed": speed, "environment": environment()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from stepquant.job.files import is_taken, new_folder, writing
 from stepquant.job.inplace import run
 from stepquant.job.pipelines import load, without_bars
 from stepquant.job.recipe import Recipe
-from stepquant.models.denoiser import Denoiser
+from stepquant.models.denoiser import Denoiser, by_denoiser, denoisers
 from stepquant.progress import Progress
 
 
@@ -52,28 +52,38 @@ def quantize_to(
     recipe.check()
     target = Path(out)
     pipeline = load(recipe.model, recipe.device)
-    provenance = recipe.provenance(pipeline)
-    float_bytes = sum(4 * value.numel() for value in Denoiser.of(pipeline).model.state_dict().values())
+    aimed = by_denoiser(pipeline)
+    made_by = [recipe.provenance(one) for one in aimed]
+    networks = denoisers(pipeline)
+    float_bytes = sum(4 * value.numel() for one in networks.values() for value in one.state_dict().values())
     if is_taken(target):
-        found = existing(target, provenance, resume)
-        return Outcome(target, found, weights_bytes(target), float_bytes, found=True)
+        found = existing(target, made_by, resume)
+        return Outcome(target, found, weights_bytes(target, networks), float_bytes, found=True)
     with new_folder(target) as folder:
-        artifact = run(pipeline, recipe, progress, memory=memory, provenance=provenance)
-        hub.attach(Denoiser.of(pipeline).model, artifact)
+        artifacts = [
+            run(one, recipe, progress, memory=memory, provenance=made) for one, made in zip(aimed, made_by)
+        ]
+        for network, artifact in zip(networks.values(), artifacts):
+            hub.attach(network, artifact)
         with writing(target), without_bars():
             pipeline.save_pretrained(folder)
-    return Outcome(target, provenance, weights_bytes(target), float_bytes, found=False)
+    return Outcome(target, made_by[0], weights_bytes(target, networks), float_bytes, found=False)
 
 
-def existing(out: Path, wanted: Mapping[str, Any], resume: bool) -> Mapping[str, Any]:
-    """The recipe of the artifact in `out`, which must be intact and the wanted one."""
+def existing(out: Path, wanted: Sequence[Mapping[str, Any]], resume: bool) -> Mapping[str, Any]:
+    """The recipe of the artifact in `out`, which must be intact and the wanted one, for each of its denoisers."""
     if not resume:
         raise StepquantError(
             f"'{out}' exists already",
             expected="a new or empty folder",
             fix="choose another --out, or add --resume to keep a finished artifact of the same recipe",
         )
-    config = hub.config_of(Denoiser.of(load(out)).model)
+    found = [check_same(out, one, mine) for one, mine in zip(by_denoiser(load(out)), wanted, strict=True)]
+    return found[0]
+
+
+def check_same(out: Path, pipeline: Any, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+    config = hub.config_of(Denoiser.of(pipeline).model)
     if config is None:
         raise ArtifactError(
             f"'{out}' holds a float model", expected="an artifact of stepquant", fix="choose another --out"
@@ -96,7 +106,6 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def weights_bytes(folder: Path) -> int:
-    """Size of the denoiser's weights on disk."""
-    component = next(folder / name for name in ("unet", "transformer") if (folder / name).is_dir())
-    return sum(file.stat().st_size for file in component.glob("*.safetensors"))
+def weights_bytes(folder: Path, components: Iterable[str]) -> int:
+    """Size of the weights on disk of denoisers, by what the pipeline calls them."""
+    return sum(file.stat().st_size for name in components for file in (folder / name).glob("*.safetensors"))

@@ -14,7 +14,7 @@ from stepquant.evaluate.speed.layers import layer_times, read_times
 from stepquant.evaluate.study.allocate import Allocation, Budget, allocate, read_sensitivity
 from stepquant.evaluate.study.sensitivity import Study, sensitivity
 from stepquant.evaluate.twins import Twins
-from stepquant.job.pipelines import load, prompts_of
+from stepquant.job.pipelines import check_one_denoiser, load, prompts_of
 from stepquant.job.recipe import Recipe
 from stepquant.job.results import artifact_config, load_twin
 from stepquant.models.denoiser import Denoiser
@@ -28,6 +28,7 @@ def study_model(recipe: Recipe, study: Study, out: Path, progress: Progress | No
     """
     study.check()
     pipeline = load(recipe.model, recipe.device)
+    check_one_denoiser(pipeline)
     if hub.config_of(Denoiser.of(pipeline).model) is not None:
         raise ModelError("the model is quantized already", fix="study the float model")
     found = sensitivity(pipeline, recipe.build_plan(), study, prompts=recipe.asked, progress=progress)
@@ -46,8 +47,9 @@ def time_layers(
 ) -> dict[str, Any]:
     """Time every layer of an artifact beside that of its float model, and write it as JSON."""
     quantized = load(folder, device)
+    check_one_denoiser(quantized)
     config = artifact_config(quantized, folder)
-    source = load_twin(config, against, device)
+    source = load_twin(quantized, against, device)
     found = layer_times(Twins(source, quantized), batch=batch, prompts=prompts_of(config), progress=progress)
     write_json(out, found)
     return found

@@ -106,6 +106,8 @@ class KeepProduct:
         self.present = attention.processor
 
     def __call__(self, processor: Any) -> None:
+        if isinstance(processor, Rebound) and "former" not in vars(processor):
+            processor = self.own  # diffusers made another one of its class, which has nothing
         if not isinstance(processor, Rebound):
             processor = carrying(processor, self.own)
         if isinstance(processor, Rebound):
@@ -117,6 +119,11 @@ class KeepProduct:
         """Take a processor that was assigned to the attribute as one that was set."""
         if self.attention.processor is not self.present:
             self(self.attention.processor)
+
+
+def is_adapter(processor: Any) -> bool:
+    """Whether a processor brings layers: an IP-Adapter's, which attends to an image beside the text."""
+    return getattr(processor, "to_k_ip", None) is not None
 
 
 def carrying(processor: Any, own: Rebound) -> Any:

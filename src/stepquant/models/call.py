@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load, save
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -17,6 +20,7 @@ from stepquant.core.digest import tensors_digest
 from stepquant.errors import StepquantError
 
 STEPS = "num_inference_steps"
+PACKED = "packed"  # marks JSON of a call that lacks nothing
 MID_GREY = 128
 
 
@@ -38,6 +42,16 @@ class Call:
         """The call that was described so; what was described by its size has that size alone."""
         arguments = {name: restore(value) for name, value in described.items()}
         return cls(arguments, dict(described), origin, arguments != described)
+
+    def packed(self) -> dict[str, Any]:
+        """JSON that holds its pictures and tensors too, for another process."""
+        values = {name: pack(value) for name, value in self.arguments.items()}
+        return {PACKED: values, "origin": self.origin, "stands_in": self.stands_in}
+
+    @classmethod
+    def unpacked(cls, data: Mapping[str, Any]) -> Call:
+        arguments = {name: restore(value) for name, value in data[PACKED].items()}
+        return replace(cls.of(arguments, data["origin"]), stands_in=data["stands_in"])
 
     @property
     def text(self) -> str:
@@ -86,12 +100,34 @@ def describe(value: Any) -> Any:
     )
 
 
+def pack(value: Any) -> Any:
+    """A value as JSON that lacks nothing."""
+    if isinstance(value, Image.Image):
+        buffer = io.BytesIO()
+        value.save(buffer, format="PNG")
+        return {"png": base64.b64encode(buffer.getvalue()).decode()}
+    if isinstance(value, np.ndarray):
+        return pack(torch.from_numpy(np.ascontiguousarray(value))) | {"array": True}
+    if isinstance(value, Tensor):
+        return {"safetensors": base64.b64encode(save({"": value.detach().cpu().contiguous()})).decode()}
+    if isinstance(value, Mapping):
+        return {str(name): pack(one) for name, one in value.items()}
+    return [pack(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def restore(described: Any) -> Any:
-    """A value that is described so: grey pictures, and tensors of ones, which as a mask hide nothing."""
+    """A value that is packed, or described: grey pictures, and tensors of ones, which as a mask hide nothing."""
     if isinstance(described, list):
         return [restore(one) for one in described]
     if not isinstance(described, Mapping):
         return described
+    if "png" in described:
+        picture = Image.open(io.BytesIO(base64.b64decode(described["png"])))
+        picture.load()
+        return picture
+    if "safetensors" in described:
+        kept = load(base64.b64decode(described["safetensors"]))[""]
+        return kept.numpy() if described.get("array") else kept
     if "picture" in described:
         size: tuple[int, int] = tuple(described["size"])
         return Image.new("L", size, MID_GREY).convert(described["mode"])

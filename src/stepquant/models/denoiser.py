@@ -12,17 +12,19 @@ from itertools import chain
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from stepquant.core.digest import tensors_digest, value_digest
 from stepquant.errors import ModelError
 from stepquant.models.families.family import matches
-from stepquant.models.families.registry import family_of
+from stepquant.models.families.registry import family_of, is_declared, is_generic
 from stepquant.models.families.roles import FLOAT, LEAVES, PRODUCTS, part_roles
 from stepquant.models.split import SplitLayer
 
-COMPONENTS = ("unet", "transformer")  # of a pipeline, that may denoise
+COMPONENTS = ("unet", "transformer")  # of a pipeline, the usual ones that denoise
+CHOSEN = "_denoises_by"  # attribute of a copy of a pipeline: which of its denoisers is meant
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -48,31 +50,27 @@ class Seen:
 class Denoiser:
     """What a model is called with, what it is built of, and what may be quantized; the model stays untouched."""
 
-    def __init__(self, model: nn.Module, seen: Seen | None = None) -> None:
+    def __init__(self, model: nn.Module, seen: Seen | None = None, component: str | None = None) -> None:
         self.model, self.seen = model, seen
         self.family = family_of(model)
+        self.component = component or self.family.component  # what its pipeline calls it: its folder
 
     def having(self, seen: Seen | None) -> Denoiser:
         """The same with what a call has shown of it."""
-        return Denoiser(self.model, seen)
+        return Denoiser(self.model, seen, self.component)
 
     @classmethod
     def of(cls, pipeline: Any) -> Denoiser:
-        """The denoiser of a diffusers pipeline."""
-        for name in COMPONENTS:
-            model = getattr(pipeline, name, None)
-            if model is not None:
-                return cls(model)
-        raise ModelError(
-            "the pipeline has no denoiser",
-            got=type(pipeline).__name__,
-            expected="a diffusers pipeline with a `unet` or `transformer`",
-        )
-
-    @property
-    def component(self) -> str:
-        """What its pipelines call the model: the name of its folder."""
-        return self.family.component
+        """The denoiser of a diffusers pipeline: the first one, or that which was chosen of several."""
+        found = denoisers(pipeline)
+        name = getattr(pipeline, CHOSEN, None) or next(iter(found), None)
+        if name is None:
+            raise ModelError(
+                "the pipeline has no denoiser",
+                got=type(pipeline).__name__,
+                expected="a diffusers pipeline with a `unet` or `transformer`, or a network that reads noise and a time",
+            )
+        return cls(found[name], component=name)
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
@@ -191,6 +189,39 @@ class Denoiser:
         config = {k: v for k, v in settings.items() if not k.startswith("_")}
         kind = [type(self.model).__name__, sorted(config.items())]
         return value_digest([kind, tensors_digest(self.model.state_dict())])
+
+
+def denoisers(pipeline: Any) -> dict[str, nn.Module]:
+    """Component -> network, of all that denoise in a pipeline: the usual ones first, the others by their type."""
+    named = {name: getattr(pipeline, name, None) for name in COMPONENTS}
+    others = {name: part for name, part in vars(pipeline).items() if is_denoiser(part)}
+    found = {name: model for name, model in named.items() if model is not None} | others
+    return {name: model for name, model in found.items() if first_name(found, model) == name}
+
+
+def first_name(parts: Mapping[str, Any], wanted: Any) -> str:
+    return next(name for name, part in parts.items() if part is wanted)
+
+
+def is_denoiser(part: Any) -> bool:
+    """Whether it reads noise and a time, and predicts: networks that control others do the first alone."""
+    if not isinstance(part, nn.Module) or not isinstance(part, ModelMixin):
+        return False
+    return "ControlNet" not in type(part).__name__ and (is_declared(part) or is_generic(part))
+
+
+def by_denoiser(pipeline: Any) -> list[Any]:
+    """The pipeline once for each of its denoisers, which is then the one that `Denoiser.of` finds.
+
+    The copies share all parts. One with a single denoiser is itself.
+    """
+    names = list(denoisers(pipeline))
+    if len(names) <= 1 or hasattr(pipeline, CHOSEN):
+        return [pipeline]
+    copies = [copy.copy(pipeline) for _ in names]
+    for name, one in zip(names, copies):
+        vars(one)[CHOSEN] = name
+    return copies
 
 
 def is_needed(argument: inspect.Parameter) -> bool:

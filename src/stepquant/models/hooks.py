@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from stepquant.errors import ModelError
 from stepquant.models.call import Asked, Call
-from stepquant.models.denoiser import Denoiser, prediction_of
+from stepquant.models.denoiser import Denoiser, denoisers, prediction_of
 from stepquant.models.generate import run
 from stepquant.models.sampling import Enough, Sampling
 from stepquant.models.tables import tables_of
@@ -130,12 +131,18 @@ def first_arguments(
         caught.update(arguments)
         raise Enough
 
-    sampling = Sampling(CALL_STEPS if written else 2, prompts=tuple(prompts))
+    several = len(denoisers(pipeline)) > 1  # and some serve late steps alone
+    sampling = Sampling(CALL_STEPS if written or several else 2, prompts=tuple(prompts))
     try:
         with torch.no_grad(), listening(Denoiser.of(pipeline), listener):
             run(pipeline, list(range(1 if written else batch)), sampling)
     except Enough:
         pass
+    if not caught:
+        name = Denoiser.of(pipeline).component
+        raise ModelError(
+            f"the pipeline never called its denoiser '{name}'", fix="ask for more steps, or for more strength"
+        )
     denoiser = Denoiser.of(pipeline if quantized is None else quantized)
     if written:
         caught = widened(denoiser, caught, batch)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepquant.errors import ModelError, UnknownNameError
 from stepquant.models.call import Asked
-from stepquant.models.denoiser import Denoiser
+from stepquant.models.denoiser import denoisers
 from stepquant.models.tables import tables_of
 
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -54,8 +54,10 @@ def scheduler_of(pipeline: Any, sampler: str | None, steps: int | None = None) -
     if steps is not None:
         check_steps(scheduler, steps)
         scheduler.set_timesteps(steps)
-    tables = tables_of(Denoiser.of(pipeline).model)
-    return scheduler if tables is None else tables.carry(scheduler)
+    for model in denoisers(pipeline).values():
+        tables = tables_of(model)
+        scheduler = scheduler if tables is None else tables.carry(scheduler)
+    return scheduler
 
 
 def check_steps(scheduler: Any, steps: int) -> None:

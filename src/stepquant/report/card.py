@@ -13,10 +13,15 @@ from stepquant.schema import Report
 MOST_STEPS = 50
 
 
-def card(results: Mapping[str, Any], samples: str | None = "samples.png", steps: int | None = None) -> str:
+def card(
+    results: Mapping[str, Any],
+    samples: str | None = "samples.png",
+    steps: int | None = None,
+    output: str = "images",
+) -> str:
     """Who it is, how to load it, what was measured. `samples` is an image beside it, or None.
 
-    steps: in which it is best sampled; those it was calibrated over, at most 50, where nothing is said.
+    output: what the pipeline calls what it makes. steps: in which it is best sampled; those it was calibrated over, at most 50, where nothing is said.
     """
     report = Report.from_json(results)
     recipe = report.quantized.recipe
@@ -24,6 +29,7 @@ def card(results: Mapping[str, Any], samples: str | None = "samples.png", steps:
         report=report,
         base=base_model(report.source.name),
         samples=samples,
+        output=output,
         prompt='"a prompt", ' if recipe.get("prompts") else "..., " if recipe.get("calls") else "",
         steps=steps or min(int(recipe.get("steps", MOST_STEPS)), MOST_STEPS),
         runs=how_it_runs(report),

@@ -26,6 +26,7 @@ from stepquant.errors import StepquantError
 from stepquant.job.compare.executor import Finished, failed
 from stepquant.job.compare.store import ARTIFACT, WORK, take_lock
 from stepquant.job.compare.tasks import Quantize, Task, read_task
+from stepquant.job.recipe import IN_FULL
 from stepquant.progress import Silent
 
 Files = Mapping[str, bytes]
@@ -72,7 +73,7 @@ class Cluster:
         remote = self.once if isinstance(task, Quantize) else self.often
         sent = [self.ship(path, keep=name in LOADED) for name, path in task.reads.items()]
         places = [(name, path.resolve().name) for name, path in task.reads.items()]
-        self.running[remote.remote(task.model_dump_json(), places, self.threads, *sent)] = task
+        self.running[remote.remote(task.model_dump_json(context=IN_FULL), places, self.threads, *sent)] = task
 
     def ship(self, folder: Path, *, keep: bool) -> Any:
         """A folder or file in the cluster's memory; models, artifacts and weights are put there once."""

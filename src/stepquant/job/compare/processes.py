@@ -18,6 +18,7 @@ from typing import Any
 from stepquant.job.compare.executor import Finished
 from stepquant.job.compare.tasks import Quantize, Task
 from stepquant.job.files import writing
+from stepquant.job.recipe import IN_FULL
 from stepquant.progress import Progress, Silent
 
 WORKER = "stepquant.job.compare.worker"
@@ -36,7 +37,7 @@ class Worker:
         self.task = task
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # its death is told by the end of its output
-            self.process.stdin.write(json.dumps([threads, task.model_dump_json()]) + "\n")
+            self.process.stdin.write(json.dumps([threads, task.model_dump_json(context=IN_FULL)]) + "\n")
             self.process.stdin.flush()
 
     def stop(self) -> None:

@@ -16,7 +16,7 @@ from stepquant.job.compare.pages import write_pages
 from stepquant.job.compare.processes import Processes
 from stepquant.job.compare.query import cell_row
 from stepquant.job.compare.store import ERROR, Store, read_found, read_json
-from stepquant.job.pipelines import load
+from stepquant.job.pipelines import check_one_denoiser, load
 from stepquant.models.denoiser import Denoiser
 from stepquant.progress import Progress, Silent
 
@@ -88,6 +88,7 @@ def find_origin(cells: Sequence[Cell]) -> Origin:
     if len(models) != 1:
         raise StepquantError("a comparison has one model", got=", ".join(models) or "none")
     pipeline = load(models[0])
+    check_one_denoiser(pipeline)
     if hub.config_of(Denoiser.of(pipeline).model) is not None:
         raise StepquantError(f"'{models[0]}' is quantized itself", fix="compare on the float model")
     return Origin.of(pipeline, cells)

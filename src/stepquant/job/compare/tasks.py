@@ -90,7 +90,7 @@ class Quantize(Task):
         with new_folder(target) as folder:
             pipeline.save_pretrained(folder)
         made = {"seconds": seconds, "peak_bytes": peak, "start_bytes": start}
-        sizes = {"bytes": weights_bytes(target), "float_bytes": float_bytes}
+        sizes = {"bytes": weights_bytes(target, [denoiser.component]), "float_bytes": float_bytes}
         write_json(self.out / QUANTIZED, made | sizes | {"files": digests(target)})
         shutil.rmtree(work, ignore_errors=True)
 

@@ -12,15 +12,15 @@ from torch import Tensor
 from stepquant.errors import ModelError
 
 SOUNDS, IMAGES, VIDEOS = 3, 4, 5  # dimensions of each
+OUTPUTS = {SOUNDS: "audios", IMAGES: "images", VIDEOS: "frames"}  # what pipelines call them
 
 
 def tensor_of(out: Any) -> Tensor:
     """Images and videos in [0, 1], sounds as the pipeline has them."""
-    for name, convert in (("images", pictures), ("frames", pictures), ("audios", sounds)):
+    for dimensions, name in OUTPUTS.items():
         found = getattr(out, name, None)
         if found is not None:
-            made = convert(found).float()
-            dimensions = {"images": IMAGES, "frames": VIDEOS, "audios": SOUNDS}[name]
+            made = (sounds if dimensions == SOUNDS else pictures)(found).float()
             if made.ndim != dimensions:
                 raise ModelError(
                     f"the pipeline returned {name} in an unknown layout",
