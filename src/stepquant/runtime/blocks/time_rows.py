@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepquant.runtime.adapters.present import adapters_in, settings_of
 from stepquant.runtime.blocks.swallowed import Swallowed
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.stored import Versions
@@ -49,7 +50,8 @@ class TimeRows:
             for layer in module.modules()
             if isinstance(layer, IntegerLayer)
         ]
-        self.swallowed = Swallowed(*embedding.children(), *blocks)
+        self.adapters = adapters_in(embedding, *blocks)
+        self.swallowed = Swallowed(*embedding.children(), *blocks, within=embedding)
         self.rows: OrderedDict[tuple[Any, ...], Row] = OrderedDict()
         self.made_by: list[object] = []  # what the layers had prepared when the rows were made
         self.current: Current | None = None
@@ -81,7 +83,7 @@ class TimeRows:
         if torch.is_autocast_enabled("cpu"):
             return None
         if not unchanged:
-            if self.swallowed.awaited():
+            if self.swallowed.awaited() or self.swallowed.learns():
                 return None
             self.renew()
         values = timesteps.tolist()
@@ -105,7 +107,8 @@ class TimeRows:
     def makers(self) -> list[object]:
         """What the rows follow from: equal only while it is the same."""
         floats = (value for module in (self.embedding, *self.blocks) for value in module.parameters())
-        return [Versions.of(floats), *(layer.prepared() for layer in self.layers)]
+        made = [layer.prepared() for layer in self.layers]
+        return [Versions.of(floats), *made, *settings_of(self.adapters)]
 
     def make_row(self, t: Tensor) -> Row:
         with torch.inference_mode(False), torch.no_grad():
@@ -120,13 +123,6 @@ class TimeRows:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"rows": OrderedDict(), "current": None}
-
-
-class Tabled(nn.Module):
-    """Stands where a layer was whose output for every t is in a table."""
-
-    def forward(self, *_: object, **__: object) -> Tensor:
-        raise AssertionError("the table is read instead of this layer")
 
 
 class TimeTable(TimeRows):
