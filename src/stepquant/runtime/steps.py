@@ -114,7 +114,7 @@ class StepForward:
             first = int(rows[0]) if len(rows) else 0
             out = self.run(arguments, first) if one else self.by_row(arguments, rows)
         if known.correction is not None:
-            out = known.correction(out, places)
+            out = known.correction(out, places).to(out.dtype)
         return self.output(sample=out) if return_dict else (out,)
 
     def by_row(self, arguments: dict[str, Any], rows: Tensor) -> Tensor:
