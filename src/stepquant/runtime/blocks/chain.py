@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,8 +41,11 @@ class Chain(ABC):
             return self.fused(*args, **kwargs)
 
     def learns(self, *given: Any) -> bool:
-        wanted = (one.requires_grad for one in given if isinstance(one, Tensor))
-        return torch.is_grad_enabled() and (any(wanted) or self.swallowed.learns())
+        """Whether gradients are wanted of what it is given or of something inside: operations on codes have none."""
+        if not torch.is_grad_enabled():
+            return False
+        tensors = (one for one in given if isinstance(one, Tensor))
+        return any(one.requires_grad for one in chain(tensors, nn.Module.parameters(self.module)))
 
     def unfused(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.module).forward(self.module, *args, **kwargs)
