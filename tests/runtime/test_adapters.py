@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stepquant import hub
 from stepquant.errors import RuntimeSupportError
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import ops
@@ -19,6 +21,7 @@ from tests.models.tiny import conditional
 from tests.runtime.synthetic import noise, quantized, relative
 
 peft = pytest.importorskip("peft", reason="LoRA needs peft")
+get_peft_model_state_dict = peft.get_peft_model_state_dict
 
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1", "time_emb_proj", "ff.net.0.proj"]
 X, TEXT = noise(2, 4, 16, 16), noise(2, 7, 32, seed=4)
@@ -44,7 +47,7 @@ def pair(twins: tuple[nn.Module, nn.Module]) -> tuple[nn.Module, nn.Module]:
 
 
 def add(model: Any, name: str, seed: int, layers: list[str] = LAYERS, **options: Any) -> None:
-    model.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, target_modules=layers, **options), name)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=layers, **({"lora_alpha": 4} | options)), name)
     generator = torch.Generator().manual_seed(seed)
     for path, own in model.named_parameters():
         if f".{name}." in path:
@@ -146,3 +149,39 @@ def test_gradients_reach_adapters_and_pass_straight_through_the_rounding(
         twin(X, 3, encoder_hidden_states=TEXT).sample.square().mean().backward()
         found.append(torch.cat([own.grad.flatten() for own in twin.parameters() if own.requires_grad]))
     assert relative(found[1], found[0]) < 0.2
+
+
+def test_a_pipeline_loads_weighs_and_unloads_loras_of_files(text_pipeline: Any, tmp_path: Path) -> None:
+    pipe, unet = text_pipeline, text_pipeline.unet
+    inputs = noise(2, 4, 8, 8), 3, noise(2, 77, 32, seed=4)
+    artifact, _ = quantized(unet, scheme("w8a8"), lambda _: unet(*inputs).sample)
+    trained = copy.deepcopy(unet)
+    add(trained, "default", 1, ["to_q", "to_k", "to_v", "to_out.0"], lora_alpha=16)
+    weights = get_peft_model_state_dict(trained)
+    pipe.save_lora_weights(
+        tmp_path / "lora", {name: 4 * value if "lora_B" in name else value for name, value in weights.items()}
+    )
+    hub.attach(unet, artifact)
+
+    @torch.no_grad()
+    def predict(model: nn.Module) -> Tensor:
+        return model(*inputs).sample
+
+    plain = predict(unet)
+    for name in ("one", "two"):
+        pipe.load_lora_weights(tmp_path / "lora", adapter_name=name)
+    pipe.set_adapters(["one", "two"], [0.7, 0.3])  # together what one is alone
+    assert relative(predict(unet), predict(trained)) < 0.05 < relative(predict(unet), plain)
+    with pytest.raises(RuntimeSupportError, match=r"save_pretrained\(\): adapters are loaded"):
+        unet.save_pretrained(tmp_path / "unet")
+    with pytest.raises(RuntimeSupportError, match=r"dequantize\(\): adapters are loaded"):
+        unet.dequantize()
+    with pytest.raises(RuntimeSupportError, match=r"fuse_lora\(\)"):
+        pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert torch.equal(predict(unet), plain)
+    with pytest.raises(RuntimeSupportError, match=r"add_adapter\(\): this kind of adapter"):
+        unet.add_adapter(peft.LoKrConfig(r=2, alpha=2, target_modules=["to_q"]), "kronecker")
+    for cast in (unet.bfloat16, unet.double):
+        with pytest.raises(RuntimeSupportError, match="cannot be cast to"):
+            cast()

@@ -22,8 +22,8 @@ class Changing:
         teach_peft()
         try:
             made = getattr(type(self.model), self.name)(self.model, *args, **kwargs)
-        except ValueError as error:
-            if "is not supported" not in str(error):
+        except (TypeError, ValueError) as error:
+            if "not supported" not in str(error):
                 raise
             raise RuntimeSupportError(
                 f"{self.name}(): this kind of adapter has no form beside a quantized layer",
