@@ -22,7 +22,8 @@ class Move:
 
     def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         model = self.model
-        refuse_cast(fn)
+        if getattr(model, "is_quantized", False):
+            refuse_cast(fn)
         former = [Place(module) for module in model.modules()]
         size = bytes_of(chain(model.parameters(), model.buffers()))
         try:
@@ -41,12 +42,11 @@ def refuse_cast(fn: Callable[[Tensor], Tensor]) -> None:
             became = fn(torch.empty(0, dtype=dtype)).dtype
         except RuntimeError:
             return  # a device that is not there: whoever moves says so
-        if became == dtype:
-            return
-    raise RuntimeSupportError(
-        f"a quantized model cannot be cast to {str(became).removeprefix('torch.')} once it is there",
-        fix="from_pretrained(..., torch_dtype=torch.bfloat16), which its float parts follow",
-    )
+        if became != dtype:
+            raise RuntimeSupportError(
+                f"a quantized model cannot be cast to {str(became).removeprefix('torch.')} once it is there",
+                fix="from_pretrained(..., torch_dtype=torch.bfloat16), which its float parts follow",
+            )
 
 
 class Place:
