@@ -68,13 +68,25 @@ def test_every_sampler_runs_after_quantization(source: Source, sampler: str) -> 
     assert torch.isfinite(run(quantized(source), [0], Sampling(3, sampler))).all()
 
 
-def test_scales_survive_a_half_precision_load(source: Source, tmp_path: Path) -> None:
+def test_scales_survive_a_half_precision_load_and_float_parts_follow_it(
+    source: Source, tmp_path: Path
+) -> None:
     """diffusers casts floating tensors to torch_dtype before a quantizer sees them."""
     pipe = quantized(source)
     pipe.save_pretrained(tmp_path / "out")
     half = UNet2DModel.from_pretrained(tmp_path / "out" / "unet", torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    half.save_pretrained(tmp_path / "half")
+    again = UNet2DModel.from_pretrained(tmp_path / "half")
+    floats = dict(pipe.unet.named_parameters())
     for name, value in pipe.unet.state_dict().items():
-        assert torch.equal(half.state_dict()[name], value), name
+        assert torch.equal(half.state_dict()[name], value.bfloat16() if name in floats else value), name
+        assert torch.equal(again.state_dict()[name], half.state_dict()[name].to(value.dtype)), name
+    with torch.no_grad():
+        out = half(torch.randn(1, 3, 8, 8).bfloat16(), 5).sample
+    assert out.dtype == torch.bfloat16
+    with pytest.raises(RuntimeSupportError, match=r"torch_dtype=torch\.float16.*cannot follow"):
+        UNet2DModel.from_pretrained(tmp_path / "out" / "unet", torch_dtype=torch.float16)
 
 
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto", "balanced"])

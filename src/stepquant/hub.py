@@ -33,6 +33,7 @@ from stepquant.core.bounds import check_names, check_tensors, check_values
 from stepquant.core.digest import tensors_digest, value_digest
 from stepquant.core.entries import AGAIN, entries
 from stepquant.errors import ArtifactError
+from stepquant.runtime.dequantize import Living
 from stepquant.runtime.lower import lower, prepare, skeleton
 from stepquant.runtime.moving import bytes_of, one_device, room_for
 
@@ -100,6 +101,10 @@ class StepquantConfig(QuantizationConfigMixin):
         # Through JSON, so that it is the same before saving and after.
         return value_digest(json.loads(json.dumps(self.described(), default=str)))
 
+    def renew(self, digests: Mapping[str, str]) -> None:
+        self.digests = dict(digests)
+        vars(self).pop("digest", None)
+
     def described(self) -> dict[str, Any]:
         return {key: getattr(self, key) for key in KEYS if key != "settings"}
 
@@ -122,7 +127,7 @@ class StepquantConfig(QuantizationConfigMixin):
         return f"StepquantConfig({len(self.layers)} layers, {len(self.products)} products, digest {self.digest[:12]})"
 
 
-class StepquantQuantizer(DiffusersQuantizer):
+class StepquantQuantizer(Living, DiffusersQuantizer):
     """Loads packed integers exactly as they are stored, checks every one of them, and starts the integer runtime."""
 
     quantization_config: StepquantConfig
@@ -133,26 +138,6 @@ class StepquantQuantizer(DiffusersQuantizer):
         self.files: list[str] = []
         self.keys: list[str] = []
         self.loaded: set[str] = set()
-
-    @property
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
-    @property
-    def supports_parallel_loading(self) -> bool:
-        return False
-
-    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
-        """What is float stays fp32; inside, the runtime computes in bf16 where that is exact enough."""
-        return torch.float32
 
     def update_device_map(self, device_map: Any) -> dict[str, torch.device] | None:
         """One device for the whole network; where diffusers may choose, the accelerator if there is one."""
@@ -237,6 +222,8 @@ class StepquantQuantizer(DiffusersQuantizer):
             self.quantization_config.format != UNCOVERED
         ):  # a newer diffusers writes settings of its own beside them
             self.quantization_config.settings = settings_digest(model.config)
+        if self.follow(model):
+            self.quantization_config.renew(digests_of(model.state_dict()))
         prepare(model)
 
 
@@ -274,12 +261,13 @@ def digests_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 def attach(model: Any, artifact: Artifact) -> None:
     """Make `model` run in the integers of `artifact`, in place, and let `save_pretrained` write it."""
+    dtype = model.dtype
     lower(model, artifact)
     digests = digests_of(model.state_dict())
     config = StepquantConfig(**artifact.to_json(), digests=digests, settings=settings_digest(model.config))
     model.hf_quantizer = StepquantQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, config.quant_method
-    model.register_to_config(quantization_config=config)
+    model.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)
 
 
 def config_of(model: nn.Module) -> StepquantConfig | None:

@@ -42,11 +42,11 @@ INSIDE: dict[str, Rungs] = {
         ("device", "cpu.products"),
         ("cpu.device", "plain"),
         ("layers", "macs"),
-        ("steps",),
+        ("steps", "adapters"),
         ("blocks", "intact"),
         ("cpu",),
         ("lower", "coverage"),
-        ("cpu.float_layers",),
+        ("cpu.float_layers", "dequantize"),
     ),
     "evaluate": (
         ("metrics.pairs", "twins", "several"),

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stepquant.models.families.roles import LEAVES, PRODUCTS
 from stepquant.runtime.blocks.chain import Chain, chains
 from stepquant.runtime.blocks.install import forget_kept
-from stepquant.runtime.blocks.time_rows import Tabled
 from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.layer import IntegerLayer
+from stepquant.runtime.layers.tabled import Tabled
 from stepquant.runtime.macs import INTEGER_OPS, multiply_accumulates
 
 NOT_PLANNED = "the plan keeps it in float"

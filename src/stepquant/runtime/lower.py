@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,11 @@ from stepquant.models.denoiser import device_of
 from stepquant.models.families.registry import is_declared, is_generic
 from stepquant.models.families.roles import PRODUCTS
 from stepquant.models.split import find, split_concats
+from stepquant.runtime.adapters.loading import CHANGING, take_adapters
+from stepquant.runtime.adapters.present import INNER
 from stepquant.runtime.blocks.chain import Chain
-from stepquant.runtime.blocks.install import bind, install, look_up
+from stepquant.runtime.blocks.install import Install, bind, bound, install, look_up, uninstall
+from stepquant.runtime.blocks.install import unbind as unbind_one
 from stepquant.runtime.blocks.time_rows import TableColumn, Tabled, TabledLayer, TimeRows, put_tabled
 from stepquant.runtime.cpu.replay import Replay
 from stepquant.runtime.intact import check_steps, own_bounds
@@ -31,6 +34,7 @@ from stepquant.runtime.layers.convolution import IntegerConv1d, IntegerConv2d, I
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.linear import IntegerLinear
 from stepquant.runtime.layers.stored import Prepared, Versions
+from stepquant.runtime.layers.tabled import Tabled
 from stepquant.runtime.moving import Move
 from stepquant.runtime.steps import StepForward, StepTensors
 
@@ -39,6 +43,9 @@ INTO_STREAM = ("stem", "modulate", "context", "k_text", "v_text", "k_added", "v_
 
 # In models built of residual blocks these are a sliver of the weights; elsewhere they may be a third of them.
 SMALL = ("stem", "time", "modulate", "cond")
+
+# What a lowered model does otherwise than its class, beside `forward`.
+OWN_METHODS = ("_apply", "num_parameters", "fuse_lora", *CHANGING)
 
 LAYERS: dict[type[nn.Module], type[IntegerLayer]] = {
     nn.Linear: IntegerLinear,
@@ -119,10 +126,11 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
     unbind(model)
     role_of, chains = roles(model), structure(model)
     keep = bool(chains.residuals)
+    own = dtype_of(model)
     stream = None if is_generic(model) else dtype  # nobody knows where an undeclared model's stream begins
     for path, module in model.named_modules():
-        role = role_of.get(path, "")
-        emit = torch.float32 if role == "head" else stream if role in INTO_STREAM else None
+        role = role_of.get(path.removesuffix(f".{INNER}"), "")
+        emit = own if role == "head" else stream if role in INTO_STREAM else None
         if isinstance(module, TabledLayer):
             module.emit = emit
         if isinstance(module, IntegerLayer):
@@ -134,18 +142,30 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
             emit or dtype != torch.float32
         ):
             bind(module, FloatLayer(module, emit))
+    again: Callable[[], Any] = Install(model) if fuse else int  # where blocks are not fused, nothing is to do
     if fuse:
         times, texts = install(model, chains)
         if is_declared(model):
-            bind(model, Replay(model, times, texts, chains.text))
+            replay = Replay(model, times, texts, chains.text)
+            again = replay.catch_up
+            bind(model, replay)
     elif chains.time is not None:
         look_up(model, chains)
     tensors = getattr(model, "steps", None)
     if isinstance(tensors, StepTensors):
         bind(model, StepForward(model, tensors, model.__dict__.get("forward")))
     model._apply = Move(model)  # type: ignore[assignment]
+    take_adapters(model, again)
+    if hasattr(type(model), "num_parameters"):
+        model.num_parameters = Counted(model)  # type: ignore[assignment]
     model.register_load_state_dict_post_hook(Reload(dtype, fuse))
     return model
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Of the predictions of a model: bfloat16 where its float parts are, so that what follows in a pipeline meets its own."""
+    floats = (own.dtype for own in model.parameters() if own.is_floating_point())
+    return torch.bfloat16 if next(floats, None) == torch.bfloat16 else torch.float32
 
 
 def unbind(model: nn.Module) -> None:
@@ -153,12 +173,24 @@ def unbind(model: nn.Module) -> None:
     for key, hook in list(model._load_state_dict_post_hooks.items()):
         if isinstance(hook, Reload):
             del model._load_state_dict_post_hooks[key]
+    uninstall(model)
     for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, Chain | FloatLayer | Replay | StepForward | TableColumn) or isinstance(
-            getattr(forward, "__self__", None), TimeRows
-        ):
-            del module.forward
+        if isinstance(bound(module), FloatLayer | Replay | StepForward):
+            unbind_one(module)
+
+
+class Counted:
+    """Takes the place of `num_parameters` of a model: weights count as ever, however many bytes they are packed in."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> int:
+        floats = int(type(self.model).num_parameters(self.model, *args, **kwargs))
+        layers = [module for module in self.model.modules() if isinstance(module, IntegerLayer)]
+        biases = sum(layer.bias.numel() for layer in layers if layer.bias is not None)
+        trainable = kwargs.get("only_trainable", args[0] if args else False)
+        return floats + (0 if trainable else biases + sum(one.weight_shape.numel() for one in layers))
 
 
 class FloatBuffers:

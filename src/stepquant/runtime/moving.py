@@ -22,6 +22,8 @@ class Move:
 
     def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         model = self.model
+        if getattr(model, "is_quantized", False):
+            refuse_cast(fn)
         former = [Place(module) for module in model.modules()]
         size = bytes_of(chain(model.parameters(), model.buffers()))
         try:
@@ -31,6 +33,20 @@ class Move:
             for place in former:
                 place.restore()
             raise
+
+
+def refuse_cast(fn: Callable[[Tensor], Tensor]) -> None:
+    """`bfloat16()` and `double()` of a model; diffusers itself refuses `half()`, `float()` and `to(dtype)`."""
+    for dtype in (torch.float32, torch.bfloat16):
+        try:
+            became = fn(torch.empty(0, dtype=dtype)).dtype
+        except RuntimeError:
+            return  # a device that is not there: whoever moves says so
+        if became != dtype:
+            raise RuntimeSupportError(
+                f"a quantized model cannot be cast to {str(became).removeprefix('torch.')} once it is there",
+                fix="from_pretrained(..., torch_dtype=torch.bfloat16), which its float parts follow",
+            )
 
 
 class Place:

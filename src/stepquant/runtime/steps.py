@@ -115,7 +115,7 @@ class StepForward:
             first = int(rows[0]) if len(rows) else 0
             out = self.run(arguments, places, first) if one else self.by_row(arguments, places, rows)
         if known.correction is not None:
-            out = known.correction(out, places, family.channels)
+            out = known.correction(out, places, family.channels).to(out.dtype)
         return self.output(sample=out) if return_dict else (out,)
 
     def by_row(self, arguments: dict[str, Any], places: Tensor, rows: Tensor) -> Tensor:

@@ -32,5 +32,5 @@ def is_plain_residual(module: nn.Module) -> bool:
 
 def residual_block(path: str, module: nn.Module) -> ResidualBlock:
     timed, shortcut = module.time_emb_proj is not None, module.conv_shortcut is not None
-    width = int(module.conv1.out_channels)  # type: ignore[union-attr, arg-type]
+    width = int(module.out_channels)  # type: ignore[arg-type]
     return ResidualBlock(path, float(module.output_scale_factor), timed, shortcut, width)  # type: ignore[arg-type]

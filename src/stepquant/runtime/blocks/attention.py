@@ -21,7 +21,6 @@ class Readers:
 
     def __init__(self, *layers: Any) -> None:
         self.layers = layers
-        self.widths = [layer.out_features for layer in layers]
         self.joins = True
         self.joint: tuple[tuple[Kernel, ...], Kernel] | None = None
 
@@ -38,7 +37,8 @@ class Readers:
         """What each makes of rows of `code`, or of floats where there is none."""
         if len(self.layers) == 1 or not self.joins or rows.dtype != torch.uint8:
             return [run(layer, rows, dtype) for layer in self.layers]
-        return self.joint_kernel(self.kernels())(rows, dtype).split(self.widths, 1)
+        widths = [layer.out_features for layer in self.layers]
+        return self.joint_kernel(self.kernels())(rows, dtype).split(widths, 1)
 
     def joint_kernel(self, kernels: tuple[Kernel, ...]) -> Kernel:
         """Made again when a layer has made its own kernel again."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from stepquant.models.split import SplitLayer
 from stepquant.runtime import ops
+from stepquant.runtime.adapters.present import acting, layer_inside
 from stepquant.runtime.blocks.swallowed import Swallowed
 from stepquant.runtime.layers.layer import IntegerLayer
 
@@ -26,16 +28,24 @@ class Chain(ABC):
     mixes: Sequence[Any] = ()  # the products of its attentions
     goes_along = True  # its module runs as it would by itself
 
-    def __init__(self, module: Any, *swallowed: Any) -> None:
-        self.module, self.swallowed = module, Swallowed(*swallowed)
+    def __init__(self, module: Any, *swallowed: Any, within: Any = None) -> None:
+        """`within`: where all of that lies, if not in `module`."""
+        self.module, self.swallowed = module, Swallowed(*swallowed, within=within or module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # whoever compiles has what runs now, and no hook
             return self.fused(*args, **kwargs)
-        if self.swallowed.awaited():
+        if self.swallowed.awaited() or self.learns(*args, *kwargs.values()):
             return self.unfused(*args, **kwargs)
         with self.swallowed:
             return self.fused(*args, **kwargs)
+
+    def learns(self, *given: Any) -> bool:
+        """Whether gradients are wanted of what it is given or of something inside: operations on codes have none."""
+        if not torch.is_grad_enabled():
+            return False
+        tensors = (one for one in given if isinstance(one, Tensor))
+        return any(one.requires_grad for one in chain(tensors, nn.Module.parameters(self.module)))
 
     def unfused(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.module).forward(self.module, *args, **kwargs)
@@ -75,7 +85,10 @@ class NormThen:
 
 def kernel_of(layer: Any) -> Any:
     """The integer kernel of a layer, or None if it computes in float."""
-    return layer.kernel if isinstance(layer, IntegerLayer) else None
+    if isinstance(layer, IntegerLayer):
+        return layer.kernel
+    inside = acting(layer)
+    return inside.kernel if isinstance(inside, IntegerLayer) else None
 
 
 def codes_for(layer: Any, x: Tensor) -> Tensor:
@@ -87,7 +100,7 @@ def codes_for(layer: Any, x: Tensor) -> Tensor:
 def run(layer: Any, x: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
     """`layer` on codes, put out in `dtype`, or on floats; added to `into`, which may be consumed."""
     if x.dtype == torch.uint8:
-        return layer.from_codes(x, dtype, into)  # type: ignore[no-any-return]
+        return layer_inside(layer).from_codes(x, dtype, into)  # type: ignore[no-any-return]
     y = layer(x)
     return y if into is None else y + into  # type: ignore[no-any-return]
 
@@ -98,7 +111,8 @@ def read_raw(layer: Any, x: Tensor, skip: Tensor | None) -> Tensor:
         return layer(x)
     kernel = kernel_of(layer)
     if kernel is not None:
-        return layer.from_codes(ops.quantize_concat(x, skip, kernel.code), x.dtype)
+        codes = ops.quantize_concat(x, skip, kernel.code)
+        return layer_inside(layer).from_codes(codes, x.dtype)  # type: ignore[no-any-return]
     if isinstance(layer, SplitLayer) and layer.widths == (x.shape[1], skip.shape[1]):
         first, second = layer.children()
         return run(second, codes_for(second, skip), x.dtype, first(x))

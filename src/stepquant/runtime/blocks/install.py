@@ -7,16 +7,18 @@ from typing import Any
 
 from torch import nn
 
-from stepquant.models.blocks.structure import Structure
+from stepquant.models.blocks.structure import Structure, structure
 from stepquant.runtime.blocks.attention import Attention, Readers
 from stepquant.runtime.blocks.chain import Chain
 from stepquant.runtime.blocks.resampling import Resample
 from stepquant.runtime.blocks.residual import Residual
 from stepquant.runtime.blocks.tail import Done, NormOut
 from stepquant.runtime.blocks.texts import Texts
-from stepquant.runtime.blocks.time_rows import TableColumn, Tabled, TimeRows, TimeTable
+from stepquant.runtime.blocks.time_rows import TableColumn, TimeRows, TimeTable
 from stepquant.runtime.blocks.transformer import Block, Transformer
 from stepquant.runtime.blocks.up import Up
+from stepquant.runtime.layers.stored import OFFLOADED
+from stepquant.runtime.layers.tabled import Tabled
 from stepquant.runtime.steps import StepTensors
 
 
@@ -53,17 +55,51 @@ def install(model: nn.Module, chains: Structure) -> tuple[TimeRows | None, Texts
     for index, (block, declared) in enumerate(zip(modules, chains.text_blocks)):
         found[declared.path] = Block(block, declared, texts, index)
     if chains.tail is not None:
-        norm, activation, head = chains.tail
-        last = NormOut(*map(model.get_submodule, (norm, activation, head)))
+        norm, activation, _ = chains.tail
+        first, second, third = map(model.get_submodule, chains.tail)
+        last = NormOut(first, second, third, model)
         found[norm], found[activation] = last, Done(model.get_submodule(activation), last)
     for path, chain in found.items():
         bind(model.get_submodule(path), chain)
     return times, texts
 
 
+class Install:
+    """Fuses the blocks of a model as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self) -> tuple[TimeRows | None, Texts]:
+        uninstall(self.model)
+        return install(self.model, structure(self.model))
+
+
 def bind(module: Any, forward: Callable[..., Any]) -> None:
-    """Let `module` run `forward`, on this instance alone."""
-    module.forward = forward
+    """Let `module` run `forward`, on this instance alone, inside what offloading has put around it."""
+    setattr(module, "_old_forward" if OFFLOADED in module.__dict__ else "forward", forward)
+
+
+def bound(module: Any) -> Any:
+    """The forward that `module` was given; None if it has that of its class."""
+    return module.__dict__.get("_old_forward" if OFFLOADED in module.__dict__ else "forward")
+
+
+def uninstall(model: nn.Module) -> None:
+    """Give the blocks the forwards of their classes back."""
+    for module in model.modules():
+        forward = bound(module)
+        if isinstance(forward, Chain | TableColumn) or isinstance(
+            getattr(forward, "__self__", None), TimeRows
+        ):
+            unbind(module)
+
+
+def unbind(module: Any) -> None:
+    if OFFLOADED in module.__dict__:
+        module._old_forward = type(module).forward.__get__(module)
+    else:
+        del module.forward
 
 
 def install_times(model: nn.Module, chains: Structure) -> TimeRows | None:

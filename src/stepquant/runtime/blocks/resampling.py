@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stepquant.models.blocks.resampling import Resampler
 from stepquant.runtime import ops
+from stepquant.runtime.adapters.present import layer_inside
 from stepquant.runtime.blocks.chain import Chain, kernel_of
 
 
@@ -28,4 +29,4 @@ class Resample(Chain):
         if self.declared.doubles and output_size is not None:
             codes = F.interpolate(codes, size=output_size, mode="nearest")
         doubled = self.declared.doubles and output_size is None
-        return self.conv.from_codes(codes, x.dtype, None, self.declared.border, doubled)
+        return layer_inside(self.conv).from_codes(codes, x.dtype, None, self.declared.border, doubled)

@@ -13,8 +13,8 @@ from stepquant.runtime.blocks.chain import Chain, kernel_of
 class NormOut(Chain):
     """The last norm and activation, in one; writes the codes that the head reads."""
 
-    def __init__(self, module: Any, activation: Any, head: Any) -> None:
-        super().__init__(module, module, activation, head)
+    def __init__(self, module: Any, activation: Any, head: Any, model: Any) -> None:
+        super().__init__(module, module, activation, head, within=model)
         self.head = head
 
     def fused(self, x: Tensor) -> Tensor:

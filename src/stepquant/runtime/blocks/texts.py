@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.runtime import ops
+from stepquant.runtime.adapters.present import adapters_in, layer_inside, settings_of
 from stepquant.runtime.blocks.attention import Readers
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.stored import Versions
@@ -30,7 +31,7 @@ class Texts:
         """`known`: an argument of the model is the text, so that whoever replays a call sees when it is another."""
         self.readers = readers
         self.keeps = known and not any(
-            getattr(layer, "stepped", False) for one in readers for layer in one.layers
+            getattr(layer_inside(layer), "stepped", False) for one in readers for layer in one.layers
         )
         self.kept: list[Kept] = []
         self.made_by: list[Any] = []  # what the layers had prepared when the texts were kept
@@ -71,7 +72,11 @@ class Texts:
 
 def prepared(layer: nn.Module) -> object:
     """What is equal only while the layer computes the same."""
-    return layer.prepared() if isinstance(layer, IntegerLayer) else Versions.of(layer.parameters())
+    if isinstance(layer, IntegerLayer):
+        return layer.prepared()
+    inside, settings = layer_inside(layer), settings_of(adapters_in(layer))
+    made = inside.prepared() if isinstance(inside, IntegerLayer) else None
+    return [made, Versions.of(layer.parameters()), *settings]
 
 
 def keepable(text: Tensor) -> bool:
@@ -88,5 +93,5 @@ def keepable(text: Tensor) -> bool:
 def project(readers: Readers, text: Tensor) -> Sequence[Tensor]:
     """Key and value of a text, as rows."""
     rows, code = text.reshape(-1, text.shape[-1]), readers.code()
-    dtype = getattr(readers.layers[0], "emit", None) or text.dtype
+    dtype = getattr(layer_inside(readers.layers[0]), "emit", None) or text.dtype
     return readers(rows if code is None else ops.quantize(rows, code), dtype)

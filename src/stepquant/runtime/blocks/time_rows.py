@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stepquant.artifact import StepSpec
 from stepquant.models.split import find
+from stepquant.runtime.adapters.present import adapters_in, settings_of
 from stepquant.runtime.blocks.swallowed import Swallowed
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.stored import Versions
@@ -52,7 +53,8 @@ class TimeRows:
             for layer in module.modules()
             if isinstance(layer, IntegerLayer)
         ]
-        self.swallowed = Swallowed(*embedding.children(), *blocks)
+        self.adapters = adapters_in(embedding, *blocks)
+        self.swallowed = Swallowed(*embedding.children(), *blocks, within=embedding)
         self.rows: OrderedDict[tuple[Any, ...], Row] = OrderedDict()
         self.made_by: list[object] = []  # what the layers had prepared when the rows were made
         self.current: Current | None = None
@@ -84,7 +86,7 @@ class TimeRows:
         if torch.is_autocast_enabled("cpu"):
             return None
         if not unchanged:
-            if self.swallowed.awaited():
+            if self.swallowed.awaited() or self.swallowed.learns():
                 return None
             self.renew()
         values = timesteps.tolist()
@@ -108,7 +110,8 @@ class TimeRows:
     def makers(self) -> list[object]:
         """What the rows follow from: equal only while it is the same."""
         floats = (value for module in (self.embedding, *self.blocks) for value in module.parameters())
-        return [Versions.of(floats), *(layer.prepared() for layer in self.layers)]
+        made = [layer.prepared() for layer in self.layers]
+        return [Versions.of(floats), *made, *settings_of(self.adapters)]
 
     def make_row(self, t: Tensor) -> Row:
         with torch.inference_mode(False), torch.no_grad():
@@ -123,13 +126,6 @@ class TimeRows:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"rows": OrderedDict(), "current": None}
-
-
-class Tabled(nn.Module):
-    """Stands where a layer was whose output for every t is in a table."""
-
-    def forward(self, *_: object, **__: object) -> Tensor:
-        raise AssertionError("the table is read instead of this layer")
 
 
 class TimeTable(TimeRows):

@@ -11,7 +11,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, ValuesView
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -23,7 +23,9 @@ from torch.utils._pytree import tree_flatten
 from stepquant.models.attention import KeepProduct
 from stepquant.models.families.registry import family_of
 from stepquant.runtime import ops
+from stepquant.runtime.adapters.present import Layout, adapters_in, scaled, settings_of
 from stepquant.runtime.blocks.chain import Chain, chains
+from stepquant.runtime.blocks.install import Install
 from stepquant.runtime.blocks.texts import Texts
 from stepquant.runtime.blocks.time_rows import Row, TimeRows
 from stepquant.runtime.cpu.recording import Recording, UnrecordableError
@@ -49,6 +51,7 @@ class Replay:
         self.turns, self.not_finite = Turns(), NotFinite()
         setters = [module.__dict__.get("set_processor") for module in model.modules()]
         self.keeps = [setter for setter in setters if isinstance(setter, KeepProduct)]
+        self.layout = Layout(model.modules())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -56,18 +59,38 @@ class Replay:
         arguments = dict(zip(self.names, args)) | kwargs
         wrapped = arguments.pop("return_dict", True)
         with self.turns:
-            for keep in self.keeps:
-                keep.catch_up()
-            prediction = None if wrapped and self.output is None else self.predict(arguments)
-            if prediction is None:
-                made = self.own_forward(*args, **kwargs)
-                if wrapped:
-                    self.output = type(made)
+            self.catch_up()
+            if not self.watch.adapters:
+                prediction, made = self.begin(arguments, wrapped, lambda: self.own_forward(*args, **kwargs))
+            else:
+                with scaled(self.model, arguments) as left:
+                    call = partial(self.own_forward, **left, return_dict=wrapped)
+                    prediction, made = self.begin(left, wrapped, call)
         if prediction is not None:
             out = prediction()
             made = self.output(sample=out) if wrapped and self.output else (out,)
         self.look(arguments, made[0])
         return made
+
+    def begin(
+        self, arguments: dict[str, Any], wrapped: bool, forward: Callable[[], Any]
+    ) -> tuple[Callable[[], Tensor] | None, Any]:
+        """What makes the prediction, in any thread; or None, and what the model's own forward made."""
+        prediction = None if wrapped and self.output is None else self.predict(arguments)
+        made = forward() if prediction is None else None
+        if wrapped and made is not None:
+            self.output = type(made)
+        return prediction, made
+
+    def catch_up(self) -> None:
+        """Fuse the blocks anew where somebody has put other modules into the model, as who loads adapters does."""
+        for keep in self.keeps:
+            keep.catch_up()
+        if self.layout.changed():
+            self.times, self.texts = Install(self.model)()
+            self.sequences.clear()
+            self.rests_on, self.layout = None, Layout(self.model.modules())
+            self.__dict__.pop("watch", None)
 
     def look(self, arguments: dict[str, Any], out: Any) -> None:
         x, t = (arguments.get(name) for name in (self.family.x, self.family.t))
@@ -170,6 +193,7 @@ class Watch:
     stored: list[dict[str, Any]]  # attributes of the modules that derive something from their buffers
     states: list[Callable[[], list[Any]]]
     stepped: list[Any]  # modules with ranges for every step; all read the same row
+    adapters: list[nn.Module]
 
     @classmethod
     def of(cls, model: nn.Module) -> Watch:
@@ -182,6 +206,7 @@ class Watch:
             [module.__dict__ for module in modules if isinstance(module, Stored)],
             [one.state for one in chains(model) if type(one).state is not Chain.state],
             [module for module in modules if getattr(module, "stepped", False)],
+            adapters_in(model),
         )
 
 
@@ -214,7 +239,7 @@ def parts(watch: Watch) -> list[Any]:
     found += [attributes["ready"] for attributes in watch.stored]
     for state in watch.states:
         found += state()
-    return found
+    return found + settings_of(watch.adapters)
 
 
 def count(watch: Watch) -> int:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stepquant.artifact import ProductSpec
@@ -88,6 +89,10 @@ class IntegerProduct(Stored[PreparedProduct]):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
+        if torch.is_grad_enabled() and any(operand.requires_grad for operand in (q, k, v)):
+            y = self(*(operand.detach().float() for operand in (q, k, v)), mask, scale)
+            through = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+            return (through + (y - through.detach())).to(q.dtype)  # straight through the rounding
         codes = self.codes
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         if self.why_not(q, k, v, mask) is None:

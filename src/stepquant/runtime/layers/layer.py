@@ -173,12 +173,21 @@ class IntegerLayer(Stored[PreparedLayer]):
     def forward(self, input: Tensor, *_: object, **__: object) -> Tensor:
         """`input` is what torch calls it, and some models name it."""
         x, kernel = input, self.kernel
+        if x.requires_grad and torch.is_grad_enabled():
+            return self.straight_through(x)
         if x.dtype == torch.uint8:
             return self.from_codes(x, self.emit or torch.float32)
         dtype = self.emit or x.dtype
         if kernel is None:
             return self.float_forward(x, dtype)
         return self.from_codes(ops.quantize(x, kernel.code), dtype)
+
+    def straight_through(self, x: Tensor) -> Tensor:
+        """What integers make of `x`, with the gradient of the float layer that they stand for."""
+        y = self(x.detach().float())
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        through = self.multiply(x, self.dequantized(x.dtype), bias)
+        return (through + (y - through.detach())).to(self.emit or x.dtype)
 
     def kernel_for_codes(self) -> Kernel:
         """The kernel whose code whoever made the codes was told; buffers are not looked at again in between."""
