@@ -23,10 +23,9 @@ from stepquant.models.families.roles import PRODUCTS
 from stepquant.models.split import find, split_concats
 from stepquant.runtime.adapters.loading import CHANGING, take_adapters
 from stepquant.runtime.adapters.present import INNER
-from stepquant.runtime.blocks.chain import Chain
 from stepquant.runtime.blocks.install import Install, bind, bound, install, look_up, uninstall
 from stepquant.runtime.blocks.install import unbind as unbind_one
-from stepquant.runtime.blocks.time_rows import TableColumn, Tabled, TabledLayer, TimeRows, put_tabled
+from stepquant.runtime.blocks.time_rows import TabledLayer, put_tabled
 from stepquant.runtime.cpu.replay import Replay
 from stepquant.runtime.intact import check_steps, own_bounds
 from stepquant.runtime.layers.attention_product import IntegerProduct

@@ -17,6 +17,7 @@ from stepquant.runtime.adapters.present import adapters_in, settings_of
 from stepquant.runtime.blocks.swallowed import Swallowed
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.stored import Versions
+from stepquant.runtime.layers.tabled import Tabled
 from stepquant.runtime.steps import StepTensors
 
 KEPT_TIMES = 1024
