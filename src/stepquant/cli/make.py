@@ -22,6 +22,7 @@ from stepquant.cli.options import (
     ArtifactFolder,
     CalibrationSteps,
     Calls,
+    Components,
     Device,
     Explain,
     Fastest,
@@ -49,6 +50,7 @@ from stepquant.cli.screen import Screen, command_text, size_text
 from stepquant.errors import StepquantError
 from stepquant.job import Outcome, Recipe, load, plan_json, quantize_to
 from stepquant.job.files import CARD
+from stepquant.job.parts import HOW, parts_of, plan_for_parts
 from stepquant.job.pipelines import sampling_of
 from stepquant.models.call import Asked, Call
 from stepquant.models.denoiser import Denoiser
@@ -68,6 +70,7 @@ def quantize(
     plan: PlanFile = None,
     prompts: Prompts = None,
     calls: Calls = None,
+    components: Components = None,
     explain: Explain = False,
     resume: Resume = False,
     no_card: NoCard = False,
@@ -93,6 +96,7 @@ def quantize(
         sampler=sampler,
         seed=seed,
         device=device,
+        components=read_names(components),
         **{"prompts" if calls is None else "calls": read_asked(prompts, calls) or None},
     )
     recipe.check()
@@ -102,7 +106,7 @@ def quantize(
         )
     result: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
     if explain:
-        result |= explain_plan(screen, shown(load(recipe.model), recipe.asked), recipe.build_plan())
+        result |= explain_all(screen, recipe)
     if out is not None:
         result |= make_artifact(screen, recipe, out, resume, int(memory * 2**30))
         result |= {"card": None if no_card else str(add_card(screen, out, recipe.device, recipe.calls))}
@@ -110,6 +114,27 @@ def quantize(
             words = ["generate", str(out)] + (["--sampler", recipe.sampler] if recipe.sampler else [])
             screen.say(f"next: {command_text([*words, '--out', 'grid.png'])}")
     screen.finish(json, result)
+
+
+def read_names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+def explain_all(screen: Screen, recipe: Recipe) -> dict[str, Any]:
+    """What the plan decides in every component of the recipe."""
+    pipeline = load(recipe.model)
+    parts = parts_of(pipeline, recipe.components)
+    result = explain_plan(screen, shown(pipeline, recipe.asked), recipe.build_plan())
+    if not parts:
+        return result
+    screen.show()
+    screen.show(f"{HOW}; layers that none of those reaches stay in float")
+    told = {}
+    for part in parts:
+        screen.show()
+        screen.show(f"{part.component}: {type(part.model).__name__}")
+        told[part.component] = explain_plan(screen, part, plan_for_parts(recipe.build_plan()))
+    return result | {"parts": told}
 
 
 def make_artifact(

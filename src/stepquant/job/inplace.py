@@ -14,6 +14,7 @@ from stepquant.calib.cache import cache_folder
 from stepquant.calib.record import MEMORY, Source
 from stepquant.errors import ModelError
 from stepquant.job.calls import written_calls
+from stepquant.job.parts import fit_parts, parts_of
 from stepquant.job.pipelines import check_written
 from stepquant.job.recipe import Recipe
 from stepquant.models.call import Call
@@ -37,9 +38,10 @@ def quantize(
     prompts: Sequence[str] | None = None,
     calls: Sequence[Mapping[str, Any] | Call] = (),
     settings: Mapping[str, Any] | None = None,
+    components: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Any:
-    """Quantize the denoiser of `pipeline` in place: it runs in integers afterwards, and saves them.
+    """Quantize the denoiser of `pipeline`, or these `components` of it, in place: it runs in integers afterwards, and saves them.
 
     `plan` puts rules before those of `scheme`, or stands alone when `scheme` is None. `calls` are arguments of the
     pipeline, one table for each trajectory, where a prompt is not all that it needs. `steps`: 100, or those of the calls. What `save_pretrained` then writes has
@@ -56,9 +58,34 @@ def quantize(
         seed=seed,
         prompts=prompts,
         calls=written_calls(calls),
+        components=tuple(components),
     )
-    hub.attach(Denoiser.of(pipeline).model, run(pipeline, recipe, progress))
+    attach_all(pipeline, run_all(pipeline, recipe, progress))
     return pipeline
+
+
+def attach_all(pipeline: Any, artifacts: Mapping[str, Artifact]) -> None:
+    """Let every component run in the integers of its artifact."""
+    for component, artifact in artifacts.items():
+        hub.attach(getattr(pipeline, component), artifact)
+
+
+def run_all(
+    pipeline: Any,
+    recipe: Recipe,
+    progress: Progress | None = None,
+    *,
+    memory: int = MEMORY,
+    provenance: Mapping[str, Any] | None = None,
+) -> dict[str, Artifact]:
+    """What the recipe makes of every component that it names; the pipeline itself stays float."""
+    recipe.check()
+    parts = parts_of(pipeline, recipe.components)
+    provenance = provenance or recipe.provenance(pipeline)
+    source = source_of(pipeline, recipe, provenance, progress, memory=memory) if parts else None
+    made = {} if source is None else fit_parts(source, parts, recipe, provenance)
+    denoiser = Denoiser.of(pipeline)
+    return made | {denoiser.component: run(pipeline, recipe, progress, memory=memory, provenance=provenance)}
 
 
 def plan_json(plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None) -> dict[str, Any] | None:
@@ -91,7 +118,22 @@ def run(
         check_written(pipeline, call)
     denoiser.model.eval()
     provenance = provenance or recipe.provenance(pipeline)
-    source = Source(
+    source = source_of(pipeline, recipe, provenance, progress, cache, memory)
+    denoiser = shown(pipeline, recipe.asked)
+    artifact = recipe.build_method()(denoiser, recipe.build_plan(), source)
+    seen = {} if denoiser.seen is None else {"seen": denoiser.seen.to_json()}
+    return dataclasses.replace(artifact, recipe={**provenance, **seen})
+
+
+def source_of(
+    pipeline: Any,
+    recipe: Recipe,
+    provenance: Mapping[str, Any],
+    progress: Progress | None = None,
+    cache: Path | None = None,
+    memory: int = MEMORY,
+) -> Source:
+    return Source(
         pipeline,
         Sampling(recipe.steps, recipe.sampler, recipe.asked),
         recipe.seed,
@@ -100,10 +142,6 @@ def run(
         memory=memory,
         digest=provenance["model_digest"],
     )
-    denoiser = shown(pipeline, recipe.asked)
-    artifact = recipe.build_method()(denoiser, recipe.build_plan(), source)
-    seen = {} if denoiser.seen is None else {"seen": denoiser.seen.to_json()}
-    return dataclasses.replace(artifact, recipe={**provenance, **seen})
 
 
 def check_one_denoiser(pipeline: Any) -> None:

@@ -13,7 +13,8 @@ from stepquant import hub
 from stepquant.calib.record import MEMORY
 from stepquant.errors import ArtifactError, StepquantError
 from stepquant.job.files import is_taken, new_folder, writing
-from stepquant.job.inplace import run
+from stepquant.job.inplace import attach_all, run_all
+from stepquant.job.parts import parts_of
 from stepquant.job.pipelines import load, without_bars
 from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser
@@ -52,14 +53,14 @@ def quantize_to(
     recipe.check()
     target = Path(out)
     pipeline = load(recipe.model, recipe.device)
+    parts_of(pipeline, recipe.components)
     provenance = recipe.provenance(pipeline)
     float_bytes = sum(4 * value.numel() for value in Denoiser.of(pipeline).model.state_dict().values())
     if is_taken(target):
         found = existing(target, provenance, resume)
         return Outcome(target, found, weights_bytes(target), float_bytes, found=True)
     with new_folder(target) as folder:
-        artifact = run(pipeline, recipe, progress, memory=memory, provenance=provenance)
-        hub.attach(Denoiser.of(pipeline).model, artifact)
+        attach_all(pipeline, run_all(pipeline, recipe, progress, memory=memory, provenance=provenance))
         with writing(target), without_bars():
             pipeline.save_pretrained(folder)
     return Outcome(target, provenance, weights_bytes(target), float_bytes, found=False)
@@ -79,6 +80,7 @@ def existing(out: Path, wanted: Mapping[str, Any], resume: bool) -> Mapping[str,
             f"'{out}' holds a float model", expected="an artifact of stepquant", fix="choose another --out"
         )
     mine, theirs = (json.loads(json.dumps(recipe)) for recipe in (wanted, config.recipe))
+    mine.setdefault("components", None)
     different = [key for key in mine if key not in ("versions", "model") and mine[key] != theirs.get(key)]
     if different:
         key = different[0]
