@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
@@ -24,6 +24,7 @@ from stepquant.models.generate import run
 from stepquant.models.part import NOT_CALLED, Part, Received, seen_by
 from stepquant.models.sampling import Sampling
 from stepquant.quant.schemes import scheme
+from stepquant.runtime.coverage import traced
 
 ALL = ("unet", "text_encoder", "vae")
 SAMPLED = Sampling(2, prompts=("a character",))
@@ -76,8 +77,9 @@ def test_parts_run_in_integers_and_are_told(pipeline, folder: Path) -> None:  # 
     integer = sum(row["macs"] for row in decoder if row["integer"])
     assert integer > 0.97 * sum(row["macs"] for row in decoder)
     idle = next(row for row in rows["vae"]["coverage"] if row["path"] == "encoder.conv_in")
-    assert not idle["integer"]
-    assert hub.config_of(pipeline.vae).recipe["seen"]["in_float"]["encoder.conv_in"] == NOT_CALLED
+    assert (idle["integer"], idle["weight"], idle["input"]) == (False, "int8/channel", "float")
+    assert NOT_CALLED in [rule["reason"] for rule in hub.config_of(pipeline.vae).recipe["plan"]]
+    assert rows["vae"]["size"]["ratio"] < 0.35
     layers = [row for row in rows["text_encoder"]["coverage"] if row["role"] == "layer"]
     assert layers
     assert all(row["integer"] for row in layers)
@@ -117,6 +119,26 @@ def test_t5_runs_in_integers(feed: str, tmp_path: Path) -> None:
         again = T5EncoderModel.from_pretrained(tmp_path)(ids).last_hidden_state
     assert (got - wanted).norm() < 0.05 * wanted.norm()
     assert torch.equal(again, got)
+
+
+def test_a_causal_autoencoder_runs_in_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    size = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [True]}
+    model = AutoencoderKLWan(**size, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).eval()
+    latents = torch.randn(1, 4, 2, 8, 8)  # its second frame reads what was kept of the first
+    call = Received("decode", (latents,), {"return_dict": False})
+    part = seen_by(Part(model, "vae"), [call])
+    assert not part.stays_float()
+    with torch.no_grad():
+        wanted = model.decode(latents).sample
+        hub.attach(model, fit_extremes(part, plan_for_parts(scheme("w8a8")), [{"call": call}]))
+        got = model.decode(latents).sample
+        model.save_pretrained(tmp_path)
+        again = AutoencoderKLWan.from_pretrained(tmp_path).decode(latents).sample
+    assert (got - wanted).norm() < 0.05 * wanted.norm()
+    assert torch.equal(again, got)
+    covered = traced(model, lambda: call.repeat(model))
+    assert any(line.integer and line.path.endswith("conv1") for line in covered.lines)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def explain_all(screen: Screen, recipe: Recipe) -> dict[str, Any]:
     if not parts:
         return result
     screen.show()
-    screen.show(f"{HOW}; layers that none of those reaches stay in float")
+    screen.show(f"{HOW}; layers that none of those reaches keep their inputs in float")
     told = {}
     for part in parts:
         screen.show()
@@ -154,6 +154,7 @@ def make_artifact(
         "weights_bytes": outcome.weights_bytes,
         "float_bytes": outcome.float_bytes,
         "share": outcome.share,
+        "parts": {name: {"bytes": mine, "float_bytes": full} for name, (mine, full) in outcome.parts.items()},
         "artifact_recipe": dict(outcome.recipe),
     }
 
@@ -163,6 +164,8 @@ def outcome_text(outcome: Outcome, seconds: float) -> str:
     size = (
         f"{size_text(outcome.weights_bytes)}, {outcome.share:.3f} of fp32 ({size_text(outcome.float_bytes)})"
     )
+    for name, (mine, full) in outcome.parts.items():
+        size += f"; {name} {size_text(mine)}, {mine / full:.3f} of {size_text(full)}"
     if outcome.found:
         return f"{outcome.out} is there already, finished, from the same recipe: {size}"
     return f"wrote {outcome.out}: {recipe['method']} {recipe['scheme']}, {size}, in {seconds:.0f} s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def calls_of(pipeline: Any, parts: Sequence[Part], sampling: Sampling) -> Mappin
 def describe_part(part: Part, folder: Path, calls: Sequence[Received]) -> dict[str, Any]:
     config = hub.config_of(part.model)
     assert config is not None
-    lines = together([traced(part.model, lambda call=call: call.repeat(part.model)) for call in calls])
+    lines = together([traced(part.model, partial(call.repeat, part.model)) for call in calls])
     stored = sum(file.stat().st_size for file in (folder / part.component).glob("*.safetensors"))
     full = float_bytes(part.model)
     return {

@@ -42,7 +42,7 @@ def attach(model: Any, artifact: Artifact) -> None:
     digests, native = digests_of(model.state_dict()), isinstance(model, ConfigMixin)
     settings = settings_digest(model.config if native else settings_of(model))
     config = StepquantConfig(**artifact.to_json(), digests=digests, settings=settings)
-    quantizer = StepquantQuantizer if native else TransformersQuantizer
+    quantizer: Any = StepquantQuantizer if native else TransformersQuantizer
     model.hf_quantizer = quantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, config.quant_method
     if native:
@@ -54,5 +54,6 @@ def attach(model: Any, artifact: Artifact) -> None:
 def config_of(model: nn.Module) -> StepquantConfig | None:
     """How a model was quantized; None for a float one."""
     quantizer = getattr(model, "hf_quantizer", None)
-    ours = isinstance(quantizer, StepquantQuantizer | TransformersQuantizer)
-    return quantizer.quantization_config if ours else None
+    if isinstance(quantizer, StepquantQuantizer | TransformersQuantizer):
+        return quantizer.quantization_config
+    return None

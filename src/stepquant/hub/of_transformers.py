@@ -22,7 +22,7 @@ from stepquant.runtime.moving import one_device
 class TransformersQuantizer(HfQuantizer):
     """Loads packed integers as they are stored, checks every one of them, and starts the integer runtime."""
 
-    quantization_config: StepquantConfig
+    quantization_config: StepquantConfig  # type: ignore[assignment]
     requires_calibration = True
 
     def is_serializable(self) -> bool:

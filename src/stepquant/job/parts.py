@@ -14,11 +14,14 @@ from stepquant.errors import ModelError
 from stepquant.fit.extremes import fit_extremes
 from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser, check_finite
-from stepquant.models.part import Part, seen_by
+from stepquant.models.part import IDLE, NOT_CALLED, Part, seen_by
 from stepquant.quant.plan import Plan, Rule
 
 HOW = "parts have no trajectory: whatever the method, their ranges are the extremes of the calls that they receive"
-LATENT = Rule(None, "between latents and the network, a sliver of the work", ("latent",), optional=True)
+RULES = (
+    Rule(None, "between latents and the network, a sliver of the work", ("latent",), optional=True),
+    Rule(None, NOT_CALLED, (IDLE,), ("input",), optional=True),
+)
 
 
 def parts_of(pipeline: Any, components: Sequence[str]) -> list[Part]:
@@ -42,7 +45,7 @@ def parts_of(pipeline: Any, components: Sequence[str]) -> list[Part]:
 def plan_for_parts(plan: Plan) -> Plan:
     """The same plan for a network that may lack what its rules speak of."""
     rules = tuple(dataclasses.replace(rule, optional=True) for rule in plan.rules)
-    return Plan(plan.name, (LATENT, *rules))
+    return Plan(plan.name, (*RULES, *rules))
 
 
 def fit_parts(

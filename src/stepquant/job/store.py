@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from stepquant import hub
 from stepquant.calib.record import MEMORY
@@ -30,6 +32,9 @@ class Outcome:
     weights_bytes: int
     float_bytes: int  # of the same weights in fp32
     found: bool  # whether it had been there before
+    parts: Mapping[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # the same two of what stands beside it
 
     @property
     def share(self) -> float:
@@ -53,17 +58,30 @@ def quantize_to(
     recipe.check()
     target = Path(out)
     pipeline = load(recipe.model, recipe.device)
-    parts_of(pipeline, recipe.components)
+    parts = {one.component: fp32_bytes(one.model) for one in parts_of(pipeline, recipe.components)}
     provenance = recipe.provenance(pipeline)
-    float_bytes = sum(4 * value.numel() for value in Denoiser.of(pipeline).model.state_dict().values())
+    float_bytes = fp32_bytes(Denoiser.of(pipeline).model)
     if is_taken(target):
         found = existing(target, provenance, resume)
-        return Outcome(target, found, weights_bytes(target), float_bytes, found=True)
+        return Outcome(target, found, weights_bytes(target), float_bytes, True, beside(target, parts))
     with new_folder(target) as folder:
         attach_all(pipeline, run_all(pipeline, recipe, progress, memory=memory, provenance=provenance))
         with writing(target), without_bars():
             pipeline.save_pretrained(folder)
-    return Outcome(target, provenance, weights_bytes(target), float_bytes, found=False)
+    return Outcome(target, provenance, weights_bytes(target), float_bytes, False, beside(target, parts))
+
+
+def fp32_bytes(model: nn.Module) -> int:
+    return sum(4 * value.numel() for value in model.state_dict().values())
+
+
+def beside(folder: Path, parts: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Bytes on disk and in fp32 of the networks beside the denoiser."""
+    return {name: (stored_bytes(folder / name), size) for name, size in parts.items()}
+
+
+def stored_bytes(component: Path) -> int:
+    return sum(file.stat().st_size for file in component.glob("*.safetensors"))
 
 
 def existing(out: Path, wanted: Mapping[str, Any], resume: bool) -> Mapping[str, Any]:
@@ -101,4 +119,4 @@ def shorten(value: Any) -> str:
 def weights_bytes(folder: Path) -> int:
     """Size of the denoiser's weights on disk."""
     component = next(folder / name for name in ("unet", "transformer") if (folder / name).is_dir())
-    return sum(file.stat().st_size for file in component.glob("*.safetensors"))
+    return stored_bytes(component)

@@ -17,10 +17,11 @@ from stepquant.core.digest import tensors_digest, value_digest
 from stepquant.errors import ModelError
 from stepquant.models.denoiser import Denoiser, Seen, prediction_of
 from stepquant.models.families.beside import beside
+from stepquant.models.families.roles import OWN_WAY, computes_its_own_way
 
 ENTRIES = ("encode", "decode", "forward")  # what pipelines call of a network
 NOT_CALLED = "was not called by the calls that calibrated it"
-OWN_WAY = "its class computes in a way of its own, which no integer layer knows"
+IDLE = "idle"  # the role of such a layer
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,10 @@ class Part(Denoiser):
     def having(self, seen: Seen | None) -> Part:
         return Part(self.model, self.component, seen)
 
+    def sites(self) -> dict[str, str]:
+        """As of a denoiser; what the calls have not reached has a role of its own."""
+        return super().sites() | dict({} if self.seen is None else self.seen.roles)
+
     def stays_float(self) -> dict[str, str]:
         strange = {
             path: OWN_WAY for path in self.sites() if computes_its_own_way(self.model.get_submodule(path))
@@ -92,11 +97,6 @@ class Part(Denoiser):
 
     def predict(self, arguments: Mapping[str, Any]) -> Tensor:
         return prediction_of(arguments["call"].on(self.device).repeat(self.model))
-
-
-def computes_its_own_way(layer: nn.Module) -> bool:
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return not any(isinstance(layer, kind) and type(layer).forward is kind.forward for kind in kinds)
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def receiving(model: nn.Module, keep: Callable[[Received], None]) -> Iterator[No
 
 
 def seen_by(part: Part, calls: Sequence[Received]) -> Part:
-    """The part with what these calls leave in float: layers that none of them reaches."""
+    """The part with what none of these calls reaches: layers whose inputs have no range, and products without any."""
     reached: set[str] = set()
     handles = [
         module.register_forward_pre_hook(lambda *_, path=path: reached.add(path))
@@ -140,5 +140,7 @@ def seen_by(part: Part, calls: Sequence[Received]) -> Part:
     finally:
         for handle in handles:
             handle.remove()
-    idle = [path for path in (*part.sites(), *part.products()) if path not in reached]
-    return part.having(Seen(in_float=dict.fromkeys(idle, NOT_CALLED)))
+    idle, apart = (
+        [path for path in paths if path not in reached] for paths in (part.sites(), part.products())
+    )
+    return part.having(Seen(dict.fromkeys(idle, IDLE), in_float=dict.fromkeys(apart, NOT_CALLED)))

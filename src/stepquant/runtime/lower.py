@@ -40,6 +40,8 @@ INTO_STREAM = ("stem", "modulate", "context", "k_text", "v_text", "k_added", "v_
 # In models built of residual blocks these are a sliver of the weights; elsewhere they may be a third of them.
 SMALL = ("stem", "time", "modulate", "cond")
 
+ORDINARY = [kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)]
+
 LAYERS: dict[type[nn.Module], type[IntegerLayer]] = {
     nn.Linear: IntegerLinear,
     nn.Conv1d: IntegerConv1d,
@@ -126,9 +128,7 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
         if isinstance(module, IntegerLayer | IntegerProduct):
             module.forget()
             module.prepared()
-        elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and (
-            emit or dtype != torch.float32
-        ):
+        elif type(module).forward in ORDINARY and (emit or dtype != torch.float32):
             bind(module, FloatLayer(module, emit))
     if fuse:
         times, texts = install(model, chains)
