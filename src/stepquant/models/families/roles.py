@@ -163,7 +163,8 @@ def computes_its_own_way(layer: nn.Module) -> bool:
 
 def border_of(layer: Any) -> tuple[int, ...] | None:
     """What a causal convolution pads its input by, in the order of F.pad; None for any other layer."""
-    return tuple(layer._padding) if isinstance(layer, CAUSAL) else None
+    padding: Any = layer._padding if isinstance(layer, CAUSAL) else None
+    return None if padding is None else tuple(padding)
 
 
 def bordered(x: Tensor, border: Sequence[int] | None, kept: Tensor | None = None) -> Tensor:
