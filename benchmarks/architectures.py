@@ -1,23 +1,26 @@
-"""Two well-known U-Nets with random weights, in integers against float and OpenVINO: only the speed means anything.
+"""Well-known networks with random weights, in integers against float and OpenVINO: only the speed means anything.
 
     python -m benchmarks.architectures ddpm --batch 1,8,32
     python -m benchmarks.architectures latent --batch 1,2 --size 32
+    python -m benchmarks.architectures vae --batch 1 --size 64
 
 Ranges come from two random calls. Contenders take turns; ratios are to fp32 eager in its better layout. With one thread
-the clock is processor time, which a busy machine disturbs least.
+the clock is processor time, which a busy machine disturbs least. `vae` is the decoder of Stable Diffusion 1.5, its size
+that of the latents; `--peak` says what memory one call takes beyond the weights, in float and in integers.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
-from torch import Tensor
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from torch import Tensor, nn
 
 from stepquant.artifact import Artifact
 from stepquant.core.affine import scale_and_zero
@@ -36,8 +39,12 @@ from stepquant.evaluate.speed.calls import (
 )
 from stepquant.evaluate.speed.peers import peers_installed
 from stepquant.evaluate.speed.turns import interleave, summarize
+from stepquant.fit.extremes import fit_extremes
 from stepquant.fit.ranges import set_weight_ranges
+from stepquant.job.memory import peak_bytes, reset_peak, resident_bytes
+from stepquant.job.parts import plan_for_parts
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.part import Part, Received, seen_by
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.quantizer import Quantizer
@@ -57,10 +64,9 @@ class Architecture:
 
     def arguments(self, batch: int, size: int, seed: int = 0) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
-        given = {
-            "sample": torch.randn(batch, self.channels, size, size, generator=generator),
-            "timestep": torch.tensor(501),
-        }
+        given = {"sample": torch.randn(batch, self.channels, size, size, generator=generator)}
+        if self.kind is not AutoencoderKL:
+            given["timestep"] = torch.tensor(501)
         if self.text is not None:
             given["encoder_hidden_states"] = torch.randn(batch, *self.text, generator=generator)
         return given
@@ -98,7 +104,38 @@ ARCHITECTURES = {
         channels=4,
         text=(77, 192),
     ),
+    # runwayml/stable-diffusion-v1-5, vae
+    "vae": Architecture(
+        AutoencoderKL,
+        {
+            "sample_size": 64,
+            "block_out_channels": (128, 256, 512, 512),
+            "layers_per_block": 2,
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+        },
+        channels=4,
+    ),
 }
+
+
+class Decoding(nn.Module):
+    """What pipelines call of an autoencoder."""
+
+    def __init__(self, coder: Any) -> None:
+        super().__init__()
+        self.coder = coder
+
+    def forward(self, sample: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        return self.coder.decode(sample, return_dict=False)  # type: ignore[no-any-return]
+
+
+def decoding_in_integers(coder: Any, calls: list[dict[str, Any]]) -> Decoding:
+    """w8a8 with the extremes of these calls as ranges."""
+    received = [Received("decode", (one["sample"],), {"return_dict": False}) for one in calls]
+    part = seen_by(Part(coder, "vae"), received)
+    artifact = fit_extremes(part, plan_for_parts(scheme("w8a8")), [{"call": one} for one in received])
+    return Decoding(lower(copy.deepcopy(coder), artifact))
 
 
 def calibrated(model: Any, calls: list[dict[str, Any]]) -> Artifact:
@@ -132,6 +169,7 @@ def read_options() -> argparse.Namespace:
     add("--size", type=int, help="pixels or latents of a side; its own by default")
     add("--seconds", type=float, default=20.0, help="for each batch size")
     add("--threads", type=int, default=torch.get_num_threads())
+    add("--peak", action="store_true", help="memory of one call instead of its time")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     return parser.parse_args()
 
@@ -142,9 +180,14 @@ def main(options: argparse.Namespace) -> None:
     one = ARCHITECTURES[options.name]
     size = options.size or one.config["sample_size"]
     model = one.kind(**one.config).eval().requires_grad_(False)
-    lowered = lower(
-        copy.deepcopy(model), calibrated(model, [one.arguments(1, size, seed) for seed in (1, 2)])
-    )
+    seen = [one.arguments(1, size, seed) for seed in (1, 2)]
+    if one.kind is AutoencoderKL:
+        lowered: Any = decoding_in_integers(model, [cut(given) for given in seen])
+        model = Decoding(model)
+    else:
+        lowered = lower(copy.deepcopy(model), calibrated(model, seen))
+    if options.peak:
+        return show_peaks({REFERENCE: model, QUANTIZED: lowered}, one.arguments(1, size))
     covered = coverage(lowered, one.arguments(1, size))
     print(f"{covered.macs / 1e9:.2f} G multiplications, {covered.share_of_all:.1%} of them in integers")
     for batch in map(int, options.batch.split(",")):
@@ -167,6 +210,23 @@ def main(options: argparse.Namespace) -> None:
         for entry in entered:
             if entry.call is None:
                 print(f"batch {batch}  {entry.name}: {entry.unavailable}")
+
+
+def cut(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A corner of the latents: ranges need no more."""
+    return {"sample": arguments["sample"][..., :16, :16]}
+
+
+def show_peaks(models: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """Bytes that a second call has resident at its peak beyond what was there before it; weights stay out of it."""
+    for name, model in models.items():
+        call = calling(model, arguments)
+        call()
+        gc.collect()
+        before = resident_bytes()
+        reset_peak()
+        call()
+        print(f"{name}: {(peak_bytes() - before) / 1e6:.0f} MB")
 
 
 def baselines(model: Any, arguments: dict[str, Any], compiled: bool) -> list[Contender]:

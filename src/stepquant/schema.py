@@ -26,6 +26,8 @@ speed        {threads, rounds, reference, rows: [{batch, name, layout, milliseco
               ratio_high, unavailable}]}: quartiles; `ratio` is how many times faster than `reference`
 size         {float_bytes, bytes, ratio}
 making       {seconds, peak_bytes, start_bytes}: what quantizing took; a comparison measures it
+parts        [{name, class, digest, size, coverage}]: the quantized networks beside the denoiser; `macs` of the call in
+             which a layer did most, when the pipeline made one image
 coverage     [{path, role, macs, bytes, weight, input, kernel, integer, reason}]: what one call did that was followed
              operation by operation; `macs` for an image, `integer` whether integer kernels multiplied all of them
 cost         {macs, bops, float_bops, bytes, rows: [{weight, input, layers, macs, bops, bytes}]}: by the bits of the
@@ -193,6 +195,16 @@ class Coverage(Part):
     reason: str = ""
 
 
+class Beside(Part):
+    """A quantized network beside the denoiser."""
+
+    name: str
+    kind: str = Field("", alias="class")
+    digest: str = ""
+    size: Size
+    coverage: tuple[Coverage, ...] = ()
+
+
 class Precision(Part):
     """Layers whose weights and inputs have these numbers of bits."""
 
@@ -239,6 +251,7 @@ class Report(Part):
     size: Size | None = None
     making: Making | None = None
     coverage: tuple[Coverage, ...] = ()
+    parts: tuple[Beside, ...] = ()
     cost: Cost | None = None
     plan: tuple[Decision, ...] = ()
 

@@ -30,7 +30,7 @@ INSIDE: dict[str, Rungs] = {
     "models": (
         ("families", "split", "attention", "noise", "zoo", "call"),
         ("denoiser", "blocks", "tables"),
-        ("sampling",),
+        ("sampling", "part"),
         ("pipelines",),
         ("generate",),
         ("hooks",),
@@ -53,7 +53,7 @@ INSIDE: dict[str, Rungs] = {
         ("networks",),
         ("metrics",),
         ("cost", "describe", "disk", "speed", "trajectory"),
-        ("results", "study"),
+        ("results", "study", "parts"),
     ),
 }
 OUTSIDE = ("__init__", "__main__")  # they only name what users may import

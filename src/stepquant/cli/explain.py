@@ -13,7 +13,7 @@ from stepquant.quant.plan import PORTS, Decision, Plan
 def explain_plan(screen: Screen, denoiser: Denoiser, plan: Plan) -> dict[str, Any]:
     """Print the rules with what each decides, then every site; returns the same as JSON."""
     decisions = list(plan.resolve(denoiser).values())
-    if denoiser.family.generic:
+    if denoiser.family.generic and denoiser.family.t:
         screen.show(
             f"{type(denoiser.model).__name__}: generic, no declaration; roles follow from its first call"
         )

@@ -24,6 +24,7 @@ from stepquant.cli.options import (
     BudgetBytes,
     CalibrationSteps,
     Calls,
+    Components,
     Device,
     Explain,
     Fastest,
@@ -51,6 +52,7 @@ from stepquant.cli.screen import Screen, command_text, size_text
 from stepquant.errors import StepquantError
 from stepquant.job import Outcome, Recipe, load, plan_json, planned, quantize_to
 from stepquant.job.files import CARD
+from stepquant.job.parts import HOW, parts_of, plan_for_parts
 from stepquant.job.pipelines import sampling_of
 from stepquant.models.call import Asked, Call
 from stepquant.models.denoiser import Denoiser, by_denoiser
@@ -72,6 +74,7 @@ def quantize(
     calls: Calls = None,
     auto: Auto = False,
     budget_bytes: BudgetBytes = None,
+    components: Components = None,
     explain: Explain = False,
     resume: Resume = False,
     no_card: NoCard = False,
@@ -97,6 +100,7 @@ def quantize(
         sampler=sampler,
         seed=seed,
         device=device,
+        components=read_names(components),
         **{"prompts" if calls is None else "calls": read_asked(prompts, calls) or None},
     )
     recipe.check()
@@ -106,12 +110,7 @@ def quantize(
         )
     result: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
     if explain:
-        pipeline = load(recipe.model)
-        for one in by_denoiser(pipeline):
-            with screen.reporter as progress:
-                decided = planned(one, recipe, progress)
-            found = explain_plan(screen, *decided)
-            result |= found if one is pipeline else {Denoiser.of(one).component: found}
+        result |= explain_all(screen, recipe)
     if out is not None:
         result |= make_artifact(screen, recipe, out, resume, int(memory * 2**30))
         result |= {"card": None if no_card else str(add_card(screen, out, recipe.device, recipe.calls))}
@@ -132,6 +131,32 @@ def scheme_of(scheme: str | None, auto: bool, budget_bytes: int | None) -> str |
     return AUTO if auto else scheme
 
 
+def read_names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+def explain_all(screen: Screen, recipe: Recipe) -> dict[str, Any]:
+    """What the plan decides in every component of the recipe."""
+    pipeline = load(recipe.model)
+    parts = parts_of(pipeline, recipe.components)
+    result: dict[str, Any] = {}
+    for one in by_denoiser(pipeline):
+        with screen.reporter as progress:
+            decided = planned(one, recipe, progress)
+        found = explain_plan(screen, *decided)
+        result |= found if one is pipeline else {Denoiser.of(one).component: found}
+    if not parts:
+        return result
+    screen.show()
+    screen.show(f"{HOW}; layers that none of those reaches keep their inputs in float")
+    told = {}
+    for part in parts:
+        screen.show()
+        screen.show(f"{part.component}: {type(part.model).__name__}")
+        told[part.component] = explain_plan(screen, part, plan_for_parts(recipe.build_plan()))
+    return result | {"parts": told}
+
+
 def make_artifact(
     screen: Screen, recipe: Recipe, out: Path, resume: bool, memory: int = MEMORY
 ) -> dict[str, Any]:
@@ -149,6 +174,7 @@ def make_artifact(
         "weights_bytes": outcome.weights_bytes,
         "float_bytes": outcome.float_bytes,
         "share": outcome.share,
+        "parts": {name: {"bytes": mine, "float_bytes": full} for name, (mine, full) in outcome.parts.items()},
         "artifact_recipe": dict(outcome.recipe),
     }
 
@@ -158,6 +184,8 @@ def outcome_text(outcome: Outcome, seconds: float) -> str:
     size = (
         f"{size_text(outcome.weights_bytes)}, {outcome.share:.3f} of fp32 ({size_text(outcome.float_bytes)})"
     )
+    for name, (mine, full) in outcome.parts.items():
+        size += f"; {name} {size_text(mine)}, {mine / full:.3f} of {size_text(full)}"
     if outcome.found:
         return f"{outcome.out} is there already, finished, from the same recipe: {size}"
     return f"wrote {outcome.out}: {recipe['method']} {recipe['scheme']}, {size}, in {seconds:.0f} s"

@@ -181,6 +181,14 @@ Settings = Annotated[
         "--set", metavar="KEY=VALUE", help="A field of the method, repeatable. See `stepquant methods NAME`."
     ),
 ]
+Components = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="What to quantize of the pipeline, by its folders: unet,text_encoder,vae.",
+        show_default="the denoiser",
+    ),
+]
 PlanFile = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Rules (JSON) that come before those of --scheme, or stand alone."),

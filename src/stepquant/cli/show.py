@@ -44,6 +44,25 @@ def inspect(
     shares = integer_shares(rows)
     screen.show(shares_text(shares))
     screen.show()
+    show_layers(screen, rows, layers)
+    show_parts(screen, found.get("parts", ()), layers)
+    screen.finish(json, found | {"shares": shares})
+
+
+def show_parts(screen: Screen, parts: Rows, layers: bool) -> None:
+    """The quantized networks beside the denoiser, each as it ran when the pipeline made one image."""
+    for part in parts:
+        size, rows = part["size"], part["coverage"]
+        screen.show()
+        screen.show(
+            f"{part['name']}: {part['class']}, digest {part['digest']}; weights {size_text(size['bytes'])}, "
+            f"{size['ratio']:.3f} of fp32; {shares_text(integer_shares(rows))}"
+        )
+        show_layers(screen, rows, layers)
+
+
+def show_layers(screen: Screen, rows: Rows, layers: bool) -> None:
+    """What ran in float, or everything."""
     total = sum(row["macs"] for row in rows) or 1
     listed = [row for row in rows if layers or not row["integer"]]
     screen.table(
@@ -62,7 +81,6 @@ def inspect(
             for row in listed
         ],
     )
-    screen.finish(json, found | {"shares": shares})
 
 
 def steps_text(steps: Mapping[str, Any]) -> str:

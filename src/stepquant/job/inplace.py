@@ -14,6 +14,7 @@ from stepquant.calib.cache import cache_folder
 from stepquant.calib.record import MEMORY, Source
 from stepquant.errors import ModelError
 from stepquant.job.calls import written_calls
+from stepquant.job.parts import fit_parts, parts_of
 from stepquant.job.pipelines import check_written
 from stepquant.job.recipe import Recipe
 from stepquant.models.attention import is_adapter
@@ -38,9 +39,10 @@ def quantize(
     prompts: Sequence[str] | None = None,
     calls: Sequence[Mapping[str, Any] | Call] = (),
     settings: Mapping[str, Any] | None = None,
+    components: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Any:
-    """Quantize the denoiser of `pipeline` in place: it runs in integers afterwards, and saves them.
+    """Quantize the denoiser of `pipeline`, or these `components` of it, in place: it runs in integers afterwards, and saves them.
 
     Where several denoisers share the steps, each is calibrated on those that it runs, while the others are float.
 
@@ -59,12 +61,41 @@ def quantize(
         seed=seed,
         prompts=prompts,
         calls=written_calls(calls),
+        components=tuple(components),
     )
-    aimed = by_denoiser(pipeline)
-    artifacts = [run(one, recipe, progress) for one in aimed]
-    for one, artifact in zip(aimed, artifacts):
-        hub.attach(Denoiser.of(one).model, artifact)
+    attach_all(pipeline, run_all(pipeline, recipe, progress))
     return pipeline
+
+
+def attach_all(pipeline: Any, artifacts: Mapping[str, Artifact]) -> None:
+    """Let every component run in the integers of its artifact."""
+    for component, artifact in artifacts.items():
+        hub.attach(getattr(pipeline, component), artifact)
+
+
+def run_all(
+    pipeline: Any,
+    recipe: Recipe,
+    progress: Progress | None = None,
+    *,
+    memory: int = MEMORY,
+    made_by: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, Artifact]:
+    """What the recipe makes of every component that it names; the pipeline itself stays float.
+
+    `made_by`: its provenance with each of the denoisers, where it is known already.
+    """
+    recipe.check()
+    parts, aimed = parts_of(pipeline, recipe.components), by_denoiser(pipeline)
+    known = made_by or [recipe.provenance(one) for one in aimed]
+    made = {}
+    if parts:
+        source = source_of(pipeline, recipe, progress, memory=memory, digest=known[0]["model_digest"])
+        made = fit_parts(source, parts, recipe, known[0])
+    for one, provenance in zip(aimed, known):
+        artifact = run(one, recipe, progress, memory=memory, provenance=provenance)
+        made[Denoiser.of(one).component] = artifact
+    return made
 
 
 def plan_json(plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None) -> dict[str, Any] | None:

@@ -60,6 +60,7 @@ class Recipe(BaseModel):
     prompts: tuple[str, ...] | None = None
     calls: tuple[WrittenCall, ...] = ()  # arguments of the pipeline, instead of prompts
     device: str = "cpu"
+    components: tuple[str, ...] = ()  # of the pipeline, by their folders; nothing: the denoiser alone
 
     @classmethod
     def of(cls, **fields: Any) -> Recipe:
@@ -121,7 +122,8 @@ class Recipe(BaseModel):
         The digest in it reads the entire float model: ask once.
         """
         own = type(pipeline.scheduler).__name__
-        return {
+        components = {"components": list(self.components)} if self.components else {}
+        return components | {
             "model": Path(self.model).resolve().name if Path(self.model).is_dir() else self.model,
             "model_digest": Denoiser.of(pipeline).digest(),
             "method": self.method,

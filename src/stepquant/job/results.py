@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,21 @@ from stepquant.evaluate.describe import (
 )
 from stepquant.evaluate.disk import size_beside
 from stepquant.evaluate.metrics.reference import check_data
+from stepquant.evaluate.parts import describe_parts
 from stepquant.evaluate.results import FORMAT
 from stepquant.evaluate.several import named, sizes
 from stepquant.job.fastest import fastest
 from stepquant.job.files import writing
 from stepquant.job.pipelines import load, prompts_of, sampling_of
 from stepquant.models import zoo
-from stepquant.models.call import Asked
+from stepquant.models.call import Asked, Call
 from stepquant.models.denoiser import Denoiser, by_denoiser, denoisers
 from stepquant.models.hooks import first_arguments
 from stepquant.progress import Progress
 from stepquant.report import write as write_report
 
 RESULTS = "results.json"
+FEW = 2  # denoising steps before an image is decoded that nobody looks at
 # What a model was trained on, where the distance to data can be measured offline.
 DATA = dict.fromkeys(
     ("stepquant:characters", "stepquant:characters-dit", "stepquant:characters-text"), "characters"
@@ -96,7 +98,7 @@ def describe_artifact(twins: Twins, folder: Path, name: str) -> dict[str, Any]:
         "size": size(twins.float, folder),
         "coverage": named(list(zip(names, covered))),
         "plan": named([(component, describe_plan(one.source, one.other)) for component, one in parts]),
-    }
+    } | beside(twins.quantized, folder)
 
 
 def describe_alone(pipeline: Any, folder: Path) -> dict[str, Any]:
@@ -120,7 +122,18 @@ def describe_alone(pipeline: Any, folder: Path) -> dict[str, Any]:
         "size": sizes([size_beside(one, folder) for one in shapes]),
         "coverage": named(list(zip(names, covered))),
         "plan": named(list(zip(names, plans))),
-    }
+    } | beside(pipeline, folder)
+
+
+def beside(pipeline: Any, folder: Path) -> dict[str, Any]:
+    """What there is to say of the quantized networks beside the denoiser, if there are any."""
+    short = sampling_of(pipeline)
+    if not artifact_config(pipeline, folder).steps:  # any number of steps will do
+        short = replace(short, steps=FEW)
+    if any(isinstance(one, Call) and one.stands_in for one in short.prompts):
+        return {}
+    parts = describe_parts(pipeline, folder, short)
+    return {"parts": parts} if parts else {}
 
 
 def shapes_of(quantized: Denoiser) -> Denoiser:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from stepquant import hub
 from stepquant.calib.record import MEMORY
 from stepquant.errors import ArtifactError, StepquantError
 from stepquant.job.files import is_taken, new_folder, writing
-from stepquant.job.inplace import run
+from stepquant.job.inplace import attach_all, run_all
+from stepquant.job.parts import parts_of
 from stepquant.job.pipelines import load, without_bars
 from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser, by_denoiser, denoisers
@@ -29,6 +32,9 @@ class Outcome:
     weights_bytes: int
     float_bytes: int  # of the same weights in fp32
     found: bool  # whether it had been there before
+    parts: Mapping[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # the same two of what stands beside it
 
     @property
     def share(self) -> float:
@@ -52,22 +58,31 @@ def quantize_to(
     recipe.check()
     target = Path(out)
     pipeline = load(recipe.model, recipe.device)
-    aimed = by_denoiser(pipeline)
-    made_by = [recipe.provenance(one) for one in aimed]
-    networks = denoisers(pipeline)
-    float_bytes = sum(4 * value.numel() for one in networks.values() for value in one.state_dict().values())
+    parts = {one.component: fp32_bytes(one.model) for one in parts_of(pipeline, recipe.components)}
+    made_by, networks = [recipe.provenance(one) for one in by_denoiser(pipeline)], denoisers(pipeline)
+    float_bytes = sum(fp32_bytes(network) for network in networks.values())
+
+    def outcome(made: Mapping[str, Any], found: bool) -> Outcome:
+        return Outcome(
+            target, made, weights_bytes(target, networks), float_bytes, found, beside(target, parts)
+        )
+
     if is_taken(target):
-        found = existing(target, made_by, resume)
-        return Outcome(target, found, weights_bytes(target, networks), float_bytes, found=True)
+        return outcome(existing(target, made_by, resume), found=True)
     with new_folder(target) as folder:
-        artifacts = [
-            run(one, recipe, progress, memory=memory, provenance=made) for one, made in zip(aimed, made_by)
-        ]
-        for network, artifact in zip(networks.values(), artifacts):
-            hub.attach(network, artifact)
+        attach_all(pipeline, run_all(pipeline, recipe, progress, memory=memory, made_by=made_by))
         with writing(target), without_bars():
             pipeline.save_pretrained(folder)
-    return Outcome(target, made_by[0], weights_bytes(target, networks), float_bytes, found=False)
+    return outcome(made_by[0], found=False)
+
+
+def fp32_bytes(model: nn.Module) -> int:
+    return sum(4 * value.numel() for value in model.state_dict().values())
+
+
+def beside(folder: Path, parts: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Bytes on disk and in fp32 of the networks beside the denoiser."""
+    return {name: (weights_bytes(folder, [name]), size) for name, size in parts.items()}
 
 
 def existing(out: Path, wanted: Sequence[Mapping[str, Any]], resume: bool) -> Mapping[str, Any]:
@@ -89,6 +104,7 @@ def check_same(out: Path, pipeline: Any, wanted: Mapping[str, Any]) -> Mapping[s
             f"'{out}' holds a float model", expected="an artifact of stepquant", fix="choose another --out"
         )
     mine, theirs = (json.loads(json.dumps(recipe)) for recipe in (wanted, config.recipe))
+    mine.setdefault("components", None)
     different = [key for key in mine if key not in ("versions", "model") and mine[key] != theirs.get(key)]
     if different:
         key = different[0]
@@ -107,5 +123,5 @@ def shorten(value: Any) -> str:
 
 
 def weights_bytes(folder: Path, components: Iterable[str]) -> int:
-    """Size of the weights on disk of denoisers, by what the pipeline calls them."""
+    """Size of the weights of these components on disk, by what the pipeline calls them."""
     return sum(file.stat().st_size for name in components for file in (folder / name).glob("*.safetensors"))

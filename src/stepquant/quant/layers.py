@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.core.affine import dequantize, fake_quantize, quantize, to_groups
+from stepquant.models.families.roles import border_of, bordered
 from stepquant.quant.quantizer import Quantizer
 
 
@@ -35,6 +36,7 @@ class QuantLayer(nn.Module):
         self.layer, self.role = layer, role
         self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
         self.rounding: Rounding | None = None
+        self.border = border_of(layer)
         self.correction: Tensor | None = None  # added to the bias where weights are quantized
 
     @property
@@ -76,9 +78,10 @@ class QuantLayer(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("layer"), name)
 
-    def forward(self, input: Tensor, *_: object, **__: object) -> Tensor:
+    def forward(self, input: Tensor, *kept: Any, **__: object) -> Tensor:
         """`input` is what torch calls it, and some models name it."""
-        x = input if self.input_quantizer is None else self.input_quantizer(input)
+        x = input if self.border is None else bordered(input, self.border, *kept)
+        x = x if self.input_quantizer is None else self.input_quantizer(x)
         quantizer = self.weight_quantizer
         bias = self.layer.bias if quantizer is None or not quantizer.enabled else self.bias
         return apply_layer(self.layer, x, self.weight_values(), bias)  # type: ignore[arg-type]

@@ -24,6 +24,8 @@ NOT_PLANNED = "the plan keeps it in float"
 TABLED = "a table holds what it returns for every t"
 IDLE = "it did not run in this pass"
 INLINE = "its processor multiplies by itself, in float"
+OUTSIDE = "(between layers)"
+BETWEEN = "products of attention that its class computes by itself, in float"
 ASTRAY = "it has an integer kernel, and multiplied in float all the same"
 
 
@@ -68,11 +70,20 @@ class Coverage:
 
 def coverage(model: nn.Module, arguments: Mapping[str, Any]) -> Coverage:
     """Run `model(**arguments)` once and see which operations each layer and product multiplied by."""
+    lines = traced(model, lambda: model(**arguments)).lines
+    return Coverage(tuple(line for line in lines if line.path != OUTSIDE))
+
+
+def traced(model: nn.Module, call: Callable[[], object]) -> Coverage:
+    """The same for anything that `call` asks of `model`; what multiplies outside of layers has a line of its own."""
     forget_kept(model)
     # Operations made of others are seen as those others, except in inference mode.
     with Trace(model) as trace, torch.inference_mode(False), torch.no_grad():
-        model(**arguments)
-    return Coverage(tuple(trace.lines()))
+        call()
+    lines = tuple(trace.lines())
+    if OUTSIDE in trace.work:
+        lines += (Trace.line(OUTSIDE, "product", trace.work[OUTSIDE], False, BETWEEN),)
+    return Coverage(lines)
 
 
 class Trace(TorchDispatchMode):
@@ -135,8 +146,8 @@ class Trace(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.name().partition(".")[0]  # type: ignore[attr-defined]
         macs = multiply_accumulates(name, args, out)
-        if macs and self.working:
-            self.work[self.working[-1]][name] += macs
+        if macs:
+            self.work[self.working[-1] if self.working else OUTSIDE][name] += macs
         return out
 
     def lines(self) -> Iterator[Line]:

@@ -45,6 +45,7 @@ SMALL = ("stem", "time", "modulate", "cond")
 
 # What a lowered model does otherwise than its class, beside `forward`.
 OWN_METHODS = ("_apply", "num_parameters", "fuse_lora", *CHANGING)
+ORDINARY = [kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)]
 
 LAYERS: dict[type[nn.Module], type[IntegerLayer]] = {
     nn.Linear: IntegerLinear,
@@ -137,9 +138,7 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
         if isinstance(module, IntegerLayer | IntegerProduct):
             module.forget()
             module.prepared()
-        elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and (
-            emit or dtype != torch.float32
-        ):
+        elif type(module).forward in ORDINARY and (emit or dtype != torch.float32):
             bind(module, FloatLayer(module, emit))
     again: Callable[[], Any] = Install(model) if fuse else int  # where blocks are not fused, nothing is to do
     if fuse:

@@ -25,9 +25,14 @@ def is_plain_residual(module: nn.Module) -> bool:
         and module.upsample is None
         and module.downsample is None
         and isinstance(module.nonlinearity, nn.SiLU)
-        and module.time_embedding_norm == "default"
+        and (module.time_embedding_norm == "default" or is_timeless(module))
         and not (module.skip_time_act and module.time_emb_proj is not None)
     )
+
+
+def is_timeless(module: nn.Module) -> bool:
+    """Whether its second norm is an ordinary one, which autoencoders say by the name of its kind."""
+    return module.time_emb_proj is None and module.time_embedding_norm == "group"
 
 
 def residual_block(path: str, module: nn.Module) -> ResidualBlock:

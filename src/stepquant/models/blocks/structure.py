@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from diffusers.models.unets import unet_2d_condition
 from torch import nn
 
-from stepquant.errors import ModelError
 from stepquant.models.blocks.attention import AttentionBlock, attention_block, is_plain_attention
+from stepquant.models.blocks.feed import Feed, feed, is_feed
 from stepquant.models.blocks.resampling import Resampler, is_plain_resampler, resampler
 from stepquant.models.blocks.residual import ResidualBlock, is_plain_residual, residual_block
 from stepquant.models.blocks.transformer import (
@@ -21,13 +21,13 @@ from stepquant.models.blocks.transformer import (
 )
 from stepquant.models.blocks.up import UpBlock, is_plain_up_block, up_block
 from stepquant.models.families.family import matches
-from stepquant.models.families.registry import family_of
+from stepquant.models.families.registry import family_of, top_of
 from stepquant.models.families.roles import part_roles
 
 
 @dataclass(frozen=True)
 class Structure:
-    """All chains of one model. `tail` is norm -> SiLU -> head; `time` is projection -> embedding of t alone.
+    """All chains of one model. `tails` are norm -> SiLU -> head; `time` is projection -> embedding of t alone.
 
     `text` is the argument that reaches every text block as it is.
     """
@@ -38,7 +38,8 @@ class Structure:
     text_blocks: tuple[TextBlock, ...] = ()
     resamplers: tuple[Resampler, ...] = ()
     up_blocks: tuple[UpBlock, ...] = ()
-    tail: tuple[str, str, str] | None = None
+    feeds: tuple[Feed, ...] = ()
+    tails: tuple[tuple[str, str, str], ...] = ()
     time: tuple[str, str] | None = None
     text: str | None = None
 
@@ -60,7 +61,8 @@ def structure(model: nn.Module) -> Structure:
         text_blocks=tuple(text_block(p, m) for p, m in named if is_plain_text_block(m)),
         resamplers=tuple(resampler(p, m) for p, m in named if is_plain_resampler(m)),
         up_blocks=tuple(up_block(p, m) for p, m in named if is_plain_up_block(m)),
-        tail=tail(model),
+        feeds=tuple(feed(p, m) for p, m in named if is_feed(m)),
+        tails=tuple(found for path, module in model.named_modules() if (found := tail(path, module))),
         time=time_path(model),
         text=text_argument(model),
     )
@@ -72,23 +74,20 @@ def roles(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for path, module in model.named_modules():
         found |= {f"{path}.{child}" if path else child: role for child, role in part_roles(module).items()}
-    try:
-        top = family_of(model).top
-    except ModelError:
-        top = {}
-    found |= {path: role for pattern, role in top.items() for path in paths if matches(pattern, path)}
+    found |= {
+        path: role for pattern, role in top_of(model).items() for path in paths if matches(pattern, path)
+    }
     halves = {f"{path}.{half}": role for path, role in found.items() for half in (0, 1)}
     return {path: role for path, role in (found | halves).items() if path in paths}
 
 
-def tail(model: nn.Module) -> tuple[str, str, str] | None:
+def tail(path: str, module: nn.Module) -> tuple[str, str, str] | None:
     names = ("conv_norm_out", "conv_act", "conv_out")
-    norm, activation, head = (getattr(model, name, None) for name in names)
-    return (
-        names
-        if isinstance(norm, nn.GroupNorm) and isinstance(activation, nn.SiLU) and head is not None
-        else None
-    )
+    norm, activation, head = (getattr(module, name, None) for name in names)
+    if not (isinstance(norm, nn.GroupNorm) and isinstance(activation, nn.SiLU) and head is not None):
+        return None
+    first, second, last = (f"{path}.{name}" if path else name for name in names)
+    return first, second, last
 
 
 def time_path(model: nn.Module) -> tuple[str, str] | None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
 
 from torch import nn
 
 from stepquant.errors import ModelError
 from stepquant.models import families
+from stepquant.models.families.beside import beside
 from stepquant.models.families.family import Family
 from stepquant.models.families.generic import generic
 
-KINDS = ("family", "generic", "registry", "roles")  # files that say what the others declare
+KINDS = ("beside", "family", "generic", "registry", "roles")  # files that say what the others declare
 
 
 @cache
@@ -34,6 +36,11 @@ def family_of(model: nn.Module) -> Family:
             expected=f"{', '.join(sorted(declared()))}, or another denoiser of diffusers",
         )
     return found
+
+
+def top_of(model: nn.Module) -> Mapping[str, str]:
+    """The roles that the model's family declares, be it a denoiser or not."""
+    return (declared().get(type(model).__name__) or generic(model) or beside(model)).top
 
 
 def is_generic(model: nn.Module) -> bool:

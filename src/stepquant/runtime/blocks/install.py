@@ -10,6 +10,7 @@ from torch import nn
 from stepquant.models.blocks.structure import Structure, structure
 from stepquant.runtime.blocks.attention import Attention, Readers
 from stepquant.runtime.blocks.chain import Chain
+from stepquant.runtime.blocks.feed import FeedForward
 from stepquant.runtime.blocks.resampling import Resample
 from stepquant.runtime.blocks.residual import Residual
 from stepquant.runtime.blocks.tail import Done, NormOut
@@ -46,6 +47,7 @@ def install(model: nn.Module, chains: Structure) -> tuple[TimeRows | None, Texts
         (Transformer, chains.transformers),
         (Resample, chains.resamplers),
         (Up, chains.up_blocks),
+        (FeedForward, chains.feeds),
     )
     for kind, blocks in simple:
         found |= {declared.path: kind(model.get_submodule(declared.path), declared) for declared in blocks}
@@ -54,10 +56,8 @@ def install(model: nn.Module, chains: Structure) -> tuple[TimeRows | None, Texts
     texts = Texts(readers, known=chains.text is not None)
     for index, (block, declared) in enumerate(zip(modules, chains.text_blocks)):
         found[declared.path] = Block(block, declared, texts, index)
-    if chains.tail is not None:
-        norm, activation, _ = chains.tail
-        first, second, third = map(model.get_submodule, chains.tail)
-        last = NormOut(first, second, third, model)
+    for norm, activation, head in chains.tails:
+        last = NormOut(*map(model.get_submodule, (norm, activation, head)), model)
         found[norm], found[activation] = last, Done(model.get_submodule(activation), last)
     for path, chain in found.items():
         bind(model.get_submodule(path), chain)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.artifact import LayerSpec
+from stepquant.models.families.roles import border_of, bordered
 from stepquant.runtime.device import device_for
 from stepquant.runtime.kernel import Geometry, Kernel
 from stepquant.runtime.layers.layer import IntegerLayer
@@ -75,6 +76,18 @@ class IntegerConv1d(IntegerConv2d):
 
 class IntegerConv3d(IntegerConv2d):
     """A convolution over time and image, run as one over images: the frames that it sums lie side by side in its channels."""
+
+    def __init__(self, layer: nn.Conv3d, spec: LayerSpec, groups: int = 1) -> None:
+        super().__init__(layer, spec, groups)
+        self.border = border_of(layer)
+        if (
+            self.border is not None
+        ):  # torch keeps what the layer was made with, which its class takes upon itself
+            self.sides, self.even = (0,) * 6, True
+
+    def forward(self, input: Tensor, *kept: Any, **__: object) -> Tensor:
+        """`kept` are frames that a causal convolution reads before these."""
+        return super().forward(bordered(input, self.border, *kept) if self.border else input)
 
     def kernel_weight(self) -> Tensor:
         return super().kernel_weight().flatten(1, 2)

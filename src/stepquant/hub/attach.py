@@ -1,0 +1,60 @@
+"""From an artifact to a network that runs in its integers and can be saved; and from a folder to what it says of itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import ConfigMixin
+from torch import nn
+
+from stepquant.artifact import Artifact
+from stepquant.errors import ArtifactError
+from stepquant.hub.config import Name, StepquantConfig, digests_of, settings_digest
+from stepquant.hub.of_diffusers import StepquantQuantizer
+from stepquant.hub.of_transformers import TransformersQuantizer, settings_of
+from stepquant.runtime.lower import lower
+
+
+def check_folder(folder: Path) -> None:
+    """Read what the artifacts in a pipeline's folder say of themselves, before anything is built from it."""
+    for file in sorted(folder.glob("*/config.json")):
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # diffusers says what is wrong with it
+        quantized = settings.get("quantization_config") if isinstance(settings, Mapping) else None
+        if isinstance(quantized, Mapping) and quantized.get("quant_method") == Name.STEPQUANT.value:
+            try:
+                StepquantConfig.from_dict(quantized).check_settings(settings)
+            except ArtifactError as error:
+                where = f"{file}{f' ({error.where})' if error.where else ''}"
+                raise ArtifactError(
+                    error.what, where=where, got=error.got, expected=error.expected, fix=error.fix
+                ) from error
+
+
+def attach(model: Any, artifact: Artifact) -> None:
+    """Make `model` run in the integers of `artifact`, in place, and let `save_pretrained` write it."""
+    dtype = model.dtype
+    lower(model, artifact)
+    digests, native = digests_of(model.state_dict()), isinstance(model, ConfigMixin)
+    settings = settings_digest(model.config if native else settings_of(model))
+    config = StepquantConfig(**artifact.to_json(), digests=digests, settings=settings)
+    quantizer: Any = StepquantQuantizer if native else TransformersQuantizer
+    model.hf_quantizer = quantizer(config, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, config.quant_method
+    if native:
+        model.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)
+    else:
+        model.config.quantization_config = config
+
+
+def config_of(model: nn.Module) -> StepquantConfig | None:
+    """How a model was quantized; None for a float one."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, StepquantQuantizer | TransformersQuantizer):
+        return quantizer.quantization_config
+    return None
