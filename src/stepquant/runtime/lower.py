@@ -23,6 +23,7 @@ from stepquant.models.families.roles import PRODUCTS
 from stepquant.models.split import find, split_concats
 from stepquant.runtime.blocks.chain import Chain
 from stepquant.runtime.blocks.install import bind, install, look_up
+from stepquant.runtime.blocks.joined import End, Part
 from stepquant.runtime.blocks.time_rows import TableColumn, Tabled, TimeRows
 from stepquant.runtime.cpu.replay import Replay
 from stepquant.runtime.intact import check_steps, own_bounds
@@ -151,9 +152,9 @@ def unbind(model: nn.Module) -> None:
             del model._load_state_dict_post_hooks[key]
     for module in model.modules():
         forward = module.__dict__.get("forward")
-        if isinstance(forward, Chain | FloatLayer | Replay | StepForward | TableColumn) or isinstance(
-            getattr(forward, "__self__", None), TimeRows
-        ):
+        if isinstance(
+            forward, Chain | End | FloatLayer | Part | Replay | StepForward | TableColumn
+        ) or isinstance(getattr(forward, "__self__", None), TimeRows):
             del module.forward
 
 

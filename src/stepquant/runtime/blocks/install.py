@@ -10,6 +10,9 @@ from torch import nn
 from stepquant.models.blocks.structure import Structure
 from stepquant.runtime.blocks.attention import Attention, Readers
 from stepquant.runtime.blocks.chain import Chain
+from stepquant.runtime.blocks.feed import FeedForward
+from stepquant.runtime.blocks.joined import Joined
+from stepquant.runtime.blocks.modulated import KINDS
 from stepquant.runtime.blocks.resampling import Resample
 from stepquant.runtime.blocks.residual import Residual
 from stepquant.runtime.blocks.tail import Done, NormOut
@@ -52,6 +55,7 @@ def install(model: nn.Module, chains: Structure) -> tuple[TimeRows | None, Texts
     texts = Texts(readers, known=chains.text is not None)
     for index, (block, declared) in enumerate(zip(modules, chains.text_blocks)):
         found[declared.path] = Block(block, declared, texts, index)
+    found |= transformer_chains(model, chains)
     if chains.tail is not None:
         norm, activation, head = chains.tail
         last = NormOut(*map(model.get_submodule, (norm, activation, head)))
@@ -59,6 +63,26 @@ def install(model: nn.Module, chains: Structure) -> tuple[TimeRows | None, Texts
     for path, chain in found.items():
         bind(model.get_submodule(path), chain)
     return times, texts
+
+
+def transformer_chains(model: nn.Module, chains: Structure) -> dict[str, Chain]:
+    """Attentions and feed-forwards by themselves, and blocks that hand them codes."""
+    joined = {one.path: Joined(model.get_submodule(one.path), one) for one in chains.joined}
+    feeds = {one.path: FeedForward(model.get_submodule(one.path), one) for one in chains.feeds}
+    for attention in joined.values():
+        for layer, forward in attention.placed():
+            bind(layer, forward)
+    found: dict[str, Chain] = {**joined, **feeds}
+    for block in chains.modulated:
+        attentions = [joined.get(f"{block.path}.{name}") for name in block.attentions]
+        inner = [
+            feeds[path] for name in ("ff", "ff_context", "ffn") if (path := f"{block.path}.{name}") in feeds
+        ]
+        ready = all(one is not None and one.ready() for one in attentions)
+        if ready and len(inner) == block.feeds:
+            kind = KINDS[block.kind]
+            found[block.path] = kind(model.get_submodule(block.path), block, attentions, inner)
+    return found
 
 
 def bind(module: Any, forward: Callable[..., Any]) -> None:
