@@ -19,8 +19,8 @@ class Joined(Chain):
     """Inside its call the projections and the last layers know of each other; outside, each runs by itself."""
 
     def __init__(self, module: Any, declared: JoinedAttention) -> None:
-        super().__init__(module)
         layers = [[module.get_submodule(name) for name in group] for group in declared.groups]
+        super().__init__(module, *(layer for group in layers for layer in group))
         self.shared = [Shared(*group) for group in layers]
         self.ends = {name: End(module.get_submodule(name)) for name in declared.ends}
         self.joints = [one.readers for one in self.shared]

@@ -26,6 +26,14 @@ class Modulated(Chain):
         self.declared, self.attentions, self.feeds = declared, attentions, feeds
         self.processors = [one.module.processor for one in attentions]
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # What it leaves with its attentions for the time of their calls is nothing that a compiler should follow.
+        return (
+            self.unfused(*args, **kwargs)
+            if torch.compiler.is_compiling()
+            else super().__call__(*args, **kwargs)
+        )
+
     def changed(self) -> bool:
         """Whether the block is asked for what only its own class does."""
         now = [one.module.processor for one in self.attentions]

@@ -71,7 +71,7 @@ def linear(
     """
     bytes_of = unpacked(weight, weight_scale.shape[0], codes.shape[1], (1, 1))
     sums = (exact(codes) - zero_point) @ exact(bytes_of.flatten(1)).T
-    rows = gate if gate is None else gate.repeat_interleave(codes.shape[0] // gate.shape[0], 0)
+    rows = gate if gate is None else gate.repeat_interleave(codes.shape[0] // max(gate.shape[0], 1), 0)
     return epilogue(sums, code_scale, weight_scale, bias, dtype, add, (1, -1), rows)
 
 
