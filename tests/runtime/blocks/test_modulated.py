@@ -7,6 +7,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -118,3 +119,13 @@ def test_blocks_that_are_watched_or_changed_run_as_their_class(taken: Counter[st
     block.attn1.processor = Doubling()
     assert not torch.equal(predicted(model, arguments), plain)
     assert taken["Zero"]
+
+
+@needs_extension
+def test_a_copy_whose_tensors_come_and_go_gives_the_same_bytes() -> None:
+    model, arguments = lowered("class_transformer")
+    offloaded = accelerate.cpu_offload(deepcopy(model), "cpu", offload_buffers=True)
+    with torch.no_grad():
+        found = offloaded(**arguments, return_dict=False)[0]
+        assert torch.equal(found, model(**arguments, return_dict=False)[0])
+    assert offloaded.transformer_blocks[0].attn1.to_k.weight.is_meta

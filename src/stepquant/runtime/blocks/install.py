@@ -74,11 +74,12 @@ def transformer_chains(model: nn.Module, chains: Structure) -> dict[str, Chain]:
             bind(layer, forward)
     found: dict[str, Chain] = {**joined, **feeds}
     for block in chains.modulated:
-        attentions = [joined.get(f"{block.path}.{name}") for name in block.attentions]
+        paths = [f"{block.path}.{name}" for name in block.attentions]
+        attentions = [joined[path] for path in paths if path in joined]
         inner = [
             feeds[path] for name in ("ff", "ff_context", "ffn") if (path := f"{block.path}.{name}") in feeds
         ]
-        ready = all(one is not None and one.ready() for one in attentions)
+        ready = len(attentions) == len(paths) and all(one.ready() for one in attentions)
         if ready and len(inner) == block.feeds:
             kind = KINDS[block.kind]
             found[block.path] = kind(model.get_submodule(block.path), block, attentions, inner)

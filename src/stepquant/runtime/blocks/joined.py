@@ -57,7 +57,9 @@ class Joined(Chain):
 
     def placed(self) -> list[tuple[Any, Any]]:
         """Layers, and what takes the place of their forwards."""
-        found = [(layer, Part(one, i)) for one in self.shared for i, layer in enumerate(one.readers.layers)]
+        found: list[tuple[Any, Any]] = [
+            (layer, Part(one, i)) for one in self.shared for i, layer in enumerate(one.readers.layers)
+        ]
         ends = [(end.layer, end) for end in self.ends.values()]
         return [(layer, part) for layer, part in found + ends if isinstance(layer, IntegerLayer)]
 
@@ -70,7 +72,8 @@ class Shared:
         self.open = False
         self.source: Tensor | None = None  # what the outputs that wait were made of
         self.waiting: dict[int, Tensor] = {}
-        self.has_beside, self.aside = False, None  # a layer that no processor calls, and its output
+        self.has_beside = False  # a layer that no processor calls
+        self.aside: Tensor | None = None  # and its output
         self.dtype = torch.float32  # of the outputs, where the source is codes already
 
     def __call__(self, index: int, x: Tensor) -> Tensor | None:
