@@ -1,12 +1,13 @@
 """Well-known networks with random weights, in integers against float and OpenVINO: only the speed means anything.
 
     python -m benchmarks.architectures ddpm --batch 1,8,32
-    python -m benchmarks.architectures latent --batch 1,2 --size 32
+    python -m benchmarks.architectures dit-xl --batch 1,2 --threads 1 --dtype fp32
     python -m benchmarks.architectures vae --batch 1 --size 64
 
 Ranges come from two random calls. Contenders take turns; ratios are to fp32 eager in its better layout. With one thread
-the clock is processor time, which a busy machine disturbs least. `vae` is the decoder of Stable Diffusion 1.5, its size
-that of the latents; `--peak` says what memory one call takes beyond the weights, in float and in integers.
+the clock is processor time, which a busy machine disturbs least. The last lines say which operations the quantized
+network spends its time in. `vae` is the decoder of Stable Diffusion 1.5, its size that of the latents; `--peak` says what
+memory one call takes beyond the weights, in float and in integers.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ import argparse
 import copy
 import gc
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
+from benchmarks.networks import ARCHITECTURES
 from stepquant.artifact import Artifact
 from stepquant.core.affine import scale_and_zero
 from stepquant.core.ranges import minmax
 from stepquant.core.slices import Slices
+from stepquant.evaluate.speed.breakdown import breakdown
 from stepquant.evaluate.speed.calls import (
     QUANTIZED,
     REFERENCE,
@@ -52,71 +53,8 @@ from stepquant.quant.schemes import scheme
 from stepquant.runtime.coverage import coverage
 from stepquant.runtime.lower import lower
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """How a network is made and called; `text` is how many tokens of what width it reads, if any."""
-
-    kind: type[Any]
-    config: dict[str, Any]
-    channels: int
-    text: tuple[int, int] | None = None
-
-    def arguments(self, batch: int, size: int, seed: int = 0) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(seed)
-        given = {"sample": torch.randn(batch, self.channels, size, size, generator=generator)}
-        if self.kind is not AutoencoderKL:
-            given["timestep"] = torch.tensor(501)
-        if self.text is not None:
-            given["encoder_hidden_states"] = torch.randn(batch, *self.text, generator=generator)
-        return given
-
-
-ARCHITECTURES = {
-    # google/ddpm-cifar10-32
-    "ddpm": Architecture(
-        UNet2DModel,
-        {
-            "sample_size": 32,
-            "block_out_channels": (128, 256, 256, 256),
-            "layers_per_block": 2,
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-            "attention_head_dim": None,
-            "downsample_padding": 0,
-            "flip_sin_to_cos": False,
-            "freq_shift": 1,
-            "norm_eps": 1e-6,
-        },
-        channels=3,
-    ),
-    # Stable Diffusion 1.5's block structure at a quarter of its width
-    "latent": Architecture(
-        UNet2DConditionModel,
-        {
-            "sample_size": 64,
-            "block_out_channels": (80, 160, 320, 320),
-            "layers_per_block": 2,
-            "attention_head_dim": 2,  # heads, by its old name: each 40 wide at the top, as in the original
-            "cross_attention_dim": 192,
-            "norm_num_groups": 16,
-        },
-        channels=4,
-        text=(77, 192),
-    ),
-    # runwayml/stable-diffusion-v1-5, vae
-    "vae": Architecture(
-        AutoencoderKL,
-        {
-            "sample_size": 64,
-            "block_out_channels": (128, 256, 512, 512),
-            "layers_per_block": 2,
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 4,
-        },
-        channels=4,
-    ),
-}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SHOWN = 8  # operations
 
 
 class Decoding(nn.Module):
@@ -168,6 +106,7 @@ def read_options() -> argparse.Namespace:
     add("--batch", default="1,2", help="batch sizes")
     add("--size", type=int, help="pixels or latents of a side; its own by default")
     add("--seconds", type=float, default=20.0, help="for each batch size")
+    add("--dtype", choices=DTYPES, default="bf16", help="of what runs between the quantized network's layers")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--peak", action="store_true", help="memory of one call instead of its time")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
@@ -178,14 +117,14 @@ def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     one = ARCHITECTURES[options.name]
-    size = options.size or one.config["sample_size"]
-    model = one.kind(**one.config).eval().requires_grad_(False)
+    size = options.size or one.size
+    model = one.make()
     seen = [one.arguments(1, size, seed) for seed in (1, 2)]
-    if one.kind is AutoencoderKL:
+    if one.kind == "AutoencoderKL":
         lowered: Any = decoding_in_integers(model, [cut(given) for given in seen])
         model = Decoding(model)
     else:
-        lowered = lower(copy.deepcopy(model), calibrated(model, seen))
+        lowered = lower(copy.deepcopy(model), calibrated(model, seen), DTYPES[options.dtype])
     if options.peak:
         return show_peaks({REFERENCE: model, QUANTIZED: lowered}, one.arguments(1, size))
     covered = coverage(lowered, one.arguments(1, size))
@@ -210,6 +149,10 @@ def main(options: argparse.Namespace) -> None:
         for entry in entered:
             if entry.call is None:
                 print(f"batch {batch}  {entry.name}: {entry.unavailable}")
+        for row in breakdown(calls[QUANTIZED])["rows"][:SHOWN]:
+            rate = row["tera_operations_per_second"]
+            rate = "" if rate is None else f"{rate:6.3f} TOPS"
+            print(f"batch {batch}  {row['share']:6.1%}  {row['milliseconds']:9.1f} ms  {row['name']}  {rate}")
 
 
 def cut(arguments: dict[str, Any]) -> dict[str, Any]:

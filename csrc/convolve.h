@@ -119,6 +119,13 @@ STEPQUANT_INLINE void emit_sums(const ConvolveTask& task, int64_t pixel, int64_t
   for (int64_t r = 0; r < rows; ++r) {
     y[r] = rounded(__builtin_convertvector(sums[r] - share, Floats) * factor) + bias;
   }
+  if (task.gate) {
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* gate = task.gate + (pixel + r) / task.gate_pixels * width + channel;
+      y[r] = rounded(y[r] * (full ? load(gate) : load_first(gate, rest)));
+    }
+  }
   if (task.add) {
     const T* add = static_cast<const T*>(task.add) + pixel * task.add_stride + channel;
 #pragma GCC unroll 8

@@ -237,7 +237,7 @@ Tensor convolve(
 
 Tensor linear(
     const Tensor& codes, double scale, int64_t zero_point, const Tensor& weight, const Tensor& weight_scale,
-    const Tensor& weight_sum, const Optional& bias, at::ScalarType type, const Optional& add) {
+    const Tensor& weight_sum, const Optional& bias, at::ScalarType type, const Optional& add, const Optional& gate) {
   const at::AutoDispatchBelowAutograd guard;
   TORCH_CHECK(
       codes.dim() == 2 && codes.scalar_type() == at::kByte, "linear: codes are expected as bytes (rows, inputs), got ",
@@ -260,6 +260,14 @@ Tensor linear(
     if (added.stride(1) != 1 && added.size(1) != 1) added = added.contiguous();
     task.add = added.const_data_ptr(), task.add_stride = added.stride(0);
   }
+  const bool gated = gate.has_value() && gate->defined();
+  const int64_t samples = gated && gate->dim() == 2 ? gate->size(0) : 1;
+  TORCH_CHECK(
+      !gated || (gate->dim() == 2 && samples > 0 && task.pixels % samples == 0),
+      "linear: gate is expected as (samples, outputs) with as many rows of codes for each sample, got ", gate->sizes(),
+      " for ", task.pixels, " rows");
+  const Numbers gates("linear", "gate", gate, samples, task.out_channels);
+  task.gate = gates.data(), task.gate_pixels = task.pixels / samples;
   run("linear", task, product, 1, type, out);
   return out;
 }

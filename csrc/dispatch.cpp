@@ -30,8 +30,6 @@ Kernels choose() {
   const std::string capability = at::get_cpu_capability();
   if (capability != "AVX512") return capability == "AVX2" ? avx2_kernels : plain_kernels;
   Kernels chosen = avx512_kernels;
-  chosen.attention = avx2_kernels.attention;
-  chosen.convolve = avx2_kernels.convolve;
   if (__builtin_cpu_supports("avx512vnni")) {
     const bool tiles = tiles_granted();
     chosen.name = tiles ? "amx" : "avx512vnni";

@@ -76,6 +76,8 @@ struct Shorts {
   static STEPQUANT_INLINE Ints value_dot(Ints sum, Ints a, Ints b) {
 #if defined(__AVX512VNNI__)
     return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    return sum + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
     return sum + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
@@ -88,6 +90,8 @@ struct Shorts {
   static STEPQUANT_INLINE Ints weights(const int8_t* from) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
     return (Ints)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX512BW__)
+    return (Ints)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
 #else
     STEPQUANT_VECTOR(int8_t, 2 * lanes) bytes;
     typedef STEPQUANT_VECTOR(int16_t, 2 * lanes) Wide;

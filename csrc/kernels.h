@@ -68,6 +68,7 @@ struct LayerNormTask {
   const float* shift;
   Code code;
   uint8_t* out;
+  bool centred;  // a layer norm; otherwise RMS norm
 };
 
 struct UpsampleTask {
@@ -142,6 +143,9 @@ struct ConvolveTask {
   const void* add;  // or null
   int64_t add_stride;  // numbers between its pixels
   void* out;
+  const float*
+      gate;  // per sample of so many pixels and output channel, which multiplies before anything is added; or null
+  int64_t gate_pixels;
 };
 
 constexpr int64_t convolve_chunk_pixels = 24;  // of the output in one item

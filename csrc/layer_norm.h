@@ -1,4 +1,4 @@
-// Layer norm over dense rows with adaptive modulation, to bytes.
+// Layer norm and RMS norm over dense rows with adaptive modulation, to bytes.
 #pragma once
 
 #include "epilogue.h"
@@ -70,7 +70,7 @@ void layer_norm_rows(const LayerNormTask& task, int64_t begin, int64_t end) {
     const int64_t sample = row / task.rows_per_sample;
     if (sample != folded) fold_modulation(task, folded = sample, slope, offset);
     const T* x = static_cast<const T*>(task.x.data) + row * task.x.stride;
-    const float mean = row_sum<false>(x, width, 0.0f) * share;
+    const float mean = task.centred ? row_sum<false>(x, width, 0.0f) * share : 0.0f;
     const float inverse = 1.0f / std::sqrt(row_sum<true>(x, width, mean) * share + task.eps);
     normalize_row(x, width, mean, inverse, slope, offset, task.code, task.out + row * width);
   }

@@ -92,13 +92,11 @@ Tensor group_norm_quantize(
   return run_group_norm(name, x, skip, weight, bias, groups, eps, activation, add, scale, shift, &code);
 }
 
-Tensor layer_norm_quantize(
-    const Tensor& x, const Optional& weight, const Optional& bias, double eps, double code_scale, int64_t zero_point,
-    int64_t low, int64_t high, const Optional& scale, const Optional& shift) {
+Tensor run_layer_norm(
+    const char* name, const Tensor& x, const Optional& weight, const Optional& bias, double eps, const Code& code,
+    const Optional& scale, const Optional& shift, bool centred) {
   const at::AutoDispatchBelowAutograd guard;
-  constexpr const char* name = "layer_norm_quantize";
   TORCH_CHECK(x.dim() >= 2, name, ": x is expected as (batch, ..., width), got ", x.sizes());
-  const Code code = to_code(name, code_scale, zero_point, low, high);
   const RowView rows = rows_of(x, -1);
   const int64_t width = rows.rows.width, samples = x.size(0);
   const Numbers weights(name, "weight", weight, 1, width), biases(name, "bias", bias, 1, width);
@@ -117,14 +115,32 @@ Tensor layer_norm_quantize(
   task.shift = shifts.data();
   task.code = code;
   task.out = out.mutable_data_ptr<uint8_t>();
+  task.centred = centred;
   for_items(rows.count, width, [&](int64_t begin, int64_t end) { kernels().layer_norm(task, begin, end); });
   return out;
+}
+
+Tensor layer_norm_quantize(
+    const Tensor& x, const Optional& weight, const Optional& bias, double eps, double code_scale, int64_t zero_point,
+    int64_t low, int64_t high, const Optional& scale, const Optional& shift) {
+  constexpr const char* name = "layer_norm_quantize";
+  const Code code = to_code(name, code_scale, zero_point, low, high);
+  return run_layer_norm(name, x, weight, bias, eps, code, scale, shift, true);
+}
+
+Tensor rms_norm_quantize(
+    const Tensor& x, const Optional& weight, double eps, double code_scale, int64_t zero_point, int64_t low,
+    int64_t high, const Optional& scale, const Optional& shift) {
+  constexpr const char* name = "rms_norm_quantize";
+  const Code code = to_code(name, code_scale, zero_point, low, high);
+  return run_layer_norm(name, x, weight, {}, eps, code, scale, shift, false);
 }
 
 TORCH_LIBRARY_IMPL(stepquant, CPU, library) {
   library.impl("group_norm", group_norm);
   library.impl("group_norm_quantize", group_norm_quantize);
   library.impl("layer_norm_quantize", layer_norm_quantize);
+  library.impl("rms_norm_quantize", rms_norm_quantize);
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ quantize_concat = ops.quantize_concat.plain
 group_norm = ops.group_norm.plain
 group_norm_quantize = ops.group_norm_quantize.plain
 layer_norm_quantize = ops.layer_norm_quantize.plain
+rms_norm_quantize = ops.rms_norm_quantize.plain
 activation_quantize = ops.activation_quantize.plain
 upsample_nearest2x = ops.upsample_nearest2x.plain
 attention = ops.attention.plain
@@ -53,6 +54,7 @@ def linear(
     bias: Tensor | None,
     dtype: torch.dtype,
     add: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     packed, sums = ops.pack_weight.plain(weight[:, :, None, None]), weight.sum(1, dtype=torch.int32)
-    return ops.linear.plain(codes, code_scale, zero_point, packed, weight_scale, sums, bias, dtype, add)
+    return ops.linear.plain(codes, code_scale, zero_point, packed, weight_scale, sums, bias, dtype, add, gate)

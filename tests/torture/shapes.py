@@ -111,6 +111,10 @@ def layer_norm_quantize(case: Case) -> None:
     exact = reference.modulated(y, scale, shift, (batch, 1, -1))
     got = ops.layer_norm_quantize(x, *affine, 1e-5, code, scale, shift)
     assert_codes(got, exact, code, doubtful=1.0)
+    y = torch.nn.functional.rms_norm(x.double(), (width,), eps=1e-5).float()
+    y = reference.affine(y, affine[0], None, (1, 1, -1))
+    got = ops.rms_norm_quantize(x, affine[0], 1e-5, code, scale, shift)
+    assert_codes(got, reference.modulated(y, scale, shift, (batch, 1, -1)), code, doubtful=1.0)
 
 
 def activation_quantize(case: Case) -> None:
@@ -156,9 +160,10 @@ def linear(case: Case) -> None:
     scale = torch.rand(outputs, generator=case.generator) * 1e-3
     bias, add = case.maybe(outputs, dtype=torch.float32), case.maybe(rows, outputs)
     zero = case.draw.choice((0, 255, case.draw.randint(0, 255)))
-    want = reference.linear(codes, 0.5, zero, weight, scale, bias, case.dtype, add)
+    gate = case.maybe(case.draw.choice((1, rows)), outputs, dtype=torch.float32)
+    want = reference.linear(codes, 0.5, zero, weight, scale, bias, case.dtype, add, gate)
     product = Product.of(weight[:, :, None, None], scale, bias)
-    assert torch.equal(product.linear(codes, Code(0.5, zero), case.dtype, add), want)
+    assert torch.equal(product.linear(codes, Code(0.5, zero), case.dtype, add, gate), want)
 
 
 def attention(case: Case) -> None:

@@ -67,3 +67,10 @@ class Kernel(ABC):
 
     @abstractmethod
     def __call__(self, codes: Tensor, *args: Any) -> Tensor: ...
+
+
+def gated(y: Tensor, gate: Tensor, into: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows of `y` times the gate of their sample, plus `into`: what products do where their epilogue does not."""
+    rows = y.float().unflatten(0, (len(gate), -1)) * gate.float()[:, None]
+    rows = rows.flatten(0, 1)
+    return (rows if into is None else rows + into.float()).to(dtype)

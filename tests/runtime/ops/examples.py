@@ -38,11 +38,12 @@ def examples() -> dict[str, tuple]:
         "group_norm": (x, None, None, 4, 1e-5, "silu", rows, None, None, skip),
         "group_norm_quantize": (x, None, None, 4, 1e-5, *CODE, "silu", rows, rows, rows, skip),
         "layer_norm_quantize": (tokens, None, None, 1e-5, *CODE),
+        "rms_norm_quantize": (tokens, None, 1e-5, *CODE, rows[:, :32], rows[:, 16:]),
         "activation_quantize": (tokens, "geglu", *CODE),
         "upsample_nearest2x": (reference.quantize(x, CODE),),
         "pack_weight": (weight,),
         "convolve": (image, 0.1, 3, *wide, *walk, False, torch.float32, torch.randn(2, 20, 5, 6)),
-        "linear": (image.flatten(2)[0].T.contiguous(), 0.1, 3, *flat, torch.float32, torch.randn(30, 20)),
+        "linear": (image[0].flatten(1).T.contiguous(), 0.1, 3, *flat, torch.float32, *torch.randn(2, 30, 20)),
         "attention": (heads, heads, heads, 0.3, *CODE, *CODE, *CODE, 1 / 255, 0, 0, 255),
     }
 

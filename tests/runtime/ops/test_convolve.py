@@ -129,9 +129,12 @@ def test_linear_gives_the_bytes_of_the_specification(
         torch.randn(outputs, generator=generator()),
     )
     product = Product.of(weight[:, :, None, None], scale, bias)
-    for zero_point, add in ((0, None), (255, torch.randn(rows, outputs, generator=generator(2)))):
-        want = reference.linear(codes, 0.5, zero_point, weight, scale, bias, dtype, add)
-        assert torch.equal(product.linear(codes, Code(0.5, zero_point), dtype, add), want)
+    add, gate = (torch.randn(rows, outputs, generator=generator(seed)) for seed in (2, 3))
+    samples = next((n for n in range(2, rows + 1) if rows % n == 0), 1)
+    around = (0, None, None), (255, add, None), (9, add, gate), (7, add, gate[:1]), (3, None, gate[:samples])
+    for zero_point, *ends in around:
+        want = reference.linear(codes, 0.5, zero_point, weight, scale, bias, dtype, *ends)
+        assert torch.equal(product.linear(codes, Code(0.5, zero_point), dtype, *ends), want)
     wide = random_bytes(rows, inputs + 8)[:, 3 : 3 + inputs]
     want = reference.linear(wide, 0.5, 7, weight, scale, None, dtype)
     assert torch.equal(product._replace(bias=None).linear(wide, Code(0.5, 7), dtype), want)

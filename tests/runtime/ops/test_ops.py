@@ -172,6 +172,19 @@ def test_layer_norm_quantize(shape: tuple[int, ...], dtype: torch.dtype) -> None
                 assert_codes(ops.layer_norm_quantize(x, *affine, 1e-6, code, *modulation), exact, code)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 9, 64), (3, 5, 7), (1, 1, 130), (5, 48)])
+def test_rms_as_layer_norm_quantize(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, width = numbers(*shape, dtype=dtype) + 1.0, shape[-1]  # a mean that must not be subtracted
+    weight, scale, shift = numbers(width, seed=1), *numbers(2, shape[0], width, seed=3)
+    rows = (shape[0], *[1] * (len(shape) - 2), width)
+    exact = torch.nn.functional.rms_norm(x.double(), (width,), eps=1e-6).float()
+    changed = exact * weight * (1 + scale.view(rows)) + shift.view(rows)
+    for code in CODES:
+        assert_codes(ops.rms_norm_quantize(x, None, 1e-6, code), exact, code)
+        assert_codes(ops.rms_norm_quantize(x, weight, 1e-6, code, scale, shift), changed, code)
+
+
 def test_layer_norm_of_strided_tokens() -> None:
     x = numbers(2, 48, 5, 7).flatten(2).transpose(1, 2)
     assert_codes(

@@ -53,6 +53,7 @@ BAD = [
     ("linear", 0, torch.ones(4, 9, dtype=torch.uint8), "linear: weight"),
     ("linear", 3, torch.ones(4, dtype=torch.int8), "linear: weight"),
     ("linear", 8, torch.ones(30, 19), "linear: add"),
+    ("linear", 9, torch.ones(7, 20), "linear: gate"),
 ]
 
 

@@ -1,28 +1,46 @@
-"""Feed-forwards of text encoders that ask the weight of their last layer for a dtype, which packed bytes do not have."""
+"""Feed-forwards: a wide layer, an activation, a narrow layer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffusers.models import activations, attention
+from diffusers.models import transformers as networks
 from torch import nn
-
-# By name: importing the classes would import all that transformers needs for them.
-PLAIN = tuple(f"{model}DenseActDense" for model in ("T5", "UMT5", "MT5"))
-GATED = tuple(f"{model}DenseGatedActDense" for model in ("T5", "UMT5", "MT5"))
 
 
 @dataclass(frozen=True)
 class Feed:
-    """wi -> activation -> wo, or activation of wi_0 times wi_1 -> wo."""
+    """`widen` are layers of the same input whose outputs lie side by side before the activation: values, then gates."""
 
     path: str
-    gated: bool
+    widen: tuple[str, ...]
+    activation: str
+    narrow: str
 
 
-def is_feed(module: nn.Module) -> bool:
-    ours = type(module).__module__.startswith("transformers.")
-    return ours and type(module).__name__ in PLAIN + GATED
+GATED: dict[type[nn.Module], tuple[tuple[str, str], str]] = {
+    attention.LuminaFeedForward: (("linear_3", "linear_1"), "linear_2"),
+    networks.transformer_z_image.FeedForward: (("w3", "w1"), "w2"),
+    networks.auraflow_transformer_2d.AuraFlowFeedForward: (("linear_2", "linear_1"), "out_projection"),
+    networks.transformer_krea2.Krea2SwiGLU: (("up", "gate"), "down"),
+}
 
 
-def feed(path: str, module: nn.Module) -> Feed:
-    return Feed(path, type(module).__name__ in GATED)
+def feed(path: str, module: nn.Module) -> Feed | None:
+    """None for what is no feed-forward of this kind."""
+    if type(module) in GATED:
+        widen, narrow = GATED[type(module)]
+        return Feed(path, widen, "swiglu", narrow)
+    if type(module) is not attention.FeedForward or not all(
+        type(part) is nn.Dropout for part in (module.net[1], *module.net[3:])
+    ):
+        return None
+    activation = activation_of(module.net[0])
+    return None if activation is None else Feed(path, ("net.0.proj",), activation, "net.2")
+
+
+def activation_of(wide: nn.Module) -> str | None:
+    if type(wide) is activations.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(wide.approximate)
+    return {activations.GEGLU: "geglu", activations.SwiGLU: "swiglu"}.get(type(wide))

@@ -8,9 +8,12 @@ from diffusers.models.unets import unet_2d_condition
 from torch import nn
 
 from stepquant.models.blocks.attention import AttentionBlock, attention_block, is_plain_attention
-from stepquant.models.blocks.feed import Feed, feed, is_feed
+from stepquant.models.blocks.feed import Feed, feed
+from stepquant.models.blocks.joined import JoinedAttention, joined_attention
+from stepquant.models.blocks.modulated import ModulatedBlock, modulated_block
 from stepquant.models.blocks.resampling import Resampler, is_plain_resampler, resampler
 from stepquant.models.blocks.residual import ResidualBlock, is_plain_residual, residual_block
+from stepquant.models.blocks.text_feed import TextFeed, is_text_feed, text_feed
 from stepquant.models.blocks.transformer import (
     ImageTransformer,
     TextBlock,
@@ -38,7 +41,10 @@ class Structure:
     text_blocks: tuple[TextBlock, ...] = ()
     resamplers: tuple[Resampler, ...] = ()
     up_blocks: tuple[UpBlock, ...] = ()
+    joined: tuple[JoinedAttention, ...] = ()
     feeds: tuple[Feed, ...] = ()
+    text_feeds: tuple[TextFeed, ...] = ()
+    modulated: tuple[ModulatedBlock, ...] = ()
     tails: tuple[tuple[str, str, str], ...] = ()
     time: tuple[str, str] | None = None
     text: str | None = None
@@ -54,14 +60,20 @@ class Structure:
 def structure(model: nn.Module) -> Structure:
     """What of `model` fits the chains above; blocks that differ in any way are left out."""
     named = [(path, module) for path, module in model.named_modules() if path]
+    text_blocks = tuple(text_block(p, m) for p, m in named if is_plain_text_block(m))
+    whole = tuple(f"{block.path}." for block in text_blocks)
+    parts = [(p, m) for p, m in named if not p.startswith(whole) and not is_plain_attention(m)]
     return Structure(
         residuals=tuple(residual_block(p, m) for p, m in named if is_plain_residual(m)),
         attentions=tuple(attention_block(p, m) for p, m in named if is_plain_attention(m)),
         transformers=tuple(image_transformer(p, m) for p, m in named if is_plain_transformer(m)),
-        text_blocks=tuple(text_block(p, m) for p, m in named if is_plain_text_block(m)),
+        text_blocks=text_blocks,
         resamplers=tuple(resampler(p, m) for p, m in named if is_plain_resampler(m)),
         up_blocks=tuple(up_block(p, m) for p, m in named if is_plain_up_block(m)),
-        feeds=tuple(feed(p, m) for p, m in named if is_feed(m)),
+        joined=tuple(one for p, m in parts if (one := joined_attention(p, m))),
+        feeds=tuple(one for p, m in parts if (one := feed(p, m))),
+        text_feeds=tuple(text_feed(p, m) for p, m in named if is_text_feed(m)),
+        modulated=tuple(one for p, m in parts if (one := modulated_block(p, m))),
         tails=tuple(found for path, module in model.named_modules() if (found := tail(path, module))),
         time=time_path(model),
         text=text_argument(model),

@@ -97,11 +97,19 @@ def codes_for(layer: Any, x: Tensor) -> Tensor:
     return x if kernel is None else ops.quantize(x, kernel.code)
 
 
-def run(layer: Any, x: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-    """`layer` on codes, put out in `dtype`, or on floats; added to `into`, which may be consumed."""
+def run(
+    layer: Any, x: Tensor, dtype: torch.dtype, into: Tensor | None = None, gate: Tensor | None = None
+) -> Tensor:
+    """`layer` on codes, put out in `dtype`, or on floats; added to `into`, which may be consumed.
+
+    `gate` (samples, outputs) multiplies what a linear makes of each sample first.
+    """
     if x.dtype == torch.uint8:
-        return layer_inside(layer).from_codes(x, dtype, into)  # type: ignore[no-any-return]
+        named = {} if gate is None else {"gate": gate}
+        return layer_inside(layer).from_codes(x, dtype, into, **named)  # type: ignore[no-any-return]
     y = layer(x)
+    if gate is not None:
+        y = y * gate.reshape(len(gate), *(1,) * (x.dim() - 2), -1)
     return y if into is None else y + into  # type: ignore[no-any-return]
 
 

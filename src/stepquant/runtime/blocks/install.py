@@ -8,12 +8,16 @@ from typing import Any
 from torch import nn
 
 from stepquant.models.blocks.structure import Structure, structure
+from stepquant.runtime.adapters.present import adapters_in
 from stepquant.runtime.blocks.attention import Attention, Readers
 from stepquant.runtime.blocks.chain import Chain
 from stepquant.runtime.blocks.feed import FeedForward
+from stepquant.runtime.blocks.joined import End, Joined, Part
+from stepquant.runtime.blocks.modulated import KINDS
 from stepquant.runtime.blocks.resampling import Resample
 from stepquant.runtime.blocks.residual import Residual
 from stepquant.runtime.blocks.tail import Done, NormOut
+from stepquant.runtime.blocks.text_feed import TextFeedForward
 from stepquant.runtime.blocks.texts import Texts
 from stepquant.runtime.blocks.time_rows import TableColumn, TimeRows, TimeTable
 from stepquant.runtime.blocks.transformer import Block, Transformer
@@ -47,7 +51,7 @@ def install(model: nn.Module, chains: Structure) -> tuple[TimeRows | None, Texts
         (Transformer, chains.transformers),
         (Resample, chains.resamplers),
         (Up, chains.up_blocks),
-        (FeedForward, chains.feeds),
+        (TextFeedForward, chains.text_feeds),
     )
     for kind, blocks in simple:
         found |= {declared.path: kind(model.get_submodule(declared.path), declared) for declared in blocks}
@@ -56,12 +60,42 @@ def install(model: nn.Module, chains: Structure) -> tuple[TimeRows | None, Texts
     texts = Texts(readers, known=chains.text is not None)
     for index, (block, declared) in enumerate(zip(modules, chains.text_blocks)):
         found[declared.path] = Block(block, declared, texts, index)
+    found |= transformer_chains(model, chains)
     for norm, activation, head in chains.tails:
         last = NormOut(*map(model.get_submodule, (norm, activation, head)), model)
         found[norm], found[activation] = last, Done(model.get_submodule(activation), last)
     for path, chain in found.items():
         bind(model.get_submodule(path), chain)
     return times, texts
+
+
+def transformer_chains(model: nn.Module, chains: Structure) -> dict[str, Chain]:
+    """Attentions and feed-forwards by themselves, and blocks that hand them codes; with an adapter inside they run unfused."""
+
+    def plain(path: str) -> bool:
+        return not adapters_in(model.get_submodule(path))
+
+    joined = {
+        one.path: Joined(model.get_submodule(one.path), one) for one in chains.joined if plain(one.path)
+    }
+    feeds = {
+        one.path: FeedForward(model.get_submodule(one.path), one) for one in chains.feeds if plain(one.path)
+    }
+    for attention in joined.values():
+        for layer, forward in attention.placed():
+            bind(layer, forward)
+    found: dict[str, Chain] = {**joined, **feeds}
+    for block in chains.modulated:
+        paths = [f"{block.path}.{name}" for name in block.attentions]
+        attentions = [joined[path] for path in paths if path in joined]
+        inner = [
+            feeds[path] for name in ("ff", "ff_context", "ffn") if (path := f"{block.path}.{name}") in feeds
+        ]
+        ready = len(attentions) == len(paths) and all(one.ready() for one in attentions)
+        if ready and len(inner) == block.feeds and plain(block.path):
+            kind = KINDS[block.kind]
+            found[block.path] = kind(model.get_submodule(block.path), block, attentions, inner)
+    return found
 
 
 class Install:
@@ -89,7 +123,7 @@ def uninstall(model: nn.Module) -> None:
     """Give the blocks the forwards of their classes back."""
     for module in model.modules():
         forward = bound(module)
-        if isinstance(forward, Chain | TableColumn) or isinstance(
+        if isinstance(forward, Chain | End | Part | TableColumn) or isinstance(
             getattr(forward, "__self__", None), TimeRows
         ):
             unbind(module)

@@ -113,9 +113,11 @@ def read_once(
 def listening(layer: IntegerLayer, path: str, readings: dict[str, Reading]) -> Iterator[None]:
     former: Any = layer.from_codes
 
-    def from_codes(codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, *walk: Any) -> Tensor:
+    def from_codes(
+        codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, *walk: Any, **gate: Tensor
+    ) -> Tensor:
         readings[path] = Reading(codes.shape, dtype, into is not None, *walk)
-        return former(codes, dtype, into, *walk)  # type: ignore[no-any-return]
+        return former(codes, dtype, into, *walk, **gate)  # type: ignore[no-any-return]
 
     layer.from_codes = from_codes  # type: ignore[method-assign]
     try:

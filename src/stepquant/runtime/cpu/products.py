@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepquant.runtime import ops
-from stepquant.runtime.kernel import Geometry, Kernel
+from stepquant.runtime.kernel import Geometry, Kernel, gated
 from stepquant.runtime.ops.code import Code
 
 KEPT_SHAPES = 2  # packed copies of one weight: a batch size that comes back is not packed again
@@ -130,11 +130,15 @@ class LinearKernel(PackedKernel):
     def pack(self, shape: torch.Size) -> Tensor:
         return torch.ops.onednn.qlinear_prepack(self.weight(), shape)
 
-    def __call__(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        """The product plus `into`, which stays as it is."""
+    def __call__(
+        self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
+        """The product, times `gate`, plus `into`, which stays as it is."""
         product = self.product
         if product is not None and not better_with_tiles(codes, product):
-            return product.linear(codes, self.code, dtype, into)
+            return product.linear(codes, self.code, dtype, into, gate)
+        if gate is not None:
+            return gated(self(codes, torch.float32), gate, into, dtype)
         code, weight = self.code, self.packed_for(codes.shape)
         if into is None:
             return torch.ops.onednn.qlinear_pointwise.default(

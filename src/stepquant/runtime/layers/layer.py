@@ -113,6 +113,10 @@ class IntegerLayer(Stored[PreparedLayer]):
         return (integers - zero_point).to(torch.int8).reshape(self.weight_shape)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
+        grid, rows = self.spec.weight, self.weight_scale.numel()
+        if grid.signed and grid.symmetric and grid.bits == 8:  # in one pass over the weight
+            values = self.signed_bytes().reshape(rows, -1) * self.weight_scale[:, None]
+            return values.reshape(self.weight_shape).to(dtype)
         integers, zero_point = self.rows()
         values = dequantize(integers.float(), self.weight_scale[:, None], zero_point)
         return values.reshape(self.weight_shape).to(dtype)

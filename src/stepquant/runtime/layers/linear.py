@@ -25,12 +25,15 @@ class IntegerLinear(IntegerLayer):
     def why_no_kernel(self) -> str | None:
         return device_for(self.weight.device).why_no_linear(self.weight.device)
 
-    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        kernel = self.kernel_for_codes()
+    def from_codes(
+        self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
+        """`gate` (samples, outputs) multiplies before `into` is added."""
+        kernel, given = self.kernel_for_codes(), () if gate is None else (gate,)
         if codes.dim() == 2:
-            return kernel(codes, dtype, into)
+            return kernel(codes, dtype, into, *given)
         flat = None if into is None else into.reshape(-1, self.out_features)
-        return kernel(codes.reshape(-1, self.in_features), dtype, flat).reshape(
+        return kernel(codes.reshape(-1, self.in_features), dtype, flat, *given).reshape(
             *codes.shape[:-1], self.out_features
         )
 

@@ -23,7 +23,12 @@ from stepquant.runtime.ops.elementwise import (
     upsample_nearest2x,
 )
 from stepquant.runtime.ops.fused_attention import attention
-from stepquant.runtime.ops.norms import group_norm, group_norm_quantize, layer_norm_quantize
+from stepquant.runtime.ops.norms import (
+    group_norm,
+    group_norm_quantize,
+    layer_norm_quantize,
+    rms_norm_quantize,
+)
 from stepquant.runtime.ops.operation import Operation
 from stepquant.runtime.ops.products import Product, convolve, linear, pack_weight
 
@@ -43,6 +48,7 @@ __all__ = [
     "pack_weight",
     "quantize",
     "quantize_concat",
+    "rms_norm_quantize",
     "upsample_nearest2x",
     "why_plain",
 ]

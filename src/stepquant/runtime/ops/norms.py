@@ -1,4 +1,4 @@
-"""Group norm and layer norm fused with what stands around them; they return numbers or codes.
+"""Group, layer and RMS norm fused with what stands around them; they return numbers or codes.
 
 Statistics are taken in float64, so that a kernel may sum in any order and still agree to float32 rounding.
 """
@@ -65,6 +65,23 @@ def layer_norm_quantize(
 ) -> Tensor:
     """The codes of norm(x) * (1 + scale) + shift over the last dimension; `scale` and `shift` are (batch, width)."""
     y = affine(standardized(x, eps), weight, bias, (1,) * (x.dim() - 1) + (-1,))
+    rows = (-1,) + (1,) * (x.dim() - 2) + (x.shape[-1],)
+    return codes(modulated(y, scale, shift, rows), code).contiguous()
+
+
+@Operation
+def rms_norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    code: Code,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """The same of the RMS norm, x / sqrt(mean(x^2) + eps), which subtracts no mean."""
+    y = exact(x)
+    y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).float()
+    y = affine(y, weight, None, (1,) * (x.dim() - 1) + (-1,))
     rows = (-1,) + (1,) * (x.dim() - 2) + (x.shape[-1],)
     return codes(modulated(y, scale, shift, rows), code).contiguous()
 

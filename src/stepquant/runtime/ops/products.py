@@ -63,11 +63,16 @@ def linear(
     bias: Tensor | None,
     dtype: torch.dtype,
     add: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """Rows of codes times the packed weight, times both scales, plus bias, plus `add`."""
+    """Rows of codes times the packed weight, times both scales, plus bias, times `gate`, plus `add`.
+
+    `gate` is (samples, outputs), and every sample has as many rows.
+    """
     bytes_of = unpacked(weight, weight_scale.shape[0], codes.shape[1], (1, 1))
     sums = (exact(codes) - zero_point) @ exact(bytes_of.flatten(1)).T
-    return epilogue(sums, code_scale, weight_scale, bias, dtype, add, (1, -1))
+    rows = gate if gate is None else gate.repeat_interleave(codes.shape[0] // max(gate.shape[0], 1), 0)
+    return epilogue(sums, code_scale, weight_scale, bias, dtype, add, (1, -1), rows)
 
 
 def unpacked(weight: Tensor, outs: int, ins: int, kernel: Sequence[int]) -> Tensor:
@@ -83,10 +88,12 @@ def epilogue(
     dtype: torch.dtype,
     add: Tensor | None,
     shape: tuple[int, ...],
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """Both scales, bias and `add`, in float32, with one rounding to `dtype` at the end."""
+    """Both scales, bias, `gate` and `add`, in float32, with one rounding to `dtype` at the end."""
     y = sums.float() * (weight_scale.float() * single(code_scale)).reshape(shape)
     y = y if bias is None else y + bias.float().reshape(shape)
+    y = y if gate is None else y * gate.float()
     return (y if add is None else y + add.to(dtype).float()).to(dtype)
 
 
@@ -123,6 +130,13 @@ class Product(NamedTuple):
             kernel, stride, sides, dilation, doubled, dtype, add,
         )  # fmt: skip
 
-    def linear(self, codes: Tensor, code: Code, dtype: torch.dtype, add: Tensor | None = None) -> Tensor:
+    def linear(
+        self,
+        codes: Tensor,
+        code: Code,
+        dtype: torch.dtype,
+        add: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Tensor:
         weight, scale, sums, bias, _ = self
-        return linear(codes, code.scale, code.zero_point, weight, scale, sums, bias, dtype, add)
+        return linear(codes, code.scale, code.zero_point, weight, scale, sums, bias, dtype, add, gate)

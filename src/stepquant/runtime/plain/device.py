@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepquant.runtime.device import Device
-from stepquant.runtime.kernel import Geometry, Kernel
+from stepquant.runtime.kernel import Geometry, Kernel, gated
 from stepquant.runtime.ops.products import epilogue
 
 # torch._int_mm on CUDA takes more than 16 rows, and widths in multiples of 8.
@@ -20,7 +20,11 @@ class Linear(Kernel):
     """`torch._int_mm` takes signed bytes: 128 is subtracted from every code, and its share, 128 - zero point times the sum of
     each row of the weight, is added to the sums."""
 
-    def __call__(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
+        if gate is not None:
+            return gated(self(codes, torch.float32), gate, into, dtype)
         rows, outs = len(codes), len(self.scales)
         weight, sums = self.packed_once()
         signed = (codes ^ 128).view(torch.int8)

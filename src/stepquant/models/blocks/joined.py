@@ -1,0 +1,41 @@
+"""Attention of transformers, whose processor runs as it is while its projections share what they read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffusers.models import attention_processor
+from diffusers.models.attention import AttentionModuleMixin
+from torch import nn
+
+OWN = ("to_q", "to_k", "to_v")
+ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
+@dataclass(frozen=True)
+class JoinedAttention:
+    """Projections that are called one after the other with the same tensor, and what is called last."""
+
+    path: str
+    groups: tuple[tuple[str, ...], ...]
+    ends: tuple[str, ...]
+
+
+def joined_attention(path: str, module: nn.Module) -> JoinedAttention | None:
+    """None where nothing is shared."""
+    if not isinstance(module, attention_processor.Attention | AttentionModuleMixin):
+        return None
+    crosses = bool(getattr(module, "is_cross_attention", False))
+    apart = crosses and getattr(module, "added_kv_proj_dim", None) is None
+    own = (OWN[:1], OWN[1:]) if apart else (OWN,)
+    groups = tuple(group for group in (*own, ADDED) if all(has(module, name) for name in group))
+    ends = tuple(name for name in ("to_out.0", "to_add_out") if has(module, name))
+    return JoinedAttention(path, groups, ends) if groups else None
+
+
+def has(module: nn.Module, path: str) -> bool:
+    """Whether there is such a layer."""
+    inner: object = module
+    for name in path.split("."):
+        inner = getattr(inner, "_modules", {}).get(name)
+    return inner is not None

@@ -1,0 +1,81 @@
+"""Transformer blocks whose norms are scaled and shifted, and whose branches are gated, by what follows t."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffusers.models import attention, attention_processor, normalization
+from diffusers.models import transformers as networks
+from torch import nn
+
+from stepquant.models.attention import given
+
+Flux, Wan = networks.transformer_flux, networks.transformer_wan
+
+
+@dataclass(frozen=True)
+class ModulatedBlock:
+    """Kinds: 'zero' (DiT), 'single' (PixArt), 'joint' (SD3, FLUX), 'wide' (FLUX's other blocks), 'float32' (Wan).
+
+    `attentions` run inside by themselves.
+    """
+
+    path: str
+    kind: str
+    attentions: tuple[str, ...]
+    feeds: int  # how many
+    unless: tuple[str, ...] = ("_chunk_size",)  # attributes that change what the block computes
+
+
+# Processors that hand what they are given to the projections alone, and return what the last layer makes.
+PLAIN = (
+    attention_processor.AttnProcessor2_0,
+    attention_processor.JointAttnProcessor2_0,
+    Flux.FluxAttnProcessor,
+    Wan.WanAttnProcessor,
+)
+
+
+def modulated_block(path: str, module: nn.Module) -> ModulatedBlock | None:
+    """None for blocks of another kind."""
+    kind = kind_of(module)
+    if kind is None:
+        return None
+    names = tuple(name for name in ("attn", "attn1", "attn2") if getattr(module, name, None) is not None)
+    feeds = sum(getattr(module, name, None) is not None for name in ("ff", "ff_context", "ffn"))
+    return (
+        ModulatedBlock(path, kind, names, feeds)
+        if all(is_open(getattr(module, name)) for name in names)
+        else None
+    )
+
+
+def kind_of(module: nn.Module) -> str | None:
+    if type(module) is attention.BasicTransformerBlock:
+        kind = {"ada_norm_zero": "zero", "ada_norm_single": "single"}.get(module.norm_type)
+        plain = (
+            module.pos_embed is None
+            and not module.only_cross_attention
+            and getattr(module, "fuser", None) is None
+            and (kind == "zero") == (module.attn2 is None)
+        )
+        return kind if plain else None
+    if type(module) is attention.JointTransformerBlock:
+        known = (normalization.AdaLayerNormZero, normalization.AdaLayerNormContinuous)
+        return "joint" if isinstance(module.norm1_context, known) else None
+    if type(module) is Wan.WanTransformerBlock:
+        return "float32" if module.attn2.add_k_proj is None else None
+    return {Flux.FluxTransformerBlock: "joint", Flux.FluxSingleTransformerBlock: "wide"}.get(type(module))
+
+
+def is_open(attention: nn.Module) -> bool:
+    """Whether nothing stands between what the attention is given and its projections, or behind its last layer."""
+    return (
+        type(given(attention.processor)) in PLAIN
+        and getattr(attention, "group_norm", None) is None
+        and getattr(attention, "spatial_norm", None) is None
+        and getattr(attention, "norm_cross", None) is None
+        and not getattr(attention, "residual_connection", False)
+        and getattr(attention, "rescale_output_factor", 1.0) == 1.0
+        and not attention.fused_projections
+    )

@@ -1,0 +1,131 @@
+"""Transformer blocks that run as chains: the numbers of the unfused route, on the ways that were meant."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import Tensor, nn
+
+from stepquant.models.denoiser import Denoiser
+from stepquant.quant.schemes import scheme
+from stepquant.runtime import ops
+from stepquant.runtime.blocks.chain import Chain, chains
+from stepquant.runtime.blocks.joined import Joined
+from stepquant.runtime.coverage import coverage
+from stepquant.runtime.lower import lower, prepare
+from tests.models.tiny import CASES
+from tests.runtime.synthetic import quantized
+
+needs_extension = pytest.mark.skipif(not ops.compiled(), reason="integer layers need the kernels here")
+
+KINDS = {
+    "class_transformer": {"Zero": 3},
+    "pixart_sigma": {"Single": 2},
+    "sd3_dual": {"Joint": 3},
+    "flux": {"Joint": 1, "Wide": 2},
+    "wan": {"Float32": 2},
+    "lumina2": {"FeedForward": 4, "Joined": 4},
+}
+
+
+def lowered(name: str, split: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    model, arguments, _ = CASES[name]()
+    for table in (value for key, value in model.named_parameters() if key.endswith("scale_shift_table")):
+        nn.init.normal_(table)
+    denoiser = Denoiser(model.eval())
+    artifact, _ = quantized(model, scheme("w8a8"), lambda _: denoiser.predict(arguments), split)
+    return lower(deepcopy(model), artifact, torch.float32), arguments
+
+
+def predicted(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return Denoiser(model).predict(arguments)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often chains went the way of their class; the processor of an attention always does."""
+    found: Counter[str] = Counter()
+    former: Callable[..., Any] = Chain.unfused
+
+    def unfused(chain: Chain, *args: Any, **kwargs: Any) -> Any:
+        found[type(chain).__name__] += not isinstance(chain, Joined)
+        return former(chain, *args, **kwargs)
+
+    monkeypatch.setattr(Chain, "unfused", unfused)
+    return found
+
+
+@needs_extension
+@pytest.mark.parametrize("name, split", [*((name, False) for name in KINDS), ("flux", True)])
+def test_a_chain_gives_the_numbers_of_the_layers_alone(name: str, split: bool, taken: Counter[str]) -> None:
+    model, arguments = lowered(name, split)
+    found = Counter(type(chain).__name__ for chain in chains(model))
+    assert {kind: found[kind] for kind in KINDS[name]} == KINDS[name]
+    fused = [predicted(model, arguments) for _ in range(3)]  # as it is, recorded, replayed
+    assert not taken.total()
+    assert all(torch.equal(one, fused[0]) for one in fused)
+    seen = coverage(model, arguments)
+    assert seen.share_of_planned == 1.0
+    alone = predicted(prepare(model, torch.float32, fuse=False), arguments)
+    # One rounding that falls the other way changes far more than the order of sums in float32.
+    assert float((fused[0] - alone).norm() / alone.norm()) < 2e-2
+
+
+@needs_extension
+def test_projections_share_one_product_and_the_gate_is_in_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, arguments = lowered("class_transformer")
+    products: list[tuple[int, bool]] = []
+    former = ops.Product.linear
+
+    def linear(product: Any, codes: Tensor, *args: Any) -> Tensor:
+        products.append((len(product.scale), len(args) > 3 and args[3] is not None))
+        return former(product, codes, *args)
+
+    monkeypatch.setattr(ops.Product, "linear", linear)
+    predicted(model, arguments)
+    width = model.transformer_blocks[0].attn1.to_q.out_features
+    inner = model.transformer_blocks[0].ff.net[2].in_features
+    assert products[:4] == [(3 * width, False), (width, True), (inner, False), (width, True)]
+
+
+class Doubling(AttnProcessor2_0):
+    """A processor that computes with what it is given."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert hidden_states.is_floating_point()
+        return super().__call__(attn, 2 * hidden_states, *args, **kwargs)
+
+
+@needs_extension
+def test_blocks_that_are_watched_or_changed_run_as_their_class(taken: Counter[str]) -> None:
+    model, arguments = lowered("class_transformer")
+    plain, block = predicted(model, arguments), model.transformer_blocks[1]
+    seen: list[torch.dtype] = []
+    hook = block.attn1.to_k.register_forward_hook(lambda _, given, __: seen.append(given[0].dtype))
+    assert torch.allclose(predicted(model, arguments), plain, atol=1e-2)
+    assert seen == [torch.float32]
+    assert taken == {"Zero": 1, "Joined": 0}
+    hook.remove()
+    taken.clear()
+    block.attn1.processor = Doubling()
+    assert not torch.equal(predicted(model, arguments), plain)
+    assert taken["Zero"]
+
+
+@needs_extension
+def test_a_copy_whose_tensors_come_and_go_gives_the_same_bytes() -> None:
+    model, arguments = lowered("class_transformer")
+    offloaded = accelerate.cpu_offload(deepcopy(model), "cpu", offload_buffers=True)
+    with torch.no_grad():
+        found = offloaded(**arguments, return_dict=False)[0]
+        assert torch.equal(found, model(**arguments, return_dict=False)[0])
+    assert offloaded.transformer_blocks[0].attn1.to_k.weight.is_meta
