@@ -75,8 +75,9 @@ def reconstruct_time(
     network.switch(weights=False, inputs=False)
     with torch.no_grad():
         targets = block(times)
-    arguments = shape_of(*({"t": times[:count]} for count in PROBES))
-    results = shape_of(*(tuple(target[:count] for target in targets) for count in PROBES))
+    few, many = PROBES
+    arguments = shape_of({"t": times[:few]}, {"t": times[:many]})
+    results = shape_of(tuple(one[:few] for one in targets), tuple(one[:many] for one in targets))
     piece = Piece("time block", block, arguments, results, tuple(chains.time_layers()))
     inputs, every = Table(arguments, (times,), device), torch.arange(len(times))
     network.switch(weights=True, inputs=False)

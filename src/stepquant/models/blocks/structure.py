@@ -61,8 +61,8 @@ def structure(model: nn.Module) -> Structure:
     """What of `model` fits the chains above; blocks that differ in any way are left out."""
     named = [(path, module) for path, module in model.named_modules() if path]
     text_blocks = tuple(text_block(p, m) for p, m in named if is_plain_text_block(m))
-    whole = tuple(f"{block.path}." for block in text_blocks)
-    parts = [(p, m) for p, m in named if not p.startswith(whole) and not is_plain_attention(m)]
+    fused = tuple(f"{block.path}." for block in text_blocks)
+    parts = [(p, m) for p, m in named if not p.startswith(fused) and not is_plain_attention(m)]
     return Structure(
         residuals=tuple(residual_block(p, m) for p, m in named if is_plain_residual(m)),
         attentions=tuple(attention_block(p, m) for p, m in named if is_plain_attention(m)),
@@ -70,11 +70,11 @@ def structure(model: nn.Module) -> Structure:
         text_blocks=text_blocks,
         resamplers=tuple(resampler(p, m) for p, m in named if is_plain_resampler(m)),
         up_blocks=tuple(up_block(p, m) for p, m in named if is_plain_up_block(m)),
-        joined=tuple(one for p, m in parts if (one := joined_attention(p, m))),
-        feeds=tuple(one for p, m in parts if (one := feed(p, m))),
+        joined=tuple(filter(None, (joined_attention(p, m) for p, m in parts))),
+        feeds=tuple(filter(None, (feed(p, m) for p, m in parts))),
         text_feeds=tuple(text_feed(p, m) for p, m in named if is_text_feed(m)),
-        modulated=tuple(one for p, m in parts if (one := modulated_block(p, m))),
-        tails=tuple(found for path, module in model.named_modules() if (found := tail(path, module))),
+        modulated=tuple(filter(None, (modulated_block(p, m) for p, m in parts))),
+        tails=tuple(filter(None, (tail(p, m) for p, m in model.named_modules()))),
         time=time_path(model),
         text=text_argument(model),
     )

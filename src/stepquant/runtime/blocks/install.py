@@ -62,7 +62,8 @@ def install(model: nn.Module, chains: Structure) -> tuple[TimeRows | None, Texts
         found[declared.path] = Block(block, declared, texts, index)
     found |= transformer_chains(model, chains)
     for norm, activation, head in chains.tails:
-        last = NormOut(*map(model.get_submodule, (norm, activation, head)), model)
+        first, second, third = map(model.get_submodule, (norm, activation, head))
+        last = NormOut(first, second, third, model)
         found[norm], found[activation] = last, Done(model.get_submodule(activation), last)
     for path, chain in found.items():
         bind(model.get_submodule(path), chain)
@@ -145,7 +146,7 @@ def install_times(model: nn.Module, chains: Structure) -> TimeRows | None:
     blocks: list[Any] = [
         model.get_submodule(f"{block.path}.time_emb_proj") for block in chains.residuals if block.timed
     ]
-    if tables is not None and tables.table:
+    if isinstance(tensors, StepTensors) and tensors.spec.table:
         widths = [block.width for block in chains.residuals if block.timed]
         times: TimeRows = TimeTable(projection, embedding, blocks, tensors, widths)
     else:

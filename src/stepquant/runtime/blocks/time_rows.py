@@ -198,7 +198,8 @@ class TabledLayer(Tabled):
         """Some models ask a layer for the dtype of its weight."""
         return torch.empty(0)
 
-    def forward(self, input: Tensor, *_: object, **__: object) -> Tensor:
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        input: Tensor = inputs[0] if inputs else named["input"]
         dtype = self.emit or input.dtype
         if not self.shape:
             return input.new_zeros((), dtype=dtype).expand(*input.shape[:-1], self.width)
