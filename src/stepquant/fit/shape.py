@@ -88,7 +88,7 @@ def rows_of(one: Any, other: Any, where: str) -> int:
             f"what '{where}' sees cannot be told apart by record",
             got=f"tensors of {tuple(one.shape)} and {tuple(other.shape)} in batches of {few} and {many}",
             expected="the rows of each record one after the other",
-            fix="choose a method that does not fit blocks, as minmax or ptq4dm",
+            fix="choose a method that does not fit blocks",
         )
     return count
 

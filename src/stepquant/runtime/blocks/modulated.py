@@ -59,7 +59,7 @@ class Modulated(Chain):
 
 
 class Zero(Modulated):
-    """DiT: everything about t comes out of the first norm."""
+    """Everything about t comes out of the first norm."""
 
     def fused(
         self,
@@ -86,7 +86,7 @@ class Zero(Modulated):
 
 
 class Single(Modulated):
-    """PixArt: one table row a block is added to what all blocks get of t."""
+    """One row of a table for each block is added to what all blocks get of t."""
 
     def fused(
         self,
@@ -114,7 +114,7 @@ class Single(Modulated):
 
 
 class Joint(Modulated):
-    """SD3 and FLUX: an image and a text beside each other, joined in one attention."""
+    """An image and a text beside each other, joined in one attention."""
 
     def fused(
         self,
@@ -156,7 +156,7 @@ class Joint(Modulated):
 
 
 class Wide(Modulated):
-    """FLUX's blocks of one stream: an attention and a feed-forward read the same norm, and end in the same layer."""
+    """Blocks of one stream: an attention and a feed-forward read the same norm, and end in the same layer."""
 
     def __init__(self, module: Any, *args: Any) -> None:
         super().__init__(module, *args)
@@ -190,7 +190,7 @@ class Wide(Modulated):
 
 
 class Float32(Modulated):
-    """Wan: norms and gates in float32, attention to the image itself and to a text."""
+    """Norms and gates in float32, attention to the image itself and to a text."""
 
     def fused(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any
