@@ -74,6 +74,20 @@ def test_every_family_runs_in_integers(name: str) -> None:
     check_coverage(denoiser, coverage(served.model, arguments))
 
 
+@pytest.mark.parametrize("name", ["text_to_image", "pixart", "sd3_dual", "wan", "animated", "stable_audio"])
+def test_packed_weights_alone_run_beside_attention_in_float(name: str) -> None:
+    """In the dtypes of every day: what reads a text and what reads the image meet in one attention."""
+    torch.manual_seed(0)
+    model, arguments, _ = CASES[name]()
+    denoiser = Denoiser(model.eval())
+    with torch.no_grad(), insert(denoiser, scheme("w8a16")) as network:
+        exact = denoiser.predict(arguments)
+        set_weight_ranges(network, minmax)
+        artifact = freeze(network)
+    with torch.no_grad():
+        assert error(Denoiser(lower(model, artifact)).predict(arguments), exact) < 0.05
+
+
 def check_coverage(denoiser: Denoiser, seen: Coverage) -> None:
     """What is planned runs in integers, or says why not."""
     assert not [line for line in seen.lines if line.reason == IDLE and line.path in denoiser.sites()]

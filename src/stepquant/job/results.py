@@ -25,7 +25,7 @@ from stepquant.evaluate.describe import (
 )
 from stepquant.evaluate.disk import size_beside
 from stepquant.evaluate.metrics.reference import check_data
-from stepquant.evaluate.parts import describe_parts
+from stepquant.evaluate.parts import describe_parts, quantized_parts
 from stepquant.evaluate.results import FORMAT
 from stepquant.evaluate.several import named, sizes
 from stepquant.job.fastest import fastest
@@ -127,13 +127,14 @@ def describe_alone(pipeline: Any, folder: Path) -> dict[str, Any]:
 
 def beside(pipeline: Any, folder: Path) -> dict[str, Any]:
     """What there is to say of the quantized networks beside the denoiser, if there are any."""
-    short = sampling_of(pipeline)
-    if not artifact_config(pipeline, folder).steps:  # any number of steps will do
-        short = replace(short, steps=FEW)
-    if any(isinstance(one, Call) and one.stands_in for one in short.prompts):
+    config = artifact_config(pipeline, folder)
+    known = [one for one in prompts_of(config) if isinstance(one, Call)]
+    if not quantized_parts(pipeline) or any(one.stands_in for one in known):
         return {}
-    parts = describe_parts(pipeline, folder, short)
-    return {"parts": parts} if parts else {}
+    short = sampling_of(pipeline)
+    if not config.steps:  # any number of steps will do
+        short = replace(short, steps=FEW)
+    return {"parts": describe_parts(pipeline, folder, short)}
 
 
 def shapes_of(quantized: Denoiser) -> Denoiser:

@@ -48,7 +48,7 @@ class Part(Denoiser):
 
     def __init__(self, model: nn.Module, component: str, seen: Seen | None = None) -> None:
         self.model, self.seen = model, seen
-        self.family = beside(model, component)
+        self.family, self.component = beside(model, component), component
 
     @classmethod
     def named(cls, pipeline: Any, component: str) -> Part:

@@ -16,9 +16,9 @@ from stepquant.core.entries import AGAIN
 from stepquant.core.grid import GridError
 from stepquant.errors import ArtifactError, RuntimeSupportError
 from stepquant.models.attention import KeepProduct, NoFusing, rebind
-from stepquant.models.blocks.structure import roles, structure
+from stepquant.models.blocks.structure import Structure, roles, structure
 from stepquant.models.denoiser import device_of
-from stepquant.models.families.registry import is_declared, is_generic
+from stepquant.models.families.registry import family_of, is_declared, is_generic
 from stepquant.models.families.roles import PRODUCTS
 from stepquant.models.split import find, split_concats
 from stepquant.runtime.adapters.loading import CHANGING, take_adapters
@@ -127,7 +127,7 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
     role_of, chains = roles(model), structure(model)
     keep = bool(chains.residuals)
     own = dtype_of(model)
-    stream = None if is_generic(model) else dtype  # nobody knows where an undeclared model's stream begins
+    stream = dtype if has_one_stream(model, chains) else None
     for path, module in model.named_modules():
         role = role_of.get(path.removesuffix(f".{INNER}"), "")
         emit = own if role == "head" else stream if role in INTO_STREAM else None
@@ -158,6 +158,20 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
         model.num_parameters = Counted(model)  # type: ignore[assignment]
     model.register_load_state_dict_post_hook(Reload(dtype, fuse))
     return model
+
+
+def has_one_stream(model: nn.Module, chains: Structure) -> bool:
+    """Whether bfloat16 may begin behind the first layers and behind those of a text.
+
+    Nobody knows where the stream of an undeclared model begins. Attention in float takes operands of one dtype, and
+    transformers that join tokens of t or of a text to their stream make some of them float32; plain U-Nets do not.
+    """
+    if is_generic(model):
+        return False
+    attentions = [module for module in model.modules() if isinstance(module, PRODUCTS)]
+    reads_text = is_declared(model) and bool(family_of(model).text)
+    plain = bool(chains.residuals) and (chains.text is not None or not reads_text)
+    return plain or all(isinstance(getattr(one, "product", None), IntegerProduct) for one in attentions)
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
