@@ -19,6 +19,7 @@ from diffusers import (
 )
 
 from stepquant.calib.record import Source
+from stepquant.core import ranges
 from stepquant.models.sampling import Sampling
 
 torch.set_num_threads(1)  # the models of the tests are too small to share
@@ -142,3 +143,10 @@ def class_pipeline() -> DiTPipeline:
     pipe.register_to_config(id2label=names)  # or it is not saved
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few ranges to choose from: which one it is does not matter here."""
+    for search in (ranges.lp_search, ranges.lp_search_binned):
+        monkeypatch.setattr(search, "__kwdefaults__", search.__kwdefaults__ | {"candidates": 3})

@@ -14,7 +14,6 @@ from stepquant import methods
 from stepquant.artifact import Artifact
 from stepquant.calib.pick import every
 from stepquant.calib.record import Source
-from stepquant.core import ranges
 from stepquant.core.ranges import minmax
 from stepquant.errors import MethodError
 from stepquant.fit.blocks import hold_out
@@ -109,13 +108,6 @@ KINDS = ("class_transformer", "flux", "cogvideox", "stable_audio")
 PAIRS = [(method, KINDS[number % len(KINDS)]) for number, method in enumerate(methods.names())]
 PAIRS.append(("d2dpm", "text_to_image"))
 REFUSED = {"tac": "needs an unconditional pipeline"}
-
-
-@pytest.fixture
-def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few ranges to choose from: which one it is does not matter here."""
-    for search in (ranges.lp_search, ranges.lp_search_binned):
-        monkeypatch.setattr(search, "__kwdefaults__", search.__kwdefaults__ | {"candidates": 3})
 
 
 @pytest.mark.usefixtures("coarse")

@@ -65,7 +65,7 @@ def all_both_ways(cache: Path) -> tuple[dict[str, tuple[Artifact, Artifact]], li
 def both_ways(cache: Path) -> dict[str, tuple[Artifact, Artifact]]:
     """Every method on the CPU, and there; attention by the same formula on both."""
     for search in (ranges.lp_search, ranges.lp_search_binned):
-        search.__kwdefaults__["candidates"] = 10  # operations are slow there
+        search.__kwdefaults__["candidates"] = 3  # operations are slow there
     found = {}
     with sdpa_kernel(SDPBackend.MATH):
         for method in FIELDS:

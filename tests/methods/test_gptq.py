@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from stepquant import methods
@@ -18,6 +19,7 @@ def run(source: Source, **settings: Any) -> Artifact:
     return methods.build("gptq", FEW | settings)(Denoiser.of(source.pipeline), scheme("w4a8"), source)
 
 
+@pytest.mark.usefixtures("coarse")
 def test_the_model_stays_float_and_integers_move_by_more_than_one(source: Source) -> None:
     model = source.pipeline.unet
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -38,6 +40,7 @@ def test_the_model_stays_float_and_integers_move_by_more_than_one(source: Source
     assert steps.max() > 1
 
 
+@pytest.mark.usefixtures("coarse")
 def test_fields_change_what_they_say(source: Source) -> None:
     plain, ordered, shifted = (
         run(source, **o) for o in ({}, {"act_order": True, "split": True}, {"bias": True})

@@ -69,6 +69,7 @@ def test_attention_and_every_layer_are_quantized(source: Source) -> None:
     assert set(artifact.products) == set(denoiser.products())
 
 
+@pytest.mark.usefixtures("coarse")
 def test_ablations_choose_other_data(source: Source, tmp_path) -> None:
     Image.new("RGB", (8, 8), (200, 30, 90)).save(tmp_path / "a.png")
     variants = [
