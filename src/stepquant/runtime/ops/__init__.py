@@ -30,6 +30,7 @@ from stepquant.runtime.ops.norms import (
     rms_norm_quantize,
 )
 from stepquant.runtime.ops.operation import Operation
+from stepquant.runtime.ops.rows import quantize_rows, row_scales, scale_rows
 from stepquant.runtime.ops.products import Product, convolve, linear, pack_weight
 
 __all__ = [
@@ -48,7 +49,10 @@ __all__ = [
     "pack_weight",
     "quantize",
     "quantize_concat",
+    "quantize_rows",
     "rms_norm_quantize",
+    "row_scales",
+    "scale_rows",
     "upsample_nearest2x",
     "why_plain",
 ]
