@@ -118,7 +118,9 @@ def bulk(weight: Grid, activation_bits: int) -> tuple[Rule, ...]:
 
 def by_token(weight: Grid, inputs: Grid) -> tuple[Rule, ...]:
     return (
-        Rule(None, "products of attention have no kernel with scales by the token", ("product",), optional=True),
+        Rule(
+            None, "products of attention have no kernel with scales by the token", ("product",), optional=True
+        ),
         Rule(weight, "weights of the scheme", ports=("weight",)),
         Rule(inputs, "activations of the scheme, with the scale of each token as it comes", ports=("input",)),
     )

@@ -20,6 +20,9 @@ from stepquant.runtime.ops.elementwise import (
     activation_quantize,
     quantize,
     quantize_concat,
+    quantize_rows,
+    row_scales,
+    scale_rows,
     upsample_nearest2x,
 )
 from stepquant.runtime.ops.fused_attention import attention
@@ -30,7 +33,6 @@ from stepquant.runtime.ops.norms import (
     rms_norm_quantize,
 )
 from stepquant.runtime.ops.operation import Operation
-from stepquant.runtime.ops.rows import quantize_rows, row_scales, scale_rows
 from stepquant.runtime.ops.products import Product, convolve, linear, pack_weight
 
 __all__ = [
