@@ -121,6 +121,11 @@ class Plan:
                 )
         return found
 
+    def measures(self) -> bool:
+        """Whether some rule gives activations a range that records have to show, whatever the model."""
+        grids = [rule.grid for rule in self.rules if set(rule.ports) != {"weight"}]
+        return any(grid is not None and grid.granularity != "token" for grid in grids)
+
     def has_ranges(self, denoiser: Denoiser) -> bool:
         """Whether some activation gets a range that records have to show."""
         found = (decision for decision in self.resolve(denoiser).values() if decision.port != "weight")

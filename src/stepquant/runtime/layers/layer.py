@@ -195,9 +195,14 @@ class IntegerLayer(Stored[PreparedLayer]):
 
     def by_row(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The product of codes of scales that are found here."""
-        code, scales = self.code, ops.row_scales(x, self.rows_from, self.spec.input.qmax)  # type: ignore[union-attr]
-        sums = self.from_codes(ops.quantize_rows(x, scales, code), torch.float32)
+        scales = self.scales_of(x)
+        sums = self.from_codes(ops.quantize_rows(x, scales, self.code), torch.float32)
         return ops.scale_rows(sums, scales, self.bias, self.outputs_dim, dtype)
+
+    def scales_of(self, x: Tensor) -> Tensor:
+        grid = self.spec.input
+        assert grid is not None
+        return ops.row_scales(x, self.rows_from, grid.qmax)
 
     def straight_through(self, x: Tensor) -> Tensor:
         """What integers make of `x`, with the gradient of the float layer that they stand for."""
@@ -217,14 +222,10 @@ class IntegerLayer(Stored[PreparedLayer]):
         weight, bias = self.float_weight(x.dtype), self.bias
         if self.spec.input is None or self.float_because:
             return self.multiply(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
-        code, scale = self.code, self.code.scale
-        if self.dynamic:
-            scale = ops.row_scales(x, self.rows_from, self.spec.input.qmax)
-            codes = ops.quantize_rows(x, scale, code)
-        else:
-            codes = ops.quantize(x, code)
+        code, scales = self.code, self.scales_of(x) if self.dynamic else None
+        codes = ops.quantize(x, code) if scales is None else ops.quantize_rows(x, scales, code)
         centred = (codes.to(torch.int16) - code.zero_point).to(x.dtype)
-        out = self.multiply(centred, weight, None).float() * scale
+        out = self.multiply(centred, weight, None).float() * (code.scale if scales is None else scales)
         return (out if bias is None else out + bias.reshape(self.bias_shape(out))).to(dtype)
 
     def float_weight(self, dtype: torch.dtype) -> Tensor:
