@@ -32,7 +32,7 @@ class TransformersQuantizer(HfQuantizer):
                 got=f"{quantization_config} for a model of transformers",
                 fix="load it in float, then stepquant.quantize(pipeline, components=('unet', 'text_encoder'))",
             )
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]
 
     def is_serializable(self) -> bool:
         return True
