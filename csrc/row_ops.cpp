@@ -111,8 +111,12 @@ void store(float* out, float y) {
   *out = y;
 }
 
-void store(at::BFloat16* out, float y) {
-  *out = y;
+// To the nearest, in integers, which compilers turn into vectors.
+void store(uint16_t* out, float y) {
+  uint32_t bits;
+  std::memcpy(&bits, &y, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  *out = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
 template <class T>
@@ -162,7 +166,7 @@ Tensor scale_rows(
       if (dtype == at::kFloat) {
         scale_row(from + at, scale[row], more, width, static_cast<float*>(to) + at);
       } else {
-        scale_row(from + at, scale[row], more, width, static_cast<at::BFloat16*>(to) + at);
+        scale_row(from + at, scale[row], more, width, static_cast<uint16_t*>(to) + at);
       }
     }
   });

@@ -25,7 +25,7 @@ from stepquant.artifact import (
 )
 from stepquant.core.digest import tensors_digest, value_digest
 from stepquant.core.entries import AGAIN, entries
-from stepquant.errors import ArtifactError, PlanError
+from stepquant.errors import ArtifactError
 
 # What diffusers and transformers may add to a model's configuration beside names that begin with an underscore.
 NOT_OF_THE_NETWORK = (
@@ -63,7 +63,11 @@ class StepquantConfig(QuantizationConfigMixin):
         settings: str | None = None,
     ) -> None:
         self.quant_method = Name.STEPQUANT  # type: ignore[assignment]
-        self.scheme = None if scheme is None else without_calibration(scheme)
+        self.scheme = scheme
+        if scheme is not None:
+            from stepquant.hub.on_load import check_scheme  # which loading an artifact has no use for
+
+            check_scheme(scheme)
         self.layers, self.products, self.splits = dict(layers or {}), dict(products or {}), dict(splits or {})
         self.steps = dict(steps) if steps else None
         self.recipe, self.format = dict(recipe or {}), format
@@ -131,19 +135,6 @@ class StepquantConfig(QuantizationConfigMixin):
         if self.scheme is not None:
             return f"StepquantConfig('{self.scheme}')"
         return f"StepquantConfig({len(self.layers)} layers, {len(self.products)} products, digest {self.digest[:12]})"
-
-
-def without_calibration(name: str) -> str:
-    """The name of a scheme, which must be one whose activations have no range to measure."""
-    from stepquant.quant.schemes import SCHEMES, scheme  # which loading an artifact has no use for
-
-    if scheme(name).measures():
-        raise PlanError(
-            f"scheme '{name}' needs calibration, which loading does not do",
-            expected=", ".join(one for one in SCHEMES if not scheme(one).measures()),
-            fix=f"stepquant quantize --scheme {name} --out FOLDER, then load the folder",
-        )
-    return name
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:

@@ -13,12 +13,12 @@ from stepquant.core.affine import quantize, scale_and_zero, to_groups
 from stepquant.core.grid import Grid
 from stepquant.core.pack import pack
 from stepquant.core.ranges import minmax
-from stepquant.errors import ModelError
+from stepquant.errors import ModelError, PlanError
 from stepquant.hub.config import StepquantConfig, digests_of, settings_digest
 from stepquant.hub.of_diffusers import StepquantQuantizer
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.plan import Plan
-from stepquant.quant.schemes import scheme
+from stepquant.quant.schemes import SCHEMES, scheme
 from stepquant.runtime.lower import prepare, skeleton
 from stepquant.runtime.moving import bytes_of, room_for
 from stepquant.version import __version__
@@ -91,6 +91,16 @@ class OnLoadQuantizer(StepquantQuantizer):
         )
         model.register_to_config(quantization_config=self.quantization_config)
         prepare(model)
+
+
+def check_scheme(name: str) -> None:
+    """It must be one whose activations have no range to measure."""
+    if scheme(name).measures():
+        raise PlanError(
+            f"scheme '{name}' needs calibration, which loading does not do",
+            expected=", ".join(one for one in SCHEMES if not scheme(one).measures()),
+            fix=f"stepquant quantize --scheme {name} --out FOLDER, then load the folder",
+        )
 
 
 def specs_of(model: nn.Module, plan: Plan) -> dict[str, LayerSpec]:

@@ -15,6 +15,7 @@ from stepquant.errors import ArtifactError, PlanError
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.plan import Plan, Rule
 from stepquant.quant.schemes import scheme
+from stepquant.runtime import ops
 from stepquant.runtime.coverage import coverage
 from stepquant.runtime.lower import lower
 from tests.models.tiny import CASES
@@ -101,3 +102,47 @@ def test_only_inputs_and_only_around_zero() -> None:
     for entry in ({"weight": "int8/token"}, {"weight": "int8/channel", "input": "uint8/token"}):
         with pytest.raises(ArtifactError, match="cannot carry its grid"):
             LayerSpec.from_json(entry)
+
+
+LAYOUTS = {
+    "rows": lambda x: x.flatten(1),
+    "rows of every second": lambda x: x.flatten(1)[:, ::2],
+    "turned": lambda x: x.flatten(2).transpose(1, 2),
+    "image": lambda x: x,
+    "channels densest": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "cut": lambda x: x.contiguous(memory_format=torch.channels_last)[:, 3:],
+    "batch inside": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_operations_are_what_defines_them_in_any_layout(layout: str, dtype: torch.dtype) -> None:
+    x = LAYOUTS[layout](noise(3, 37, 5, 7).to(dtype))
+    x[1] = 0
+    first = 1 if x.dim() == 4 else -1
+    scales = ops.row_scales(x, first, 127)
+    assert torch.equal(scales, ops.row_scales.plain(x, first, 127))
+    code = ops.Code(1.0, 128, 1, 255)
+    codes, want = ops.quantize_rows(x, scales, code), ops.quantize_rows.plain(x, scales, code)
+    assert torch.equal(codes, want)
+    assert codes.stride() == want.stride()
+    channels = 1 if x.dim() == 4 else -1
+    sums, bias = LAYOUTS[layout](noise(3, 37, 5, 7, seed=2) * 1e4), noise(x.shape[channels])
+    for added in (bias, None):
+        made, want = (
+            call(sums, scales, added, channels, dtype) for call in (ops.scale_rows, ops.scale_rows.plain)
+        )
+        assert torch.equal(made, want)
+        assert made.stride() == want.stride()
+
+
+@pytest.mark.skipif(not ops.compiled(), reason="the kernels are not built")
+def test_kernels_refuse_scales_of_other_rows() -> None:
+    x, scales, code = noise(4, 6), torch.ones(3, 1), ops.Code(1.0)
+    with pytest.raises(RuntimeError, match="quantize_rows"):
+        ops.quantize_rows(x, scales, code)
+    with pytest.raises(RuntimeError, match="scale_rows"):
+        ops.scale_rows(x, scales, None, -1, torch.float32)
+    with pytest.raises(RuntimeError, match="scale_rows"):
+        ops.scale_rows(x, torch.ones(4, 1), torch.ones(5), -1, torch.float32)
