@@ -49,7 +49,8 @@ ALLOWED = {
 KEYS = ("layers", "products", "splits", "steps", "recipe", "format", "digests", "settings")
 
 OPERANDS = ("query", "key", "value", "probabilities")
-SHARED = {"weight": ("tensor", "channel", "group")}  # over what scales are; over tensors and steps elsewhere
+# Over what scales are shared; elsewhere over tensors and steps.
+SHARED = {"weight": ("tensor", "channel", "group"), "input": ("tensor", "step", "token")}
 
 
 def stored_grid(port: str, text: str, where: str) -> Grid:
@@ -64,12 +65,13 @@ def stored_grid(port: str, text: str, where: str) -> Grid:
             expected=error.expected,
             fix=AGAIN,
         ) from error
-    if grid.granularity not in allowed:
+    bare = grid.granularity == "token" and not (grid.signed and grid.symmetric)  # no zero point is stored
+    if grid.granularity not in allowed or bare:
         raise ArtifactError(
             f"'{where}.{port}' cannot carry its grid",
             where=where,
             got=grid,
-            expected=f"a grid per {' or '.join(allowed)}",
+            expected="a signed symmetric one" if bare else f"a grid per {' or '.join(allowed)}",
             fix=AGAIN,
         )
     return grid
@@ -188,7 +190,7 @@ def bounds_of(
     for path, layer in layers.items():
         found |= {f"{path}.weight": BYTES, f"{path}.weight_scale": SCALE, f"{path}.bias": FINITE}
         found[f"{path}.weight_zero_point"] = zero_points(layer.weight)
-        if layer.input is not None:
+        if layer.input is not None and layer.input.granularity != "token":
             found |= range_bounds(f"{path}.input", layer.input)
     for path, product in products.items():
         for port in OPERANDS:

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class Progress(Protocol):
-    """Yields the items one by one; `note` is called with a few words about the latest item."""
+    """Yields the items one by one; `note` is called with a few words about the latest item, or about none."""
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]: ...
 

@@ -10,7 +10,7 @@ TEXT = "stepquant:characters-text"
 
 
 def config(**recipe: object) -> hub.StepquantConfig:
-    return hub.StepquantConfig({}, recipe=recipe)
+    return hub.StepquantConfig(recipe=recipe)
 
 
 def test_an_artifact_of_an_embedded_text_model_is_asked_what_the_model_brings() -> None:

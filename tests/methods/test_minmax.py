@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from stepquant import methods
 from stepquant.calib.record import Source
+from stepquant.core.grid import Grid
 from stepquant.models.denoiser import Denoiser
+from stepquant.progress import Silent
 from stepquant.quant.schemes import scheme
 
 FEW = {"samples": 24, "trajectories": 6, "batch": 8}
@@ -26,3 +30,17 @@ def test_records_come_from_as_many_trajectories_as_are_asked_for(source: Source)
     methods.build("minmax", FEW)(Denoiser.of(source.pipeline), scheme("w8a8"), source)
     (folder,) = {shard.parent for shard in source.cache.rglob("*.safetensors")}
     assert len(list(folder.glob("*.safetensors"))) == 2, "6 trajectories in batches of 4"
+
+
+def test_scales_that_come_with_the_activations_need_no_records(source: Source) -> None:
+    told: list[str] = []
+
+    class Noted(Silent):
+        def note(self, words: str) -> None:
+            told.append(words)
+
+    own = replace(source, progress=Noted())
+    artifact = methods.build("minmax", FEW)(Denoiser.of(source.pipeline), scheme("w8a8-dynamic"), own)
+    assert not list(source.cache.rglob("*.safetensors"))
+    assert told == ["no activation has a range to measure: nothing is recorded"]
+    assert artifact.layers["conv_out"].input == Grid.parse("int8/token")

@@ -50,7 +50,7 @@ def quantized(
 
     with torch.no_grad(), insert(Denoiser(model), plan, split=split) as network:
         set_weight_ranges(network, minmax)
-        activations = [q for q in network.quantizers() if q.site.port != "weight"]
+        activations = network.ranged()
         for quantizer in activations:
             quantizer.observer = observe
         network.switch(weights=True, inputs=True)
@@ -72,7 +72,7 @@ def filled(layer: nn.Module, spec: LayerSpec, low: float, high: float) -> Intege
         new.weight_zero_point.copy_(zero_point)
     if layer.bias is not None:
         new.bias.copy_(layer.bias.detach())
-    if spec.input is not None:
+    if spec.input is not None and not new.dynamic:
         scale, zero_point = scale_and_zero(torch.tensor(low), torch.tensor(high), spec.input)
         new.input_scale.copy_(scale.reshape(1))
         new.input_zero_point.copy_(zero_point.reshape(1).to(torch.int32))

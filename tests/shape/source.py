@@ -25,6 +25,8 @@ RUNGS: Rungs = (
 NEIGHBOURS_ALLOWED = {("core", "errors"), ("core", "progress"), ("schema", "errors")}
 # What quantizes and what serves meet in the artifact. `methods` lowers what it quantized, to correct what really runs.
 APART = ({"quant", "calib", "fit"}, {"runtime", "hub"})
+# The one file of serving that quantizes: it is imported only where float weights are rounded while they are loaded.
+CROSSES = {("hub.on_load", "quant.plan"), ("hub.on_load", "quant.schemes")}
 # The ladders inside: rooms, or single files of a room that stand lower or higher than the rest of it.
 INSIDE: dict[str, Rungs] = {
     "models": (

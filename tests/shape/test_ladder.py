@@ -8,6 +8,7 @@ import pytest
 
 from tests.shape.source import (
     APART,
+    CROSSES,
     INSIDE,
     NEIGHBOURS_ALLOWED,
     OUTSIDE,
@@ -31,7 +32,7 @@ def broken_rungs(importer: str, imported: str) -> bool:
     above, below = importer.partition(".")[0], imported.partition(".")[0]
     if above == below:
         return broken_inside(importer, imported)
-    if (above, below) in NEIGHBOURS_ALLOWED:
+    if (above, below) in NEIGHBOURS_ALLOWED or (importer, imported) in CROSSES:
         return False
     apart = any(above in one and below in other for one, other in (APART, APART[::-1]))
     return apart or not below or rung(below) >= rung(above)

@@ -83,11 +83,14 @@ class Reporter:
             yield from self.write(items, label, count)
 
     def note(self, words: str) -> None:
-        self.words = words
         if self.bars is not None and self.tasks:
+            self.words = words
             self.bars.update(self.tasks[-1], words=words)
         elif self.lines:
+            self.words = words
             self.tell(self.lines[-1])
+        elif words:  # about no item, so that nothing would show it
+            self.say(words)
 
     def tell(self, line: Line) -> None:
         """Not more often than every few seconds."""

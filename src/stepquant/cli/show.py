@@ -35,10 +35,10 @@ def inspect(
     screen.show(
         f"{folder}: {recipe['model']}, {quantized['method']} {quantized['scheme']}, digest {quantized['digest']}"
     )
-    screen.show(
-        f"calibrated with seed {recipe['seed']} over {recipe['steps']} steps of {recipe['sampler']}; "
-        f"weights {size_text(found['size']['bytes'])}; C++ kernels: {ops.capability()}"
-    )
+    how = "rounded while it was loaded, without calibration"
+    if "sampler" in recipe:
+        how = f"calibrated with seed {recipe['seed']} over {recipe['steps']} steps of {recipe['sampler']}"
+    screen.show(f"{how}; weights {size_text(found['size']['bytes'])}; C++ kernels: {ops.capability()}")
     if found["steps"]:
         screen.show(steps_text(found["steps"]))
     shares = integer_shares(rows)

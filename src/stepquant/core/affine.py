@@ -1,6 +1,7 @@
 """The affine map between numbers and integers: the only round and clamp of quantization in the package.
 
 q = clamp(round(x * (1 / scale)) + zero_point, qmin, qmax),  x ~ (q - zero_point) * scale.
+For activations as they come: scale = max |x| / qmax over each row of a linear's input or image of a convolution's, zero_point = 0.
 Rounding is half to even and the reciprocal is taken once in float32, so that vector kernels reproduce it bit for bit.
 """
 
@@ -79,6 +80,15 @@ def scale_and_zero(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tenso
         zero_point = (grid.qmin - torch.round(low / safe)).clamp(grid.qmin, grid.qmax)
     # An all-zero tensor keeps scale 1: every integer but the zero point would be wrong anyway.
     return torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale)), zero_point
+
+
+def scales_of_rows(x: Tensor, first: int, qmax: int) -> Tensor:
+    """A scale for everything that lies in the dimensions from `first` on, which are kept with size 1.
+
+    Rows of zeros have scale 1. What is not finite stays seen: its scale is not finite either.
+    """
+    scale = x.float().abs().amax(tuple(range(first % x.dim(), x.dim())), keepdim=True) / qmax
+    return torch.where(scale <= torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
 
 
 def to_groups(weight: Tensor, grid: Grid) -> Tensor:

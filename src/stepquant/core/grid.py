@@ -22,6 +22,7 @@ class Grid:
     """Integers of `bits` bits; `int8/channel` is signed and symmetric, `uint8/tensor` unsigned with a zero point.
 
     `step` shares a scale over a tensor too, but has one for every step of the sampler, or group of steps.
+    `token` has one for every row that a linear reads, or image that a convolution reads: found as they come, never stored.
     A symmetric grid has zero point 0 and drops the lowest signed value, so that -q exists for every q.
     """
 

@@ -48,7 +48,7 @@ def fit_extremes(
     observe, what = Extremes({}), f"activation ranges of {denoiser.component}"
     with torch.no_grad(), insert(denoiser, plan) as network:
         set_weight_ranges(network, minmax, progress)
-        observed = [q for q in network.quantizers() if q.site.port != "weight"]
+        observed = network.ranged()
         network.switch(weights=True, inputs=True)
         for quantizer in observed:
             quantizer.observer = observe

@@ -195,7 +195,7 @@ def inside(modules: Mapping[str, T], *paths: str) -> dict[str, T]:
 def activation_quantizers(network: Inserted, *paths: str) -> list[Quantizer]:
     inputs = [layer.input_quantizer for layer in inside(network.layers, *paths).values()]
     products = [q for product in inside(network.products, *paths).values() for q in product.ports().values()]
-    return [quantizer for quantizer in inputs if quantizer is not None] + products
+    return [q for q in inputs if q is not None and not q.dynamic] + products
 
 
 def watched_layers(piece: Piece) -> list[nn.Module]:

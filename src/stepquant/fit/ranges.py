@@ -44,7 +44,7 @@ def set_input_ranges(
     While a batch runs, weights and all earlier activations are already quantized: each range fits what it will see.
     Where activations have a range for every step, each one comes from the records of its own steps.
     """
-    quantizers = [q for q in network.quantizers() if q.site.port != "weight"]
+    quantizers = network.ranged()
     if not quantizers:
         return
     network.switch(weights=True, inputs=True)

@@ -45,11 +45,15 @@ class Name(StrEnum):
 
 
 class StepquantConfig(QuantizationConfigMixin):
-    """The `quantization_config` in a model's config.json: what every packed tensor means, and where it came from."""
+    """The `quantization_config` in a model's config.json: what every packed tensor means, and where it came from.
+
+    With the name of a scheme alone, what `from_pretrained` does to float weights while it loads them.
+    """
 
     def __init__(
         self,
-        layers: Mapping[str, Mapping[str, str]],
+        scheme: str | None = None,
+        layers: Mapping[str, Mapping[str, str]] | None = None,
         products: Mapping[str, Mapping[str, Any]] | None = None,
         splits: Mapping[str, Sequence[int]] | None = None,
         steps: Mapping[str, Any] | None = None,
@@ -59,7 +63,12 @@ class StepquantConfig(QuantizationConfigMixin):
         settings: str | None = None,
     ) -> None:
         self.quant_method = Name.STEPQUANT  # type: ignore[assignment]
-        self.layers, self.products, self.splits = dict(layers), dict(products or {}), dict(splits or {})
+        self.scheme = scheme
+        if scheme is not None:
+            from stepquant.hub.on_load import check_scheme  # which loading an artifact has no use for
+
+            check_scheme(scheme)
+        self.layers, self.products, self.splits = dict(layers or {}), dict(products or {}), dict(splits or {})
         self.steps = dict(steps) if steps else None
         self.recipe, self.format = dict(recipe or {}), format
         self.digests = dict(digests or {})  # tensor -> digest of what was saved
@@ -114,6 +123,8 @@ class StepquantConfig(QuantizationConfigMixin):
             raise edited("the model's own settings are not those that were saved", where)
 
     def to_dict(self) -> dict[str, Any]:
+        if self.scheme is not None:
+            return {"quant_method": self.quant_method.value, "scheme": self.scheme}
         keys = [key for key in (*KEYS, "digest") if self.format != UNCOVERED or key != "settings"]
         return {"quant_method": self.quant_method.value} | {key: getattr(self, key) for key in keys}
 
@@ -121,6 +132,8 @@ class StepquantConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     def __repr__(self) -> str:
+        if self.scheme is not None:
+            return f"StepquantConfig('{self.scheme}')"
         return f"StepquantConfig({len(self.layers)} layers, {len(self.products)} products, digest {self.digest[:12]})"
 
 

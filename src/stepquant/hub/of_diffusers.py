@@ -120,9 +120,18 @@ class StepquantQuantizer(Living, DiffusersQuantizer):
         prepare(model)
 
 
+def quantizer_for(config: StepquantConfig, **kwargs: Any) -> StepquantQuantizer:
+    """What loads an artifact; or float weights, where the configuration names a scheme."""
+    if config.scheme is None:
+        return StepquantQuantizer(config, **kwargs)
+    from stepquant.hub.on_load import OnLoadQuantizer  # which loading an artifact has no use for
+
+    return OnLoadQuantizer(config, **kwargs)
+
+
 def register() -> None:
     """Tell diffusers about the method; there is no other way than its two mappings."""
-    registry.AUTO_QUANTIZER_MAPPING[Name.STEPQUANT.value] = StepquantQuantizer
+    registry.AUTO_QUANTIZER_MAPPING[Name.STEPQUANT.value] = quantizer_for  # type: ignore[assignment]
     registry.AUTO_QUANTIZATION_CONFIG_MAPPING[Name.STEPQUANT.value] = StepquantConfig
 
 

@@ -13,7 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 from stepquant.artifact import bounds_of
 from stepquant.core.bounds import check_values
 from stepquant.core.entries import AGAIN
-from stepquant.errors import ArtifactError
+from stepquant.errors import ArtifactError, ModelError
 from stepquant.hub.config import Name, StepquantConfig, digests_of
 from stepquant.runtime.lower import prepare, skeleton
 from stepquant.runtime.moving import one_device
@@ -24,6 +24,15 @@ class TransformersQuantizer(HfQuantizer):
 
     quantization_config: StepquantConfig  # type: ignore[assignment]
     requires_calibration = True
+
+    def __init__(self, quantization_config: StepquantConfig, **kwargs: Any) -> None:
+        if quantization_config.scheme is not None:
+            raise ModelError(
+                "only denoisers are quantized while they are loaded",
+                got=f"{quantization_config} for a model of transformers",
+                fix="load it in float, then stepquant.quantize(pipeline, components=('unet', 'text_encoder'))",
+            )
+        super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]
 
     def is_serializable(self) -> bool:
         return True

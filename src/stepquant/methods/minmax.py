@@ -37,9 +37,15 @@ class MinMax(Method):
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         generator = torch.Generator().manual_seed(source.seed)
-        data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
+        data = None
+        if self.bias or plan.has_ranges(denoiser):
+            data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
+        else:
+            source.progress.note("no activation has a range to measure: nothing is recorded")
         with insert(denoiser, plan) as network:
             set_weight_ranges(network, minmax, source.progress)
+            if data is None:
+                return freeze(network)
             search = minmax if self.percent == 100 else partial(percentile, percent=self.percent)
             set_input_ranges(
                 network, data, search, batch=self.batch, momentum=self.momentum, progress=source.progress

@@ -92,6 +92,8 @@ def own(value: Tensor) -> Tensor:
 
 
 def range_tensors(prefix: str, quantizer: Quantizer) -> dict[str, Tensor]:
+    if quantizer.dynamic:
+        return {}
     scale, zero_point = quantizer.range()
     return {
         f"{prefix}_scale": scale.detach().cpu().float().reshape(-1).clone(),

@@ -39,6 +39,10 @@ class Inserted:
         for product in self.products.values():
             yield from product.ports().values()
 
+    def ranged(self) -> list[Quantizer]:
+        """The quantizers of activations that have a range to set, in module order."""
+        return [q for q in self.quantizers() if q.site.port != "weight" and not q.dynamic]
+
     def switch(self, *, weights: bool, inputs: bool) -> None:
         """Turn weight quantizers, and all quantizers of activations, on or off."""
         for quantizer in self.quantizers():
@@ -68,6 +72,9 @@ def insert(
         grid, site = decisions[path, port].grid, Site(path, role, port)
         if grid is None:
             return None
+        if grid.granularity == "token":
+            first = -1 if isinstance(model.get_submodule(path), nn.Linear) else 1
+            return Quantizer(grid, site, first=first).to(denoiser.device)
         if clock is None or port == "weight":
             return Quantizer(grid, site).to(denoiser.device)
         return Quantizer(replace(grid, granularity="step"), site, clock).to(denoiser.device)

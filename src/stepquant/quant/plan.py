@@ -18,6 +18,7 @@ PORTS: dict[str, tuple[Port, ...]] = {
     "layer": ("weight", "input"),
     "product": ("query", "key", "value", "probabilities"),
 }
+CARRIED = {"weight": ("tensor", "channel", "group"), "input": ("tensor", "token")}  # others: tensor
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,16 @@ class Plan:
                 )
         return found
 
+    def measures(self) -> bool:
+        """Whether some rule gives activations a range that records have to show, whatever the model."""
+        grids = [rule.grid for rule in self.rules if set(rule.ports) != {"weight"}]
+        return any(grid is not None and grid.granularity != "token" for grid in grids)
+
+    def has_ranges(self, denoiser: Denoiser) -> bool:
+        """Whether some activation gets a range that records have to show."""
+        found = (decision for decision in self.resolve(denoiser).values() if decision.port != "weight")
+        return any(one.grid is not None and one.grid.granularity != "token" for one in found)
+
     def with_rules(self, rules: Sequence[Rule], name: str | None = None) -> Plan:
         """This plan with rules that come before its own."""
         return Plan(name or self.name, (*rules, *self.rules))
@@ -167,12 +178,16 @@ def read_patterns(data: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 
 def check_carries(denoiser: Denoiser, path: str, port: str, grid: Grid | None) -> None:
-    """Weights may have scales per channel or group; activations one per tensor."""
+    """Weights may have scales per channel or group; activations one per tensor, and inputs of layers one per token."""
     if grid is None:
         return
-    allowed = ("tensor", "channel", "group") if port == "weight" else ("tensor",)
+    allowed = CARRIED.get(port, ("tensor",))
     if grid.granularity not in allowed:
         raise PlanError(f"'{path}:{port}' cannot carry {grid}", expected=f"a grid per {' or '.join(allowed)}")
+    if grid.granularity == "token" and not (grid.signed and grid.symmetric):
+        raise PlanError(
+            f"'{path}:{port}' cannot carry {grid}", expected="a signed symmetric grid, as int8/token"
+        )
     if grid.group:
         inputs = denoiser.model.get_submodule(path).weight[0].numel()  # type: ignore[index]
         if inputs % grid.group:

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from stepquant.core.affine import fake_quantize
+from stepquant.core.affine import fake_quantize, scales_of_rows
 from stepquant.core.grid import Grid
 from stepquant.core.slices import Slices
 from stepquant.core.steps import StepTable
@@ -76,19 +76,27 @@ class Clock:
 
 
 class Quantizer(nn.Module):
-    """Identity until enabled; then the fake quantization of its grid. Ranges are set, never guessed."""
+    """Identity until enabled; then the fake quantization of its grid. Ranges are set, never guessed.
+
+    On a grid by the token there is none to set: what lies in the dimensions from `first` on has a scale of its own.
+    """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, grid: Grid, site: Site, clock: Clock | None = None) -> None:
+    def __init__(self, grid: Grid, site: Site, clock: Clock | None = None, first: int = -1) -> None:
         super().__init__()
-        self.grid, self.site, self.clock = grid, site, clock
+        self.grid, self.site, self.clock, self.first = grid, site, clock, first
         self.enabled = False
         self.observer: Observer | None = None
         self.stand_in: StandIn | None = None
         self.register_buffer("scale", torch.empty(0))
         self.register_buffer("zero_point", torch.empty(0))
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether its scales are found as numbers come, so that there is no range to set."""
+        return self.grid.granularity == "token"
 
     @property
     def is_set(self) -> bool:
@@ -131,6 +139,9 @@ class Quantizer(nn.Module):
             return x
         if self.stand_in is not None:
             return self.stand_in(self, x)
+        if self.dynamic:
+            scale = scales_of_rows(x, self.first, self.grid.qmax)
+            return fake_quantize(x, scale, torch.zeros_like(scale), self.grid)
         scale, zero_point = self.range()
         if self.clock is not None:
             scale, zero_point = (self.clock.spread(values, x, part, total) for values in (scale, zero_point))

@@ -21,6 +21,8 @@ SCHEMES = {
     "w6a6": "6-bit weights and activations",
     "w4a8": "4-bit weights, 8-bit activations",
     "w4a4": "4-bit weights and activations",
+    "w8a8-dynamic": "8-bit weights; activations in 8 bits by the token as they come: no calibration",
+    "w4a8-dynamic": "4-bit weights; activations in 8 bits by the token as they come: no calibration",
     "w8a16": "8-bit weights only: smaller, not faster",
     "w4a16": "4-bit weights only: smaller, not faster",
 }
@@ -30,8 +32,12 @@ def scheme(name: str) -> Plan:
     """The plan of a named scheme."""
     if name not in SCHEMES:
         raise UnknownNameError("scheme", name, SCHEMES)
-    weight_bits, activation_bits = (int(part) for part in name[1:].split("a"))
+    widths, _, dynamic = name[1:].partition("-")
+    weight_bits, activation_bits = (int(part) for part in widths.split("a"))
     weight = Grid(weight_bits, granularity="channel")
+    if dynamic:
+        inputs = Grid(activation_bits, granularity="token")
+        return Plan(name, protections(weight_bits, activation_bits) + by_token(weight, inputs))
     if activation_bits == 16:
         return Plan(name, weight_only_rules(weight))
     return Plan(name, protections(weight_bits, activation_bits) + bulk(weight, activation_bits))
@@ -107,6 +113,16 @@ def bulk(weight: Grid, activation_bits: int) -> tuple[Rule, ...]:
             "activations of the scheme",
             ports=("input",),
         ),
+    )
+
+
+def by_token(weight: Grid, inputs: Grid) -> tuple[Rule, ...]:
+    return (
+        Rule(
+            None, "products of attention have no kernel with scales by the token", ("product",), optional=True
+        ),
+        Rule(weight, "weights of the scheme", ports=("weight",)),
+        Rule(inputs, "activations of the scheme, with the scale of each token as it comes", ports=("input",)),
     )
 
 

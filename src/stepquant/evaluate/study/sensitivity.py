@@ -173,7 +173,7 @@ def set_ranges(network: Inserted, data: CalibSet, candidates: int = 100) -> None
     def observe(quantizer: Quantizer, values: Slices) -> None:
         set_range(quantizer, lp_search_binned(values, quantizer.grid, p=NORM))
 
-    inputs = [quantizer for quantizer in network.quantizers() if quantizer.site.port != "weight"]
+    inputs = network.ranged()
     network.switch(weights=False, inputs=False)
     for quantizer in inputs:
         quantizer.observer = observe

@@ -31,7 +31,11 @@ def limits(quantized: Denoiser) -> dict[str, tuple[float, float]]:
         for path, module in runtime_modules(quantized.model).items()
         if isinstance(module, IntegerLayer)
     }
-    codes = {path: layer.code for path, layer in layers.items() if layer.spec.input is not None}
+    codes = {
+        path: layer.code
+        for path, layer in layers.items()
+        if layer.spec.input is not None and not layer.dynamic
+    }
     return {path: (edge(code, code.low - 0.5), edge(code, code.high + 0.5)) for path, code in codes.items()}
 
 

@@ -18,7 +18,7 @@ from stepquant.runtime.layers.layer import IntegerLayer
 class IntegerConv2d(IntegerLayer):
     """A convolution whose border is padded with the input's zero point, which is what a float zero becomes."""
 
-    outputs_dim = 1
+    outputs_dim, rows_from = 1, 1
 
     def __init__(self, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, spec: LayerSpec, groups: int = 1) -> None:
         super().__init__(layer, spec, groups)

@@ -43,6 +43,7 @@ class IntegerLayer(Stored[PreparedLayer]):
     input_scale: Tensor
     input_zero_point: Tensor
     outputs_dim: int  # where the output channels are
+    rows_from: int  # the first dimension of what shares a scale where inputs are quantized as they come
 
     def __init__(self, layer: nn.Module, spec: LayerSpec, groups: int = 1) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class IntegerLayer(Stored[PreparedLayer]):
         self.register_buffer(
             "bias", None if layer.bias is None else torch.zeros(weight.shape[0], device=device)
         )
-        if spec.input is not None:
+        if spec.input is not None and not self.dynamic:
             count = groups if spec.input.granularity == "step" else 1
             self.register_buffer("input_scale", torch.ones(count, device=device))
             self.register_buffer("input_zero_point", torch.zeros(count, dtype=torch.int32, device=device))
@@ -74,14 +75,19 @@ class IntegerLayer(Stored[PreparedLayer]):
 
     @property
     def kernel(self) -> Kernel | None:
-        """What multiplies codes, with the present row of ranges; None if this layer computes in float."""
+        """What multiplies codes that others may make, with the present row of ranges; None if this layer reads floats."""
         kernels = self.prepared().kernels
-        return kernels[self.row] if kernels else None
+        return kernels[self.row] if kernels and not self.dynamic else None
 
     @property
     def reason(self) -> str | None:
         """Why this layer does not multiply integers; None if it does."""
         return "not prepared" if self.ready is None else self.ready.reason
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether inputs are quantized with scales that are found as they come: only the layer itself can do it."""
+        return self.spec.input is not None and self.spec.input.granularity == "token"
 
     @property
     def stepped(self) -> bool:
@@ -131,6 +137,8 @@ class IntegerLayer(Stored[PreparedLayer]):
         grid = self.spec.input
         if grid is None:
             return ()
+        if self.dynamic:
+            return (Code.of_grid(grid, 1.0),)
         ranges = zip(self.input_scale.cpu().tolist(), self.input_zero_point.cpu().tolist())
         return tuple(Code.of_grid(grid, scale, zero_point) for scale, zero_point in ranges)
 
@@ -145,8 +153,6 @@ class IntegerLayer(Stored[PreparedLayer]):
             return self.float_because
         if self.spec.input is None:
             return DEQUANTIZED_ONCE if self.keeps_weight else WEIGHT_ONLY
-        if self.spec.input.granularity not in ("tensor", "step"):
-            return f"no integer kernel for inputs on {self.spec.input}"
         if self.spec.weight.granularity == "group":
             return "no integer kernel sums groups of inputs with a scale each"
         if not self.fits_signed_bytes():
@@ -163,7 +169,8 @@ class IntegerLayer(Stored[PreparedLayer]):
 
     def make_kernel(self, code: Code) -> Kernel:
         scales = self.weight_scale.expand(self.weight_shape[0]).contiguous()
-        return self.kernel_type()(self.kernel_weight, scales, self.bias, code, self.geometry())
+        bias = None if self.dynamic else self.bias  # which comes after the scales of the rows
+        return self.kernel_type()(self.kernel_weight, scales, bias, code, self.geometry())
 
     def kernel_weight(self) -> Tensor:
         """The signed bytes in the shape that the kernel takes, which keeps them in its own order."""
@@ -183,8 +190,19 @@ class IntegerLayer(Stored[PreparedLayer]):
             return self.from_codes(x, self.emit or torch.float32)
         dtype = self.emit or x.dtype
         if kernel is None:
-            return self.float_forward(x, dtype)
+            return self.by_row(x, dtype) if self.dynamic and self.integer else self.float_forward(x, dtype)
         return self.from_codes(ops.quantize(x, kernel.code), dtype)
+
+    def by_row(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The product of codes of scales that are found here."""
+        scales = self.scales_of(x)
+        sums = self.from_codes(ops.quantize_rows(x, scales, self.code), torch.float32)
+        return ops.scale_rows(sums, scales, self.bias, self.outputs_dim, dtype)
+
+    def scales_of(self, x: Tensor) -> Tensor:
+        grid = self.spec.input
+        assert grid is not None
+        return ops.row_scales(x, self.rows_from, grid.qmax)
 
     def straight_through(self, x: Tensor) -> Tensor:
         """What integers make of `x`, with the gradient of the float layer that they stand for."""
@@ -204,9 +222,10 @@ class IntegerLayer(Stored[PreparedLayer]):
         weight, bias = self.float_weight(x.dtype), self.bias
         if self.spec.input is None or self.float_because:
             return self.multiply(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
-        code = self.code
-        centred = (ops.quantize(x, code).to(torch.int16) - code.zero_point).to(x.dtype)
-        out = self.multiply(centred, weight, None).float() * code.scale
+        code, scales = self.code, self.scales_of(x) if self.dynamic else None
+        codes = ops.quantize(x, code) if scales is None else ops.quantize_rows(x, scales, code)
+        centred = (codes.to(torch.int16) - code.zero_point).to(x.dtype)
+        out = self.multiply(centred, weight, None).float() * (code.scale if scales is None else scales)
         return (out if bias is None else out + bias.reshape(self.bias_shape(out))).to(dtype)
 
     def float_weight(self, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from stepquant.runtime.layers.layer import IntegerLayer
 
 
 class IntegerLinear(IntegerLayer):
-    outputs_dim = -1
+    outputs_dim, rows_from = -1, -1
 
     def __init__(self, layer: nn.Linear, spec: LayerSpec, groups: int = 1) -> None:
         super().__init__(layer, spec, groups)

@@ -20,6 +20,9 @@ from stepquant.runtime.ops.elementwise import (
     activation_quantize,
     quantize,
     quantize_concat,
+    quantize_rows,
+    row_scales,
+    scale_rows,
     upsample_nearest2x,
 )
 from stepquant.runtime.ops.fused_attention import attention
@@ -48,7 +51,10 @@ __all__ = [
     "pack_weight",
     "quantize",
     "quantize_concat",
+    "quantize_rows",
     "rms_norm_quantize",
+    "row_scales",
+    "scale_rows",
     "upsample_nearest2x",
     "why_plain",
 ]

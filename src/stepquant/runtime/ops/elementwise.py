@@ -1,4 +1,4 @@
-"""Quantizing numbers to codes, alone or behind an activation, and nearest upsampling of codes."""
+"""Quantizing numbers to codes, alone, behind an activation or by the row, and nearest upsampling of codes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stepquant.core.affine import scales_of_rows
 from stepquant.runtime.ops.code import Code, channels_last, codes
 from stepquant.runtime.ops.operation import Operation
 
@@ -29,6 +30,30 @@ def activation_quantize(x: Tensor, activation: str, code: Code) -> Tensor:
     """The codes of an activation: 'silu', 'gelu', 'gelu_tanh', or 'geglu', 'swiglu', which halve the last dimension."""
     y = codes(activate(x.float(), activation), code)
     return y.contiguous() if activation in GATED else torch.empty_like(x, dtype=torch.uint8).copy_(y)
+
+
+@Operation
+def row_scales(x: Tensor, first: int, qmax: int) -> Tensor:
+    """Of what lies in the dimensions from `first` on: the greatest magnitude becomes `qmax`, zeros have scale 1."""
+    return scales_of_rows(x, first, qmax)
+
+
+@Operation
+def quantize_rows(x: Tensor, scales: Tensor, code: Code) -> Tensor:
+    """The codes of `x` over its rows' scales, in its shape and memory format; the scale of `code` is not read."""
+    q = torch.round(x.float() * scales.reciprocal()) + code.zero_point
+    return torch.empty_like(x, dtype=torch.uint8).copy_(q.clamp(code.low, code.high))
+
+
+@Operation
+def scale_rows(
+    sums: Tensor, scales: Tensor, bias: Tensor | None, channels: int, dtype: torch.dtype
+) -> Tensor:
+    """Float32 products of such codes times their rows' scales, plus bias along `channels`, with one rounding to `dtype`."""
+    y = sums * scales
+    if bias is not None:
+        y = y + bias.float().reshape([-1 if place == channels % y.dim() else 1 for place in range(y.dim())])
+    return torch.empty_like(sums, dtype=dtype).copy_(y)
 
 
 @Operation

@@ -1,0 +1,151 @@
+"""Float weights that are rounded while diffusers loads them, by schemes whose activations need no calibration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.artifact import LayerSpec
+from stepquant.core.affine import quantize, scale_and_zero, to_groups
+from stepquant.core.grid import Grid
+from stepquant.core.pack import pack
+from stepquant.core.ranges import minmax
+from stepquant.errors import ModelError, PlanError
+from stepquant.hub.config import StepquantConfig, digests_of, settings_digest
+from stepquant.hub.of_diffusers import StepquantQuantizer
+from stepquant.models.denoiser import Denoiser
+from stepquant.quant.plan import Plan
+from stepquant.quant.schemes import SCHEMES, scheme
+from stepquant.runtime.lower import prepare, skeleton
+from stepquant.runtime.moving import bytes_of, room_for
+from stepquant.version import __version__
+
+
+class OnLoadQuantizer(StepquantQuantizer):
+    """Rounds one weight after the other, so that the float network is never all there; then it is as any artifact."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: StepquantConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.pre_quantized = True  # for diffusers: tensors become another shape than they have in their file
+        assert quantization_config.scheme is not None
+        self.plan = scheme(quantization_config.scheme)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self.floats = set(model.state_dict())
+        self.specs = specs_of(model, self.plan)
+        skeleton(model, self.specs, {}, {})
+        self.size = bytes_of(model.state_dict().values())
+
+    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        return [name for name in missing_keys if name in self.floats]
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        return state_dict
+
+    def create_quantized_param(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: dict[str, Tensor],
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put the stored tensor in place: rounded, or in fp32."""
+        owner, _, leaf = param_name.rpartition(".")
+        module, value = model.get_submodule(owner), state_dict[param_name]
+        check_finite(param_name, value, self.where)
+        made = {leaf: value}
+        if owner in self.specs:
+            made = rounded(value, self.specs[owner].weight) if leaf == "weight" else {leaf: value.float()}
+        for name, tensor in made.items():
+            with room_for(self.size, target_device):
+                there = tensor.to(target_device)
+            if name in module._parameters:
+                module._parameters[name] = nn.Parameter(there.float(), requires_grad=False)
+            else:
+                module._buffers[name] = there
+        self.loaded.add(param_name)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        missing = sorted(self.floats - self.loaded)
+        if missing:
+            raise ModelError(
+                f"weight '{missing[0]}' is in no file",
+                where=self.where,
+                got=f"{len(missing)} missing",
+                fix="load an intact checkpoint of this class",
+            )
+        self.follow(model)
+        self.quantization_config = StepquantConfig(
+            layers={path: spec.to_json() for path, spec in self.specs.items()},
+            recipe=recipe_of(model, self.plan),
+            digests=digests_of(model.state_dict()),
+            settings=settings_digest(model.config),
+        )
+        model.register_to_config(quantization_config=self.quantization_config)
+        prepare(model)
+
+
+def check_scheme(name: str) -> None:
+    """It must be one whose activations have no range to measure."""
+    if scheme(name).measures():
+        raise PlanError(
+            f"scheme '{name}' needs calibration, which loading does not do",
+            expected=", ".join(one for one in SCHEMES if not scheme(one).measures()),
+            fix=f"stepquant quantize --scheme {name} --out FOLDER, then load the folder",
+        )
+
+
+def specs_of(model: nn.Module, plan: Plan) -> dict[str, LayerSpec]:
+    """The grids that the plan gives to the layers of a network, whose weights need not be there yet."""
+    denoiser = Denoiser(model)
+    if denoiser.family.generic:
+        raise ModelError(
+            f"'{type(model).__name__}' is not among the declared networks: what its layers are for shows in a call",
+            fix=f"load it in float, then stepquant.quantize(pipeline, method='minmax', scheme='{plan.name}')",
+        )
+    found, decided = {}, plan.resolve(denoiser)
+    for path in denoiser.sites():
+        weight = decided[path, "weight"].grid
+        if weight is not None:
+            found[path] = LayerSpec(weight, decided[path, "input"].grid)
+    return found
+
+
+def rounded(weight: Tensor, grid: Grid) -> dict[str, Tensor]:
+    """Integers to the nearest over the whole range of each row of scales."""
+    rows = to_groups(weight.float(), grid)
+    scale, zero_point = scale_and_zero(*minmax(rows, grid), grid)
+    made = {
+        "weight": pack(quantize(rows, scale[:, None], zero_point[:, None], grid), grid),
+        "weight_scale": scale,
+    }
+    return made if grid.symmetric else made | {"weight_zero_point": zero_point.to(torch.int16)}
+
+
+def check_finite(name: str, value: Tensor, where: str) -> None:
+    if value.is_floating_point() and value.numel() and not torch.stack(value.aminmax()).isfinite().all():
+        raise ModelError(
+            f"weight '{name}' holds NaN or infinite values",
+            where=where,
+            fix="load an intact checkpoint; fp16 weights may have overflowed when they were converted",
+        )
+
+
+def recipe_of(model: Any, plan: Plan) -> dict[str, Any]:
+    """How the artifact came about."""
+    name = str(model.config.get("_name_or_path") or type(model).__name__)
+    return {
+        "model": Path(name).resolve().name if Path(name).is_dir() else name,
+        "method": "minmax",
+        "scheme": plan.name,
+        "plan": plan.to_json()["rules"],
+        "versions": {"stepquant": __version__, "torch": str(torch.__version__)},
+    }
