@@ -36,7 +36,10 @@ def inspect(
         f"{folder}: {recipe['model']}, {quantized['method']} {quantized['scheme']}, digest {quantized['digest']}"
     )
     how = "rounded while it was loaded, without calibration"
-    if "sampler" in recipe:
+    ranges = any(row["input"] != "float" and not row["input"].endswith("/token") for row in rows)
+    if "sampler" in recipe and not ranges:
+        how = f"made with seed {recipe['seed']}, without ranges of activations"
+    elif "sampler" in recipe:
         how = f"calibrated with seed {recipe['seed']} over {recipe['steps']} steps of {recipe['sampler']}"
     screen.show(f"{how}; weights {size_text(found['size']['bytes'])}; C++ kernels: {ops.capability()}")
     if found["steps"]:
