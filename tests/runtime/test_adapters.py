@@ -14,10 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepquant import hub
 from stepquant.errors import RuntimeSupportError
+from stepquant.models.denoiser import Denoiser
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import ops
 from stepquant.runtime.lower import lower
-from tests.models.tiny import conditional
+from tests.contracts.test_families_quantize import Calls
+from tests.contracts.test_families_quantize import quantized as quantized_by_calls
+from tests.models.tiny import CASES, conditional
 from tests.runtime.synthetic import noise, quantized, relative
 
 peft = pytest.importorskip("peft", reason="LoRA needs peft")
@@ -185,3 +188,29 @@ def test_a_pipeline_loads_weighs_and_unloads_loras_of_files(text_pipeline: Any, 
     for cast in (unet.bfloat16, unet.double):
         with pytest.raises(RuntimeSupportError, match="cannot be cast to"):
             cast()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sd3", "flux", "wan"])
+def test_fused_blocks_of_transformers_add_loras_too(name: str) -> None:
+    """Of attentions and feed-forwards; afterwards blocks are fused again."""
+    torch.manual_seed(0)
+    model, arguments, _ = CASES[name]()
+    denoiser = Denoiser(model.eval())
+    artifact, _ = quantized_by_calls(denoiser, Calls((arguments,)))
+    served = Denoiser(lower(copy.deepcopy(model), artifact, torch.float32))
+    before = denoiser.predict(arguments)
+    plain = [served.predict(arguments) for _ in range(3)][-1]
+    rounding = relative(plain, before)
+    for layers in (["to_q", "to_out.0"], ["net.0.proj", "net.2"]):
+        for twin in (denoiser.model, served.model):
+            add(twin, "one", 1, layers, lora_alpha=16)
+        exact = denoiser.predict(arguments)
+        assert relative(exact, before) > 2 * rounding, "the adapter matters"
+        for _ in range(3):
+            # A part of it leaves the ranges that were measured without an adapter.
+            assert relative(served.predict(arguments), exact) < 1.5 * rounding + 0.1 * relative(exact, before)
+        for twin in (denoiser.model, served.model):
+            twin.unload_lora()  # type: ignore[operator]
+        for _ in range(3):
+            assert torch.equal(served.predict(arguments), plain)

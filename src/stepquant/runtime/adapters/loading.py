@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from stepquant.errors import RuntimeSupportError
@@ -21,7 +22,8 @@ class Changing:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         teach_peft()
         try:
-            made = getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+            with device_told(self.model):
+                made = getattr(type(self.model), self.name)(self.model, *args, **kwargs)
         except (TypeError, ValueError) as error:
             if "not supported" not in str(error):
                 raise
@@ -33,6 +35,19 @@ class Changing:
             ) from error
         self.fuse()
         return made
+
+
+@contextmanager
+def device_told(model: Any) -> Iterator[None]:
+    """peft asks the first parameter for its device, and a model may hold packed layers alone."""
+    if next(model.parameters(), None) is not None:
+        yield
+        return
+    model.parameters = model.buffers
+    try:
+        yield
+    finally:
+        del model.parameters
 
 
 class NoFusingLora:
