@@ -111,7 +111,8 @@ def test_blocks_that_are_watched_or_changed_run_as_their_class(taken: Counter[st
     plain, block = predicted(model, arguments), model.transformer_blocks[1]
     seen: list[torch.dtype] = []
     hook = block.attn1.to_k.register_forward_hook(lambda _, given, __: seen.append(given[0].dtype))
-    assert torch.allclose(predicted(model, arguments), plain, atol=1e-2)
+    # Sums in another order: a rounding may fall the other way.
+    assert (predicted(model, arguments) - plain).norm() < 0.02 * plain.norm()
     assert seen == [torch.float32]
     assert taken == {"Zero": 1, "Joined": 0}
     hook.remove()
