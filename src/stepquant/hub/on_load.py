@@ -16,7 +16,7 @@ from stepquant.core.ranges import minmax
 from stepquant.errors import ModelError, PlanError
 from stepquant.hub.config import StepquantConfig, digests_of, settings_digest
 from stepquant.hub.of_diffusers import StepquantQuantizer
-from stepquant.models.denoiser import Denoiser
+from stepquant.models.denoiser import Denoiser, check_finite_weight
 from stepquant.quant.plan import Plan
 from stepquant.quant.schemes import SCHEMES, scheme
 from stepquant.runtime.lower import prepare, skeleton
@@ -60,7 +60,7 @@ class OnLoadQuantizer(StepquantQuantizer):
         """Put the stored tensor in place: rounded, or in fp32."""
         owner, _, leaf = param_name.rpartition(".")
         module, value = model.get_submodule(owner), state_dict[param_name]
-        check_finite(param_name, value, self.where)
+        check_finite_weight(param_name, value, self.where)
         made = {leaf: value}
         if owner in self.specs:
             made = rounded(value, self.specs[owner].weight) if leaf == "weight" else {leaf: value.float()}
@@ -128,15 +128,6 @@ def rounded(weight: Tensor, grid: Grid) -> dict[str, Tensor]:
         "weight_scale": scale,
     }
     return made if grid.symmetric else made | {"weight_zero_point": zero_point.to(torch.int16)}
-
-
-def check_finite(name: str, value: Tensor, where: str) -> None:
-    if value.is_floating_point() and value.numel() and not torch.stack(value.aminmax()).isfinite().all():
-        raise ModelError(
-            f"weight '{name}' holds NaN or infinite values",
-            where=where,
-            fix="load an intact checkpoint; fp16 weights may have overflowed when they were converted",
-        )
 
 
 def recipe_of(model: Any, plan: Plan) -> dict[str, Any]:

@@ -254,11 +254,14 @@ def twin(model: nn.Module) -> nn.Module:
 def check_finite(model: nn.Module) -> None:
     """A model with NaN or infinite weights cannot be quantized: name the first one."""
     for name, value in model.named_parameters():
-        if (
-            value.numel() and not torch.stack(value.aminmax()).isfinite().all()
-        ):  # without a mask as large as it
-            raise ModelError(
-                f"weight '{name}' holds NaN or infinite values",
-                where=type(model).__name__,
-                fix="load an intact checkpoint; fp16 weights may have overflowed when they were converted",
-            )
+        check_finite_weight(name, value, type(model).__name__)
+
+
+def check_finite_weight(name: str, value: Tensor, where: str) -> None:
+    # Of the extremes, without a mask as large as the weight.
+    if value.is_floating_point() and value.numel() and not torch.stack(value.aminmax()).isfinite().all():
+        raise ModelError(
+            f"weight '{name}' holds NaN or infinite values",
+            where=where,
+            fix="load an intact checkpoint; fp16 weights may have overflowed when they were converted",
+        )
