@@ -37,6 +37,16 @@ struct QuantizeTask {
   int64_t out_stride;
 };
 
+struct RotateTask {
+  Rows x;
+  Type type;
+  int64_t group;  // a power of four, of which rows hold whole ones
+  float most;  // what the greatest magnitude of a row becomes
+  Code code;  // its inverse is not read
+  uint8_t* out;
+  float* scales;  // one for each row
+};
+
 struct GroupNormTask {
   Rows x;
   Rows skip;  // width 0 if there is none
@@ -197,6 +207,7 @@ struct Kernels {
   void (*group_norm)(const GroupNormTask& task, int64_t begin, int64_t end);  // items are (sample, groups)
   void (*layer_norm)(const LayerNormTask& task, int64_t begin, int64_t end);  // items are rows
   void (*upsample)(const UpsampleTask& task, int64_t begin, int64_t end);  // items are input rows of all images
+  void (*rotate)(const RotateTask& task, int64_t begin, int64_t end);  // items are rows
   AttentionKernels attention;  // integer products of AVX-512 come from files of their own
   ConvolveKernel convolve;
 };

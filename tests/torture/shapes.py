@@ -124,6 +124,13 @@ def activation_quantize(case: Case) -> None:
     assert_codes(ops.activation_quantize(x, name, code), exact, code, doubtful=1.0)
 
 
+def rotate(case: Case) -> None:
+    group = 4 ** case.draw.randint(1, 4)
+    x, code = case.numbers(case.size(9), group * case.draw.randint(1, 9)), Code(1.0, 128, 1, 255)
+    got, want = ops.rotate_quantize_rows(x, group, code), ops.rotate_quantize_rows.plain(x, group, code)
+    assert all(map(torch.equal, got, want))
+
+
 def upsample(case: Case) -> None:
     x = case.codes(case.size(3), case.size(70), case.size(9), case.size(9))
     x = channels_last(x) if case.draw.random() < 0.5 else x
@@ -179,7 +186,7 @@ def attention(case: Case) -> None:
 
 OPERATIONS: tuple[Callable[[Case], None], ...] = (
     *(quantize, quantize_concat, group_norm_quantize, layer_norm_quantize, activation_quantize),
-    *(upsample, convolve, linear, attention),
+    *(rotate, upsample, convolve, linear, attention),
 )
 
 

@@ -46,6 +46,7 @@ def examples() -> dict[str, tuple]:
         "linear": (image[0].flatten(1).T.contiguous(), 0.1, 3, *flat, torch.float32, *torch.randn(2, 30, 20)),
         "row_scales": (tokens, -1, 127),
         "quantize_rows": (tokens, tokens.abs().amax(-1, keepdim=True) / 127, *CODE),
+        "rotate_quantize_rows": (tokens, 16, *CODE),
         "scale_rows": (rows, rows[:, :1].abs(), rows[0], -1, torch.bfloat16),
         "attention": (heads, heads, heads, 0.3, *CODE, *CODE, *CODE, 1 / 255, 0, 0, 255),
     }

@@ -21,7 +21,7 @@ def every() -> dict[str, tuple]:
     return {name: packed(given, ops.pack_weight) for name, given in examples().items()}
 
 
-def call(name: str, given: tuple) -> Tensor:
+def call(name: str, given: tuple) -> Tensor | tuple[Tensor, ...]:
     return getattr(torch.ops.stepquant, name).default(*given)
 
 
@@ -53,6 +53,7 @@ BAD = [
     ("linear", 0, torch.ones(4, 9, dtype=torch.uint8), "linear: weight"),
     ("linear", 3, torch.ones(4, dtype=torch.int8), "linear: weight"),
     ("linear", 8, torch.ones(30, 19), "linear: add"),
+    ("rotate_quantize_rows", 1, 5, "rotate_quantize_rows: groups"),
     ("linear", 9, torch.ones(7, 20), "linear: gate"),
 ]
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepquant.core.affine import scales_of_rows
+from stepquant.core.rotation import rotate
 from stepquant.runtime.ops.code import Code, channels_last, codes
 from stepquant.runtime.ops.operation import Operation
 
@@ -43,6 +44,15 @@ def quantize_rows(x: Tensor, scales: Tensor, code: Code) -> Tensor:
     """The codes of `x` over its rows' scales, in its shape and memory format; the scale of `code` is not read."""
     q = torch.round(x.float() * scales.reciprocal()) + code.zero_point
     return torch.empty_like(x, dtype=torch.uint8).copy_(q.clamp(code.low, code.high))
+
+
+@Operation
+def rotate_quantize_rows(x: Tensor, group: int, code: Code) -> tuple[Tensor, Tensor]:
+    """The codes of rows that are rotated by the group, and their scales as `row_scales` finds them; that of `code` is not read."""
+    turned = rotate(x, group)
+    scales = scales_of_rows(turned, -1, code.high - code.zero_point)
+    q = torch.round(turned * scales.reciprocal()) + code.zero_point
+    return q.clamp(code.low, code.high).to(torch.uint8), scales
 
 
 @Operation

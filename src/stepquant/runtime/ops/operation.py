@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Generic, ParamSpec
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from stepquant.errors import RuntimeSupportError
 from stepquant.runtime.ops.code import Code
 
 P = ParamSpec("P")
+R = TypeVar("R")  # a tensor, or a tuple of them
 
 LIBRARY = torch.library.Library("stepquant", "FRAGMENT")
 TYPES = {
@@ -30,20 +31,21 @@ TYPES = {
     "Sequence[int]": "int[]",
     "torch.dtype": "ScalarType",
 }
+RESULTS = {"Tensor": "Tensor", "tuple[Tensor, Tensor]": "(Tensor, Tensor)"}
 # What torch says, beside NotImplementedError, where a device lacks an operation or a dtype.
 LACKING = ("not implemented for", "doesn't support float64")
 DEFAULTS = {inspect.Parameter.empty: "", None: "=None", False: "=False", True: "=True"}
 
 
-class Operation(Generic[P]):
+class Operation(Generic[P, R]):
     """What `torch.ops.stepquant.<name>` does for the arguments of the function that defines it.
 
     `plain` is that function. A `Code` stands for four numbers of the schema, and is given by position.
     """
 
-    def __init__(self, plain: Callable[P, Tensor]) -> None:
+    def __init__(self, plain: Callable[P, R]) -> None:
         name = plain.__name__
-        LIBRARY.define(f"{name}({schema(plain)}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+        LIBRARY.define(f"{name}{schema(plain)}", tags=torch.Tag.pt2_compliant_tag)
         self.plain, self.__doc__ = plain, plain.__doc__
         self.overload: Any = getattr(torch.ops.stepquant, name).default
         self.flat = with_codes(plain)  # for the arguments of the schema
@@ -52,7 +54,7 @@ class Operation(Generic[P]):
         fake = without_numbers(self.overload, self.flat)
         torch.library.register_fake(f"stepquant::{name}", fake, lib=LIBRARY)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         flat: list[object] = []
         for value in args:
             if isinstance(value, Code):
@@ -62,24 +64,24 @@ class Operation(Generic[P]):
         return self.overload(*flat, **kwargs)  # type: ignore[no-any-return]
 
 
-def schema(plain: Callable[..., Tensor]) -> str:
-    """The arguments of a function in the words of torch's dispatcher."""
-    words = []
-    for name, parameter in inspect.signature(plain).parameters.items():
+def schema(plain: Callable[..., Any]) -> str:
+    """The arguments and the result of a function in the words of torch's dispatcher."""
+    words, signature = [], inspect.signature(plain)
+    for name, parameter in signature.parameters.items():
         if parameter.annotation == "Code":
             words += [f"float {name}_scale", *(f"int {name}_{part}" for part in Code._fields[1:])]
         else:
             default = parameter.default
             text = f'="{default}"' if isinstance(default, str) else DEFAULTS[default]
             words.append(f"{TYPES[parameter.annotation]} {name}{text}")
-    return ", ".join(words)
+    return f"({', '.join(words)}) -> {RESULTS[signature.return_annotation]}"
 
 
-def with_codes(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def with_codes(plain: Callable[..., Any]) -> Callable[..., Any]:
     """`plain` for the arguments of its schema."""
     codes = [parameter.annotation == "Code" for parameter in inspect.signature(plain).parameters.values()]
 
-    def flat(*args: Any, **kwargs: Any) -> Tensor:
+    def flat(*args: Any, **kwargs: Any) -> Any:
         values, rest = [], iter(args)
         for is_code, first in zip(codes, rest):
             values.append(Code(first, *(next(rest) for _ in Code._fields[1:])) if is_code else first)
@@ -88,10 +90,10 @@ def with_codes(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return flat
 
 
-def explained(name: str, flat: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def explained(name: str, flat: Callable[..., Any]) -> Callable[..., Any]:
     """`flat`, which says of which operation it is a part when a device lacks something that it is made of."""
 
-    def run(*args: Any, **kwargs: Any) -> Tensor:
+    def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return flat(*args, **kwargs)
         except (RuntimeError, TypeError) as error:
@@ -112,11 +114,11 @@ def explained(name: str, flat: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def without_numbers(overload: Any, flat: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def without_numbers(overload: Any, flat: Callable[..., Any]) -> Callable[..., Any]:
     """For tensors without numbers only: one on the meta device among others would make up the result."""
     name, parameters = overload._opname, [argument.name for argument in overload._schema.arguments]
 
-    def fake(*args: Any, **kwargs: Any) -> Tensor:
+    def fake(*args: Any, **kwargs: Any) -> Any:
         given = dict(zip(parameters, args)) | kwargs
         real = [place for place, value in given.items() if has_numbers(value)]
         absent = [place for place, value in given.items() if isinstance(value, Tensor) and value.is_meta]
