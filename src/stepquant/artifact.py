@@ -16,6 +16,7 @@ from stepquant.core.entries import (
     OBJECT,
     TEXT,
     TRUTH,
+    Kind,
     entries,
     integer,
     list_of,
@@ -24,6 +25,7 @@ from stepquant.core.entries import (
     table_of,
 )
 from stepquant.core.grid import Grid, GridError
+from stepquant.core.rotation import is_group
 from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import ArtifactError
 
@@ -48,6 +50,7 @@ ALLOWED = {
 }
 KEYS = ("layers", "products", "splits", "steps", "recipe", "format", "digests", "settings")
 
+GROUP = Kind("a power of four from 4 on", lambda value: type(value) is int and is_group(value))
 OPERANDS = ("query", "key", "value", "probabilities")
 # Over what scales are shared; elsewhere over tensors and steps.
 SHARED = {"weight": ("tensor", "channel", "group"), "input": ("tensor", "step", "token")}
@@ -83,14 +86,29 @@ class LayerSpec:
 
     weight: Grid
     input: Grid | None = None
+    rotation: int = (
+        0  # the group in which the weight was rotated, and inputs are as they come; 0: they are not
+    )
 
-    def to_json(self) -> dict[str, str]:
-        return {"weight": str(self.weight)} | ({"input": str(self.input)} if self.input else {})
+    def to_json(self) -> dict[str, Any]:
+        inputs = {"input": str(self.input)} if self.input else {}
+        return {"weight": str(self.weight)} | inputs | ({"rotation": self.rotation} if self.rotation else {})
 
     @classmethod
     def from_json(cls, data: Any, where: str = "layer") -> LayerSpec:
-        found = entries(data, where, {"weight": TEXT}, {"input": TEXT})
-        return cls(**{port: stored_grid(port, text, where) for port, text in found.items()})
+        found = entries(data, where, {"weight": TEXT}, {"input": TEXT, "rotation": GROUP})
+        rotation = found.pop("rotation", 0)
+        grids = {port: stored_grid(port, text, where) for port, text in found.items()}
+        by_token = "input" not in grids or grids["input"].granularity == "token"
+        if rotation and not (by_token and grids["weight"].granularity in ("tensor", "channel")):
+            raise ArtifactError(
+                f"'{where}.rotation' stands beside grids that inputs are not rotated for",
+                where=where,
+                got=", ".join(f"{port} {grid}" for port, grid in grids.items()),
+                expected="a weight with a scale per tensor or channel, and inputs per token or in float",
+                fix=AGAIN,
+            )
+        return cls(**grids, rotation=rotation)
 
 
 @dataclass(frozen=True)

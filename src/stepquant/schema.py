@@ -29,7 +29,8 @@ making       {seconds, peak_bytes, start_bytes}: what quantizing took; a compari
 parts        [{name, class, digest, size, coverage}]: the quantized networks beside the denoiser; `macs` of the call in
              which a layer did most, when the pipeline made one image
 coverage     [{path, role, macs, bytes, weight, input, kernel, integer, reason}]: what one call did that was followed
-             operation by operation; `macs` for an image, `integer` whether integer kernels multiplied all of them
+             operation by operation; `macs` for an image, `integer` whether integer kernels multiplied all of them; beside
+             them `rotation`, the group in which an input is rotated
 cost         {macs, bops, float_bops, bytes, rows: [{weight, input, layers, macs, bops, bytes}]}: by the bits of the
              grids, whatever kernel multiplied
 plan         [{path, role, port, grid, reason}]: grid null where the site stays float
@@ -190,6 +191,7 @@ class Coverage(Part):
     bytes: int = 0
     weight: str = "float"
     input: str = "float"
+    rotation: int = 0
     kernel: str = ""
     integer: bool
     reason: str = ""

@@ -77,7 +77,7 @@ def show_layers(screen: Screen, rows: Rows, layers: bool) -> None:
                 row["role"],
                 f"{row['macs'] / total:.3%}",
                 row["weight"],
-                row["input"],
+                f"{row['input']}, rotated by {row['rotation']}" if row.get("rotation") else row["input"],
                 f"integer {row['kernel']}" if row["integer"] else "float",
                 row["reason"],
             )

@@ -59,12 +59,13 @@ def stored_bytes(module: nn.Module | None) -> int:
     return sum(FLOAT_BITS // 8 * value.numel() for value in module.parameters())
 
 
-def grids(module: nn.Module | None) -> dict[str, str]:
+def grids(module: nn.Module | None) -> dict[str, Any]:
     """The grids of the two operands: weight and input, or probabilities and query."""
     if isinstance(module, IntegerProduct):
         return {"weight": str(module.spec.probabilities), "input": str(module.spec.query)}
     if isinstance(module, IntegerLayer):
-        return {"weight": str(module.spec.weight), "input": str(module.spec.input or "float")}
+        found = {"weight": str(module.spec.weight), "input": str(module.spec.input or "float")}
+        return found | ({"rotation": module.spec.rotation} if module.spec.rotation else {})
     return {"weight": "float", "input": "float"}
 
 

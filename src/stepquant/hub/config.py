@@ -47,7 +47,8 @@ class Name(StrEnum):
 class StepquantConfig(QuantizationConfigMixin):
     """The `quantization_config` in a model's config.json: what every packed tensor means, and where it came from.
 
-    With the name of a scheme alone, what `from_pretrained` does to float weights while it loads them.
+    With the name of a scheme alone, what `from_pretrained` does to float weights while it loads them. `rotation` is for schemes
+    whose inputs are quantized by the token: the group, 256 for example, in which linears rotate what they read.
     """
 
     def __init__(
@@ -61,13 +62,15 @@ class StepquantConfig(QuantizationConfigMixin):
         format: int = FORMAT,
         digests: Mapping[str, str] | None = None,
         settings: str | None = None,
+        rotation: int | None = None,
     ) -> None:
         self.quant_method = Name.STEPQUANT  # type: ignore[assignment]
-        self.scheme = scheme
-        if scheme is not None:
-            from stepquant.hub.on_load import check_scheme  # which loading an artifact has no use for
+        self.scheme, self.rotation = scheme, rotation
+        if scheme is not None or rotation is not None:
+            from stepquant.hub.on_load import check_rotation, check_scheme  # which an artifact has no use for
 
-            check_scheme(scheme)
+            check_rotation(scheme, rotation)
+            check_scheme(scheme or "")
         self.layers, self.products, self.splits = dict(layers or {}), dict(products or {}), dict(splits or {})
         self.steps = dict(steps) if steps else None
         self.recipe, self.format = dict(recipe or {}), format
@@ -124,7 +127,8 @@ class StepquantConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         if self.scheme is not None:
-            return {"quant_method": self.quant_method.value, "scheme": self.scheme}
+            rotation = {} if self.rotation is None else {"rotation": self.rotation}
+            return {"quant_method": self.quant_method.value, "scheme": self.scheme} | rotation
         keys = [key for key in (*KEYS, "digest") if self.format != UNCOVERED or key != "settings"]
         return {"quant_method": self.quant_method.value} | {key: getattr(self, key) for key in keys}
 
@@ -133,7 +137,8 @@ class StepquantConfig(QuantizationConfigMixin):
 
     def __repr__(self) -> str:
         if self.scheme is not None:
-            return f"StepquantConfig('{self.scheme}')"
+            rotation = "" if self.rotation is None else f", rotation={self.rotation}"
+            return f"StepquantConfig('{self.scheme}'{rotation})"
         return f"StepquantConfig({len(self.layers)} layers, {len(self.products)} products, digest {self.digest[:12]})"
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from stepquant.artifact import LayerSpec
 from stepquant.core.affine import quantize, scale_and_zero, to_groups
-from stepquant.core.grid import Grid
 from stepquant.core.pack import pack
 from stepquant.core.ranges import minmax
+from stepquant.core.rotation import is_group, rotate
 from stepquant.errors import ModelError, PlanError
 from stepquant.hub.config import StepquantConfig, digests_of, settings_digest
 from stepquant.hub.of_diffusers import StepquantQuantizer
@@ -37,7 +37,7 @@ class OnLoadQuantizer(StepquantQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.floats = set(model.state_dict())
-        self.specs = specs_of(model, self.plan)
+        self.specs = specs_of(model, self.plan, self.quantization_config.rotation)
         skeleton(model, self.specs, {}, {})
         self.size = bytes_of(model.state_dict().values())
 
@@ -63,7 +63,7 @@ class OnLoadQuantizer(StepquantQuantizer):
         check_finite_weight(param_name, value, self.where)
         made = {leaf: value}
         if owner in self.specs:
-            made = rounded(value, self.specs[owner].weight) if leaf == "weight" else {leaf: value.float()}
+            made = rounded(value, self.specs[owner]) if leaf == "weight" else {leaf: value.float()}
         for name, tensor in made.items():
             with room_for(self.size, target_device):
                 there = tensor.to(target_device)
@@ -85,7 +85,7 @@ class OnLoadQuantizer(StepquantQuantizer):
         self.follow(model)
         self.quantization_config = StepquantConfig(
             layers={path: spec.to_json() for path, spec in self.specs.items()},
-            recipe=recipe_of(model, self.plan),
+            recipe=recipe_of(model, self.plan, self.quantization_config.rotation),
             digests=digests_of(model.state_dict()),
             settings=settings_digest(model.config),
         )
@@ -103,7 +103,24 @@ def check_scheme(name: str) -> None:
         )
 
 
-def specs_of(model: nn.Module, plan: Plan) -> dict[str, LayerSpec]:
+def check_rotation(name: str | None, rotation: int | None) -> None:
+    """Only rows whose scale is found as they come are rotated."""
+    if rotation is None:
+        return
+    rotates = [one for one in SCHEMES if one.endswith("-dynamic")]
+    if name not in rotates:
+        raise PlanError(
+            "only inputs that are quantized by the token are rotated",
+            got=f"rotation={rotation} with scheme {name!r}",
+            expected=f"one of {', '.join(rotates)}",
+        )
+    if type(rotation) is not int or not is_group(rotation):
+        raise PlanError(
+            "there is no regular Hadamard matrix for this rotation", got=rotation, expected="4, 16, 64 or 256"
+        )
+
+
+def specs_of(model: nn.Module, plan: Plan, rotation: int | None = None) -> dict[str, LayerSpec]:
     """The grids that the plan gives to the layers of a network, whose weights need not be there yet."""
     denoiser = Denoiser(model)
     if denoiser.family.generic:
@@ -113,15 +130,18 @@ def specs_of(model: nn.Module, plan: Plan) -> dict[str, LayerSpec]:
         )
     found, decided = {}, plan.resolve(denoiser)
     for path in denoiser.sites():
-        weight = decided[path, "weight"].grid
+        weight, inputs = decided[path, "weight"].grid, decided[path, "input"].grid
         if weight is not None:
-            found[path] = LayerSpec(weight, decided[path, "input"].grid)
+            layer: Any = model.get_submodule(path)
+            turns = rotation and inputs and isinstance(layer, nn.Linear) and not layer.in_features % rotation
+            found[path] = LayerSpec(weight, inputs, rotation if turns and rotation else 0)
     return found
 
 
-def rounded(weight: Tensor, grid: Grid) -> dict[str, Tensor]:
+def rounded(weight: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
     """Integers to the nearest over the whole range of each row of scales."""
-    rows = to_groups(weight.float(), grid)
+    grid = spec.weight
+    rows = to_groups(rotate(weight, spec.rotation) if spec.rotation else weight.float(), grid)
     scale, zero_point = scale_and_zero(*minmax(rows, grid), grid)
     made = {
         "weight": pack(quantize(rows, scale[:, None], zero_point[:, None], grid), grid),
@@ -130,13 +150,14 @@ def rounded(weight: Tensor, grid: Grid) -> dict[str, Tensor]:
     return made if grid.symmetric else made | {"weight_zero_point": zero_point.to(torch.int16)}
 
 
-def recipe_of(model: Any, plan: Plan) -> dict[str, Any]:
+def recipe_of(model: Any, plan: Plan, rotation: int | None = None) -> dict[str, Any]:
     """How the artifact came about."""
     name = str(model.config.get("_name_or_path") or type(model).__name__)
     return {
         "model": Path(name).resolve().name if Path(name).is_dir() else name,
         "method": "minmax",
         "scheme": plan.name,
+        **({} if rotation is None else {"rotation": rotation}),
         "plan": plan.to_json()["rules"],
         "versions": {"stepquant": __version__, "torch": str(torch.__version__)},
     }

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from stepquant.artifact import LayerSpec
 from stepquant.core.affine import dequantize, to_groups
+from stepquant.core.grid import GridError
 from stepquant.core.pack import packed_bytes, unpack
+from stepquant.core.rotation import rotate
 from stepquant.runtime import ops
 from stepquant.runtime.kernel import Geometry, Kernel
 from stepquant.runtime.layers.stored import Prepared, Stored, Versions, not_needed_soon
@@ -53,6 +55,7 @@ class IntegerLayer(Stored[PreparedLayer]):
         self.emit: torch.dtype | None = None
         self.float_because: str | None = None  # why it computes in float although it could multiply integers
         self.keeps_weight = False  # once dequantized, where only the weight is quantized
+        self.check_rotation()
         rows = to_groups(torch.empty(weight.shape, device="meta"), spec.weight).shape[0]
         size = packed_bytes(weight.numel(), spec.weight.bits)
         device = weight.device
@@ -67,6 +70,14 @@ class IntegerLayer(Stored[PreparedLayer]):
             count = groups if spec.input.granularity == "step" else 1
             self.register_buffer("input_scale", torch.ones(count, device=device))
             self.register_buffer("input_zero_point", torch.zeros(count, dtype=torch.int32, device=device))
+
+    def check_rotation(self) -> None:
+        """Only rows can be rotated, in groups that fill them."""
+        group = self.spec.rotation
+        if group and (len(self.weight_shape) != 2 or self.weight_shape[1] % group):
+            raise GridError(
+                f"groups of {group} are rotated in linears whose inputs they divide, not in {tuple(self.weight_shape)}"
+            )
 
     @property
     def code(self) -> Code:
@@ -119,6 +130,13 @@ class IntegerLayer(Stored[PreparedLayer]):
         return (integers - zero_point).to(torch.int8).reshape(self.weight_shape)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight for inputs as they come."""
+        if not self.spec.rotation:
+            return self.stored_weight(dtype)
+        return rotate(self.stored_weight(torch.float32), self.spec.rotation).to(dtype)
+
+    def stored_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight that the integers stand for, which is a rotated one where inputs are rotated."""
         grid, rows = self.spec.weight, self.weight_scale.numel()
         if grid.signed and grid.symmetric and grid.bits == 8:  # in one pass over the weight
             values = self.signed_bytes().reshape(rows, -1) * self.weight_scale[:, None]
@@ -195,14 +213,18 @@ class IntegerLayer(Stored[PreparedLayer]):
 
     def by_row(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The product of codes of scales that are found here."""
-        scales = self.scales_of(x)
-        sums = self.from_codes(ops.quantize_rows(x, scales, self.code), torch.float32)
+        codes, scales = self.codes_of_rows(x)
+        sums = self.from_codes(codes, torch.float32)
         return ops.scale_rows(sums, scales, self.bias, self.outputs_dim, dtype)
 
-    def scales_of(self, x: Tensor) -> Tensor:
+    def codes_of_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """And the scales of the rows."""
         grid = self.spec.input
         assert grid is not None
-        return ops.row_scales(x, self.rows_from, grid.qmax)
+        if self.spec.rotation:
+            return ops.rotate_quantize_rows(x, self.spec.rotation, self.code)
+        scales = ops.row_scales(x, self.rows_from, grid.qmax)
+        return ops.quantize_rows(x, scales, self.code), scales
 
     def straight_through(self, x: Tensor) -> Tensor:
         """What integers make of `x`, with the gradient of the float layer that they stand for."""
@@ -219,12 +241,14 @@ class IntegerLayer(Stored[PreparedLayer]):
 
     def float_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The same numbers without an integer kernel; the codes of the input are small integers, exact in bfloat16."""
-        weight, bias = self.float_weight(x.dtype), self.bias
+        bias = self.bias
         if self.spec.input is None or self.float_because:
-            return self.multiply(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
-        code, scales = self.code, self.scales_of(x) if self.dynamic else None
-        codes = ops.quantize(x, code) if scales is None else ops.quantize_rows(x, scales, code)
+            own = None if bias is None else bias.to(x.dtype)
+            return self.multiply(x, self.float_weight(x.dtype), own).to(dtype)
+        code = self.code
+        codes, scales = self.codes_of_rows(x) if self.dynamic else (ops.quantize(x, code), None)
         centred = (codes.to(torch.int16) - code.zero_point).to(x.dtype)
+        weight = self.stored_weight(x.dtype) if self.spec.rotation else self.float_weight(x.dtype)
         out = self.multiply(centred, weight, None).float() * (code.scale if scales is None else scales)
         return (out if bias is None else out + bias.reshape(self.bias_shape(out))).to(dtype)
 
@@ -258,4 +282,5 @@ class IntegerLayer(Stored[PreparedLayer]):
 
     def extra_repr(self) -> str:
         inputs = f", input {self.spec.input}" if self.spec.input else ""
-        return f"{tuple(self.weight_shape)}, weight {self.spec.weight}{inputs}"
+        rotated = f", rotated by {self.spec.rotation}" if self.spec.rotation else ""
+        return f"{tuple(self.weight_shape)}, weight {self.spec.weight}{inputs}{rotated}"
