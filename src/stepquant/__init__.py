@@ -44,8 +44,18 @@ if TYPE_CHECKING:
     from stepquant.job import Recipe, load, quantize, quantize_to
     from stepquant.job.card import write_card
     from stepquant.job.fastest import fastest
+    from stepquant.job.foreign import convert
 
-__all__ = ["Recipe", "StepquantError", "fastest", "load", "quantize", "quantize_to", "write_card"]
+__all__ = [
+    "Recipe",
+    "StepquantError",
+    "convert",
+    "fastest",
+    "load",
+    "quantize",
+    "quantize_to",
+    "write_card",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -55,6 +65,10 @@ def __getattr__(name: str) -> Any:
         from stepquant.job.fastest import fastest
 
         return fastest
+    if name == "convert":
+        from stepquant.job.foreign import convert
+
+        return convert
     if name == "write_card":
         from stepquant.job.card import write_card
 

@@ -40,6 +40,7 @@ COMMANDS = (
     "results",
     "diff",
     "inspect",
+    "convert",
     "report",
     "methods",
     "schemes",

@@ -31,6 +31,15 @@ ArtifactFolder = Annotated[
     Path, typer.Argument(metavar="DIR", help="Artifact that `stepquant quantize` wrote.", show_default=False)
 ]
 
+ArtifactOrFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR_OR_FILE",
+        help="Artifact that `stepquant quantize` wrote, or a safetensors file for ComfyUI.",
+        show_default=False,
+    ),
+]
+
 
 def writable(file: Path | None) -> Path | None:
     """Before any work: a file that can be written, in a folder that is there or can be made."""

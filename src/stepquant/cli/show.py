@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from stepquant.cli.options import ArtifactFolder, Fastest, Json
+from stepquant.cli.foreign import show_file
+from stepquant.cli.options import ArtifactFolder, ArtifactOrFile, Fastest, Json
 from stepquant.cli.screen import Screen, size_text
 from stepquant.runtime import ops
 
@@ -16,7 +17,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def inspect(
-    folder: ArtifactFolder,
+    folder: ArtifactOrFile,
     layers: Annotated[
         bool, typer.Option("--layers", help="Every layer, not only those that run in float.")
     ] = False,
@@ -24,7 +25,13 @@ def inspect(
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Batch size for --fastest.")] = 1,
     json: Json = None,
 ) -> None:
-    """Show how an artifact was made, and which share of its work ran in integers in one call on this machine."""
+    """Show how an artifact was made, and which share of its work ran in integers in one call on this machine.
+
+    Of a safetensors file that another program wrote: which integers it holds, and what of it would run here.
+    """
+    if folder.suffix == ".safetensors" and not folder.is_dir():
+        show_file(folder, layers, json)
+        return
     from stepquant.job.results import inspect_artifact
 
     screen = Screen()

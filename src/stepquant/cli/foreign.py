@@ -1,0 +1,89 @@
+"""Commands for files that other programs wrote: convert, and what inspect shows of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stepquant.cli.options import Json
+from stepquant.cli.screen import Screen, size_text
+
+
+def convert(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="Safetensors file of int8 or fp8 layers for ComfyUI.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder to write the network to.", show_default=False)
+    ],
+    config: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Folder with the config.json of the float network in diffusers' format.",
+            show_default=False,
+        ),
+    ],
+    json: Json = None,
+) -> None:
+    """Make an ordinary folder of a file of packed integers; nothing is quantized again."""
+    from stepquant.job.foreign import convert as write
+
+    screen = Screen()
+    made = write(file, out, config=config)
+    rotated = ", ".join(str(group) for group in made.recipe["rotations"])
+    screen.show(f"wrote {made.folder}: {made.recipe['class']}, {size_text(made.bytes)}")
+    screen.show(
+        f"{made.layers} layers in the integers of the file"
+        + (f", rotated in groups of {rotated}" if rotated else "")
+    )
+    screen.finish(
+        json,
+        {"folder": str(made.folder), "recipe": dict(made.recipe), "layers": made.layers, "bytes": made.bytes},
+    )
+
+
+def show_file(file: Path, layers: bool, json: Path | None) -> None:
+    """What a file says of itself, and which of its layers would run in integers here."""
+    from stepquant.job.foreign import inspect_file
+
+    screen, found = Screen(), inspect_file(file)
+    rows: list[dict[str, Any]] = found["layers"]
+    formats = ", ".join(f"{count} layers of {name}" for name, count in found["formats"].items())
+    rotations = ", ".join(f"{count} in groups of {group}" for group, count in found["rotations"].items())
+    screen.show(f"{file}: {formats}, in the {found['dialect']} dialect of ComfyUI")
+    screen.show(f"rotated: {rotations or 'none'}; {found['floats']} tensors in float")
+    if found["others"]:
+        screen.show(f"{found['others']} tensors of other parts are left where they are")
+    integers = sum(row["integer"] for row in rows)
+    screen.show(f"{integers} of {len(rows)} layers would run in integers here")
+    shown = [row for row in rows if layers or not row["integer"]]
+    screen.show()
+    screen.table(
+        "all layers" if layers else "not in integers" if shown else "",
+        ("layer", "format", "shape", "scales by", "rotation", "runs as", "reason"),
+        [
+            (
+                row["path"],
+                row["format"],
+                " x ".join(map(str, row["shape"])),
+                row["scales"],
+                row["rotation"] or "",
+                "integer" if row["integer"] else "float",
+                row["reason"],
+            )
+            for row in shown
+        ]
+        if shown
+        else [],
+    )
+    screen.finish(json, found)
+
+
+COMMANDS: Mapping[str, Callable[..., None]] = {"convert": convert}

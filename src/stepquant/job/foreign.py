@@ -1,0 +1,82 @@
+"""Files that other programs wrote: what they hold, and the folder of a network made of one."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepquant.errors import StepquantError
+from stepquant.hub.foreign.comfy import ForeignLayer, read_file
+from stepquant.hub.foreign.container import open_file
+from stepquant.hub.foreign.convert import network_of
+from stepquant.job.files import is_taken, new_folder, writing
+from stepquant.job.pipelines import without_bars
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A folder that was written, and the recipe in it."""
+
+    folder: Path
+    recipe: Mapping[str, Any]
+    layers: int  # whose weights are integers
+    bytes: int
+
+
+def convert(
+    file: str | os.PathLike[str], out: str | os.PathLike[str], *, config: str | os.PathLike[str]
+) -> Converted:
+    """Write the network in `file` as a folder that `from_pretrained` of its class loads, in the file's own integers.
+
+    `config` is the config.json of the float network in diffusers' format, or a folder that holds it.
+    """
+    target = Path(out)
+    if is_taken(target):
+        raise StepquantError(f"'{out}' is there already", fix="choose another --out, or remove it")
+    found = read_file(open_file(Path(file)))
+    with new_folder(target) as folder:
+        model = network_of(found, Path(config))
+        with writing(target), without_bars():
+            model.save_pretrained(folder)
+    told = model.hf_quantizer.quantization_config
+    size = sum(one.stat().st_size for one in target.glob("*.safetensors"))
+    return Converted(target, told.recipe, len(told.layers), size)
+
+
+def inspect_file(file: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file says of itself, and what of it would run in integers here."""
+    found = read_file(open_file(Path(file)))
+    rows = [row_of(layer) for layer in found.layers.values()]
+    return {
+        "file": str(file),
+        "dialect": found.dialect,
+        "formats": counted(row["format"] for row in rows),
+        "rotations": counted(str(row["rotation"]) for row in rows if row["rotation"]),
+        "floats": len(found.floats),
+        "others": found.file.others,
+        "layers": rows,
+    }
+
+
+def counted(words: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(words).items()))
+
+
+def row_of(layer: ForeignLayer) -> dict[str, Any]:
+    integer = layer.integer and not layer.marker.float_product
+    reason = (
+        "the file asks for products in float" if layer.marker.float_product else "fp8 weights become bfloat16"
+    )
+    return {
+        "path": layer.path,
+        "format": layer.marker.format,
+        "shape": [layer.outputs, layer.inputs],
+        "scales": "row" if layer.by_row else "tensor",
+        "rotation": layer.marker.rotation,
+        "integer": integer,
+        "reason": "" if integer else reason,
+    }
