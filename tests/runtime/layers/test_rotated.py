@@ -162,10 +162,13 @@ def test_a_lora_reads_what_was_not_rotated() -> None:
     register()
     torch.manual_seed(0)
     layer, x = nn.Linear(64, 8), noise(3, 64)
-    model = nn.Sequential(made(layer, 16))
-    before = model(x)
+    own = made(layer, 16)
+    model, before = (
+        nn.Sequential(own, nn.Linear(8, 8)),
+        own(x),
+    )  # peft asks the first parameter for its device
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=2, target_modules=["0"]))
     branch = adapted.base_model.model[0]
     branch.lora_B["default"].weight.normal_()
     down, up = branch.lora_A["default"].weight, branch.lora_B["default"].weight
-    torch.testing.assert_close(adapted(x) - before, x @ down.T @ up.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(branch(x) - before, x @ down.T @ up.T, rtol=1e-4, atol=1e-4)

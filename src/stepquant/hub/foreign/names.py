@@ -66,10 +66,8 @@ def renamed(given: Mapping[str, Tensor], model: Any, found: ForeignFile) -> dict
     if convert is None:
         raise nameless(found, model, expected, set(given), "diffusers has no converter for this class")
     reasons, most = [], dict(given)
-    for prefix in (
-        PREFIXES[0],
-        "",
-    ):  # some converters look for it, others take it away, and few know nothing of it
+    # Some converters look for the prefix, others take it away, and few know nothing of it.
+    for prefix in (PREFIXES[0], ""):
         try:
             made = convert(checkpoint={prefix + n: v for n, v in given.items()}, config=dict(model.config))
         except (KeyError, IndexError, ValueError, RuntimeError, TypeError) as error:
