@@ -175,3 +175,15 @@ def test_tensors_of_other_parts_are_left_where_they_are(tmp_path: Path) -> None:
     assert inspect_file(source)["others"] == 1
     assert made.recipe["model"] == "some"
     assert hub.config_of(type(model).from_pretrained(tmp_path / "out")).recipe == made.recipe
+
+
+def test_a_file_of_fp8_alone_loads_too(tmp_path: Path) -> None:
+    model, given = tiny("flux")
+    file, floats = written(model, None, fp8)
+    made = convert(
+        file.write(tmp_path / "a.safetensors"), tmp_path / "out", config=folder_of(model, tmp_path)
+    )
+    assert made.layers == 0
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    assert relative(predicted(loaded, given), predicted(model, given)) < 0.1
+    assert all(torch.equal(loaded.state_dict()[name].float(), value) for name, value in floats.items())
