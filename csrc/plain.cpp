@@ -5,6 +5,7 @@
 #include "winograd.h"
 #include "quantize.h"
 #include "pointwise.h"
+#include "stored.h"
 #include "upsample.h"
 
 namespace stepquant {
@@ -15,6 +16,7 @@ extern const Kernels plain_kernels = {
     group_norm,
     layer_norm,
     upsample,
+    stored_linear,
     {packed_bytes<VectorDot<Shorts>>, pack<VectorDot<Shorts>>, attend<VectorDot<Shorts>>, VectorDot<Shorts>::block},
     {2, groups_per_block, least_patches, convolve, convolve_rows, patches_scratch, convolve_patches},
 };

@@ -34,6 +34,7 @@ from stepquant.runtime.ops.norms import (
 )
 from stepquant.runtime.ops.operation import Operation
 from stepquant.runtime.ops.products import Product, convolve, linear, pack_weight
+from stepquant.runtime.ops.stored import stored_linear
 
 __all__ = [
     "Code",
@@ -55,6 +56,7 @@ __all__ = [
     "rms_norm_quantize",
     "row_scales",
     "scale_rows",
+    "stored_linear",
     "upsample_nearest2x",
     "why_plain",
 ]
