@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 READY := $(VENV)/.ready
 CPP := $(wildcard csrc/*.h csrc/*.cpp)
 
-.PHONY: demo test setup format docs dist sanitize torture clean
+.PHONY: demo test types tests setup format docs dist sanitize torture clean
 
 demo: setup
 	$(BIN)/stepquant demo
@@ -16,7 +16,13 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(MAKE) --jobs 2 types tests
+
+# Two targets, so that mypy's one process leaves no core idle.
+types: setup
 	$(BIN)/mypy
+
+tests: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 setup: $(READY)

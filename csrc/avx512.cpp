@@ -5,6 +5,7 @@
 #include "pointwise.h"
 #include "quantize.h"
 #include "rotate.h"
+#include "stored.h"
 #include "upsample.h"
 #include "winograd.h"
 
@@ -17,6 +18,7 @@ extern const Kernels avx512_kernels = {
     layer_norm,
     upsample,
     rotate,
+    stored_linear,
     {packed_bytes<VectorDot<Shorts>>, pack<VectorDot<Shorts>>, attend<VectorDot<Shorts>>, VectorDot<Shorts>::block},
     {2, groups_per_block, least_patches, convolve, convolve_rows, patches_scratch, convolve_patches},
 };

@@ -201,6 +201,21 @@ struct ConvolveKernel {
   void (*run_patches)(const ConvolveTask& task, int64_t begin, int64_t end);
 };
 
+// The weight is packed as files pack it: integers from zero up, of 4 or 8 bits, the lowest bits of a byte first.
+struct StoredTask {
+  const double* x;  // rows of `ins` numbers
+  int64_t rows;
+  int64_t ins;
+  int64_t outs;
+  const uint8_t* weight;
+  int64_t bits;
+  int64_t groups;  // of the inputs of one output, with a scale and a zero point each
+  const float* scale;
+  const int16_t* zero_point;
+  const float* bias;  // per output, or null
+  float* out;
+};
+
 struct Kernels {
   const char* name;
   void (*quantize)(const QuantizeTask& task, int64_t begin, int64_t end);  // items are rows
@@ -208,6 +223,7 @@ struct Kernels {
   void (*layer_norm)(const LayerNormTask& task, int64_t begin, int64_t end);  // items are rows
   void (*upsample)(const UpsampleTask& task, int64_t begin, int64_t end);  // items are input rows of all images
   void (*rotate)(const RotateTask& task, int64_t begin, int64_t end);  // items are rows
+  void (*stored_linear)(const StoredTask& task, int64_t begin, int64_t end);  // items are outputs
   AttentionKernels attention;  // integer products of AVX-512 come from files of their own
   ConvolveKernel convolve;
 };

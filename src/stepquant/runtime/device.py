@@ -27,6 +27,7 @@ class Device:
     why_no_linear: Callable[[torch.device], str | None]
     why_no_attention: Callable[[torch.device], str | None]
     operations: tuple[str, ...]  # of torch's dispatcher, that multiply integers
+    stored_rows: int = 0  # as many rows of floats at most are multiplied with a weight as it is stored
 
 
 def device_for(device: torch.device) -> Device:

@@ -30,6 +30,7 @@ def examples() -> dict[str, tuple]:
     weight = torch.randint(-128, 128, (20, 8, 3, 3), dtype=torch.int8)
     point = weight[:, :, :1, :1].contiguous()
     scales, bias = torch.rand(20) * 1e-3, torch.randn(20)
+    zeros, grouped = torch.randint(0, 16, (20, 3), dtype=torch.int16), torch.rand(20, 3)
     walk = ([3, 3], [1, 1], [1, 1, 1, 1], [1, 1])
     wide, flat = (Bytes(weight), scales, sums_of(weight), bias), (Bytes(point), scales, sums_of(point), bias)
     return {
@@ -47,6 +48,15 @@ def examples() -> dict[str, tuple]:
         "row_scales": (tokens, -1, 127),
         "quantize_rows": (tokens, tokens.abs().amax(-1, keepdim=True) / 127, *CODE),
         "rotate_quantize_rows": (tokens, 16, *CODE),
+        "stored_linear": (
+            rows,
+            torch.randint(0, 256, (20 * 24,), dtype=torch.uint8),
+            4,
+            zeros,
+            grouped,
+            bias,
+            torch.float32,
+        ),
         "scale_rows": (rows, rows[:, :1].abs(), rows[0], -1, torch.bfloat16),
         "attention": (heads, heads, heads, 0.3, *CODE, *CODE, *CODE, 1 / 255, 0, 0, 255),
     }

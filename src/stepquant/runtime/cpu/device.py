@@ -24,6 +24,9 @@ def why_no_attention(_: torch.device) -> str | None:
     return "the compiled attention kernel is missing: the codes are multiplied in float32"
 
 
+# Beyond so many, a weight that is dequantized first repays it.
+STORED_ROWS = 16
+
 OPERATIONS = tuple(name for kind in (ConvKernel, LinearKernel) for name in (kind.own_name, kind.name))
 DEVICE = Device(
     ConvKernel,
@@ -32,4 +35,5 @@ DEVICE = Device(
     why_no_linear,
     why_no_attention,
     (*OPERATIONS, "stepquant::attention"),
+    STORED_ROWS if ops.compiled() else 0,
 )

@@ -18,7 +18,7 @@ from stepquant.runtime.kernel import Geometry, Kernel
 from stepquant.runtime.layers.stored import Prepared, Stored, Versions, not_needed_soon
 from stepquant.runtime.ops.code import Code
 
-WEIGHT_ONLY = "weight-only: dequantized at every call, which saves memory and not time"
+WEIGHT_ONLY = "weight-only: its input is not quantized, and it multiplies floats"
 DEQUANTIZED_ONCE = "weight-only: dequantized once, because it is small and often read"
 
 

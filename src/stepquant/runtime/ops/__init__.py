@@ -35,6 +35,7 @@ from stepquant.runtime.ops.norms import (
 )
 from stepquant.runtime.ops.operation import Operation
 from stepquant.runtime.ops.products import Product, convolve, linear, pack_weight
+from stepquant.runtime.ops.stored import stored_linear
 
 __all__ = [
     "Code",
@@ -57,6 +58,7 @@ __all__ = [
     "rotate_quantize_rows",
     "row_scales",
     "scale_rows",
+    "stored_linear",
     "upsample_nearest2x",
     "why_plain",
 ]
