@@ -169,6 +169,14 @@ def test_uniform_steps_are_another_result_than_tdac(source: Source) -> None:
     assert sorted(picks[0].tolist()) != sorted(picks[1].tolist())
 
 
+@pytest.mark.parametrize(("radius", "says"), [(1e9, True), (0.0, True), (None, False)])
+def test_density_that_says_nothing_is_said(source: Source, radius: float | None, says: bool) -> None:
+    ears = Listening()
+    method: Any = methods.build("eda_dm", FEW["eda_dm"] | {"radius": radius})
+    method.draw_steps(replace(source, progress=ears))
+    assert any("density says nothing" in words for words in ears.heard) == says
+
+
 def test_more_groups_than_recorded_steps_are_one_clear_error(source: Source) -> None:
     with pytest.raises(CalibrationError, match="5 groups of steps cannot be compared"):
         run(source, "gac", at_steps=4)
