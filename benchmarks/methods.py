@@ -40,7 +40,7 @@ EDA_DM = [
     for layers in (0, 0.8)
 ]
 GAC = [
-    Variant("gac", {"meta_steps": 0}, "gac, uniform weights"),
+    Variant("gac", {"visits": 0}, "gac, uniform weights"),
     Variant("gac", {"alignment": 0}, "gac, learnt weights without alignment"),
     Variant("gac", {}, "gac, learnt weights with alignment (default)"),
     *(Variant("gac", {"validation": share}) for share in (0.02, 0.1)),

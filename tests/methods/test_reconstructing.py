@@ -24,7 +24,7 @@ FEW: dict[str, dict[str, Any]] = {
     "brecq": {"samples": 24, "trajectories": 6, "iterations": 12, "step_iterations": 4},
     "qdiffusion": {"trajectories": 6, "at_steps": 4, "iterations": 12, "step_iterations": 4},
     "eda_dm": {"samples": 24, "trajectories": 6, "chunk": 3, "iterations": 12},
-    "gac": {"trajectories": 6, "iterations": 12, "time_iterations": 12, "meta_steps": 2, "meta_batch": 4},
+    "gac": {"trajectories": 6, "iterations": 12, "time_iterations": 12, "visits": 1, "meta_batch": 8},
 }
 
 

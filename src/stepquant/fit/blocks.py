@@ -46,6 +46,9 @@ def reconstruct_blocks(
         if weigh is not None:
             sample = sample.weighted(weigh(streams.network, piece, sample, seed))
         report = reconstruct(streams.network, piece, sample, schedule, seed)
+        if weigh is not None and sample.weights is not None:
+            learnt = sample.weights[sample.train]
+            report = replace(report, weights=[learnt.min().item(), learnt.max().item()])
         if sample.layers is not None:
             streams.release(sample.layers)
         return report
@@ -136,7 +139,10 @@ def of_last_trajectories(data: CalibSet, share: float) -> Tensor:
 
 def describe(report: Report) -> str:
     ratio = report.hard / report.nearest if report.nearest else 1.0
-    return f"{report.path}: loss {report.hard:.3g}, {ratio:.0%} of nearest, soft-hard gap {report.gap:.2g}"
+    said = f"{report.path}: loss {report.hard:.3g}, {ratio:.0%} of nearest, soft-hard gap {report.gap:.2g}"
+    if report.weights:
+        said += f", sample weights {report.weights[0]:.2f} to {report.weights[1]:.2f}"
+    return said
 
 
 @contextmanager

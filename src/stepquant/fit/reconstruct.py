@@ -29,6 +29,7 @@ class Report:
     hard: float
     soft: float
     iterations: int
+    weights: Sequence[float] = ()  # the least and the greatest of a training record, where they are learnt
 
     @property
     def gap(self) -> float:

@@ -8,6 +8,7 @@ No code was released; where the paper leaves a choice open, it is a field here. 
 - d/d omega is computed from the gradients of single samples, which equals differentiating through the inner step.
 - a block keeps rounding to nearest where that does better on held-out records.
 - activations have one range for all steps; the per-step ranges of its base are a method of their own (`tfmq`).
+- every record's weight is updated as often (`visits`); the paper leaves the number of updates open.
 """
 
 from __future__ import annotations
@@ -42,18 +43,15 @@ class GAC(StridedMethod):
         "rounding_rate": 1e-3,
         "last_rate": 1.0,
         "penalty": 0.01,
-        "meta_steps": 50,
     }
     time_iterations: int = Field(500, ge=0, description="for the time block")
     momentum: float = Field(
         0.95, ge=0, lt=1, description="of the moving average of activation ranges over batches"
     )
-    meta_steps: int = Field(
-        12, ge=0, description="updates of the sample weights per block; 0: uniform weights (ablation)"
+    visits: int = Field(
+        3, ge=0, description="updates of every record's weight per block; 0: uniform weights (ablation)"
     )
-    meta_batch: int = Field(
-        16, gt=0, description="training records per update; a record that no update visits keeps its score"
-    )
+    meta_batch: int = Field(32, gt=0, description="training records per update")
     meta_rate: float = Field(0.1, ge=0, description="change of a record's score per update")
     inner: float = Field(
         0.1,
@@ -102,7 +100,7 @@ class GAC(StridedMethod):
 
     def weighing(self, apart: tuple[str, ...]) -> Weighing:
         return Weighing(
-            rounds=self.meta_steps,
+            visits=self.visits,
             batch=self.meta_batch,
             rate=self.meta_rate,
             inner=self.inner,
