@@ -173,6 +173,7 @@ class Learner:
     def loss(self, sample: Sample, rows: Tensor) -> Tensor:
         target = self.target(sample, rows)
         weights = None if sample.weights is None else sample.weights[rows].to(target.block[0].device)
+        self.network.at(rows)
         with self.multiplying(target.block[0]):
             out = self.outputs(self.mixed(sample, rows))
         return self.schedule.loss(out, target, weights)
@@ -181,6 +182,7 @@ class Learner:
         """The block's own error, unweighted, on held-out records with quantized inputs."""
         total, measure = 0.0, BlockLoss(self.schedule.loss.p)
         for rows in sample.held.split(self.schedule.batch):
+            self.network.at(rows)
             out = Outputs(self.piece.outputs(sample.quants.take(rows)))
             total += float(measure(out, Outputs(sample.targets.take(rows)))) * len(rows)
         return total / len(sample.held)

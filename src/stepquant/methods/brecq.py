@@ -48,8 +48,9 @@ class BRECQ(BlockMethod):
         generator = torch.Generator().manual_seed(source.seed)
         data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
 
+        steps = self.by_steps(denoiser, plan, data, source)
         with (
-            insert(denoiser, plan) as network,
+            insert(denoiser, plan, **steps) as network,
             Streams(network, data, source.cache, budget=source.memory) as streams,
         ):
             reconstruct = self.reconstructing(streams, data, source)
@@ -60,8 +61,8 @@ class BRECQ(BlockMethod):
 
             # Activations follow: ranges first, then their steps by gradient (section 3.3).
             self.set_input_ranges(network, data, source)
-            steps = self.schedule(
+            schedule = self.schedule(
                 iterations=self.step_iterations, rounding_rate=0, scale_rate=self.step_rate, last=0.0
             )
-            reconstruct(steps, stage="steps", activations=True)
+            reconstruct(schedule, stage="steps", activations=True)
             return freeze(network)

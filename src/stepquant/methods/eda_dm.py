@@ -85,8 +85,9 @@ class EDADM(BlockMethod):
         data = source.record(spread(self.draw_steps(source), self.trajectories))
 
         split = split_here(True, False, denoiser, source)
+        steps = self.by_steps(denoiser, plan, data, source, split)
         with (
-            insert(denoiser, plan, split=split) as network,
+            insert(denoiser, plan, split=split, **steps) as network,
             Streams(network, data, source.cache, budget=source.memory) as streams,
         ):
             reconstruct = self.reconstructing(streams, data, source)

@@ -7,14 +7,13 @@ No code was released; where the paper leaves a choice open, it is a field here. 
 - alignment is measured by angle (`cosine`), because raw inner products are unbounded below; raw is an option.
 - d/d omega is computed from the gradients of single samples, which equals differentiating through the inner step.
 - a block keeps rounding to nearest where that does better on held-out records.
-- activations have one range for all steps; the per-step ranges of its base are a method of their own (`tfmq`).
 - every record's weight is updated as often (`visits`); the paper leaves the number of updates open.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -48,6 +47,10 @@ class GAC(StridedMethod):
     momentum: float = Field(
         0.95, ge=0, lt=1, description="of the moving average of activation ranges over batches"
     )
+    by_step: Literal["auto", "always", "never"] = Field(
+        "always",
+        description="activation ranges by step, as its base has; auto: where one range would not do; never",
+    )
     visits: int = Field(
         3, ge=0, description="updates of every record's weight per block; 0: uniform weights (ablation)"
     )
@@ -75,8 +78,9 @@ class GAC(StridedMethod):
         data = source.record(self.picks(source.steps))
         held = of_last_trajectories(data, self.validation)
 
+        steps = self.by_steps(denoiser, plan, data, source)
         with (
-            insert(denoiser, plan) as network,
+            insert(denoiser, plan, **steps) as network,
             Streams(network, data, source.cache, budget=source.memory) as streams,
         ):
             reconstruct = self.reconstructing(streams, data, source)
@@ -94,7 +98,7 @@ class GAC(StridedMethod):
             schedule = self.schedule(without=apart)
             reconstruct(schedule, stage="weights", activations=False, held=held, weigh=weigh)
 
-            # Activations: moving averages of their ranges, nothing is learnt.
+            # Activations: moving averages of their ranges by step, as the base sets them; nothing is learnt.
             self.set_input_ranges(network, data, source)
             return freeze(network)
 

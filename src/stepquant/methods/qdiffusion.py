@@ -52,8 +52,9 @@ class QDiffusion(StridedMethod):
 
         # Eq. 9 and 10: the halves of a concatenated input have their own weight and activation quantizers.
         split = split_here(self.split, "split" in self.model_fields_set, denoiser, source)
+        steps = self.by_steps(denoiser, plan, data, source, split)
         with (
-            insert(denoiser, plan, split=split) as network,
+            insert(denoiser, plan, split=split, **steps) as network,
             Streams(network, data, source.cache, budget=source.memory) as streams,
         ):
             reconstruct = self.reconstructing(streams, data, source)
