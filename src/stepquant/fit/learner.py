@@ -40,6 +40,12 @@ class Schedule:
     loss: BlockLoss = field(default_factory=BlockLoss)
     checks: int = 10  # looks at the held-out records
     patience: int = 4  # checks without improvement before it ends
+    gap: float = (
+        0.0  # by how much of the hard loss the soft one may differ for roundings to be decided; 0: never
+    )
+    by_size: float = (
+        0.0  # exponent of how many more iterations a block of fewer weights gets; 0: all the same
+    )
     without: tuple[str, ...] = ()  # roles whose layers stay as they are
     bf16: bool = False  # multiply in bfloat16 while learning, where the processor can
 

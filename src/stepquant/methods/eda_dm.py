@@ -12,6 +12,7 @@ Differs from the released code:
 - fast preset: inputs are the quantized ones. Mixed half and half with float ones, as in the code, a block is fitted to
   half of the error that reaches it, and in few iterations that costs more than the mixing protects from overfitting.
 - activation steps are learnt as factors of their start, so that one rate fits every site; published rates are absolute.
+- fast preset: a block is done when its soft and hard losses agree, and small blocks have more iterations than large ones.
 - a block keeps rounding to nearest where that does better on held-out records.
 """
 
@@ -53,6 +54,8 @@ class EDADM(BlockMethod):
         "last_rate": 0.0,
         "step_rate": 5e-4,
         "penalty": 0.0,
+        "gap": 0.0,
+        "by_size": 0.0,
         "mix": 0.5,
     }
     paper_at: ClassVar[dict[int, dict[str, Any]]] = {8: {"rounding_rate": 0.05, "step_rate": 1e-3}}

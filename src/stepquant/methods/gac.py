@@ -6,6 +6,7 @@ No code was released; where the paper leaves a choice open, it is a field here. 
 - the inner rate follows from the size of the gradients, so that it fits every block.
 - alignment is measured by angle (`cosine`), because raw inner products are unbounded below; raw is an option.
 - d/d omega is computed from the gradients of single samples, which equals differentiating through the inner step.
+- fast preset: a block is done when its soft and hard losses agree, and small blocks have more iterations than large ones.
 - a block keeps rounding to nearest where that does better on held-out records.
 - every record's weight is updated as often (`visits`); the paper leaves the number of updates open.
 """
@@ -42,6 +43,8 @@ class GAC(StridedMethod):
         "rounding_rate": 1e-3,
         "last_rate": 1.0,
         "penalty": 0.01,
+        "gap": 0.0,
+        "by_size": 0.0,
     }
     time_iterations: int = Field(500, ge=0, description="for the time block")
     momentum: float = Field(

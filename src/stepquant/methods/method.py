@@ -124,6 +124,18 @@ class BlockMethod(PresetMethod):
     rounding_rate: float = Field(0.1, ge=0, description="Adam's rate for roundings")
     last_rate: float = Field(0.1, ge=0, le=1, description="share of that rate left at the end of its cosine")
     penalty: float = Field(1.0, ge=0, description="lambda: weight of the rounding regulariser")
+    gap: float = Field(
+        0.03,
+        ge=0,
+        lt=1,
+        description="a block is done once rounding for good changes its loss by this share; 0: never",
+    )
+    by_size: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="blocks of few weights get more iterations, by this power of the ratio to the mean; 0: all the same",
+    )
     p: float = Field(2.4, gt=0, le=8, description="norm that ranges minimise")
     momentum: float = Field(
         0.9, ge=0, lt=1, description="of the moving average of activation ranges over batches"
@@ -141,6 +153,8 @@ class BlockMethod(PresetMethod):
             "rounding_rate": self.rounding_rate,
             "last": self.last_rate,
             "penalty": self.penalty,
+            "gap": self.gap,
+            "by_size": self.by_size,
             "bf16": self.bf16,
         }
         return Schedule(**own | changes)

@@ -6,6 +6,7 @@ Differs from the released code:
 - where t enters by modulation there is no block to fit apart: what t alone decides is tabled. Modulation that a class
   or a text enters, too, keeps its layers, which are learnt with their blocks.
 - grids come from the plan; most schemes keep the inputs of the time block in float, so that it has no ranges to set.
+- fast preset: a block is done when its soft and hard losses agree, and small blocks have more iterations than large ones.
 - a block keeps rounding to nearest where that does better on held-out records.
 """
 
@@ -53,6 +54,8 @@ class TFMQ(StridedMethod):
         "rounding_rate": 1e-3,
         "last_rate": 1.0,
         "penalty": 0.01,
+        "gap": 0.0,
+        "by_size": 0.0,
     }
     time: Literal["reconstruct", "table"] = Field(
         "reconstruct", description="fit the time block apart (TIAR), or store its exact outputs for every t"
