@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DModel,
+)
 
 from stepquant import methods
 from stepquant.artifact import Artifact
@@ -57,6 +63,12 @@ def stepped(artifact: Artifact) -> set[tuple[str, str]]:
 @pytest.fixture
 def unet() -> UNet2DModel:
     return make_one_level()
+
+
+@pytest.fixture
+def source(pipeline: DDIMPipeline, tmp_path: Path) -> Source:
+    """With as many steps as ranges."""
+    return Source(pipeline, Sampling(FEW), batch=4, cache=tmp_path)
 
 
 @pytest.mark.usefixtures("coarse")
@@ -149,7 +161,7 @@ def test_steps_that_one_range_would_not_serve_are_found_and_get_their_own(tmp_pa
 
 
 def test_a_model_whose_steps_are_alike_keeps_one_range(source: Source) -> None:
-    data = source.record(every(2, range(10)))
+    data = source.record(every(2, range(FEW)))
     parts = uneven(Denoiser.of(source.pipeline), scheme("w8a8"), data, small=2.0)
     assert len(parts) > 10
     assert min(parts.values()) > SMALL
