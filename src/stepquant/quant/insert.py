@@ -114,13 +114,19 @@ def insert(
     finally:
         if hook is not None:
             hook.remove()
-        for path in layers:
-            model.set_submodule(path, former[path])
-        for path in products:
-            attention = model.get_submodule(path)
-            attention.processor = former[path]
-            del attention.product
+        put_back(model, former, products)
         unsplit()
+
+
+def put_back(model: nn.Module, former: Mapping[str, Any], products: Container[str]) -> None:
+    """The float layers, and the processors of attentions whose product was exchanged."""
+    for path, value in former.items():
+        if path in products:
+            attention = model.get_submodule(path)
+            attention.processor = value
+            del attention.product
+        else:
+            model.set_submodule(path, value)
 
 
 def read_clock(denoiser: Denoiser, clock: Clock) -> Any:
