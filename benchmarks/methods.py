@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from learnt import check_learnt
 from method_tables import step_table, table
 from rich.console import Console
 
@@ -29,7 +30,9 @@ from stepquant.cli.reporter import Reporter, clock
 from stepquant.errors import StepquantError
 from stepquant.job.compare import Cell, Evaluation, Processes, Variant, compare, grid, known
 from stepquant.job.compare.grid import check_used, shared
+from stepquant.job.pipelines import load
 from stepquant.job.results import DATA
+from stepquant.models.denoiser import Denoiser
 
 MODEL = "stepquant:characters"
 SCHEMES, MAIN = ("w8a8", "w6a6", "w4a8", "w4a4"), "w4a8"
@@ -40,7 +43,7 @@ EDA_DM = [
     for layers in (0, 0.8)
 ]
 GAC = [
-    Variant("gac", {"meta_steps": 0}, "gac, uniform weights"),
+    Variant("gac", {"visits": 0}, "gac, uniform weights"),
     Variant("gac", {"alignment": 0}, "gac, learnt weights without alignment"),
     Variant("gac", {}, "gac, learnt weights with alignment (default)"),
     *(Variant("gac", {"validation": share}) for share in (0.02, 0.1)),
@@ -56,6 +59,7 @@ def main() -> int:
         tables = plan_tables(options)
         try:
             if not options.table:
+                check_learnt(Denoiser.of(load(options.model)).model, options.model)
                 run_tables(options, tables)
         except KeyboardInterrupt:
             stopped = True

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from stepquant.calib.density import (
     likeness_of_steps,
     neighbours,
     normalised,
+    says_nothing,
     share_out,
     squared_distances,
 )
@@ -38,8 +40,31 @@ def test_distances_and_cosines_equal_the_double_loop() -> None:
 
 def test_neighbours_lie_within_the_radius() -> None:
     f = torch.tensor([0.0, 1.0, 1.1, 5.0]).reshape(4, 1, 1, 1, 1)
-    assert neighbours(Likeness.of(f), radius=0.02).tolist() == [0, 1, 1, 0]
-    assert neighbours(Likeness.of(f), radius=1.5).tolist() == [2, 2, 2, 0]
+    assert neighbours(Likeness.of(f), radius=0.01).tolist() == [0, 1, 1, 0]
+    assert neighbours(Likeness.of(f), radius=0.5).tolist() == [2, 2, 2, 0]
+    assert neighbours(Likeness.of(f)).tolist() == [1, 2, 1, 0]
+
+
+@pytest.mark.parametrize("radius", [None, 0.5, 0.9])
+def test_the_radius_goes_with_the_scale_of_the_features(radius: float | None) -> None:
+    f = features(12)
+    f = f + torch.linspace(0, 3, 12).reshape(12, 1, 1, 1, 1)
+    wanted = neighbours(Likeness.of(f), radius)
+    assert not says_nothing(wanted)
+    for scale in (1e-3, 1e3):
+        assert torch.equal(neighbours(Likeness.of(scale * f), radius), wanted)
+
+
+def test_no_step_falls_below_the_floor() -> None:
+    f = features(10)
+    f[4:7] = f[4]  # dense
+    f[9] = 50 * f[9]
+    free, kept = (counts(Likeness.of(f), 200, 0.0, floor=floor) for floor in (0.0, 0.5))
+    assert int(free.min()) == 0
+    assert int(kept.min()) == 10
+    assert int(kept.sum()) == 200
+    assert kept.argmax() == free.argmax()
+    assert counts(Likeness.of(f), 7, 1.2, floor=1.0).sum() == 7
 
 
 @settings(max_examples=60, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from stepquant.core.steps import StepTable
 from stepquant.errors import MethodError
 from stepquant.fit.correct import Moments, check_noise, follow, offset_of, try_step
 from stepquant.methods import d2dpm, ptqd, tac
+from stepquant.models.call import Call
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import Sampling
 
@@ -174,6 +176,12 @@ def test_a_deterministic_sampler_refuses_the_variance(source: Source) -> None:
     assert check_noise(source, "auto") == "none"
     noisy = Source(source.pipeline, Sampling(10, "ddpm"), cache=source.cache)
     assert check_noise(noisy, "auto") == "absorb"
+    for sampling in (Sampling(10, "ddim-eta1"), Sampling(10, prompts=(Call.of({"eta": 0.5}),))):
+        assert check_noise(dataclasses.replace(source, sampling=sampling), "auto") == "absorb"
+    assert (
+        check_noise(dataclasses.replace(source, sampling=Sampling(10, prompts=(Call.of({}),))), "auto")
+        == "none"
+    )
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm++", "unipc"])

@@ -9,7 +9,7 @@ from torch import Generator
 from stepquant.core.losses import BlockLoss, Outputs
 from stepquant.core.ranges import minmax
 from stepquant.errors import MethodError
-from stepquant.fit.blocks import hold_out, without_gradients
+from stepquant.fit.blocks import hold_out, share_iterations, without_gradients
 from stepquant.fit.learnable import FixedRounding, LearnedScale, SoftRounding
 from stepquant.fit.learner import Learner, Sample, Schedule, inside
 from stepquant.fit.ranges import set_input_ranges
@@ -36,6 +36,32 @@ def test_every_block_ends_below_rounding_to_nearest(bench: Bench) -> None:
             for layer in inside(bench.network.layers, piece.path).values():
                 assert isinstance(layer.rounding, FixedRounding)
                 layer.rounding = None
+
+
+def test_a_block_whose_roundings_are_decided_is_done(bench: Bench) -> None:
+    piece, sample = find(bench, "down_blocks.0.resnets.0")
+    bench.network.switch(weights=True, inputs=False)
+    schedule = replace(QUICK, iterations=120, penalty=10.0, last=0.3)
+    counted, done = (
+        reconstruct(bench.network, piece, sample, replace(schedule, gap=gap), seed=0) for gap in (0.0, 0.3)
+    )
+    assert counted.iterations == 120, "without a gap, the count alone decides"
+    assert done.iterations < 120
+    assert abs(done.gap) < 0.3 * done.hard
+    assert done.hard < 1.1 * counted.hard
+
+
+def test_small_blocks_have_more_iterations_and_large_ones_pay() -> None:
+    sizes = {"small": 100, "middle": 10_000, "large": 1_000_000, "none": 0}
+    even = share_iterations(sizes, Schedule(iterations=300))
+    assert set(even.values()) == {300}
+    shares = share_iterations(sizes, Schedule(iterations=300, by_size=0.25))
+    assert shares["small"] == shares["none"] == 900
+    assert 600 < shares["middle"] < 700
+    assert shares["large"] == 240
+    cost = sum(shares[path] * size for path, size in sizes.items())
+    assert cost < 300 * sum(sizes.values()), "all together take no longer"
+    assert set(share_iterations(sizes, Schedule(iterations=0, by_size=0.25)).values()) == {0}
 
 
 def test_the_reported_loss_is_that_of_the_integers(bench: Bench) -> None:

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from stepquant.calib.pick import every
 from stepquant.calib.record import Source
 from stepquant.errors import CalibrationError
-from stepquant.fit.blocks import hold_out, of_last_trajectories, reconstruct_blocks
+from stepquant.fit.blocks import describe, hold_out, of_last_trajectories, reconstruct_blocks
 from stepquant.fit.journal import Journal
 from stepquant.fit.learner import Schedule
 from stepquant.fit.weights import (
@@ -26,12 +26,13 @@ from stepquant.fit.weights import (
     sample_gradients,
     score_gradient,
     step_groups,
+    visiting,
     weigh_block,
 )
 from tests.conftest import make_one_level
 from tests.fit.conftest import Bench
 
-SETTINGS = Weighing(rounds=30, batch=8, inner=0.05, groups=3, group_batch=4)
+SETTINGS = Weighing(visits=12, batch=8, inner=0.05, groups=3, group_batch=4)
 
 
 @pytest.fixture
@@ -171,6 +172,14 @@ def test_groups_agree_no_less_after_the_weights_are_learnt() -> None:
     assert agreement(found) >= agreement(even)
 
 
+@pytest.mark.parametrize("batch", [6, 20, 64])
+def test_every_record_is_visited_as_often(batch: int) -> None:
+    settings = replace(SETTINGS, visits=3, batch=batch)
+    places = list(visiting(20, settings, Generator().manual_seed(0)))
+    assert torch.cat(places).bincount().tolist() == [3] * 20
+    assert all(len(some) == len(some.unique()) <= batch for some in places)
+
+
 def test_misalignment_is_the_double_sum() -> None:
     pulls = torch.randn(4, 6, generator=Generator().manual_seed(0))
     double = sum(pulls[t] @ pulls[k] for t in range(4) for k in range(4) if t != k)
@@ -204,7 +213,7 @@ def test_validation_records_are_as_many_of_every_step(source: Source) -> None:
 
 def test_a_block_gets_weights_with_mean_one(bench: Bench) -> None:
     steps = bench.data.steps()
-    settings = Weighing(rounds=3, batch=6, groups=3)
+    settings = Weighing(visits=1, batch=8, groups=3)
     piece, sample = next((p, s) for p, s in bench.samples() if p.path == "down_blocks.0.resnets.0")
     bench.network.switch(weights=True, inputs=False)
     found = weigh_block(bench.network, piece, sample, 0, steps=steps, settings=settings)
@@ -214,7 +223,7 @@ def test_a_block_gets_weights_with_mean_one(bench: Bench) -> None:
 
 
 def test_without_meta_steps_the_result_is_that_of_no_weights_bit_for_bit(bench: Bench, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    weigh = partial(weigh_block, steps=bench.data.steps(), settings=Weighing(rounds=0))
+    weigh = partial(weigh_block, steps=bench.data.steps(), settings=Weighing(visits=0))
     schedule = Schedule(iterations=5, batch=8, rounding_rate=0.1)
     found = []
     for name, chosen in (("plain", None), ("zero", weigh)):
@@ -225,5 +234,8 @@ def test_without_meta_steps_the_result_is_that_of_no_weights_bit_for_bit(bench: 
         found.append((reports, [layer.weight_integers() for layer in bench.network.layers.values()]))
         for layer in bench.network.layers.values():
             layer.rounding = None
-    assert found[0][0] == found[1][0]
+    for plain, zero in zip(*(reports for reports, _ in found)):
+        assert replace(zero, weights=()) == plain
+        assert zero.weights == [1.0, 1.0]
+        assert "weights 1.00 to 1.00" in describe(zero)
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))

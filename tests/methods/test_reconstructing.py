@@ -24,7 +24,7 @@ FEW: dict[str, dict[str, Any]] = {
     "brecq": {"samples": 24, "trajectories": 6, "iterations": 12, "step_iterations": 4},
     "qdiffusion": {"trajectories": 6, "at_steps": 4, "iterations": 12, "step_iterations": 4},
     "eda_dm": {"samples": 24, "trajectories": 6, "chunk": 3, "iterations": 12},
-    "gac": {"trajectories": 6, "iterations": 12, "time_iterations": 12, "meta_steps": 2, "meta_batch": 4},
+    "gac": {"trajectories": 6, "iterations": 12, "time_iterations": 12, "visits": 1, "meta_batch": 8},
 }
 
 
@@ -167,6 +167,14 @@ def test_uniform_steps_are_another_result_than_tdac(source: Source) -> None:
     ]
     assert len(picks[0]) == len(picks[1]) == 24
     assert sorted(picks[0].tolist()) != sorted(picks[1].tolist())
+
+
+@pytest.mark.parametrize(("radius", "says"), [(1e9, True), (0.0, True), (None, False)])
+def test_density_that_says_nothing_is_said(source: Source, radius: float | None, says: bool) -> None:
+    ears = Listening()
+    method: Any = methods.build("eda_dm", FEW["eda_dm"] | {"radius": radius})
+    method.draw_steps(replace(source, progress=ears))
+    assert any("density says nothing" in words for words in ears.heard) == says
 
 
 def test_more_groups_than_recorded_steps_are_one_clear_error(source: Source) -> None:

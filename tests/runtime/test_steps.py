@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -216,6 +217,60 @@ def test_a_noisy_sampler_absorbs_the_variance(source: Source, prediction: str, v
     assert spread[1] == pytest.approx(spread[0], rel=0.03)
     own, less = (s._get_variance(t).max().item() for s in (scheduler, carrying))
     assert less < 0.9 * own
+
+
+@pytest.mark.parametrize("eta", [0.4, 1.0])
+@pytest.mark.parametrize(
+    "prediction, variance", [("epsilon", 0.02), ("v_prediction", 0.02), ("sample", 0.02)]
+)
+def test_ddim_with_noise_absorbs_the_variance(
+    source: Source, prediction: str, variance: float, eta: float
+) -> None:
+    """In closed form: the noise that is left, and the error that is answered to, are together the noise that was."""
+    source.pipeline.scheduler = DDIMScheduler(prediction_type=prediction, clip_sample=False)
+    times = source.times()
+    corrected_pipeline(source, "absorb", variance)
+    plain, carrying = source.pipeline.scheduler, scheduler_of(source.pipeline, "ddim", source.sampling.steps)
+    plain.set_timesteps(source.sampling.steps)
+    t, x, still = times[3], torch.zeros(1, 3, 1, 1, dtype=torch.float64), torch.zeros(1, 3, 1, 1)
+    one = torch.ones(1, 3, 1, 1)
+
+    def step(sampler: DDIMScheduler, predicted: Tensor, noise: Tensor) -> Tensor:
+        return sampler.step(predicted, t, x, eta=eta, variance_noise=noise).prev_sample
+
+    own = step(plain, still, one)  # s, as nothing else is in the state
+    rate = step(plain, one, still)  # d mean / d prediction
+    left = step(carrying, still, one)
+    torch.testing.assert_close(left**2 + variance * rate**2, own**2)
+    assert (left < own).all()
+    # The same draw of the generator, so that a seed keeps its picture.
+    draws = [
+        s.step(still, t, x, eta=eta, generator=torch.Generator().manual_seed(1)) for s in (plain, carrying)
+    ]
+    torch.testing.assert_close(draws[1].prev_sample * own, draws[0].prev_sample * left)
+
+
+def test_noise_smaller_than_the_error_vanishes(source: Source) -> None:
+    corrected_pipeline(source, "absorb", 1e6)
+    carrying = scheduler_of(source.pipeline, "ddim", source.sampling.steps)
+    x = noise(1)
+    out = carrying.step(torch.zeros_like(x), carrying.timesteps[3], x, eta=1.0, variance_noise=x)
+    assert torch.equal(
+        out.prev_sample,
+        carrying.step(
+            torch.zeros_like(x), carrying.timesteps[3], x, eta=1.0, variance_noise=0 * x
+        ).prev_sample,
+    )
+
+
+def test_ddim_with_noise_draws_pictures_of_its_own(source: Source) -> None:
+    """`ddim-eta1` is DDIM asked for eta=1, and absorbs what an artifact says."""
+    noisy = replace(source.sampling, sampler="ddim-eta1")
+    quiet, first, again = (run(source.pipeline, [1], s) for s in (source.sampling, noisy, noisy))
+    assert torch.equal(first, again)
+    assert not torch.allclose(quiet, first, atol=1e-2)
+    corrected_pipeline(source, "absorb", 0.05)
+    assert not torch.equal(run(source.pipeline, [1], noisy), first)
 
 
 def test_a_deterministic_sampler_cannot_absorb(source: Source) -> None:

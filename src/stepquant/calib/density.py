@@ -55,12 +55,19 @@ def squared_distances(likeness: Likeness) -> Tensor:
 
 
 def neighbours(likeness: Likeness, radius: float | None = None) -> Tensor:
-    """For every step, how many others lie within `radius`; None stands for the lower quartile of all distances."""
+    """For every step, how many others lie within `radius` times the median distance; None: within the lower quartile."""
     distances = squared_distances(likeness)
     others = ~torch.eye(len(distances), dtype=torch.bool)
-    if radius is None:
-        radius = float(distances[others].quantile(0.25)) if others.any() else 0.0
-    return ((distances <= radius) & others).sum(1).double()
+    if not others.any():
+        return torch.zeros(len(distances), dtype=torch.float64)
+    apart = distances[others]
+    reach = apart.quantile(0.25) if radius is None else radius * apart.quantile(0.5)
+    return ((distances <= reach) & others).sum(1).double()
+
+
+def says_nothing(density: Tensor) -> bool:
+    """Whether all steps have as many neighbours."""
+    return bool((density == density[0]).all())
 
 
 def dissimilarity(likeness: Likeness) -> Tensor:
@@ -77,11 +84,18 @@ def normalised(values: Tensor, scale: float = 1.0) -> Tensor:
     return (values - low) / (high - low)
 
 
-def counts(likeness: Likeness, samples: int, variety: float, radius: float | None = None) -> Tensor:
-    """Records per step, in proportion to density + `variety` * dissimilarity; they sum to `samples` exactly."""
-    terms = likeness.places * len(likeness.gram)  # cosines in each sum
+def counts(
+    likeness: Likeness, samples: int, variety: float, radius: float | None = None, floor: float = 0.0
+) -> Tensor:
+    """Records per step, in proportion to density + `variety` * dissimilarity; they sum to `samples` exactly.
+
+    No step has fewer than `floor` times what all would have if they were shared out evenly.
+    """
+    steps = len(likeness.gram)
+    terms = likeness.places * steps  # cosines in each sum
     score = normalised(neighbours(likeness, radius)) + variety * normalised(dissimilarity(likeness), terms)
-    return share_out(score, samples)
+    fewest = int(floor * samples / steps)
+    return fewest + share_out(score, samples - fewest * steps)
 
 
 def share_out(score: Tensor, samples: int) -> Tensor:

@@ -50,7 +50,7 @@ def inspect(
         how = f"calibrated with seed {recipe['seed']} over {recipe['steps']} steps of {recipe['sampler']}"
     screen.show(f"{how}; weights {size_text(found['size']['bytes'])}; C++ kernels: {ops.capability()}")
     if found["steps"]:
-        screen.show(steps_text(found["steps"]))
+        screen.show(steps_text(found["steps"], rows))
     shares = integer_shares(rows)
     screen.show(shares_text(shares))
     screen.show()
@@ -93,10 +93,12 @@ def show_layers(screen: Screen, rows: Rows, layers: bool) -> None:
     )
 
 
-def steps_text(steps: Mapping[str, Any]) -> str:
+def steps_text(steps: Mapping[str, Any], rows: Rows) -> str:
     """What changes from step to step."""
     parts = [f"knows {steps['times']} values of t"]
-    parts += [f"{steps['groups']} ranges for each activation"] if steps["groups"] > 1 else []
+    stepped = sum("/step" in row["input"] for row in rows)
+    if steps["groups"] > 1 and stepped:
+        parts.append(f"{steps['groups']} ranges by step for the inputs of {stepped} of {len(rows)} layers")
     parts += [f"a table of {steps['table']} columns for the time embedding"] if steps["table"] else []
     noise = {"absorb": ", the sampler's noise absorbs the rest", "sample": ", the rest is taken off as noise"}
     if steps["channels"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -12,12 +12,14 @@ from torch import Tensor
 from stepquant.calib.calibset import CalibSet
 from stepquant.errors import CalibrationError
 from stepquant.fit.journal import Journal
-from stepquant.fit.learner import Sample, Schedule, watch_layers, watched_layers
+from stepquant.fit.learner import Sample, Schedule, inside, watch_layers, watched_layers
 from stepquant.fit.reconstruct import Report, reconstruct
 from stepquant.fit.shape import Shape
 from stepquant.fit.streams import Allocation, Piece, Streams, Table
 from stepquant.progress import Progress, Silent
 from stepquant.quant.insert import Inserted
+
+FEWEST, MOST = 0.8, 3.0  # times the iterations that all pieces would have
 
 Fit = Callable[[Piece, Sample, int], Report]  # block, what it sees, seed
 Weigh = Callable[
@@ -39,13 +41,20 @@ def reconstruct_blocks(
 ) -> list[Report]:
     """Learn roundings and steps of every block, to return what the float model returns."""
 
+    shares = share_iterations(sizes_of(streams), schedule)
+
     def fit(piece: Piece, sample: Sample, seed: int) -> Report:
         if schedule.loss.layers:
             sample = replace(sample, layers=layer_targets(streams, piece, sample.floats))
             streams.network.switch(weights=True, inputs=activations)
         if weigh is not None:
             sample = sample.weighted(weigh(streams.network, piece, sample, seed))
-        report = reconstruct(streams.network, piece, sample, schedule, seed)
+        report = reconstruct(
+            streams.network, piece, sample, replace(schedule, iterations=shares[piece.path]), seed
+        )
+        if weigh is not None and sample.weights is not None:
+            learnt = sample.weights[sample.train]
+            report = replace(report, weights=[learnt.min().item(), learnt.max().item()])
         if sample.layers is not None:
             streams.release(sample.layers)
         return report
@@ -53,6 +62,23 @@ def reconstruct_blocks(
     return fit_blocks(
         streams, fit, journal, stage=stage, activations=activations, seed=seed, held=held, progress=progress
     )
+
+
+def sizes_of(streams: Streams) -> dict[str, int]:
+    """How many weights every piece has that may be quantized."""
+    layers = streams.network.layers
+    found = {piece.path: inside(layers, *piece.covers).values() for piece in streams.pieces}
+    return {path: sum(layer.weight.numel() for layer in some) for path, some in found.items()}
+
+
+def share_iterations(sizes: Mapping[str, int], schedule: Schedule) -> dict[str, int]:
+    """Iterations of every piece: more where weights are few, which take longest to decide and cost least.
+
+    Large ones give a fifth of theirs for it at most.
+    """
+    mean = sum(sizes.values()) / max(len(sizes), 1)
+    factors = {path: (mean / max(size, 1)) ** schedule.by_size for path, size in sizes.items()}
+    return {path: round(schedule.iterations * min(max(f, FEWEST), MOST)) for path, f in factors.items()}
 
 
 def fit_blocks(
@@ -136,7 +162,10 @@ def of_last_trajectories(data: CalibSet, share: float) -> Tensor:
 
 def describe(report: Report) -> str:
     ratio = report.hard / report.nearest if report.nearest else 1.0
-    return f"{report.path}: loss {report.hard:.3g}, {ratio:.0%} of nearest, soft-hard gap {report.gap:.2g}"
+    said = f"{report.path}: loss {report.hard:.3g}, {ratio:.0%} of nearest, soft-hard gap {report.gap:.2g}, {report.iterations} iterations"
+    if report.weights:
+        said += f", sample weights {report.weights[0]:.2f} to {report.weights[1]:.2f}"
+    return said
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from stepquant.calib.record import Source, trajectory_seed
 from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import MethodError
 from stepquant.fit.ranges import by_row
+from stepquant.models.call import Call
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.noise import adds_noise
 from stepquant.models.pipelines import unconditional
@@ -91,12 +92,15 @@ def check_noise(source: Source, wanted: str) -> str:
     """`wanted`, or what the sampler can carry where that is left to us (auto)."""
     scheduler = scheduler_of(source.pipeline, source.sampling.sampler)
     # Noise of the sampler's is spread over channels where images have them.
-    carried = adds_noise(scheduler) and Denoiser.of(source.pipeline).family.channels == 1
+    asked = [one.arguments.get("eta", 0.0) for one in source.sampling.prompts if isinstance(one, Call)]
+    carried = (
+        adds_noise(scheduler, min(asked, default=0.0)) and Denoiser.of(source.pipeline).family.channels == 1
+    )
     if wanted == "absorb" and not carried:
         raise MethodError(
             "the sampler adds no noise that could absorb the variance of the error",
             got=type(scheduler).__name__,
-            fix="--set variance=none for the mean alone, or a sampler with noise: --sampler ddpm",
+            fix="--set variance=none for the mean alone, or a sampler with noise: --sampler ddpm or ddim-eta1",
         )
     if wanted != "auto":
         return wanted

@@ -34,10 +34,11 @@ def correct_block(network: Inserted, piece: Piece, sample: Sample, seed: int, *,
     with torch.no_grad():
         before = measure.held_loss(sample)
         network.switch(weights=False, inputs=False)
-        exact = mean_outputs(piece, unsplit, sample.floats, batch)
+        exact = mean_outputs(network, piece, unsplit, sample.floats, batch)
         network.switch(weights=True, inputs=True)
+        network.at(sample.train[:2])
         for path in calls(piece, layers, sample):
-            found = mean_outputs(piece, {path: unsplit[path]}, sample.quants, batch)
+            found = mean_outputs(network, piece, {path: unsplit[path]}, sample.quants, batch)
             layers[path].correction = exact[path] - found[path]
         after = measure.held_loss(sample)
     return Report(piece.path, before, after, after, len(layers))
@@ -56,29 +57,40 @@ def correct_products(
         before = measure.held_loss(sample)
         for product in products.values():
             product.correction = None
-            product.correction = missing(piece, product, sample.quants, batch)
+            product.correction = missing(network, piece, product, sample.quants, batch)
         after = measure.held_loss(sample) if products else before
     return Report(piece.path, before, after, after, len(products))
 
 
-def missing(piece: Piece, product: QuantProduct, inputs: Table, batch: int) -> Tensor:
+def missing(network: Inserted, piece: Piece, product: QuantProduct, inputs: Table, batch: int) -> Tensor:
     """Mean of the probabilities less the mean of the quantized ones, over all records, heads and pairs of tokens."""
     lacks: list[Tensor] = []
     counts: list[int] = []
 
     def observe(quantizer: Quantizer, values: Slices) -> None:
-        scale, zero_point = quantizer.range()
+        scale, zero_point = quantizer.present()
         for x in values:
             lacks.append((x.double() - fake_quantize(x, scale, zero_point, quantizer.grid).double()).sum())
         counts.append(values.count)
 
     product.probabilities.observer = observe
     try:
-        for rows in torch.arange(len(inputs.columns[0])).split(batch):
+        for rows in alike(network, torch.arange(len(inputs.columns[0])), batch):
+            network.at(rows)
             piece.run(inputs.take(rows))
     finally:
         product.probabilities.observer = None
     return (torch.stack(lacks).sum() / sum(counts)).float().reshape(1)
+
+
+def alike(network: Inserted, records: Tensor, batch: int) -> list[Tensor]:
+    """Batches of records that read the same row of per-step ranges."""
+    if network.clock is None:
+        return list(records.split(batch))
+    network.at(records)
+    rows = network.clock.rows
+    assert rows is not None
+    return [some for row in rows.unique() for some in records[rows == row].split(batch)]
 
 
 def is_biased(layer: QuantLayer) -> bool:
@@ -92,7 +104,7 @@ def without_split(network: Inserted, path: str) -> nn.Module:
 
 
 def mean_outputs(
-    piece: Piece, layers: Mapping[str, nn.Module], inputs: Table, batch: int
+    network: Inserted, piece: Piece, layers: Mapping[str, nn.Module], inputs: Table, batch: int
 ) -> dict[str, Tensor]:
     """The mean of every output channel of these layers over all records; with one layer, what follows is not run."""
     sums: dict[str, Tensor] = {}
@@ -110,6 +122,7 @@ def mean_outputs(
             handle = layer.register_forward_hook(lambda m, a, out, path=path: listen(path, out))
             hooks.callback(handle.remove)
         for rows in torch.arange(len(inputs.columns[0])).split(batch):
+            network.at(rows)
             with suppress(Reached):
                 piece.run(inputs.take(rows))
     return {path: (total / counts[path]).float() for path, total in sums.items()}

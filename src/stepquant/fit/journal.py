@@ -22,7 +22,7 @@ from stepquant.fit.reconstruct import Report
 from stepquant.quant.insert import Inserted
 from stepquant.quant.layers import Rounding
 
-FORMAT = 2  # raised when the same settings come to mean another result
+FORMAT = 3  # raised when the same settings come to mean another result
 
 
 class Journal:

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from stepquant.core.affine import fake_quantize_ste, to_groups
 from stepquant.core.rounding import alpha_of, floor_and_fraction, hard_integers, share_up, soft_span
 from stepquant.quant.layers import from_integers
-from stepquant.quant.quantizer import Quantizer
+from stepquant.quant.quantizer import ALL, Quantizer
 
 
 class FixedRounding:
@@ -83,11 +83,18 @@ class LearnedScale:
     def scale(self) -> Tensor:
         return self.start * self.factor.clamp(min=0.01)
 
-    def __call__(self, quantizer: Quantizer, x: Tensor) -> Tensor:
+    def __call__(
+        self, quantizer: Quantizer, x: Tensor, part: slice = ALL, total: int | None = None
+    ) -> Tensor:
         chosen = None
         if self.training and self.keep < 1:
             chosen = draw(x.shape, self.keep, self.generator).to(x.device)
-        return fake_quantize_ste(x, self.scale, self.zero_point, quantizer.grid, chosen)
+        scale, zero_point = self.scale, self.zero_point
+        if quantizer.clock is not None:
+            scale, zero_point = (
+                quantizer.clock.spread(values, x, part, total) for values in (scale, zero_point)
+            )
+        return fake_quantize_ste(x, scale, zero_point, quantizer.grid, chosen)
 
     def again(self) -> Rewound:
         return Rewound(self.generator)

@@ -40,6 +40,12 @@ class Schedule:
     loss: BlockLoss = field(default_factory=BlockLoss)
     checks: int = 10  # looks at the held-out records
     patience: int = 4  # checks without improvement before it ends
+    gap: float = (
+        0.0  # by how much of the hard loss the soft one may differ for roundings to be decided; 0: never
+    )
+    by_size: float = (
+        0.0  # exponent of how many more iterations a block of fewer weights gets; 0: all the same
+    )
     without: tuple[str, ...] = ()  # roles whose layers stay as they are
     bf16: bool = False  # multiply in bfloat16 while learning, where the processor can
 
@@ -173,6 +179,7 @@ class Learner:
     def loss(self, sample: Sample, rows: Tensor) -> Tensor:
         target = self.target(sample, rows)
         weights = None if sample.weights is None else sample.weights[rows].to(target.block[0].device)
+        self.network.at(rows)
         with self.multiplying(target.block[0]):
             out = self.outputs(self.mixed(sample, rows))
         return self.schedule.loss(out, target, weights)
@@ -181,6 +188,7 @@ class Learner:
         """The block's own error, unweighted, on held-out records with quantized inputs."""
         total, measure = 0.0, BlockLoss(self.schedule.loss.p)
         for rows in sample.held.split(self.schedule.batch):
+            self.network.at(rows)
             out = Outputs(self.piece.outputs(sample.quants.take(rows)))
             total += float(measure(out, Outputs(sample.targets.take(rows)))) * len(rows)
         return total / len(sample.held)

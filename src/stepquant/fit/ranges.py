@@ -35,6 +35,7 @@ def set_input_ranges(
     data: CalibSet,
     search: SlicedSearch,
     *,
+    every_step: CalibSet | None = None,
     batch: int = 64,
     momentum: float = 0.9,
     progress: Progress | None = None,
@@ -42,17 +43,23 @@ def set_input_ranges(
     """The range of every activation, as moving average over batches.
 
     While a batch runs, weights and all earlier activations are already quantized: each range fits what it will see.
-    Where activations have a range for every step, each one comes from the records of its own steps.
+    Where activations have a range for every step, each one comes from those of the records `every_step` that are of
+    its own steps, once all that have one range are quantized.
     """
-    quantizers = network.ranged()
+    quantizers, progress = network.ranged(), progress or Silent()
     if not quantizers:
         return
     network.switch(weights=True, inputs=True)
-    parts: list[tuple[int | None, CalibSet]] = [(None, data)]
-    if network.clock is not None:
-        parts = list(by_row(data, network.clock.table))
-    for row, records in parts:
-        observe_part(network, records, search, quantizers, row, batch, momentum, progress or Silent())
+    stepped = [q for q in quantizers if q.clock is not None]
+    alone = [q for q in quantizers if q.clock is None]
+    for quantizer in stepped:
+        quantizer.enabled = False
+    if alone:
+        observe_part(network, data, search, alone, None, batch, momentum, progress)
+    network.switch(weights=True, inputs=True)
+    if stepped and network.clock is not None:
+        for row, records in by_row(every_step or data, network.clock.table):
+            observe_part(network, records, search, stepped, row, batch, momentum, progress)
     unseen = [q for q in quantizers if not q.is_set]
     if unseen:
         raise MethodError(

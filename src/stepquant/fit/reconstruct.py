@@ -29,6 +29,7 @@ class Report:
     hard: float
     soft: float
     iterations: int
+    weights: Sequence[float] = ()  # the least and the greatest of a training record, where they are learnt
 
     @property
     def gap(self) -> float:
@@ -64,7 +65,10 @@ def reconstruct(network: Inserted, piece: Piece, sample: Sample, schedule: Sched
 def optimise(
     learner: Learner, sample: Sample, groups: list[dict[str, object]]
 ) -> tuple[int, float, list[Tensor]]:
-    """Adam with cosine rates; the state with the least hard-rounded loss on held-out records wins."""
+    """Adam with cosine rates; the state with the least hard-rounded loss on held-out records wins.
+
+    Roundings are learnt until they are decided: until soft and hard loss agree and the hard one falls no more.
+    """
     schedule = learner.schedule
     optimizer = torch.optim.Adam(groups, fused=True)
     rates = torch.optim.lr_scheduler.LambdaLR(
@@ -87,12 +91,23 @@ def optimise(
             continue
         with learner.evaluating(hard=True):
             held = learner.held_loss(sample)
-        waited = 0 if held < best else waited + 1
+        waited, falls = (0 if held < best else waited + 1), held < 0.99 * best
         if held < best:
             best, state = held, learner.state()
         if waited >= schedule.patience and not annealed:
             return iteration, best, state
+        if annealed and not falls and is_decided(learner, sample, held):
+            return iteration, best, state
     return schedule.iterations, best, state
+
+
+def is_decided(learner: Learner, sample: Sample, hard: float) -> bool:
+    """Whether rounding for good changes the loss on held-out records by a small share of it at most."""
+    if not learner.schedule.gap:
+        return False
+    with learner.evaluating(hard=False):
+        soft = learner.held_loss(sample)
+    return abs(hard - soft) <= learner.schedule.gap * hard
 
 
 def cosine(progress: float, last: float) -> float:

@@ -86,6 +86,8 @@ class Streams:
         self.network, self.batch, self.left = network, batch, budget
         self.records = len(data)
         self.arguments = [records.arguments for records in data.batches(batch)]
+        if network.clock is not None:
+            network.clock.times = torch.cat([one[data.t].reshape(-1) for one in self.arguments])
         folder.mkdir(parents=True, exist_ok=True)
         self.scratch = tempfile.TemporaryDirectory(dir=folder, prefix="streams-")
         network.switch(weights=False, inputs=False)
@@ -135,6 +137,7 @@ class Streams:
         table = Allocation(self, piece.results)
         with torch.no_grad():
             for rows in self.slices():
+                self.network.at(rows)
                 table.put(rows, piece.outputs(inputs.take(rows)))
         self.done[quantized][piece.path] = table.table()
         return self.done[quantized][piece.path]

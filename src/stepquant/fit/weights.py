@@ -7,7 +7,7 @@ gradient of training sample i, and v_t, the gradient of group t after the inner 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,9 +29,9 @@ Losses = Callable[[Sequence[Tensor], Tensor], Tensor]  # parameters, record numb
 class Weighing:
     """How sample weights are learnt."""
 
-    rounds: int = 12
-    batch: int = 16
-    rate: float = 0.1  # change of a visited score per round, for a gradient of ordinary size
+    visits: int = 3  # how often every record is in a batch
+    batch: int = 32
+    rate: float = 0.1  # change of a visited score per visit, for a gradient of ordinary size
     inner: float = 0.1  # root mean square change of the parameters (in steps of the grid) in the inner step
     temperature: float = 1.0
     alignment: float = 1.0  # weight of the alignment between groups beside their losses
@@ -51,9 +51,7 @@ def learn_weights(
 ) -> Tensor:
     """Weights of the records in `train`: never negative, with sum 1."""
     scores = torch.full((len(train),), 1 / 32, dtype=parameters[0].dtype, device=parameters[0].device)
-    order = torch.randperm(len(train), generator=generator)
-    for number in range(settings.rounds):
-        places = order[(torch.arange(settings.batch) + number * settings.batch) % len(train)].unique()
+    for places in visiting(len(train), settings, generator):
         chosen = [
             group[torch.randperm(len(group), generator=generator)[: settings.group_batch]] for group in groups
         ]
@@ -62,6 +60,12 @@ def learn_weights(
         if size > 0:
             scores = scores - settings.rate * slope / size
     return torch.softmax(scores / settings.temperature, 0)
+
+
+def visiting(records: int, settings: Weighing, generator: Generator) -> Iterator[Tensor]:
+    """Batches of all records, in another order at every visit."""
+    for _ in range(settings.visits):
+        yield from torch.randperm(records, generator=generator).split(settings.batch)
 
 
 def score_gradient(
@@ -176,7 +180,7 @@ def weigh_block(
     schedule = Schedule(iterations=0, rounding_rate=0, without=settings.without)
     learner = Learner(network, piece, schedule, generator)
     layers = [layer for layer in learner.layers.values() if layer.weight_quantizer is not None]
-    if not settings.rounds or not layers:
+    if not settings.visits or not layers:
         return weights
     groups = step_groups(steps, sample.held, settings.groups)
     places = [Displaced(layer, layer.weight_quantizer) for layer in layers]  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 Differs from the paper and its released code:
 - the block error is not weighted by the Fisher diagonal: a denoiser has no task loss, its target is its own output.
 - activation steps are learnt as factors of their start, so that one rate fits every site; published rates are absolute.
+- fast preset: a block is done when its soft and hard losses agree, and small blocks have more iterations than large ones.
 - a block keeps rounding to nearest where that does better on held-out records.
 """
 
@@ -35,6 +36,8 @@ class BRECQ(BlockMethod):
         "rounding_rate": 1e-3,
         "last_rate": 1.0,
         "penalty": 0.01,
+        "gap": 0.0,
+        "by_size": 0.0,
         "step_rate": 4e-5,
     }
     samples: int = Field(512, ge=16, description="calibration records")
@@ -48,8 +51,9 @@ class BRECQ(BlockMethod):
         generator = torch.Generator().manual_seed(source.seed)
         data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
 
+        steps = self.by_steps(denoiser, plan, data, source)
         with (
-            insert(denoiser, plan) as network,
+            insert(denoiser, plan, **steps) as network,
             Streams(network, data, source.cache, budget=source.memory) as streams,
         ):
             reconstruct = self.reconstructing(streams, data, source)
@@ -60,8 +64,8 @@ class BRECQ(BlockMethod):
 
             # Activations follow: ranges first, then their steps by gradient (section 3.3).
             self.set_input_ranges(network, data, source)
-            steps = self.schedule(
+            schedule = self.schedule(
                 iterations=self.step_iterations, rounding_rate=0, scale_rate=self.step_rate, last=0.0
             )
-            reconstruct(steps, stage="steps", activations=True)
+            reconstruct(schedule, stage="steps", activations=True)
             return freeze(network)

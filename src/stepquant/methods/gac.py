@@ -6,14 +6,15 @@ No code was released; where the paper leaves a choice open, it is a field here. 
 - the inner rate follows from the size of the gradients, so that it fits every block.
 - alignment is measured by angle (`cosine`), because raw inner products are unbounded below; raw is an option.
 - d/d omega is computed from the gradients of single samples, which equals differentiating through the inner step.
+- fast preset: a block is done when its soft and hard losses agree, and small blocks have more iterations than large ones.
 - a block keeps rounding to nearest where that does better on held-out records.
-- activations have one range for all steps; the per-step ranges of its base are a method of their own (`tfmq`).
+- every record's weight is updated as often (`visits`); the paper leaves the number of updates open.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -42,18 +43,21 @@ class GAC(StridedMethod):
         "rounding_rate": 1e-3,
         "last_rate": 1.0,
         "penalty": 0.01,
-        "meta_steps": 50,
+        "gap": 0.0,
+        "by_size": 0.0,
     }
     time_iterations: int = Field(500, ge=0, description="for the time block")
     momentum: float = Field(
         0.95, ge=0, lt=1, description="of the moving average of activation ranges over batches"
     )
-    meta_steps: int = Field(
-        12, ge=0, description="updates of the sample weights per block; 0: uniform weights (ablation)"
+    by_step: Literal["auto", "always", "never"] = Field(
+        "always",
+        description="activation ranges by step, as its base has; auto: where one range would not do; never",
     )
-    meta_batch: int = Field(
-        16, gt=0, description="training records per update; a record that no update visits keeps its score"
+    visits: int = Field(
+        3, ge=0, description="updates of every record's weight per block; 0: uniform weights (ablation)"
     )
+    meta_batch: int = Field(32, gt=0, description="training records per update")
     meta_rate: float = Field(0.1, ge=0, description="change of a record's score per update")
     inner: float = Field(
         0.1,
@@ -77,8 +81,9 @@ class GAC(StridedMethod):
         data = source.record(self.picks(source.steps))
         held = of_last_trajectories(data, self.validation)
 
+        steps = self.by_steps(denoiser, plan, data, source)
         with (
-            insert(denoiser, plan) as network,
+            insert(denoiser, plan, **steps) as network,
             Streams(network, data, source.cache, budget=source.memory) as streams,
         ):
             reconstruct = self.reconstructing(streams, data, source)
@@ -96,13 +101,13 @@ class GAC(StridedMethod):
             schedule = self.schedule(without=apart)
             reconstruct(schedule, stage="weights", activations=False, held=held, weigh=weigh)
 
-            # Activations: moving averages of their ranges, nothing is learnt.
+            # Activations: moving averages of their ranges by step, as the base sets them; nothing is learnt.
             self.set_input_ranges(network, data, source)
             return freeze(network)
 
     def weighing(self, apart: tuple[str, ...]) -> Weighing:
         return Weighing(
-            rounds=self.meta_steps,
+            visits=self.visits,
             batch=self.meta_batch,
             rate=self.meta_rate,
             inner=self.inner,

@@ -26,14 +26,14 @@ from stepquant.fit.correct_bias import correct_block, correct_products
 from stepquant.fit.journal import Journal
 from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import Method, split_here
+from stepquant.methods.method import RangedMethod, split_here
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 
 
-class GPTQ(Method):
+class GPTQ(RangedMethod):
     """Layer-wise rounding with second-order compensation, in execution order; nothing is learnt."""
 
     samples: int = Field(256, ge=16, description="calibration records")
@@ -58,8 +58,9 @@ class GPTQ(Method):
         data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
 
         split = split_here(self.split, "split" in self.model_fields_set, denoiser, source)
+        steps = self.by_steps(denoiser, plan, data, source, split)
         with (
-            insert(denoiser, plan, split=split) as network,
+            insert(denoiser, plan, split=split, **steps) as network,
             Streams(network, data, source.cache, budget=source.memory) as streams,
         ):
             journal = Journal(source.cache, network, data, {"method": "gptq"} | self.model_dump())
@@ -73,7 +74,13 @@ class GPTQ(Method):
             # Activations follow, then what is left of the mean error.
             search = partial(lp_search_binned, p=self.p)
             set_input_ranges(
-                network, data, search, batch=self.batch, momentum=self.momentum, progress=source.progress
+                network,
+                data,
+                search,
+                every_step=self.seen_by_step(network, source),
+                batch=self.batch,
+                momentum=self.momentum,
+                progress=source.progress,
             )
             if self.softmax:
                 probe = partial(correct_products, network, batch=self.batch)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from functools import partial
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
@@ -14,6 +15,7 @@ from stepquant.calib.calibset import CalibSet
 from stepquant.calib.pick import Pick, every, strided
 from stepquant.calib.record import Source
 from stepquant.core.ranges import lp_search, lp_search_binned
+from stepquant.core.steps import StepTable
 from stepquant.errors import MethodError
 from stepquant.fit.blocks import reconstruct_blocks
 from stepquant.fit.journal import Journal
@@ -21,8 +23,9 @@ from stepquant.fit.learner import Schedule
 from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.fit.reconstruct import Report
 from stepquant.fit.streams import Streams
+from stepquant.fit.uneven import described, uneven
 from stepquant.models.denoiser import Denoiser
-from stepquant.quant.insert import Inserted
+from stepquant.quant.insert import Inserted, Place
 from stepquant.quant.plan import Plan
 
 
@@ -30,6 +33,16 @@ class Reconstruct(Protocol):
     def __call__(
         self, schedule: Schedule, *, stage: str, activations: bool, **options: Any
     ) -> list[Report]: ...
+
+
+class Stepping(TypedDict):
+    """What `insert` is told of ranges by step."""
+
+    steps: StepTable | None
+    only: Collection[Place] | None
+
+
+ONE_RANGE: Stepping = {"steps": None, "only": {}}
 
 
 class Method(BaseModel, ABC):
@@ -42,7 +55,40 @@ class Method(BaseModel, ABC):
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact: ...
 
 
-class PresetMethod(Method):
+class RangedMethod(Method):
+    """A method that sets ranges of activations: one for all steps, or one for every interval of neighbouring steps."""
+
+    by_step: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="activation ranges by step: auto, where one range would serve some steps badly; always; never",
+    )
+    intervals: int = Field(
+        20, gt=0, description="groups of neighbouring steps with activation ranges of their own, by step"
+    )
+    range_trajectories: int = Field(
+        12, gt=0, description="trajectories that ranges by step are set on, at every step"
+    )
+
+    def by_steps(
+        self, denoiser: Denoiser, plan: Plan, data: CalibSet, source: Source, split: bool = False
+    ) -> Stepping:
+        """Which activations get ranges by step, as `insert` is told."""
+        if self.by_step == "always":
+            return {"steps": StepTable.of(source.times(), self.intervals), "only": None}
+        only = uneven(denoiser, plan, data, split=split) if self.by_step == "auto" else {}
+        if not only:
+            return ONE_RANGE
+        source.progress.note(described(only))
+        return {"steps": StepTable.of(source.times(), self.intervals), "only": only}
+
+    def seen_by_step(self, network: Inserted, source: Source) -> CalibSet | None:
+        """The records that ranges by step are set on."""
+        if not any(quantizer.clock is not None for quantizer in network.ranged()):
+            return None
+        return source.record(every(self.range_trajectories, range(source.steps)))
+
+
+class PresetMethod(RangedMethod):
     """A method whose own numbers take a day: its fields' defaults are fast ones, and `paper` holds the published."""
 
     paper: ClassVar[dict[str, Any]] = {}
@@ -78,6 +124,18 @@ class BlockMethod(PresetMethod):
     rounding_rate: float = Field(0.1, ge=0, description="Adam's rate for roundings")
     last_rate: float = Field(0.1, ge=0, le=1, description="share of that rate left at the end of its cosine")
     penalty: float = Field(1.0, ge=0, description="lambda: weight of the rounding regulariser")
+    gap: float = Field(
+        0.03,
+        ge=0,
+        lt=1,
+        description="a block is done once rounding for good changes its loss by this share; 0: never",
+    )
+    by_size: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="blocks of few weights get more iterations, by this power of the ratio to the mean; 0: all the same",
+    )
     p: float = Field(2.4, gt=0, le=8, description="norm that ranges minimise")
     momentum: float = Field(
         0.9, ge=0, lt=1, description="of the moving average of activation ranges over batches"
@@ -95,6 +153,8 @@ class BlockMethod(PresetMethod):
             "rounding_rate": self.rounding_rate,
             "last": self.last_rate,
             "penalty": self.penalty,
+            "gap": self.gap,
+            "by_size": self.by_size,
             "bf16": self.bf16,
         }
         return Schedule(**own | changes)
@@ -112,7 +172,14 @@ class BlockMethod(PresetMethod):
 
     def set_input_ranges(self, network: Inserted, data: CalibSet, source: Source) -> None:
         search = partial(lp_search_binned, p=self.p)
-        set_input_ranges(network, data, search, momentum=self.momentum, progress=source.progress)
+        set_input_ranges(
+            network,
+            data,
+            search,
+            every_step=self.seen_by_step(network, source),
+            momentum=self.momentum,
+            progress=source.progress,
+        )
 
 
 class StridedMethod(BlockMethod):

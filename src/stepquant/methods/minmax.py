@@ -16,14 +16,14 @@ from stepquant.fit.correct_bias import correct_block
 from stepquant.fit.journal import Journal
 from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import Method
+from stepquant.methods.method import ONE_RANGE, RangedMethod
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 
 
-class MinMax(Method):
+class MinMax(RangedMethod):
     """Ranges from the least and the greatest value, averaged over batches."""
 
     samples: int = Field(1024, gt=0, description="calibration records")
@@ -42,13 +42,20 @@ class MinMax(Method):
             data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
         else:
             source.progress.note("no activation has a range to measure: nothing is recorded")
-        with insert(denoiser, plan) as network:
+        steps = ONE_RANGE if data is None else self.by_steps(denoiser, plan, data, source)
+        with insert(denoiser, plan, **steps) as network:
             set_weight_ranges(network, minmax, source.progress)
             if data is None:
                 return freeze(network)
             search = minmax if self.percent == 100 else partial(percentile, percent=self.percent)
             set_input_ranges(
-                network, data, search, batch=self.batch, momentum=self.momentum, progress=source.progress
+                network,
+                data,
+                search,
+                every_step=self.seen_by_step(network, source),
+                batch=self.batch,
+                momentum=self.momentum,
+                progress=source.progress,
             )
             if self.bias:
                 with Streams(network, data, source.cache, budget=source.memory) as streams:

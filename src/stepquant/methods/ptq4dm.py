@@ -25,14 +25,14 @@ from stepquant.calib.record import Source
 from stepquant.calib.synthetic import from_images, from_noise
 from stepquant.core.ranges import lp_search, lp_search_binned
 from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
-from stepquant.methods.method import Method
+from stepquant.methods.method import RangedMethod
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 
 
-class PTQ4DM(Method):
+class PTQ4DM(RangedMethod):
     """Normally distributed time-step calibration and least 2.4-norm ranges."""
 
     samples: int = Field(1024, gt=0, description="N: calibration records")
@@ -69,14 +69,20 @@ class PTQ4DM(Method):
         # The float model denoises from pure noise down to each step, and that state is kept.
         data = self.collect(source, steps)
 
-        with insert(denoiser, plan) as network:
+        with insert(denoiser, plan, **self.by_steps(denoiser, plan, data, source)) as network:
             # Eq. 12: ranges of least p-norm error; weights first, per output channel.
             set_weight_ranges(network, partial(lp_search, p=self.p), source.progress)
 
             # Activations follow, batch by batch, behind weights and inputs that are already quantized.
             search = partial(lp_search_binned, p=self.p)
             set_input_ranges(
-                network, data, search, batch=self.batch, momentum=self.momentum, progress=source.progress
+                network,
+                data,
+                search,
+                every_step=self.seen_by_step(network, source),
+                batch=self.batch,
+                momentum=self.momentum,
+                progress=source.progress,
             )
             return freeze(network)
 

@@ -3,7 +3,7 @@
 Corrects what another method made: `--method eda_dm+ptqd`. Differs from the released code:
 - the bias is that of the error without its correlated part, as the paper has it; the code takes the whole error's.
 - statistics are taken before guidance is applied, over all of its branches.
-- the variance goes into the sampler's noise where the sampler has any (DDPM); deterministic samplers refuse it.
+- the variance goes into the sampler's noise where the sampler has any (DDPM, and DDIM with eta > 0); others refuse it.
 - activation bits do not change from step to step.
 """
 

@@ -4,6 +4,7 @@ Differs from the released code:
 - the calibration set is recorded here, x with its t and every guidance branch; the code expects a file of them.
 - grids come from the plan, so that layers with 8-bit weights or float inputs are its choice.
 - activation steps are learnt as factors of their start, so that one rate fits every site; published rates are absolute.
+- fast preset: a block is done when its soft and hard losses agree, and small blocks have more iterations than large ones.
 - a block keeps rounding to nearest where that does better on held-out records.
 """
 
@@ -35,6 +36,8 @@ class QDiffusion(StridedMethod):
         "rounding_rate": 1e-3,
         "last_rate": 1.0,
         "penalty": 0.01,
+        "gap": 0.0,
+        "by_size": 0.0,
         "step_rate": 4e-4,
     }
     split: bool = Field(True, description="quantize the two halves of a skip concatenation apart")
@@ -52,8 +55,9 @@ class QDiffusion(StridedMethod):
 
         # Eq. 9 and 10: the halves of a concatenated input have their own weight and activation quantizers.
         split = split_here(self.split, "split" in self.model_fields_set, denoiser, source)
+        steps = self.by_steps(denoiser, plan, data, source, split)
         with (
-            insert(denoiser, plan, split=split) as network,
+            insert(denoiser, plan, split=split, **steps) as network,
             Streams(network, data, source.cache, budget=source.memory) as streams,
         ):
             reconstruct = self.reconstructing(streams, data, source)

@@ -6,6 +6,7 @@ Differs from the released code:
 - where t enters by modulation there is no block to fit apart: what t alone decides is tabled. Modulation that a class
   or a text enters, too, keeps its layers, which are learnt with their blocks.
 - grids come from the plan; most schemes keep the inputs of the time block in float, so that it has no ranges to set.
+- fast preset: a block is done when its soft and hard losses agree, and small blocks have more iterations than large ones.
 - a block keeps rounding to nearest where that does better on held-out records.
 """
 
@@ -18,7 +19,6 @@ from pydantic import Field
 
 from stepquant.artifact import Artifact
 from stepquant.calib.calibset import CalibSet
-from stepquant.calib.pick import every
 from stepquant.calib.record import Source
 from stepquant.core.steps import StepTable
 from stepquant.fit.streams import Streams
@@ -54,15 +54,14 @@ class TFMQ(StridedMethod):
         "rounding_rate": 1e-3,
         "last_rate": 1.0,
         "penalty": 0.01,
+        "gap": 0.0,
+        "by_size": 0.0,
     }
     time: Literal["reconstruct", "table"] = Field(
         "reconstruct", description="fit the time block apart (TIAR), or store its exact outputs for every t"
     )
-    intervals: int = Field(
-        20, gt=0, description="groups of neighbouring steps with activation ranges of their own"
-    )
-    range_trajectories: int = Field(
-        12, gt=0, description="trajectories that ranges are set on, at every step"
+    by_step: Literal["auto", "always", "never"] = Field(
+        "always", description="activation ranges by step (FSC); auto: where one range would not do; never"
     )
     time_iterations: int = Field(500, ge=0, description="for the time block")
     momentum: float = Field(
@@ -86,8 +85,9 @@ class TFMQ(StridedMethod):
             table = time_table(denoiser, chains, steps.times.float())
             plan = plan.with_rules([TABLED])
 
+        only = self.by_steps(denoiser, plan, data, source)["only"]
         with (
-            insert(denoiser, plan, steps=steps) as network,
+            insert(denoiser, plan, steps=steps, only=only) as network,
             Streams(network, data, source.cache, budget=source.memory) as streams,
         ):
             reconstruct = self.reconstructing(streams, data, source)
@@ -103,8 +103,7 @@ class TFMQ(StridedMethod):
             reconstruct(self.schedule(without=apart), stage="weights", activations=False)
 
             # FSC: ranges from the records of each interval, moving averages over batches.
-            seen = source.record(every(self.range_trajectories, range(source.steps)))
-            self.set_input_ranges(network, seen, source)
+            self.set_input_ranges(network, data, source)
             return freeze(network, table, tabled)
 
     def chains_of(self, denoiser: Denoiser, data: CalibSet, source: Source) -> Structure | None:

@@ -14,15 +14,20 @@ from torch import Tensor
 from stepquant.errors import ModelError, UnknownNameError
 from stepquant.models.call import Asked
 from stepquant.models.denoiser import denoisers
+from stepquant.models.noise import eta_of, with_eta
 from stepquant.models.tables import tables_of
 
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
+    "ddim-eta1": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
     "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     "euler": ("EulerDiscreteScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
+
+
+ETA = {"ddim-eta1": 1.0}  # the share of DDPM's noise that is added at every step
 
 
 class Enough(Exception):  # noqa: N818 - it ends a sampling loop early, it is no error
@@ -54,6 +59,8 @@ def scheduler_of(pipeline: Any, sampler: str | None, steps: int | None = None) -
     if steps is not None:
         check_steps(scheduler, steps)
         scheduler.set_timesteps(steps)
+    eta = eta_of(pipeline.scheduler) if sampler is None else ETA.get(sampler, 0.0)
+    scheduler = with_eta(scheduler, eta) if eta else scheduler
     for model in denoisers(pipeline).values():
         tables = tables_of(model)
         scheduler = scheduler if tables is None else tables.carry(scheduler)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepquant.core.steps import StepTable
 from stepquant.errors import PlanError
@@ -19,6 +19,8 @@ from stepquant.quant.attention import QuantProduct
 from stepquant.quant.layers import QuantLayer
 from stepquant.quant.plan import PORTS, Plan
 from stepquant.quant.quantizer import Clock, Quantizer, Site
+
+Place = tuple[str, str]  # path and port
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Inserted:
         """The quantizers of activations that have a range to set, in module order."""
         return [q for q in self.quantizers() if q.site.port != "weight" and not q.dynamic]
 
+    def at(self, records: Tensor | slice) -> None:
+        """The next call of a block is made of these records."""
+        if self.clock is not None:
+            self.clock.at(records)
+
     def switch(self, *, weights: bool, inputs: bool) -> None:
         """Turn weight quantizers, and all quantizers of activations, on or off."""
         for quantizer in self.quantizers():
@@ -51,12 +58,17 @@ class Inserted:
 
 @contextmanager
 def insert(
-    denoiser: Denoiser, plan: Plan, *, split: bool = False, steps: StepTable | None = None
+    denoiser: Denoiser,
+    plan: Plan,
+    *,
+    split: bool = False,
+    steps: StepTable | None = None,
+    only: Container[Place] | None = None,
 ) -> Iterator[Inserted]:
     """Put quantizers where `plan` wants them, and the float modules back at the end.
 
     With `split`, layers that read a concatenation get two weight and two input quantizers. With `steps`,
-    activations have a range for every row of that table.
+    activations have a range for every row of that table: all of them, or `only` those.
     """
     model, splits = denoiser.model, denoiser.concats() if split else {}
     clock = Clock(steps) if steps is not None else None
@@ -75,7 +87,7 @@ def insert(
         if grid.granularity == "token":
             first = -1 if isinstance(model.get_submodule(path), nn.Linear) else 1
             return Quantizer(grid, site, first=first).to(denoiser.device)
-        if clock is None or port == "weight":
+        if clock is None or port == "weight" or (only is not None and (path, port) not in only):
             return Quantizer(grid, site).to(denoiser.device)
         return Quantizer(replace(grid, granularity="step"), site, clock).to(denoiser.device)
 
@@ -102,13 +114,19 @@ def insert(
     finally:
         if hook is not None:
             hook.remove()
-        for path in layers:
-            model.set_submodule(path, former[path])
-        for path in products:
-            attention = model.get_submodule(path)
-            attention.processor = former[path]
-            del attention.product
+        put_back(model, former, products)
         unsplit()
+
+
+def put_back(model: nn.Module, former: Mapping[str, Any], products: Container[str]) -> None:
+    """The float layers, and the processors of attentions whose product was exchanged."""
+    for path, value in former.items():
+        if path in products:
+            attention = model.get_submodule(path)
+            attention.processor = value
+            del attention.product
+        else:
+            model.set_submodule(path, value)
 
 
 def read_clock(denoiser: Denoiser, clock: Clock) -> Any:

@@ -24,7 +24,9 @@ ALL = slice(None)
 class StandIn(Protocol):
     """Quantizes in place of a quantizer, while its step is learnt."""
 
-    def __call__(self, quantizer: Quantizer, x: Tensor) -> Tensor: ...
+    def __call__(
+        self, quantizer: Quantizer, x: Tensor, part: slice = ALL, total: int | None = None
+    ) -> Tensor: ...
 
     def again(self) -> AbstractContextManager[None]:
         """In there the next call is the one that would come next now, chance included."""
@@ -49,6 +51,7 @@ class Clock:
     def __init__(self, table: StepTable) -> None:
         self.table = table
         self.rows: Tensor | None = None
+        self.times: Tensor | None = None  # the t of every record, for blocks that are called alone
 
     def read(self, t: Tensor, samples: int) -> None:
         """Look up the t of a call, one for all samples or one for each."""
@@ -62,6 +65,12 @@ class Clock:
                 fix="record with the same sampler and number of steps",
             )
         self.rows = rows.expand(samples) if len(rows) == 1 else rows
+
+    def at(self, records: Tensor | slice) -> None:
+        """Look up the t of these records, which the next call is made of."""
+        assert self.times is not None, "records are known before blocks are called alone"
+        times = self.times[records]
+        self.read(times, len(times))
 
     def spread(self, values: Tensor, x: Tensor, part: slice = ALL, total: int | None = None) -> Tensor:
         """Per-step values, one row for each of `x`, which is this part of `total` rows.
@@ -128,6 +137,15 @@ class Quantizer(nn.Module):
             )
         return self.scale, self.zero_point
 
+    def present(self) -> tuple[Tensor, Tensor]:
+        """The range that the samples of the present call read, all of them the same."""
+        scale, zero_point = self.range()
+        if self.clock is None:
+            return scale, zero_point
+        rows = self.clock.rows
+        assert rows is not None, "a call is under way"
+        return scale[rows[:1]], zero_point[rows[:1]]
+
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
             self.observer(self, Slices.of(x))
@@ -138,7 +156,7 @@ class Quantizer(nn.Module):
         if not self.enabled:
             return x
         if self.stand_in is not None:
-            return self.stand_in(self, x)
+            return self.stand_in(self, x, part, total)
         if self.dynamic:
             scale = scales_of_rows(x, self.first, self.grid.qmax)
             return fake_quantize(x, scale, torch.zeros_like(scale), self.grid)

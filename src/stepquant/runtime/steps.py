@@ -16,7 +16,7 @@ from stepquant.core.bounds import check_values
 from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import RuntimeSupportError
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.noise import adds_noise
+from stepquant.models.noise import adds_noise, answer_of_clean, eta_of, left_of_noise, takes_eta
 from stepquant.models.tables import StepTables
 from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.layer import IntegerLayer
@@ -178,6 +178,13 @@ def pick(value: Any, rows: Tensor, samples: int) -> Any:
 
 def absorb(scheduler: Any, correction: StepCorrection, table: StepTable) -> Any:
     """Make the sampler's noise smaller by the variance that the prediction brings into the state."""
+
+    def error(t: Any) -> Tensor:
+        return correction.variance[table.places(torch.as_tensor(t))].reshape(1, -1, 1, 1)
+
+    if takes_eta(scheduler):
+        scheduler.step = scaling(scheduler, error)
+        return scheduler
     if not adds_noise(scheduler):
         scheduler.step = functools.partial(refuse, type(scheduler).__name__)
         return scheduler
@@ -189,23 +196,37 @@ def absorb(scheduler: Any, correction: StepCorrection, table: StepTable) -> Any:
         kept_before = scheduler.alphas_cumprod[before] if before >= 0 else scheduler.one
         beta = 1 - kept / kept_before
         # How the mean of x_{t-1} answers to the prediction: Eq. 7 of arXiv:2006.11239 behind its Eq. 15.
-        image = -(1 - kept).sqrt() / (
-            1 if scheduler.config.prediction_type == "v_prediction" else kept.sqrt()
-        )
-        rate = kept_before.sqrt() * beta / (1 - kept) * image
-        place = table.places(torch.as_tensor(t))
-        error = correction.variance[place].reshape(1, -1, 1, 1).to(kept.device)
-        return (own(t, *args, **kwargs) - rate**2 * error).clamp(min=0.0)
+        rate = kept_before.sqrt() * beta / (1 - kept) * answer_of_clean(scheduler, kept)
+        return (own(t, *args, **kwargs) - rate**2 * error(t).to(kept.device)).clamp(min=0.0)
 
     scheduler._get_variance = smaller
     return scheduler
+
+
+def scaling(scheduler: Any, error: Callable[[Any], Tensor]) -> Callable[..., Any]:
+    """A step of DDIM whose own noise is smaller by the error of the prediction; without noise it is refused."""
+    own = scheduler.step
+
+    @functools.wraps(own)
+    def step(model_output: Tensor, timestep: Any, *args: Any, eta: float = 0.0, **kwargs: Any) -> Any:
+        eta = eta or eta_of(scheduler)
+        if not eta:
+            refuse(type(scheduler).__name__)
+        drawn = kwargs.pop("generator", None)
+        noise = kwargs.pop("variance_noise", None)
+        if noise is None:
+            noise = randn_tensor(model_output.shape, drawn, model_output.device, model_output.dtype)
+        left = left_of_noise(scheduler, timestep, eta, error(timestep)).to(noise)
+        return own(model_output, timestep, *args, eta=eta, variance_noise=left * noise, **kwargs)
+
+    return step
 
 
 def refuse(name: str, *_: Any, **__: Any) -> Any:
     raise RuntimeSupportError(
         "this sampler adds no noise that could absorb the variance of the quantization error",
         got=name,
-        expected="the sampler that the artifact was made for, as --sampler ddpm",
+        expected="the sampler that the artifact was made for, as --sampler ddpm, or eta=1 in a call of DDIM",
         fix="generate with it, or quantize again with --set variance=none",
     )
 
