@@ -61,10 +61,7 @@ class OnLoadQuantizer(StepquantQuantizer):
         owner, _, leaf = param_name.rpartition(".")
         module, value = model.get_submodule(owner), state_dict[param_name]
         check_finite_weight(param_name, value, self.where)
-        made = {leaf: value}
-        if owner in self.specs:
-            made = rounded(value, self.specs[owner].weight) if leaf == "weight" else {leaf: value.float()}
-        for name, tensor in made.items():
+        for name, tensor in stored_as(leaf, value, self.specs.get(owner)).items():
             with room_for(self.size, target_device):
                 there = tensor.to(target_device)
             if name in module._parameters:
@@ -117,6 +114,13 @@ def specs_of(model: nn.Module, plan: Plan) -> dict[str, LayerSpec]:
         if weight is not None:
             found[path] = LayerSpec(weight, decided[path, "input"].grid)
     return found
+
+
+def stored_as(leaf: str, value: Tensor, spec: LayerSpec | None) -> dict[str, Tensor]:
+    """What becomes of a tensor of a layer, by the names that the artifact has for it."""
+    if spec is None:
+        return {leaf: value}
+    return rounded(value, spec.weight) if leaf == "weight" else {leaf: value.float()}
 
 
 def rounded(weight: Tensor, grid: Grid) -> dict[str, Tensor]:

@@ -193,10 +193,14 @@ class Denoiser:
 
     def digest(self) -> str:
         """SHA-256 of class, configuration and weights: the name of this model in every cache."""
+        return self.digest_of(tensors_digest(self.model.state_dict()))
+
+    def digest_of(self, weights: str) -> str:
+        """The same, where the digest of the weights is known."""
         settings: Any = self.model.config
         config = {k: v for k, v in settings.items() if not k.startswith("_")}
         kind = [type(self.model).__name__, sorted(config.items())]
-        return value_digest([kind, tensors_digest(self.model.state_dict())])
+        return value_digest([kind, weights])
 
 
 def denoisers(pipeline: Any) -> dict[str, nn.Module]:
