@@ -114,10 +114,8 @@ def quantize(
     if explain:
         result |= explain_all(screen, recipe)
     if out is not None:
-        kept = {"memory": int(memory * 2**30), "low_memory": low_memory}
-        result |= make_artifact(screen, recipe, out, resume=resume, **kept)
-        bare = no_card or low_memory
-        result |= {"card": None if bare else str(add_card(screen, out, recipe.device, recipe.calls))}
+        result |= make_artifact(screen, recipe, out, resume, int(memory * 2**30), low_memory)
+        result["card"] = None if no_card or low_memory else add_card(screen, out, device, recipe.calls)
         if not result["found"]:
             words = ["generate", str(out)] + (["--sampler", recipe.sampler] if recipe.sampler else [])
             screen.say(f"next: {command_text([*words, '--out', 'grid.png'])}")
@@ -161,12 +159,16 @@ def explain_all(screen: Screen, recipe: Recipe) -> dict[str, Any]:
     return result | {"parts": told}
 
 
-def make_artifact(screen: Screen, recipe: Recipe, out: Path, **options: Any) -> dict[str, Any]:
-    """Quantize with progress and the options of `quantize_to`, and say what came out."""
+def make_artifact(
+    screen: Screen, recipe: Recipe, out: Path, resume: bool, memory: int, low_memory: bool
+) -> dict[str, Any]:
+    """Quantize with progress, and say what came out."""
     screen.warn_if_plain()
     start = time.monotonic()
     with keeping(how_to_resume(out)), screen.reporter:
-        outcome = quantize_to(recipe, out, progress=screen.reporter, **options)
+        outcome = quantize_to(
+            recipe, out, resume=resume, memory=memory, low_memory=low_memory, progress=screen.reporter
+        )
     seconds = time.monotonic() - start
     screen.show(outcome_text(outcome, seconds))
     return {

@@ -173,7 +173,7 @@ class Passing:
         """One weight after the other; the digest of every stored tensor."""
         like = {name: value.to("meta") for name, value in stored.items()}
         cut = split_torch_state_dict_into_shards(like, max_shard_size=SHARD, filename_pattern=PATTERN)
-        digests = {}
+        digests: dict[str, str] = {}
         with ExitStack() as files:
             writers = {
                 file: files.enter_context(Writer(out / file, {name: like[name] for name in some}))

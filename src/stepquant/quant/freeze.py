@@ -18,7 +18,7 @@ from stepquant.quant.insert import Inserted
 from stepquant.quant.layers import QuantLayer
 from stepquant.quant.quantizer import Quantizer
 
-HELD = (
+LOOSE = (
     1 << 25
 )  # bytes that the allocator may keep before it is asked to give them back, which takes milliseconds
 
@@ -51,7 +51,7 @@ def freeze(
         if network.denoiser.expendable and owners[id(layer.weight)] == 1:
             freed += layer.weight.nbytes
             empty(layer.weight)  # type: ignore[arg-type]
-            if freed > HELD:
+            if freed > LOOSE:
                 give_back()
                 freed = 0
     for path, product in network.products.items():
