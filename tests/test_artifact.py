@@ -77,6 +77,25 @@ def test_freezing_leaves_the_float_model_alone(source: Source) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_expendable_weights_go_as_they_are_packed(source: Source) -> None:
+    """Those that others read as well stay; what is packed is the same."""
+    unet = source.pipeline.unet
+    attention = unet.mid_block.attentions[0]
+    attention.to_k.weight = attention.to_q.weight
+    expected, _ = frozen(source, scheme("w4a8"))
+    with insert(Denoiser(unet).giving_up(True), scheme("w8a16")) as network:
+        set_weight_ranges(network, minmax)
+        made = freeze(network)
+    assert made.layers.keys() == expected.layers.keys()
+    shared = {"mid_block.attentions.0.to_k", "mid_block.attentions.0.to_q"}
+    for path in made.layers:
+        weight = unet.get_submodule(path).weight
+        assert weight.shape.numel() > 1
+        assert bool(weight.isnan().all()) == (weight.untyped_storage().nbytes() == 4) == (path not in shared)
+    keys, queries = (made.tensors[f"{path}.weight"] for path in shared)
+    assert torch.equal(keys, queries)
+
+
 def test_check_names_the_tensor() -> None:
     good, packed = {"a": torch.zeros(2), "b": torch.zeros(3)}, {"b": BYTES}
     check_tensors(good, good, "here", packed)

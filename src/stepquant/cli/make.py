@@ -29,6 +29,7 @@ from stepquant.cli.options import (
     Explain,
     Fastest,
     Json,
+    LowMemory,
     Memory,
     Method,
     Model,
@@ -81,6 +82,7 @@ def quantize(
     seed: Seed = 0,
     device: Device = "cpu",
     memory: Memory = MEMORY / 2**30,
+    low_memory: LowMemory = False,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -112,8 +114,8 @@ def quantize(
     if explain:
         result |= explain_all(screen, recipe)
     if out is not None:
-        result |= make_artifact(screen, recipe, out, resume, int(memory * 2**30))
-        result |= {"card": None if no_card else str(add_card(screen, out, recipe.device, recipe.calls))}
+        result |= make_artifact(screen, recipe, out, resume, int(memory * 2**30), low_memory)
+        result["card"] = None if no_card or low_memory else add_card(screen, out, device, recipe.calls)
         if not result["found"]:
             words = ["generate", str(out)] + (["--sampler", recipe.sampler] if recipe.sampler else [])
             screen.say(f"next: {command_text([*words, '--out', 'grid.png'])}")
@@ -158,13 +160,15 @@ def explain_all(screen: Screen, recipe: Recipe) -> dict[str, Any]:
 
 
 def make_artifact(
-    screen: Screen, recipe: Recipe, out: Path, resume: bool, memory: int = MEMORY
+    screen: Screen, recipe: Recipe, out: Path, resume: bool, memory: int, low_memory: bool
 ) -> dict[str, Any]:
     """Quantize with progress, and say what came out."""
     screen.warn_if_plain()
     start = time.monotonic()
     with keeping(how_to_resume(out)), screen.reporter:
-        outcome = quantize_to(recipe, out, resume=resume, memory=memory, progress=screen.reporter)
+        outcome = quantize_to(
+            recipe, out, resume=resume, memory=memory, low_memory=low_memory, progress=screen.reporter
+        )
     seconds = time.monotonic() - start
     screen.show(outcome_text(outcome, seconds))
     return {

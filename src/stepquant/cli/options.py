@@ -86,6 +86,13 @@ Memory = Annotated[
         help="For what flows through the blocks while they are fitted; the rest goes to disk, the result is the same.",
     ),
 ]
+LowMemory = Annotated[
+    bool,
+    typer.Option(
+        "--low-memory",
+        help="For models larger than memory: weights pass from file to file. Schemes without calibration, no card.",
+    ),
+]
 Device = Annotated[str, typer.Option(metavar="NAME", help="Where torch computes.")]
 Sampler = Annotated[
     str | None,

@@ -15,10 +15,15 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """Over names, types, shapes and bytes of all tensors, whatever their order."""
     total = hashlib.sha256()
     for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        add_tensor(total, name, tensors[name])
     return total.hexdigest()
+
+
+def add_tensor(total: hashlib._Hash, name: str, value: Tensor) -> None:
+    """One more tensor, where they come in the order of their names."""
+    value = value.detach().cpu().contiguous()
+    total.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+    total.update(value.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def value_digest(value: Any) -> str:

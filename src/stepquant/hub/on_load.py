@@ -61,10 +61,7 @@ class OnLoadQuantizer(StepquantQuantizer):
         owner, _, leaf = param_name.rpartition(".")
         module, value = model.get_submodule(owner), state_dict[param_name]
         check_finite_weight(param_name, value, self.where)
-        made = {leaf: value}
-        if owner in self.specs:
-            made = rounded(value, self.specs[owner]) if leaf == "weight" else {leaf: value.float()}
-        for name, tensor in made.items():
+        for name, tensor in stored_as(leaf, value, self.specs.get(owner)).items():
             with room_for(self.size, target_device):
                 there = tensor.to(target_device)
             if name in module._parameters:
@@ -136,6 +133,13 @@ def specs_of(model: nn.Module, plan: Plan, rotation: int | None = None) -> dict[
             turns = rotation and inputs and isinstance(layer, nn.Linear) and not layer.in_features % rotation
             found[path] = LayerSpec(weight, inputs, rotation if turns and rotation else 0)
     return found
+
+
+def stored_as(leaf: str, value: Tensor, spec: LayerSpec | None) -> dict[str, Tensor]:
+    """What becomes of a tensor of a layer, by the names that the artifact has for it."""
+    if spec is None:
+        return {leaf: value}
+    return rounded(value, spec) if leaf == "weight" else {leaf: value.float()}
 
 
 def rounded(weight: Tensor, spec: LayerSpec) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def run_all(
     memory: int = MEMORY,
     made_by: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Artifact]:
-    """What the recipe makes of every component that it names; the pipeline itself stays float.
+    """What the recipe makes of every component that it names, whose float weights may be gone afterwards.
 
     `made_by`: its provenance with each of the denoisers, where it is known already.
     """
@@ -93,7 +93,8 @@ def run_all(
         source = source_of(pipeline, recipe, progress, memory=memory, digest=known[0]["model_digest"])
         made = fit_parts(source, parts, recipe, known[0])
     for one, provenance in zip(aimed, known):
-        artifact = run(one, recipe, progress, memory=memory, provenance=provenance)
+        last = one is aimed[-1]  # the others are float while it is calibrated
+        artifact = run(one, recipe, progress, memory=memory, provenance=provenance, expendable=last)
         made[Denoiser.of(one).component] = artifact
     return made
 
@@ -111,8 +112,9 @@ def run(
     cache: Path | None = None,
     memory: int = MEMORY,
     provenance: Mapping[str, Any] | None = None,
+    expendable: bool = False,
 ) -> Artifact:
-    """What the recipe makes of this pipeline; the pipeline itself stays float.
+    """What the recipe makes of this pipeline, which itself stays float unless its weights are `expendable`.
 
     `provenance` is that of the recipe with this pipeline, where it is known already.
     `cache` is a folder for recorded trajectories and finished blocks instead of the user's. `memory`: bytes of what
@@ -129,7 +131,7 @@ def run(
     denoiser.model.eval()
     provenance = provenance or recipe.provenance(pipeline)
     source = source_of(pipeline, recipe, progress, cache, memory, provenance["model_digest"])
-    denoiser = shown(pipeline, recipe.asked)
+    denoiser = shown(pipeline, recipe.asked).giving_up(expendable)
     plan = plan_of(denoiser, recipe, source)
     artifact = recipe.build_method()(denoiser, plan, source)
     seen = {} if denoiser.seen is None else {"seen": denoiser.seen.to_json()}

@@ -30,9 +30,14 @@ def load(model: str | os.PathLike[str], device: str = "cpu") -> Any:
     for network in denoisers(pipeline).values():
         if hub.config_of(network) is None:
             check_finite(network)
-    rename(pipeline, str(model) if str(model) in zoo.names() else folder.resolve().name)
+    rename(pipeline, name_of(str(model), folder))
     pipeline.set_progress_bar_config(disable=True)
     return move(pipeline, device)
+
+
+def name_of(model: str, folder: Path) -> str:
+    """What a pipeline is called in what is made of it: no path of this machine."""
+    return model if model in zoo.names() else folder.resolve().name
 
 
 def rename(pipeline: Any, name: str) -> None:

@@ -121,17 +121,20 @@ class Recipe(BaseModel):
 
         The digest in it reads the entire float model: ask once.
         """
-        own = type(pipeline.scheduler).__name__
+        return self.provenance_of(type(pipeline.scheduler).__name__, Denoiser.of(pipeline).digest())
+
+    def provenance_of(self, sampler: str, digest: str) -> dict[str, Any]:
+        """The same of a model with this digest, in a pipeline with this sampler of its own."""
         components = {"components": list(self.components)} if self.components else {}
         return components | {
             "model": Path(self.model).resolve().name if Path(self.model).is_dir() else self.model,
-            "model_digest": Denoiser.of(pipeline).digest(),
+            "model_digest": digest,
             "method": self.method,
             "settings": self.build_method().model_dump(mode="json"),
             "scheme": self.build_plan().name,
             "plan": self.build_plan().to_json()["rules"],
             "steps": self.steps,
-            "sampler": self.sampler or own,
+            "sampler": self.sampler or sampler,
             "seed": self.seed,
             "prompts": list(self.prompts) if self.prompts else None,
             "calls": [dict(one.described) for one in self.calls] or None,

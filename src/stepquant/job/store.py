@@ -17,10 +17,11 @@ from stepquant.errors import ArtifactError, StepquantError
 from stepquant.job.files import is_taken, new_folder, writing
 from stepquant.job.inplace import attach_all, run_all
 from stepquant.job.parts import parts_of
-from stepquant.job.pipelines import load, without_bars
+from stepquant.job.passing import passings_of, quantize_files
+from stepquant.job.pipelines import find_folder, load, name_of, without_bars
 from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser, by_denoiser, denoisers
-from stepquant.progress import Progress
+from stepquant.progress import Progress, Silent
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def quantize_to(
     *,
     resume: bool = False,
     memory: int = MEMORY,
+    low_memory: bool = False,
     progress: Progress | None = None,
 ) -> Outcome:
     """Write the artifact of `recipe` to the folder `out`.
@@ -54,9 +56,13 @@ def quantize_to(
     With `resume`, a finished artifact of the same recipe is kept as it is, and an interrupted run goes on from the
     trajectories that it has recorded; the bytes are those of an uninterrupted run. `memory`: see `inplace.run`.
     The folder is then complete; a model card comes into it by `stepquant.write_card`, if it is to have one.
+    With `low_memory` the same bytes are written while weights pass from file to file, and the model is never all there:
+    for schemes that need no calibration.
     """
     recipe.check()
     target = Path(out)
+    if low_memory:
+        return pass_to(recipe, target, resume, progress or Silent())
     pipeline = load(recipe.model, recipe.device)
     parts = {one.component: fp32_bytes(one.model) for one in parts_of(pipeline, recipe.components)}
     made_by, networks = [recipe.provenance(one) for one in by_denoiser(pipeline)], denoisers(pipeline)
@@ -74,6 +80,22 @@ def quantize_to(
         with writing(target), without_bars():
             pipeline.save_pretrained(folder)
     return outcome(made_by[0], found=False)
+
+
+def pass_to(recipe: Recipe, target: Path, resume: bool, progress: Progress) -> Outcome:
+    """`quantize_to` with little memory."""
+    source = find_folder(recipe.model)
+    passings = passings_of(recipe, source)
+    float_bytes = sum(fp32_bytes(one.model) for one in passings)
+    found = is_taken(target)
+    if found:
+        wanted = [one.wanted(progress) for one in passings] if resume else []
+        made = existing(target, wanted, resume)
+    else:
+        with new_folder(target) as folder, writing(target):
+            made = quantize_files(passings, source, folder, name_of(recipe.model, source), progress)[0]
+    written = weights_bytes(target, [one.component for one in passings])
+    return Outcome(target, made, written, float_bytes, found)
 
 
 def fp32_bytes(model: nn.Module) -> int:

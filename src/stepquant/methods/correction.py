@@ -38,6 +38,6 @@ class Corrected(Method):
     correction: SerializeAsAny[Correction]
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
-        artifact = self.method(denoiser, plan, source)
+        artifact = self.method(denoiser.giving_up(False), plan, source)
         quantized = Denoiser(lower(twin(denoiser.model), artifact))
         return artifact.with_correction(*self.correction(denoiser, quantized, source))

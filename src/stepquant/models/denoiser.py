@@ -50,6 +50,8 @@ class Seen:
 class Denoiser:
     """What a model is called with, what it is built of, and what may be quantized; the model stays untouched."""
 
+    expendable = False  # whether its float weights may go as soon as they are packed
+
     def __init__(self, model: nn.Module, seen: Seen | None = None, component: str | None = None) -> None:
         self.model, self.seen = model, seen
         self.family = family_of(model)
@@ -58,6 +60,12 @@ class Denoiser:
     def having(self, seen: Seen | None) -> Denoiser:
         """The same with what a call has shown of it."""
         return Denoiser(self.model, seen, self.component)
+
+    def giving_up(self, weights: bool) -> Denoiser:
+        """The same, whose float weights may go as soon as they are packed, or may not."""
+        other = copy.copy(self)
+        other.expendable = weights
+        return other
 
     @classmethod
     def of(cls, pipeline: Any) -> Denoiser:
@@ -185,10 +193,14 @@ class Denoiser:
 
     def digest(self) -> str:
         """SHA-256 of class, configuration and weights: the name of this model in every cache."""
+        return self.digest_of(tensors_digest(self.model.state_dict()))
+
+    def digest_of(self, weights: str) -> str:
+        """The same, where the digest of the weights is known."""
         settings: Any = self.model.config
         config = {k: v for k, v in settings.items() if not k.startswith("_")}
         kind = [type(self.model).__name__, sorted(config.items())]
-        return value_digest([kind, tensors_digest(self.model.state_dict())])
+        return value_digest([kind, weights])
 
 
 def denoisers(pipeline: Any) -> dict[str, nn.Module]:

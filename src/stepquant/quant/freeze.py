@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -10,12 +11,16 @@ from torch import Tensor
 
 from stepquant.artifact import Artifact, LayerSpec, ProductSpec, StepSpec, table_tensors
 from stepquant.core.affine import quantize, to_groups
-from stepquant.core.freed import give_back
+from stepquant.core.freed import empty, give_back
 from stepquant.core.pack import pack, packed_bytes
 from stepquant.core.slices import AT_ONCE
 from stepquant.quant.insert import Inserted
 from stepquant.quant.layers import QuantLayer
 from stepquant.quant.quantizer import Quantizer
+
+LOOSE = (
+    1 << 25
+)  # bytes that the allocator may keep before it is asked to give them back, which takes milliseconds
 
 
 def freeze(
@@ -23,7 +28,7 @@ def freeze(
     time_table: Tensor | None = None,
     tabled: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Artifact:
-    """Round and pack what the quantizers describe; the network itself is left as it is.
+    """Round and pack what the quantizers describe; the network is left as it is, unless its weights are expendable.
 
     `time_table` has a row for each t of the network's clock, in place of the layers that depend on t alone; `tabled`
     says which, and the shape of each one's part, where that is no time embedding of the declared kind.
@@ -31,13 +36,24 @@ def freeze(
     tensors: dict[str, Tensor] = {}
     layers: dict[str, LayerSpec] = {}
     products: dict[str, ProductSpec] = {}
+    parameters = network.denoiser.model.named_parameters(remove_duplicate=False)
+    owners, freed = Counter(id(value) for _, value in parameters), 0
     give_back()
+    for quantizer in network.quantizers():
+        if not quantizer.dynamic:
+            quantizer.range()  # one that is not set fails before any weight is gone
     for path, layer in network.layers.items():
         if layer.weight_quantizer is None:
             continue
         inputs = layer.input_quantizer.grid if layer.input_quantizer else None
         layers[path] = LayerSpec(layer.weight_quantizer.grid, inputs)
         tensors |= {f"{path}.{name}": value for name, value in packed_tensors(layer).items()}
+        if network.denoiser.expendable and owners[id(layer.weight)] == 1:
+            freed += layer.weight.nbytes
+            empty(layer.weight)  # type: ignore[arg-type]
+            if freed > LOOSE:
+                give_back()
+                freed = 0
     for path, product in network.products.items():
         grids = {port: quantizer.grid for port, quantizer in product.ports().items()}
         products[path] = ProductSpec(**grids, shifted=product.correction is not None)

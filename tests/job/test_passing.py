@@ -1,0 +1,184 @@
+"""Models that are never all there: the same folder as ever, in little memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMPipeline,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    StableDiffusionPipeline,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from stepquant.cli import main
+from stepquant.errors import ModelError, StepquantError
+from stepquant.job import Recipe, passing, quantize_to
+from stepquant.job.tensors import KINDS, Writer, places_in
+from tests.job.test_job import contents
+
+CONFIGS = "config.json", "model_index.json"
+
+
+def recipe(model: Path, scheme: str = "w4a16", **changes: Any) -> Recipe:
+    return Recipe.of(**{"model": str(model), "method": "minmax", "scheme": scheme} | changes)
+
+
+@pytest.fixture
+def saved(text_pipeline: StableDiffusionPipeline, tmp_path: Path) -> Path:
+    """A pipeline of several parts as a folder, its denoiser in bfloat16 and in several files."""
+    folder = tmp_path / "float"
+    text_pipeline.unet.to(torch.bfloat16)
+    text_pipeline.save_pretrained(folder)
+    text_pipeline.unet.save_pretrained(folder / "unet", max_shard_size="100KB")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a8-dynamic"])
+def test_the_folder_is_the_same(saved: Path, tmp_path: Path, scheme: str) -> None:
+    asked = recipe(saved, scheme)
+    usual = quantize_to(asked, tmp_path / "usual")
+    passed = quantize_to(asked, tmp_path / "passed", low_memory=True)
+    assert (passed.recipe, passed.weights_bytes, passed.share) == (
+        usual.recipe,
+        usual.weights_bytes,
+        usual.share,
+    )
+    mine, theirs = contents(passed.out), contents(usual.out)
+    for name in [name for name in theirs if name.startswith("unet/") or name.endswith(".safetensors")]:
+        same = json.loads if name.endswith(CONFIGS) else bytes
+        assert same(mine[name]) == same(theirs[name]), name
+    assert DiffusionPipeline.from_pretrained(passed.out).unet.conv_in.weight.isfinite().all()
+    assert str(tmp_path) not in b"".join(mine[name] for name in mine if name.endswith(CONFIGS)).decode()
+
+
+def test_artifacts_are_cut_into_files_as_diffusers_cuts_them(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passing, "SHARD", "50KB")
+    quantize_to(recipe(saved), tmp_path / "passed", low_memory=True)
+    made = DiffusionPipeline.from_pretrained(tmp_path / "passed")
+    made.unet.save_pretrained(tmp_path / "again", max_shard_size="50KB")
+    first, again = (
+        {name: data for name, data in contents(folder).items() if "safetensors" in name}
+        for folder in (tmp_path / "passed" / "unet", tmp_path / "again")
+    )
+    assert len(first) > 2
+    assert first == again
+
+
+def test_resume_knows_what_is_there(saved: Path, tmp_path: Path) -> None:
+    first = quantize_to(recipe(saved), tmp_path / "out", low_memory=True)
+    with pytest.raises(StepquantError, match="exists already"):
+        quantize_to(recipe(saved), tmp_path / "out", low_memory=True)
+    again = quantize_to(recipe(saved), tmp_path / "out", low_memory=True, resume=True)
+    assert again.found
+    assert again.recipe == first.recipe
+    with pytest.raises(StepquantError, match="another recipe"):
+        quantize_to(recipe(saved, "w8a16"), tmp_path / "out", low_memory=True, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"scheme": "w8a8"}, "w4a16"),
+        ({"scheme": "auto-4.5"}, "w4a16"),
+        ({"method": "gptq"}, "--method minmax"),
+        ({"settings": {"bias": True}}, "with bias"),
+        ({"components": ("unet", "vae")}, "'vae' is measured"),
+    ],
+)
+def test_what_needs_the_network_as_a_whole_is_refused(
+    saved: Path, tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(StepquantError) as error:
+        quantize_to(recipe(saved, **changes), tmp_path / "out", low_memory=True)
+    assert told in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_files_are_one_error(pipeline: DDIMPipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path / "float")
+    file = tmp_path / "float" / "unet" / "diffusion_pytorch_model.safetensors"
+    whole, tensors = file.read_bytes(), load_file(file)
+    tensors.pop("conv_in.weight")
+    save_file(tensors, tmp_path / "less")
+    infinite = tensors | {"conv_in.weight": torch.full((16, 3, 3, 3), torch.inf)}
+    save_file(infinite, tmp_path / "infinite")
+    for data, told in (
+        (whole[:-40], "damaged"),
+        (whole[:40], "damaged"),
+        (b"\xff" * 40, "damaged"),
+        ((tmp_path / "less").read_bytes(), "'conv_in.weight' is in no file"),
+        ((tmp_path / "infinite").read_bytes(), "NaN or infinite"),
+    ):
+        file.write_bytes(data)
+        with pytest.raises(ModelError, match=told):
+            quantize_to(recipe(tmp_path / "float"), tmp_path / "out", low_memory=True)
+        assert not (tmp_path / "out").exists()
+
+
+def test_files_written_in_pieces_are_those_of_safetensors(tmp_path: Path) -> None:
+    tensors = {f"b.{name}": torch.arange(6).reshape(2, 3).to(kind) for name, kind in KINDS.items()}
+    tensors |= {"a": torch.rand(4), "ä": torch.tensor(2.0)}
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    with Writer(tmp_path / "mine", {name: value.to("meta") for name, value in tensors.items()}) as writer:
+        for name in reversed(tensors):
+            writer.put(name, tensors[name])
+    assert (tmp_path / "mine").read_bytes() == (tmp_path / "theirs").read_bytes()
+    with safe_open(tmp_path / "theirs", "pt") as file:
+        for name, place in places_in(tmp_path / "mine").items():
+            assert torch.equal(place.read(), file.get_tensor(name))
+
+
+def test_the_command(saved: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["quantize", str(saved), "--method", "minmax", "--scheme", "w4a16", "--low-memory"]
+    assert main([*words, "--out", str(out)]) == 0
+    assert {file.name for file in out.iterdir()} >= {"model_index.json", "unet", "vae"}
+    assert not (out / "README.md").exists()
+
+
+LIMITED = """
+import resource, sys
+from stepquant.job import Recipe, quantize_to
+from stepquant.job.memory import status_bytes
+model, out, more, low = sys.argv[1:]
+recipe = Recipe.of(model=model, method="minmax", scheme="w4a16")
+limit = status_bytes("VmData") + int(more)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+quantize_to(recipe, out, low_memory=low == "low")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a process may write to")
+def test_a_model_larger_than_what_the_process_may_take(class_pipeline: DiTPipeline, tmp_path: Path) -> None:
+    """Its weights are 1.2 times the memory that is left to the process, which loads them in vain."""
+    with torch.device("meta"):
+        large = DiTTransformer2DModel(
+            num_attention_heads=8, attention_head_dim=64, in_channels=4, num_layers=5, sample_size=8
+        )
+    large.to_empty(device="cpu").requires_grad_(False)
+    for value in large.state_dict().values():
+        value.fill_(0.01)
+    class_pipeline.register_modules(transformer=large)
+    class_pipeline.save_pretrained(tmp_path / "float")
+    size = sum(value.nbytes for value in large.state_dict().values())
+    words = [sys.executable, "-W", "ignore", "-c", LIMITED, tmp_path / "float"]
+    for way, works in (("usual", False), ("low", True)):
+        done = subprocess.run(
+            [*words, tmp_path / way, str(int(size / 1.2)), way], capture_output=True, text=True
+        )
+        assert (done.returncode == 0) == works, done.stderr
+        assert ("memory" in done.stderr.lower()) == (not works), done.stderr
+        assert (tmp_path / way / "model_index.json").exists() == works
