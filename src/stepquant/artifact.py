@@ -83,14 +83,19 @@ class LayerSpec:
 
     weight: Grid
     input: Grid | None = None
+    rank: int = 0  # of the branch beside the integers; 0: none
+    balanced: bool = False  # each input channel is multiplied by a factor before it is quantized
 
-    def to_json(self) -> dict[str, str]:
-        return {"weight": str(self.weight)} | ({"input": str(self.input)} if self.input else {})
+    def to_json(self) -> dict[str, Any]:
+        own = {"input": str(self.input) if self.input else None, "rank": self.rank, "balanced": self.balanced}
+        return {"weight": str(self.weight)} | {name: value for name, value in own.items() if value}
 
     @classmethod
     def from_json(cls, data: Any, where: str = "layer") -> LayerSpec:
-        found = entries(data, where, {"weight": TEXT}, {"input": TEXT})
-        return cls(**{port: stored_grid(port, text, where) for port, text in found.items()})
+        allowed = {"input": TEXT, "rank": integer(1), "balanced": TRUTH}
+        found = entries(data, where, {"weight": TEXT}, allowed)
+        grids = {port: stored_grid(port, found[port], where) for port in SHARED if port in found}
+        return cls(**found | grids)
 
 
 @dataclass(frozen=True)
@@ -190,6 +195,8 @@ def bounds_of(
     for path, layer in layers.items():
         found |= {f"{path}.weight": BYTES, f"{path}.weight_scale": SCALE, f"{path}.bias": FINITE}
         found[f"{path}.weight_zero_point"] = zero_points(layer.weight)
+        found[f"{path}.input_factors"] = SCALE
+        found |= {f"{path}.low_rank.{side}": FINITE for side in ("down", "up")}
         if layer.input is not None and layer.input.granularity != "token":
             found |= range_bounds(f"{path}.input", layer.input)
     for path, product in products.items():

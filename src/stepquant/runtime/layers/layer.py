@@ -77,7 +77,7 @@ class IntegerLayer(Stored[PreparedLayer]):
     def kernel(self) -> Kernel | None:
         """What multiplies codes that others may make, with the present row of ranges; None if this layer reads floats."""
         kernels = self.prepared().kernels
-        return kernels[self.row] if kernels and not self.dynamic else None
+        return kernels[self.row] if kernels and not self.alone else None
 
     @property
     def reason(self) -> str | None:
@@ -88,6 +88,11 @@ class IntegerLayer(Stored[PreparedLayer]):
     def dynamic(self) -> bool:
         """Whether inputs are quantized with scales that are found as they come: only the layer itself can do it."""
         return self.spec.input is not None and self.spec.input.granularity == "token"
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody else may make its codes, because it reads floats."""
+        return self.dynamic
 
     @property
     def stepped(self) -> bool:
@@ -126,6 +131,10 @@ class IntegerLayer(Stored[PreparedLayer]):
         integers, zero_point = self.rows()
         values = dequantize(integers.float(), self.weight_scale[:, None], zero_point)
         return values.reshape(self.weight_shape).to(dtype)
+
+    def total_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight of the float layer that this one stands for."""
+        return self.dequantized(dtype)
 
     def prepare(self, versions: Versions) -> PreparedLayer:
         reason, codes = self.why_float(), self.input_codes()
@@ -189,9 +198,17 @@ class IntegerLayer(Stored[PreparedLayer]):
         if x.dtype == torch.uint8:
             return self.from_codes(x, self.emit or torch.float32)
         dtype = self.emit or x.dtype
-        if kernel is None:
-            return self.by_row(x, dtype) if self.dynamic and self.integer else self.float_forward(x, dtype)
-        return self.from_codes(ops.quantize(x, kernel.code), dtype)
+        return (
+            self.of_floats(x, dtype)
+            if kernel is None
+            else self.from_codes(ops.quantize(x, kernel.code), dtype)
+        )
+
+    def of_floats(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The output where nobody else may make codes."""
+        if not self.integer:
+            return self.float_forward(x, dtype)
+        return self.by_row(x, dtype) if self.dynamic else self.from_codes(ops.quantize(x, self.code), dtype)
 
     def by_row(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The product of codes of scales that are found here."""
@@ -208,7 +225,7 @@ class IntegerLayer(Stored[PreparedLayer]):
         """What integers make of `x`, with the gradient of the float layer that they stand for."""
         y = self(x.detach().float())
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        through = self.multiply(x, self.dequantized(x.dtype), bias)
+        through = self.multiply(x, self.total_weight(x.dtype), bias)
         return (through + (y - through.detach())).to(self.emit or x.dtype)
 
     def kernel_for_codes(self) -> Kernel:
