@@ -87,20 +87,23 @@ class LayerSpec:
     weight: Grid
     input: Grid | None = None
     rotation: int = (
-        0  # the group in which the weight was rotated, and inputs are as they come; 0: they are not
+        0  # the group in which the weight was rotated, and inputs are as they come; 0: not rotated
     )
+    rank: int = 0  # of the branch beside the integers; 0: none
+    balanced: bool = False  # each input channel is multiplied by a factor before it is quantized
 
     def to_json(self) -> dict[str, Any]:
-        inputs = {"input": str(self.input)} if self.input else {}
-        return {"weight": str(self.weight)} | inputs | ({"rotation": self.rotation} if self.rotation else {})
+        own = {"input": str(self.input) if self.input else None, "rotation": self.rotation, "rank": self.rank}
+        own |= {"balanced": self.balanced}
+        return {"weight": str(self.weight)} | {name: value for name, value in own.items() if value}
 
     @classmethod
     def from_json(cls, data: Any, where: str = "layer") -> LayerSpec:
-        found = entries(data, where, {"weight": TEXT}, {"input": TEXT, "rotation": GROUP})
-        rotation = found.pop("rotation", 0)
-        grids = {port: stored_grid(port, text, where) for port, text in found.items()}
+        allowed = {"input": TEXT, "rotation": GROUP, "rank": integer(1), "balanced": TRUTH}
+        found = entries(data, where, {"weight": TEXT}, allowed)
+        grids = {port: stored_grid(port, found[port], where) for port in SHARED if port in found}
         by_token = "input" not in grids or grids["input"].granularity == "token"
-        if rotation and not (by_token and grids["weight"].granularity in ("tensor", "channel")):
+        if "rotation" in found and not (by_token and grids["weight"].granularity in ("tensor", "channel")):
             raise ArtifactError(
                 f"'{where}.rotation' stands beside grids that inputs are not rotated for",
                 where=where,
@@ -108,7 +111,7 @@ class LayerSpec:
                 expected="a weight with a scale per tensor or channel, and inputs per token or in float",
                 fix=AGAIN,
             )
-        return cls(**grids, rotation=rotation)
+        return cls(**found | grids)
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,8 @@ def bounds_of(
     for path, layer in layers.items():
         found |= {f"{path}.weight": BYTES, f"{path}.weight_scale": SCALE, f"{path}.bias": FINITE}
         found[f"{path}.weight_zero_point"] = zero_points(layer.weight)
+        found[f"{path}.input_factors"] = SCALE
+        found |= {f"{path}.low_rank.{side}": FINITE for side in ("down", "up")}
         if layer.input is not None and layer.input.granularity != "token":
             found |= range_bounds(f"{path}.input", layer.input)
     for path, product in products.items():

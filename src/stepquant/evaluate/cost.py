@@ -11,6 +11,7 @@ from stepquant.models.denoiser import Denoiser
 from stepquant.runtime import coverage as traced
 from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.layer import IntegerLayer
+from stepquant.runtime.layers.stored import Stored
 
 FLOAT_BITS = 32
 
@@ -36,8 +37,7 @@ def coverage(source: Denoiser, quantized: Denoiser, arguments: Mapping[str, Any]
     lines = traced.coverage(quantized.model, quantized.there(arguments)).lines
     rows = []
     for line in sorted(lines, key=lambda line: line.kind):  # layers before products
-        # A layer that reads a concatenation may run as two halves of one role.
-        role = roles.get(line.path) or roles[line.path.rpartition(".")[0]]
+        role = role_of(roles, line.path)
         module: Any = quantized.model.get_submodule(line.path)
         if line.kind == "product":
             module = getattr(module, "product", None)
@@ -50,11 +50,16 @@ def coverage(source: Denoiser, quantized: Denoiser, arguments: Mapping[str, Any]
     return rows
 
 
+def role_of(roles: Mapping[str, str], path: str) -> str:
+    """That of a layer; halves of one that reads a concatenation, and branches beside integers, lie below it."""
+    return roles[path] if path in roles else role_of(roles, path.rpartition(".")[0])
+
+
 def stored_bytes(module: nn.Module | None) -> int:
     """Bytes of a layer's own tensors: as packed, or in fp32."""
     if module is None:
         return 0
-    if isinstance(module, IntegerLayer | IntegerProduct):
+    if isinstance(module, Stored):
         return sum(value.nbytes for value in module.buffers(recurse=False))
     return sum(FLOAT_BITS // 8 * value.numel() for value in module.parameters())
 

@@ -138,7 +138,7 @@ def run_until(piece: Piece, layer: QuantLayer, columns: list[Tensor], see: See) 
     """Run the piece up to this layer, and show what the layer's weight is multiplied with."""
 
     def listen(_: nn.Module, args: tuple[Any, ...]) -> None:
-        see(args[0] if layer.input_quantizer is None else layer.input_quantizer(args[0]))
+        see(layer.received(args[0]))
         raise Reached
 
     handle = layer.register_forward_pre_hook(listen)

@@ -15,12 +15,13 @@ from torch import Tensor
 from stepquant.calib.cache import atomically
 from stepquant.calib.calibset import CalibSet
 from stepquant.core.digest import value_digest
+from stepquant.core.low_rank import LowRank
 from stepquant.errors import CalibrationError
 from stepquant.fit.learnable import FixedIntegers, FixedRounding
 from stepquant.fit.learner import activation_quantizers, inside
 from stepquant.fit.reconstruct import Report
 from stepquant.quant.insert import Inserted
-from stepquant.quant.layers import Rounding
+from stepquant.quant.layers import QuantLayer, Rounding
 
 FORMAT = 3  # raised when the same settings come to mean another result
 
@@ -54,6 +55,7 @@ class Journal:
                 tensors[f"integers|{name}"] = layer.rounding.given.contiguous()
             if layer.correction is not None:
                 tensors[f"shift|{name}"] = layer.correction.contiguous()
+            tensors |= division_of(layer, name)
         for name, product in inside(self.network.products, report.path).items():
             if product.correction is not None:
                 tensors[f"shift|{name}.product"] = product.correction.contiguous()
@@ -83,6 +85,7 @@ class Journal:
                 fix="delete this file and run again",
             ) from error
         for name, layer in inside(self.network.layers, path).items():
+            divide_again(layer, name, tensors)
             layer.rounding, layer.correction = stored_rounding(tensors, name), tensors.get(f"shift|{name}")
         for name, product in inside(self.network.products, path).items():
             product.correction = tensors.get(f"shift|{name}.product")
@@ -90,6 +93,27 @@ class Journal:
             if f"range|{quantizer.site}" in tensors:
                 quantizer.set_range(*tensors[f"range|{quantizer.site}"])
         return report
+
+
+def division_of(layer: QuantLayer, name: str) -> dict[str, Tensor]:
+    """What lies beside the integers of a layer, and the range of its weight, which is another for it."""
+    found = {} if layer.factors is None else {f"factors|{name}": layer.factors}
+    if layer.branch is not None:
+        found |= {f"down|{name}": layer.branch.down, f"up_rank|{name}": layer.branch.up}
+    if found and layer.weight_quantizer is not None:
+        found[f"weight|{name}"] = torch.stack(layer.weight_quantizer.range())
+    return {key: value.contiguous() for key, value in found.items()}
+
+
+def divide_again(layer: QuantLayer, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Divide a layer as it was, unless an earlier stage has done it already."""
+    if f"weight|{name}" not in tensors or layer.factors is not None or layer.branch is not None:
+        return
+    sides = f"down|{name}", f"up_rank|{name}"
+    branch = LowRank(tensors[sides[0]], tensors[sides[1]]) if sides[0] in tensors else None
+    layer.divide(tensors.get(f"factors|{name}"), branch)
+    assert layer.weight_quantizer is not None
+    layer.weight_quantizer.set_range(*tensors[f"weight|{name}"])
 
 
 def stored_rounding(tensors: Mapping[str, Tensor], name: str) -> Rounding | None:

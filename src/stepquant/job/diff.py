@@ -141,7 +141,8 @@ def layer_rows(a: Side, b: Side) -> Iterator[dict[str, Any]]:
 
 def is_same(a: Side, b: Side, path: str) -> bool:
     """Whether both have the layer with the same grids and the same tensors."""
-    names = {name for side in (a, b) for name in side.tensors if name.rpartition(".")[0] == path}
+    owners = (path, f"{path}.low_rank")
+    names = {name for side in (a, b) for name in side.tensors if name.rpartition(".")[0] in owners}
     return a.config.layers.get(path) == b.config.layers.get(path) and all(
         name in a.tensors and name in b.tensors and torch.equal(a.tensors[name], b.tensors[name])
         for name in names

@@ -46,7 +46,8 @@ def freeze(
         if layer.weight_quantizer is None:
             continue
         inputs = layer.input_quantizer.grid if layer.input_quantizer else None
-        layers[path] = LayerSpec(layer.weight_quantizer.grid, inputs)
+        rank = 0 if layer.branch is None else len(layer.branch.down)
+        layers[path] = LayerSpec(layer.weight_quantizer.grid, inputs, rank, layer.factors is not None)
         tensors |= {f"{path}.{name}": value for name, value in packed_tensors(layer).items()}
         if network.denoiser.expendable and owners[id(layer.weight)] == 1:
             freed += layer.weight.nbytes
@@ -83,6 +84,10 @@ def packed_tensors(layer: QuantLayer) -> dict[str, Tensor]:
         out["bias"] = layer.bias.detach().float()
     if layer.input_quantizer is not None:
         out |= range_tensors("input", layer.input_quantizer)
+    if layer.factors is not None:
+        out["input_factors"] = layer.factors.float()
+    if layer.branch is not None:
+        out |= {"low_rank.down": layer.branch.down, "low_rank.up": layer.branch.up}
     return {name: own(value) for name, value in out.items()} | {"weight": packed_weight(layer, quantizer)}
 
 

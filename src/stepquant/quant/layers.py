@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.core.affine import dequantize, fake_quantize, quantize, to_groups
+from stepquant.core.low_rank import LowRank
 from stepquant.models.families.roles import border_of, bordered
+from stepquant.models.split import part_like
 from stepquant.quant.quantizer import Quantizer
 
 
@@ -38,6 +40,8 @@ class QuantLayer(nn.Module):
         self.rounding: Rounding | None = None
         self.border = border_of(layer)
         self.correction: Tensor | None = None  # added to the bias where weights are quantized
+        self.factors: Tensor | None = None  # of the inputs, in front of their quantizer
+        self.branch: LowRank | None = None  # of the inputs as they come, added to the output
 
     @property
     def weight(self) -> Tensor:
@@ -49,6 +53,21 @@ class QuantLayer(nn.Module):
         """The bias that is added and stored: that of the float layer, shifted where that was corrected."""
         bias: Tensor | None = self.layer.bias  # type: ignore[assignment]
         return bias if bias is None or self.correction is None else bias + self.correction.to(bias.dtype)
+
+    def divide(self, factors: Tensor | None, branch: LowRank | None) -> None:
+        """Keep a linear the same in float, with another weight: for inputs times `factors`, without what `branch` does."""
+        if factors is None and branch is None:
+            return
+        weight = self.weight.detach().float()
+        weight = weight if branch is None else weight - branch.dense().to(weight.device)
+        weight = weight if factors is None else weight / factors
+        self.layer = part_like(self.layer, weight.to(self.weight.dtype), bias=True)
+        self.factors, self.branch = factors, branch
+
+    def received(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied with."""
+        x = x if self.factors is None else (x * self.factors).to(x.dtype)
+        return x if self.input_quantizer is None else self.input_quantizer(x)
 
     def weight_values(self) -> Tensor:
         """The weight that this layer multiplies with, in float."""
@@ -81,10 +100,10 @@ class QuantLayer(nn.Module):
     def forward(self, input: Tensor, *kept: Any, **__: object) -> Tensor:
         """`input` is what torch calls it, and some models name it."""
         x = input if self.border is None else bordered(input, self.border, *kept)
-        x = x if self.input_quantizer is None else self.input_quantizer(x)
         quantizer = self.weight_quantizer
         bias = self.layer.bias if quantizer is None or not quantizer.enabled else self.bias
-        return apply_layer(self.layer, x, self.weight_values(), bias)  # type: ignore[arg-type]
+        y = apply_layer(self.layer, self.received(x), self.weight_values(), bias)  # type: ignore[arg-type]
+        return y if self.branch is None else y + self.branch(x)
 
 
 def from_integers(integers: Tensor, quantizer: Quantizer) -> Tensor:

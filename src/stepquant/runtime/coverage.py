@@ -17,10 +17,12 @@ from stepquant.runtime.blocks.chain import Chain, chains
 from stepquant.runtime.blocks.install import forget_kept
 from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.layer import IntegerLayer
+from stepquant.runtime.layers.linear import LowRankBranch
 from stepquant.runtime.layers.tabled import Tabled
 from stepquant.runtime.macs import INTEGER_OPS, multiply_accumulates
 
 NOT_PLANNED = "the plan keeps it in float"
+BESIDE = "a branch of low rank in 16 bits, which the plan leaves beside the integers"
 TABLED = "a table holds what it returns for every t"
 IDLE = "it did not run in this pass"
 INLINE = "its processor multiplies by itself, in float"
@@ -107,7 +109,7 @@ class Trace(TorchDispatchMode):
             if isinstance(module, IntegerLayer):
                 self.stack.enter_context(self.watched(path, module, "from_codes"))
                 self.stack.enter_context(self.watched(path, module, "float_forward"))
-            if isinstance(module, (*LEAVES, IntegerProduct, *PRODUCTS)):
+            if isinstance(module, (*LEAVES, IntegerProduct, LowRankBranch, *PRODUCTS)):
                 self.stack.enter_context(self.watched(path, module, "forward"))
         super().__enter__()
         return self
@@ -155,6 +157,8 @@ class Trace(TorchDispatchMode):
         for path, module in self.model.named_modules():
             if isinstance(module, IntegerLayer):
                 yield self.line(path, "layer", self.work[path], module.spec.input is not None, module.reason)
+            elif isinstance(module, LowRankBranch):
+                yield self.line(path, "layer", self.work[path], False, BESIDE)
             elif isinstance(module, LEAVES):
                 yield self.line(path, "layer", self.work[path], False, NOT_PLANNED)
             elif isinstance(module, Tabled):

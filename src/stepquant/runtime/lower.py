@@ -31,7 +31,7 @@ from stepquant.runtime.intact import check_steps, own_bounds
 from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.convolution import IntegerConv1d, IntegerConv2d, IntegerConv3d, channels_last
 from stepquant.runtime.layers.layer import IntegerLayer
-from stepquant.runtime.layers.linear import IntegerLinear
+from stepquant.runtime.layers.linear import IntegerLinear, LowRankBranch
 from stepquant.runtime.layers.stored import Prepared, Versions
 from stepquant.runtime.layers.tabled import Tabled
 from stepquant.runtime.moving import Move
@@ -115,8 +115,10 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def runtime_modules(model: nn.Module) -> dict[str, IntegerLayer | IntegerProduct | StepTensors]:
-    kinds = (IntegerLayer, IntegerProduct, StepTensors)
+def runtime_modules(
+    model: nn.Module,
+) -> dict[str, IntegerLayer | IntegerProduct | LowRankBranch | StepTensors]:
+    kinds = (IntegerLayer, IntegerProduct, LowRankBranch, StepTensors)
     return {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
 
 

@@ -39,7 +39,7 @@ def float_twin(layer: Any) -> Any:
 def float_layer(layer: IntegerLayer) -> nn.Module:
     """The layer with the numbers that its integers stand for."""
     twin = float_twin(layer)
-    twin.weight = nn.Parameter(layer.dequantized(torch.float32), requires_grad=False)
+    twin.weight = nn.Parameter(layer.total_weight(torch.float32), requires_grad=False)
     if layer.bias is not None:
         twin.bias = nn.Parameter(layer.bias.float().clone(), requires_grad=False)
     return twin.eval()  # type: ignore[no-any-return]

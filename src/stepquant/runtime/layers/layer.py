@@ -88,7 +88,7 @@ class IntegerLayer(Stored[PreparedLayer]):
     def kernel(self) -> Kernel | None:
         """What multiplies codes that others may make, with the present row of ranges; None if this layer reads floats."""
         kernels = self.prepared().kernels
-        return kernels[self.row] if kernels and not self.dynamic else None
+        return kernels[self.row] if kernels and not self.alone else None
 
     @property
     def reason(self) -> str | None:
@@ -99,6 +99,11 @@ class IntegerLayer(Stored[PreparedLayer]):
     def dynamic(self) -> bool:
         """Whether inputs are quantized with scales that are found as they come: only the layer itself can do it."""
         return self.spec.input is not None and self.spec.input.granularity == "token"
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody else may make its codes, because it reads floats."""
+        return self.dynamic
 
     @property
     def stepped(self) -> bool:
@@ -144,6 +149,10 @@ class IntegerLayer(Stored[PreparedLayer]):
         integers, zero_point = self.rows()
         values = dequantize(integers.float(), self.weight_scale[:, None], zero_point)
         return values.reshape(self.weight_shape).to(dtype)
+
+    def total_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight of the float layer that this one stands for."""
+        return self.dequantized(dtype)
 
     def prepare(self, versions: Versions) -> PreparedLayer:
         reason, codes = self.why_float(), self.input_codes()
@@ -208,8 +217,14 @@ class IntegerLayer(Stored[PreparedLayer]):
             return self.from_codes(x, self.emit or torch.float32)
         dtype = self.emit or x.dtype
         if kernel is None:
-            return self.by_row(x, dtype) if self.dynamic and self.integer else self.float_forward(x, dtype)
+            return self.of_floats(x, dtype)
         return self.from_codes(ops.quantize(x, kernel.code), dtype)
+
+    def of_floats(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The output where nobody else may make codes."""
+        if not self.integer:
+            return self.float_forward(x, dtype)
+        return self.by_row(x, dtype) if self.dynamic else self.from_codes(ops.quantize(x, self.code), dtype)
 
     def by_row(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The product of codes of scales that are found here."""
@@ -219,18 +234,16 @@ class IntegerLayer(Stored[PreparedLayer]):
 
     def codes_of_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """And the scales of the rows."""
-        grid = self.spec.input
-        assert grid is not None
+        assert self.spec.input is not None
         if self.spec.rotation:
             return ops.rotate_quantize_rows(x, self.spec.rotation, self.code)
-        scales = ops.row_scales(x, self.rows_from, grid.qmax)
+        scales = ops.row_scales(x, self.rows_from, self.spec.input.qmax)
         return ops.quantize_rows(x, scales, self.code), scales
 
     def straight_through(self, x: Tensor) -> Tensor:
         """What integers make of `x`, with the gradient of the float layer that they stand for."""
         y = self(x.detach().float())
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        through = self.multiply(x, self.dequantized(x.dtype), bias)
+        through = self.multiply(x, self.total_weight(x.dtype), self.bias_like(x))
         return (through + (y - through.detach())).to(self.emit or x.dtype)
 
     def kernel_for_codes(self) -> Kernel:
@@ -241,16 +254,14 @@ class IntegerLayer(Stored[PreparedLayer]):
 
     def float_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The same numbers without an integer kernel; the codes of the input are small integers, exact in bfloat16."""
-        bias = self.bias
         if self.spec.input is None or self.float_because:
-            own = None if bias is None else bias.to(x.dtype)
-            return self.multiply(x, self.float_weight(x.dtype), own).to(dtype)
+            return self.multiply(x, self.float_weight(x.dtype), self.bias_like(x)).to(dtype)
         code = self.code
         codes, scales = self.codes_of_rows(x) if self.dynamic else (ops.quantize(x, code), None)
         centred = (codes.to(torch.int16) - code.zero_point).to(x.dtype)
         weight = self.stored_weight(x.dtype) if self.spec.rotation else self.float_weight(x.dtype)
         out = self.multiply(centred, weight, None).float() * (code.scale if scales is None else scales)
-        return (out if bias is None else out + bias.reshape(self.bias_shape(out))).to(dtype)
+        return (out if self.bias is None else out + self.bias.reshape(self.bias_shape(out))).to(dtype)
 
     def float_weight(self, dtype: torch.dtype) -> Tensor:
         if not self.keeps_weight and not self.float_because:
@@ -259,6 +270,9 @@ class IntegerLayer(Stored[PreparedLayer]):
         if dtype not in weights:
             weights[dtype] = self.dequantized(dtype)
         return weights[dtype]
+
+    def bias_like(self, x: Tensor) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(x.dtype)
 
     def bias_shape(self, out: Tensor) -> list[int]:
         shape = [1] * out.dim()

@@ -1,30 +1,96 @@
-"""Linears that hold packed integers and multiply with them."""
+"""Linears that hold packed integers and multiply with them, and the float branch that some have beside these."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.artifact import LayerSpec
+from stepquant.core.entries import AGAIN
+from stepquant.errors import ArtifactError
 from stepquant.runtime import ops
 from stepquant.runtime.device import device_for
 from stepquant.runtime.kernel import Kernel
 from stepquant.runtime.layers.layer import IntegerLayer
+from stepquant.runtime.layers.stored import Prepared, Stored, Versions
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedBranch(Prepared):
+    """Both sides in the dtypes of the inputs that came so far."""
+
+    sides: dict[torch.dtype, tuple[Tensor, Tensor]]
+
+
+class LowRankBranch(Stored[PreparedBranch]):
+    """What a few directions of the input add to the output of integers: x down^T up^T, stored in 16 bits."""
+
+    down: Tensor  # (rank, inputs)
+    up: Tensor  # (outputs, rank)
+
+    def __init__(self, inputs: int, outputs: int, rank: int, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("down", torch.zeros(rank, inputs, dtype=torch.float16, device=device))
+        self.register_buffer("up", torch.zeros(outputs, rank, dtype=torch.float16, device=device))
+
+    def prepare(self, versions: Versions) -> PreparedBranch:
+        return PreparedBranch(versions, {})
+
+    def forward(self, input: Tensor) -> Tensor:
+        sides = self.prepared().sides
+        if input.dtype not in sides:
+            sides[input.dtype] = self.down.to(input.dtype), self.up.to(input.dtype)
+        down, up = sides[input.dtype]
+        return F.linear(F.linear(input, down), up)
+
+    def dense(self) -> Tensor:
+        return self.up.float() @ self.down.float()
 
 
 class IntegerLinear(IntegerLayer):
+    """With a branch or factors it reads floats: x * factors becomes codes, and the branch reads x."""
+
     outputs_dim, rows_from = -1, -1
+    input_factors: Tensor
 
     def __init__(self, layer: nn.Linear, spec: LayerSpec, groups: int = 1) -> None:
         super().__init__(layer, spec, groups)
         self.in_features, self.out_features = layer.in_features, layer.out_features
+        device = layer.weight.device
+        if spec.balanced:
+            self.register_buffer("input_factors", torch.ones(layer.in_features, device=device))
+        if spec.rank:
+            if spec.rank > min(layer.weight.shape):
+                raise ArtifactError(
+                    "a branch has more directions than its linear",
+                    got=f"rank {spec.rank} beside {layer.in_features} inputs and {layer.out_features} outputs",
+                    fix=AGAIN,
+                )
+            self.low_rank = LowRankBranch(layer.in_features, layer.out_features, spec.rank, device)
+
+    @property
+    def alone(self) -> bool:
+        return self.dynamic or self.spec.balanced or bool(self.spec.rank)
 
     def kernel_type(self) -> type[Kernel]:
         return device_for(self.weight.device).linear
 
     def why_no_kernel(self) -> str | None:
         return device_for(self.weight.device).why_no_linear(self.weight.device)
+
+    def of_floats(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        read = x * self.input_factors if self.spec.balanced else x
+        if not self.spec.rank:
+            return super().of_floats(read, dtype)
+        return (super().of_floats(read, torch.float32) + self.low_rank(x)).to(dtype)
+
+    def total_weight(self, dtype: torch.dtype) -> Tensor:
+        weight = self.dequantized(torch.float32)
+        weight = weight * self.input_factors if self.spec.balanced else weight
+        return (weight + self.low_rank.dense() if self.spec.rank else weight).to(dtype)
 
     def from_codes(
         self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, gate: Tensor | None = None
@@ -42,16 +108,20 @@ class IntegerLinear(IntegerLayer):
         """Where few rows meet a large weight, nearly all time goes into reading it: as it is stored, a quarter of the bytes."""
         if not self.reads_stored(x):
             return super().float_forward(x, dtype)
-        grid = self.spec.weight
-        scale = self.weight_scale[:, None].expand(-1, self.out_features // self.weight_scale.numel() or 1)
-        scale = scale.reshape(self.out_features, -1)
-        zero_point = getattr(self, "weight_zero_point", torch.zeros(1, dtype=torch.int16))
-        zeros = (zero_point - grid.qmin).reshape(-1, 1).expand(-1, scale.numel() // zero_point.numel())
+        grid, scale = self.spec.weight, self.by_output(self.weight_scale)
+        if grid.symmetric:
+            zero_point = torch.full_like(scale, -grid.qmin, dtype=torch.int16)
+        else:
+            zero_point = self.by_output(self.weight_zero_point) - grid.qmin
         rows = x.reshape(-1, self.in_features)
-        y = ops.stored_linear(
-            rows, self.weight, grid.bits, zeros.reshape(scale.shape), scale, self.bias, dtype
-        )
+        y = ops.stored_linear(rows, self.weight, grid.bits, zero_point, scale, self.bias, dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def by_output(self, numbers: Tensor) -> Tensor:
+        """(outputs, groups) of what the weight has one for each group, each output, or once."""
+        return (numbers if numbers.numel() > 1 else numbers.expand(self.out_features)).reshape(
+            self.out_features, -1
+        )
 
     def reads_stored(self, x: Tensor) -> bool:
         """Whether only the weight is quantized, for too few numbers to be worth its floats."""
@@ -60,6 +130,7 @@ class IntegerLinear(IntegerLayer):
         whole = grid.bits == 8 or (grid.bits == 4 and min(group, self.in_features) % 2 == 0)
         return (
             self.spec.input is None
+            and not self.spec.rotation
             and not self.float_because
             and not self.keeps_weight
             and whole
