@@ -23,6 +23,7 @@ from stepquant.models.sampling import Sampling
 from stepquant.runtime.lower import lower
 from tests.contracts.smallest import Counting, Killed, Nearest, digest, made, plan_for, smallest
 
+pytestmark = pytest.mark.usefixtures("coarse")
 NAMES = methods.names()
 WIDEST = 8  # bits
 

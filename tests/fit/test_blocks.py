@@ -14,6 +14,8 @@ from stepquant.progress import Silent
 from stepquant.quant.freeze import packed_tensors
 from tests.fit.conftest import Bench
 
+pytestmark = pytest.mark.usefixtures("coarse")
+
 QUICK = Schedule(iterations=8, batch=8, rounding_rate=0.1, penalty=0.1)
 
 

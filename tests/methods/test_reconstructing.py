@@ -27,6 +27,8 @@ FEW: dict[str, dict[str, Any]] = {
     "gac": {"trajectories": 6, "iterations": 12, "time_iterations": 12, "visits": 1, "meta_batch": 8},
 }
 
+pytestmark = pytest.mark.usefixtures("coarse")
+
 
 def run(source: Source, name: str, plan: str = "w4a8", **settings: Any) -> Artifact:
     return methods.build(name, FEW[name] | settings)(Denoiser.of(source.pipeline), scheme(plan), source)

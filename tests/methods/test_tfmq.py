@@ -26,6 +26,8 @@ from stepquant.runtime.lower import lower
 from tests.conftest import make_unet
 from tests.models.steered import source_of
 
+pytestmark = pytest.mark.usefixtures("coarse")
+
 TINY = {
     "trajectories": 2,
     "range_trajectories": 1,
