@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,9 +86,8 @@ class LayerSpec:
 
     weight: Grid
     input: Grid | None = None
-    rotation: int = (
-        0  # the group in which the weight was rotated, and inputs are as they come; 0: not rotated
-    )
+    _: KW_ONLY
+    rotation: int = 0  # the group in which the weight was rotated; 0: it was not
     rank: int = 0  # of the branch beside the integers; 0: none
     balanced: bool = False  # each input channel is multiplied by a factor before it is quantized
 

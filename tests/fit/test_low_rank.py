@@ -68,7 +68,7 @@ def lowered(layer: QuantLayer, whole: nn.Linear) -> IntegerLinear:
     """Through the names and the entry that are stored."""
     inputs = layer.input_quantizer.grid if layer.input_quantizer else None
     rank = len(layer.branch.down) if layer.branch else 0
-    spec = LayerSpec(layer.weight_quantizer.grid, inputs, rank, layer.factors is not None)
+    spec = LayerSpec(layer.weight_quantizer.grid, inputs, rank=rank, balanced=layer.factors is not None)
     made = integer_layer(whole, LayerSpec.from_json(spec.to_json()), "l")
     made.load_state_dict(packed_tensors(layer))
     assert isinstance(made, IntegerLinear)
@@ -165,14 +165,14 @@ def test_stored_factors_are_finite_and_above_zero(bad: float) -> None:
     from stepquant.artifact import bounds_of
     from stepquant.core.bounds import check_values
 
-    bounds = bounds_of({"l": LayerSpec(Grid.parse("int4/channel"), None, 4, True)}, {}, None)
+    bounds = bounds_of({"l": LayerSpec(Grid.parse("int4/channel"), rank=4, balanced=True)}, {}, None)
     with pytest.raises(ArtifactError, match="input_factors"):
         check_values({"l.input_factors": torch.tensor([1.0, bad])}, bounds, "artifact")
 
 
 def test_more_directions_than_the_layer_has_are_refused_when_it_is_loaded() -> None:
     with pytest.raises(ArtifactError, match="more directions"):
-        integer_layer(nn.Linear(8, 4), LayerSpec(Grid.parse("int4/channel"), None, 5), "l")
+        integer_layer(nn.Linear(8, 4), LayerSpec(Grid.parse("int4/channel"), rank=5), "l")
 
 
 def test_the_gradient_goes_through_both_parts() -> None:

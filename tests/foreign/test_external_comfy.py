@@ -28,7 +28,7 @@ def layers(group: int) -> tuple[nn.Linear, IntegerLayer, Any, Any]:
     rotation = {"convrot": True, "convrot_groupsize": group} if group else {}
     codes, params = TensorWiseINT8Layout.quantize(layer.weight.detach(), per_channel=True, **rotation)
     grid = Grid.parse("int8/channel")
-    ours = integer_layer(layer, LayerSpec(grid, Grid.parse("int8/token"), group), "layer")
+    ours = integer_layer(layer, LayerSpec(grid, Grid.parse("int8/token"), rotation=group), "layer")
     ours._buffers |= {
         "weight": pack(codes, grid),
         "weight_scale": params.scale.flatten(),

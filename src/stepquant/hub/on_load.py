@@ -131,7 +131,7 @@ def specs_of(model: nn.Module, plan: Plan, rotation: int | None = None) -> dict[
         if weight is not None:
             layer: Any = model.get_submodule(path)
             turns = rotation and inputs and isinstance(layer, nn.Linear) and not layer.in_features % rotation
-            found[path] = LayerSpec(weight, inputs, rotation if turns and rotation else 0)
+            found[path] = LayerSpec(weight, inputs, rotation=rotation if turns and rotation else 0)
     return found
 
 

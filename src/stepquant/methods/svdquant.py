@@ -71,8 +71,9 @@ class SVDQuant(PresetMethod):
         generator = torch.Generator().manual_seed(source.seed)
         data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
 
+        steps = self.by_steps(denoiser, plan, data, source)
         with (
-            insert(denoiser, plan) as network,
+            insert(denoiser, plan, **steps) as network,
             Streams(network, data, source.cache, budget=source.memory) as streams,
         ):
             journal = Journal(source.cache, network, data, {"method": "svdquant"} | self.model_dump())
@@ -97,6 +98,12 @@ class SVDQuant(PresetMethod):
                 settings = Compensation(batch=self.batch)
                 fit(partial(compensate_block, network, settings=settings), stage="weights")
             set_input_ranges(
-                network, data, inputs, batch=self.batch, momentum=self.momentum, progress=source.progress
+                network,
+                data,
+                inputs,
+                every_step=self.seen_by_step(network, source),
+                batch=self.batch,
+                momentum=self.momentum,
+                progress=source.progress,
             )
             return freeze(network)

@@ -27,7 +27,7 @@ CHANNEL, TOKEN = Grid.parse("int8/channel"), Grid.parse("int8/token")
 
 
 def made(layer: nn.Linear, group: int) -> IntegerLayer:
-    spec = LayerSpec(CHANNEL, TOKEN, group)
+    spec = LayerSpec(CHANNEL, TOKEN, rotation=group)
     new = integer_layer(layer, spec, "layer")
     for name, value in rounded(layer.weight.detach(), spec).items():
         new._buffers[name] = value
@@ -109,11 +109,11 @@ def test_entries_that_cannot_be_are_refused(entry: dict[str, object], words: str
 @pytest.mark.parametrize("layer", [nn.Linear(24, 3), nn.Conv2d(16, 16, 1)])
 def test_only_linears_whose_inputs_the_group_divides(layer: nn.Module) -> None:
     with pytest.raises(ArtifactError, match="groups of 16"):
-        integer_layer(layer, LayerSpec(CHANNEL, TOKEN, 16), "layer")
+        integer_layer(layer, LayerSpec(CHANNEL, TOKEN, rotation=16), "layer")
 
 
 def test_specs_say_it_only_where_it_is() -> None:
-    spec = LayerSpec(CHANNEL, TOKEN, 16)
+    spec = LayerSpec(CHANNEL, TOKEN, rotation=16)
     assert LayerSpec.from_json(spec.to_json()) == spec
     assert "rotation" not in LayerSpec(CHANNEL, TOKEN).to_json()
 

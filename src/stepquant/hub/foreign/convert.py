@@ -89,7 +89,7 @@ def stored(place: Placed, found: ForeignFile) -> tuple[LayerSpec, dict[str, Tens
     if shape:
         tensors["weight_zero_point"] = torch.zeros(len(scales), dtype=torch.int16)
     in_float = any(layer.marker.float_product for layer in layers)
-    return LayerSpec(weight, None if in_float else TOKEN, layers[0].marker.rotation), tensors
+    return LayerSpec(weight, None if in_float else TOKEN, rotation=layers[0].marker.rotation), tensors
 
 
 def described(

@@ -55,6 +55,7 @@ class IntegerLinear(IntegerLayer):
 
     outputs_dim, rows_from = -1, -1
     input_factors: Tensor
+    weight_zero_point: Tensor  # where the grid has one
 
     def __init__(self, layer: nn.Linear, spec: LayerSpec, groups: int = 1) -> None:
         super().__init__(layer, spec, groups)
