@@ -57,8 +57,7 @@ class IntegerLayer(Stored[PreparedLayer]):
         self.keeps_weight = False  # once dequantized, where only the weight is quantized
         self.check_rotation()
         rows = to_groups(torch.empty(weight.shape, device="meta"), spec.weight).shape[0]
-        size = packed_bytes(weight.numel(), spec.weight.bits)
-        device = weight.device
+        size, device = packed_bytes(weight.numel(), spec.weight.bits), weight.device
         self.register_buffer("weight", torch.zeros(size, dtype=torch.uint8, device=device))
         self.register_buffer("weight_scale", torch.ones(rows, device=device))
         if not spec.weight.symmetric:
@@ -73,11 +72,9 @@ class IntegerLayer(Stored[PreparedLayer]):
 
     def check_rotation(self) -> None:
         """Only rows can be rotated, in groups that fill them."""
-        group = self.spec.rotation
-        if group and (len(self.weight_shape) != 2 or self.weight_shape[1] % group):
-            raise GridError(
-                f"groups of {group} are rotated in linears whose inputs they divide, not in {tuple(self.weight_shape)}"
-            )
+        group, shape = self.spec.rotation, tuple(self.weight_shape)
+        if group and (len(shape) != 2 or shape[1] % group):
+            raise GridError(f"groups of {group} are rotated in linears whose inputs they divide, not {shape}")
 
     @property
     def code(self) -> Code:

@@ -128,13 +128,13 @@ class IntegerLinear(IntegerLayer):
         """Whether only the weight is quantized, for too few numbers to be worth its floats."""
         few = device_for(self.weight.device).stored_rows * self.in_features
         grid, group = self.spec.weight, self.weight_shape.numel() // self.weight_scale.numel()
-        whole = grid.bits == 8 or (grid.bits == 4 and min(group, self.in_features) % 2 == 0)
+        in_bytes = grid.bits == 8 or (grid.bits == 4 and min(group, self.in_features) % 2 == 0)
         return (
             self.spec.input is None
             and not self.spec.rotation
             and not self.float_because
             and not self.keeps_weight
-            and whole
+            and in_bytes
             and x.numel() <= few
         )
 

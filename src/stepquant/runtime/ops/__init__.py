@@ -34,8 +34,7 @@ from stepquant.runtime.ops.norms import (
     rms_norm_quantize,
 )
 from stepquant.runtime.ops.operation import Operation
-from stepquant.runtime.ops.products import Product, convolve, linear, pack_weight
-from stepquant.runtime.ops.stored import stored_linear
+from stepquant.runtime.ops.products import Product, convolve, linear, pack_weight, stored_linear
 
 __all__ = [
     "Code",

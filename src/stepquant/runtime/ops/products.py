@@ -1,4 +1,7 @@
-"""Convolutions and GEMMs of codes with a weight of signed bytes: exact 32-bit sums, then an epilogue in float32."""
+"""Convolutions and GEMMs of codes with a weight of signed bytes: exact 32-bit sums, then an epilogue in float32.
+
+And of floats with a weight as files hold it, which is never written out in floats.
+"""
 
 from __future__ import annotations
 
@@ -73,6 +76,28 @@ def linear(
     sums = (exact(codes) - zero_point) @ exact(bytes_of.flatten(1)).T
     rows = gate if gate is None else gate.repeat_interleave(codes.shape[0] // max(gate.shape[0], 1), 0)
     return epilogue(sums, code_scale, weight_scale, bias, dtype, add, (1, -1), rows)
+
+
+@Operation
+def stored_linear(
+    x: Tensor,
+    weight: Tensor,
+    bits: int,
+    zero_point: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows of numbers times a weight of packed integers from zero up, of 4 or 8 bits, plus bias.
+
+    `scale` and `zero_point` (outputs, groups) are of equal runs of an output's inputs. Sums are float64, rounded once, so
+    that the order of additions does not show.
+    """
+    codes = weight if bits == 8 else torch.stack([weight & 15, weight >> 4], dim=-1)
+    centred = codes.reshape(*scale.shape, -1).double() - zero_point.double()[..., None]
+    sums = torch.einsum("rgi,ogi->rog", x.double().reshape(len(x), scale.shape[1], -1), centred)
+    y = (sums * scale.double()).sum(-1)
+    return (y if bias is None else y + bias.double()).float().to(dtype)
 
 
 def unpacked(weight: Tensor, outs: int, ins: int, kernel: Sequence[int]) -> Tensor:
