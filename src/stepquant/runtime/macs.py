@@ -85,5 +85,6 @@ COUNTS: Mapping[str, Count] = {
     ConvKernel.own_name: window,
     LinearKernel.name: packed,
     LinearKernel.own_name: rows_of(0),
+    "stepquant::stored_linear": rows_of(0),
     ATTENTION: attention,
 }
