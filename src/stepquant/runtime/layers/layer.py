@@ -219,7 +219,7 @@ class IntegerLayer(Stored[PreparedLayer]):
 
     def of_floats(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The output where nobody else may make codes."""
-        if not self.integer:
+        if not self.prepared().kernels:
             return self.float_forward(x, dtype)
         return self.by_row(x, dtype) if self.dynamic else self.from_codes(ops.quantize(x, self.code), dtype)
 
