@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -82,7 +85,21 @@ def reconstruct_time(
     inputs, every = Table(arguments, (times,), device), torch.arange(len(times))
     network.switch(weights=True, inputs=False)
     sample = Sample(inputs, inputs, Table(results, tuple(targets), device), every, every)
-    return reconstruct(network, piece, sample, schedule, seed)
+    with records_at(network.clock, times):
+        return reconstruct(network, piece, sample, schedule, seed)
+
+
+@contextmanager
+def records_at(clock: Clock | None, times: Tensor) -> Iterator[None]:
+    """While open, the records are these values of t."""
+    if clock is None:
+        yield
+        return
+    former, clock.times = clock.times, times
+    try:
+        yield
+    finally:
+        clock.times = former
 
 
 def time_table(denoiser: Denoiser, chains: Structure, times: Tensor) -> Tensor:
