@@ -91,7 +91,7 @@ def weights_both_ways() -> list[torch.Tensor]:
                 [copy.copy(start).to(device)],
                 torch.arange(6),
                 [torch.arange(6, 9), torch.arange(9, 12)],
-                Weighing(rounds=3, batch=4),
+                Weighing(visits=1, batch=4),
                 torch.Generator().manual_seed(0),
             )
             found.append(weights.cpu())

@@ -30,6 +30,7 @@ class PreparedLayer(Prepared):
     codes: tuple[Code, ...]
     kernels: tuple[Kernel, ...]
     weights: dict[torch.dtype, Tensor]  # dequantized, by the dtype of the first input that needed it
+    stored_rows: int = 0  # as many rows of floats at most meet the weight as it is stored
 
 
 class IntegerLayer(Stored[PreparedLayer]):

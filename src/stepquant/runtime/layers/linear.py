@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from stepquant.errors import ArtifactError
 from stepquant.runtime import ops
 from stepquant.runtime.device import device_for
 from stepquant.runtime.kernel import Kernel
-from stepquant.runtime.layers.layer import IntegerLayer
+from stepquant.runtime.layers.layer import IntegerLayer, PreparedLayer
 from stepquant.runtime.layers.stored import Prepared, Stored, Versions
 
 
@@ -125,18 +125,19 @@ class IntegerLinear(IntegerLayer):
         )
 
     def reads_stored(self, x: Tensor) -> bool:
-        """Whether only the weight is quantized, for too few numbers to be worth its floats."""
-        few = device_for(self.weight.device).stored_rows * self.in_features
+        return x.numel() <= self.prepared().stored_rows * self.in_features
+
+    def prepare(self, versions: Versions) -> PreparedLayer:
+        return replace(super().prepare(versions), stored_rows=self.stored_rows())
+
+    def stored_rows(self) -> int:
+        """None unless only the weight is quantized, and nobody keeps its floats."""
         grid, group = self.spec.weight, self.weight_shape.numel() // self.weight_scale.numel()
         in_bytes = grid.bits == 8 or (grid.bits == 4 and min(group, self.in_features) % 2 == 0)
-        return (
-            self.spec.input is None
-            and not self.spec.rotation
-            and not self.float_because
-            and not self.keeps_weight
-            and in_bytes
-            and x.numel() <= few
-        )
+        kept = self.float_because or self.keeps_weight
+        if self.spec.input is not None or self.spec.rotation or kept or not in_bytes:
+            return 0
+        return device_for(self.weight.device).stored_rows
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
