@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 from stepquant import methods
 from stepquant.artifact import Artifact
@@ -19,13 +20,28 @@ from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser
 from stepquant.progress import Silent
 from stepquant.quant.schemes import scheme
+from tests.conftest import make_one_level
 
 FEW: dict[str, dict[str, Any]] = {
     "brecq": {"samples": 24, "trajectories": 6, "iterations": 12, "step_iterations": 4},
     "qdiffusion": {"trajectories": 6, "at_steps": 4, "iterations": 12, "step_iterations": 4},
     "eda_dm": {"samples": 24, "trajectories": 6, "chunk": 3, "iterations": 12},
-    "gac": {"trajectories": 6, "iterations": 12, "time_iterations": 12, "visits": 1, "meta_batch": 8},
+    "gac": {
+        "trajectories": 6,
+        "at_steps": 4,
+        "iterations": 12,
+        "time_iterations": 12,
+        "visits": 1,
+        "meta_batch": 8,
+    }
+    | {"intervals": 2, "range_trajectories": 2},
 }
+
+
+@pytest.fixture
+def unet() -> UNet2DModel:
+    return make_one_level()
+
 
 pytestmark = pytest.mark.usefixtures("coarse")
 
