@@ -26,15 +26,8 @@ FEW: dict[str, dict[str, Any]] = {
     "brecq": {"samples": 24, "trajectories": 6, "iterations": 12, "step_iterations": 4},
     "qdiffusion": {"trajectories": 6, "at_steps": 4, "iterations": 12, "step_iterations": 4},
     "eda_dm": {"samples": 24, "trajectories": 6, "chunk": 3, "iterations": 12},
-    "gac": {
-        "trajectories": 6,
-        "at_steps": 4,
-        "iterations": 12,
-        "time_iterations": 12,
-        "visits": 1,
-        "meta_batch": 8,
-    }
-    | {"intervals": 2, "range_trajectories": 2},
+    "gac": {"trajectories": 4, "at_steps": 5, "iterations": 12, "time_iterations": 12, "visits": 1}
+    | {"meta_batch": 8, "intervals": 2, "range_trajectories": 2},
 }
 
 
