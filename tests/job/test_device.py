@@ -31,12 +31,12 @@ ONE_LEVEL: dict[str, Any] = {
     "up_block_types": ("AttnUpBlock2D",),
 }
 FIELDS: dict[str, dict[str, Any]] = {
-    "eda_dm": {"iterations": 3, "samples": 16, "trajectories": 4, "mix": 0.5, "keep": 0.5, "bf16": False},
-    "gptq": {"samples": 16, "trajectories": 4, "bias": True, "softmax": True},
+    "eda_dm": {"iterations": 3, "samples": 16, "trajectories": 6, "mix": 0.5, "keep": 0.5, "bf16": False},
+    "gptq": {"samples": 16, "trajectories": 6, "bias": True, "softmax": True},
     "tfmq": {
         "iterations": 3,
         "trajectories": 3,
-        "at_steps": 4,
+        "at_steps": 3,
         "time_iterations": 2,
         "range_trajectories": 2,
         "bf16": False,
@@ -52,7 +52,7 @@ def quantized(method: str, cache: Path, device: str | None = None) -> Artifact:
     pipeline.set_progress_bar_config(disable=True)
     if device is not None:
         pipeline.unet.to(device)
-    recipe = Recipe.of(model="tiny", method=method, scheme="w4a8", settings=FIELDS[method], steps=5)
+    recipe = Recipe.of(model="tiny", method=method, scheme="w4a8", settings=FIELDS[method], steps=3)
     return run(pipeline, recipe, cache=cache)
 
 
