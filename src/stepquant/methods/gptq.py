@@ -24,7 +24,7 @@ from stepquant.fit.blocks import fit_blocks
 from stepquant.fit.compensate import Compensation, compensate_block
 from stepquant.fit.correct_bias import correct_block, correct_products
 from stepquant.fit.journal import Journal
-from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
+from stepquant.fit.ranges import set_weight_ranges
 from stepquant.fit.streams import Streams
 from stepquant.methods.method import RangedMethod, split_here
 from stepquant.models.denoiser import Denoiser
@@ -49,9 +49,6 @@ class GPTQ(RangedMethod):
     )
     batch: int = Field(32, gt=0, description="records per forward pass")
     p: float = Field(2.4, gt=0, le=8, description="norm that ranges minimise")
-    momentum: float = Field(
-        0.9, ge=0, lt=1, description="of the moving average of activation ranges over batches"
-    )
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         generator = torch.Generator().manual_seed(source.seed)
@@ -73,15 +70,7 @@ class GPTQ(RangedMethod):
 
             # Activations follow, then what is left of the mean error.
             search = partial(lp_search_binned, p=self.p)
-            set_input_ranges(
-                network,
-                data,
-                search,
-                every_step=self.seen_by_step(network, source),
-                batch=self.batch,
-                momentum=self.momentum,
-                progress=source.progress,
-            )
+            self.measure_inputs(network, data, source, search, self.batch)
             if self.softmax:
                 probe = partial(correct_products, network, batch=self.batch)
                 fit(probe, stage="probabilities", activations=True)

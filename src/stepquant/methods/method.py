@@ -14,7 +14,7 @@ from stepquant.artifact import Artifact
 from stepquant.calib.calibset import CalibSet
 from stepquant.calib.pick import Pick, every, strided
 from stepquant.calib.record import Source
-from stepquant.core.ranges import lp_search, lp_search_binned
+from stepquant.core.ranges import SlicedSearch, lp_search, lp_search_binned
 from stepquant.core.steps import StepTable
 from stepquant.errors import MethodError
 from stepquant.fit.blocks import reconstruct_blocks
@@ -68,6 +68,9 @@ class RangedMethod(Method):
     range_trajectories: int = Field(
         12, gt=0, description="trajectories that ranges by step are set on, at every step"
     )
+    momentum: float = Field(
+        0.9, ge=0, lt=1, description="of the moving average of activation ranges over batches"
+    )
 
     def by_steps(
         self, denoiser: Denoiser, plan: Plan, data: CalibSet, source: Source, split: bool = False
@@ -86,6 +89,20 @@ class RangedMethod(Method):
         if not any(quantizer.clock is not None for quantizer in network.ranged()):
             return None
         return source.record(every(self.range_trajectories, range(source.steps)))
+
+    def measure_inputs(
+        self, network: Inserted, data: CalibSet, source: Source, search: SlicedSearch, batch: int = 64
+    ) -> None:
+        """Set the range of every activation, by step where it has them."""
+        set_input_ranges(
+            network,
+            data,
+            search,
+            every_step=self.seen_by_step(network, source),
+            batch=batch,
+            momentum=self.momentum,
+            progress=source.progress,
+        )
 
 
 class PresetMethod(RangedMethod):
@@ -137,9 +154,6 @@ class BlockMethod(PresetMethod):
         description="blocks of few weights get more iterations, by this power of the ratio to the mean; 0: all the same",
     )
     p: float = Field(2.4, gt=0, le=8, description="norm that ranges minimise")
-    momentum: float = Field(
-        0.9, ge=0, lt=1, description="of the moving average of activation ranges over batches"
-    )
     bf16: bool = Field(
         True,
         description="multiply in bfloat16 while learning, where the processor can; results are judged in float32",
@@ -171,15 +185,7 @@ class BlockMethod(PresetMethod):
         set_weight_ranges(network, partial(lp_search, p=self.p), source.progress)
 
     def set_input_ranges(self, network: Inserted, data: CalibSet, source: Source) -> None:
-        search = partial(lp_search_binned, p=self.p)
-        set_input_ranges(
-            network,
-            data,
-            search,
-            every_step=self.seen_by_step(network, source),
-            momentum=self.momentum,
-            progress=source.progress,
-        )
+        self.measure_inputs(network, data, source, partial(lp_search_binned, p=self.p))
 
 
 class StridedMethod(BlockMethod):

@@ -14,7 +14,7 @@ from stepquant.core.ranges import minmax, percentile
 from stepquant.fit.blocks import fit_blocks
 from stepquant.fit.correct_bias import correct_block
 from stepquant.fit.journal import Journal
-from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
+from stepquant.fit.ranges import set_weight_ranges
 from stepquant.fit.streams import Streams
 from stepquant.methods.method import ONE_RANGE, RangedMethod
 from stepquant.models.denoiser import Denoiser
@@ -28,7 +28,6 @@ class MinMax(RangedMethod):
 
     samples: int = Field(1024, gt=0, description="calibration records")
     trajectories: int = Field(64, gt=0, description="trajectories that the records come from")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of the moving average over batches")
     percent: float = Field(
         100.0, gt=50, le=100, description="share of the values that an activation range covers"
     )
@@ -48,15 +47,7 @@ class MinMax(RangedMethod):
             if data is None:
                 return freeze(network)
             search = minmax if self.percent == 100 else partial(percentile, percent=self.percent)
-            set_input_ranges(
-                network,
-                data,
-                search,
-                every_step=self.seen_by_step(network, source),
-                batch=self.batch,
-                momentum=self.momentum,
-                progress=source.progress,
-            )
+            self.measure_inputs(network, data, source, search, self.batch)
             if self.bias:
                 with Streams(network, data, source.cache, budget=source.memory) as streams:
                     journal = Journal(source.cache, network, data, {"method": "minmax"} | self.model_dump())

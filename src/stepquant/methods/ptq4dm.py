@@ -24,7 +24,7 @@ from stepquant.calib.pick import normal, one_each, single, spread, uniform
 from stepquant.calib.record import Source
 from stepquant.calib.synthetic import from_images, from_noise
 from stepquant.core.ranges import lp_search, lp_search_binned
-from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
+from stepquant.fit.ranges import set_weight_ranges
 from stepquant.methods.method import RangedMethod
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze
@@ -49,9 +49,6 @@ class PTQ4DM(RangedMethod):
         False, description="move levels outside the schedule to its ends instead of drawing again"
     )
     p: float = Field(2.4, gt=0, le=8, description="norm of the quantization error that ranges minimise")
-    momentum: float = Field(
-        0.9, ge=0, lt=1, description="of the moving average of activation ranges over batches"
-    )
     batch: int = Field(64, gt=0, description="records per forward pass")
     times: Literal["normal", "uniform", "single"] = Field(
         "normal", description="how steps are drawn (ablation)"
@@ -75,15 +72,7 @@ class PTQ4DM(RangedMethod):
 
             # Activations follow, batch by batch, behind weights and inputs that are already quantized.
             search = partial(lp_search_binned, p=self.p)
-            set_input_ranges(
-                network,
-                data,
-                search,
-                every_step=self.seen_by_step(network, source),
-                batch=self.batch,
-                momentum=self.momentum,
-                progress=source.progress,
-            )
+            self.measure_inputs(network, data, source, search, self.batch)
             return freeze(network)
 
     def draw_steps(self, source: Source) -> torch.Tensor:

@@ -26,7 +26,7 @@ from stepquant.fit.blocks import fit_blocks
 from stepquant.fit.compensate import Compensation, compensate_block
 from stepquant.fit.journal import Journal
 from stepquant.fit.low_rank import Division, check_divisible, divide_block
-from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
+from stepquant.fit.ranges import set_weight_ranges
 from stepquant.fit.streams import Streams
 from stepquant.methods.method import PresetMethod
 from stepquant.models.denoiser import Denoiser
@@ -51,9 +51,6 @@ class SVDQuant(PresetMethod):
     rows: int = Field(2048, gt=0, description="inputs of each layer by which errors are measured")
     batch: int = Field(32, gt=0, description="records per forward pass")
     p: float = Field(2.4, gt=0, le=8, description="norm that ranges minimise")
-    momentum: float = Field(
-        0.9, ge=0, lt=1, description="of the moving average of activation ranges over batches"
-    )
 
     @model_validator(mode="after")
     def check_divides(self) -> Self:
@@ -97,13 +94,5 @@ class SVDQuant(PresetMethod):
             if self.gptq:
                 settings = Compensation(batch=self.batch)
                 fit(partial(compensate_block, network, settings=settings), stage="weights")
-            set_input_ranges(
-                network,
-                data,
-                inputs,
-                every_step=self.seen_by_step(network, source),
-                batch=self.batch,
-                momentum=self.momentum,
-                progress=source.progress,
-            )
+            self.measure_inputs(network, data, source, inputs, self.batch)
             return freeze(network)
