@@ -3,8 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepquant.core import pack as module
+from stepquant.core.affine import quantize
 from stepquant.core.grid import Grid, GridError
-from stepquant.core.pack import pack, packed_bytes, unpack
+from stepquant.core.pack import pack, pack_nearest, packed_bytes, unpack
 
 
 @settings(max_examples=60, deadline=None)
@@ -31,3 +33,12 @@ def test_a_truncated_stream_is_an_error() -> None:
     grid = Grid.parse("int4/channel")
     with pytest.raises(GridError, match="37 integers|10 integers"):
         unpack(pack(torch.zeros(10), grid)[:-1], grid, 10)
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_rows_in_slices_make_the_stream_of_all(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "AT_ONCE", 1)
+    grid = Grid(bits, signed=True, symmetric=True)
+    rows, scale, zero_point = torch.randn(21, 5), torch.rand(21) + 0.1, torch.zeros(21)
+    whole = pack(quantize(rows, scale[:, None], zero_point[:, None], grid), grid)
+    assert torch.equal(pack_nearest(rows, scale, zero_point, grid), whole)

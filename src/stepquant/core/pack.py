@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from stepquant.core.affine import quantize
 from stepquant.core.grid import Grid, GridError
+from stepquant.core.slices import AT_ONCE
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -23,6 +25,17 @@ def pack(q: Tensor, grid: Grid) -> Tensor:
     bits = (codes[:, None] >> places & 1).reshape(-1)
     bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).reshape(-1, 8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
+
+
+def pack_nearest(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """The stream of rows rounded to nearest, each by its own scale; some rows after others."""
+    at_once = max(AT_ONCE // (64 * rows.shape[1]), 1) * 8  # of any bits, eight numbers end with a byte
+    packed = torch.empty(packed_bytes(rows.numel(), grid.bits), dtype=torch.uint8, device=rows.device)
+    parts = (value.split(at_once) for value in (rows, scale, zero_point))
+    into = packed.split(packed_bytes(at_once * rows.shape[1], grid.bits))
+    for some, scales, zero_points, stream in zip(*parts, into):
+        stream.copy_(pack(quantize(some, scales[:, None], zero_points[:, None], grid), grid))
+    return packed
 
 
 def unpack(data: Tensor, grid: Grid, count: int) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.artifact import LayerSpec
-from stepquant.core.affine import quantize, scale_and_zero, to_groups
-from stepquant.core.pack import pack
+from stepquant.core.affine import scale_and_zero, to_groups
+from stepquant.core.pack import pack_nearest
 from stepquant.core.ranges import minmax
 from stepquant.core.rotation import is_group, rotate
 from stepquant.errors import ModelError, PlanError
@@ -148,7 +148,7 @@ def rounded(weight: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
     rows = to_groups(rotate(weight, spec.rotation) if spec.rotation else weight.float(), grid)
     scale, zero_point = scale_and_zero(*minmax(rows, grid), grid)
     made = {
-        "weight": pack(quantize(rows, scale[:, None], zero_point[:, None], grid), grid),
+        "weight": pack_nearest(rows, scale, zero_point, grid),
         "weight_scale": scale,
     }
     return made if grid.symmetric else made | {"weight_zero_point": zero_point.to(torch.int16)}

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from stepquant.artifact import Artifact, LayerSpec, ProductSpec, StepSpec, table_tensors
-from stepquant.core.affine import quantize, to_groups
+from stepquant.core.affine import to_groups
 from stepquant.core.freed import empty, give_back
-from stepquant.core.pack import pack, packed_bytes
-from stepquant.core.slices import AT_ONCE
+from stepquant.core.pack import pack, pack_nearest
 from stepquant.quant.insert import Inserted
 from stepquant.quant.layers import QuantLayer
 from stepquant.quant.quantizer import Quantizer
@@ -94,18 +93,11 @@ def packed_tensors(layer: QuantLayer) -> dict[str, Tensor]:
 
 
 def packed_weight(layer: QuantLayer, quantizer: Quantizer) -> Tensor:
-    """The dense stream of bytes on the CPU; some rows after others, where they are rounded to nearest."""
-    grid, weight = quantizer.grid, layer.weight.detach()
-    rows = to_groups(weight, grid)
-    at_once = max(AT_ONCE // (64 * rows.shape[1]), 1) * 8  # of any bits, eight numbers end with a byte
-    if layer.rounding is not None or len(rows) <= at_once:
+    """The dense stream of bytes on the CPU."""
+    grid = quantizer.grid
+    if layer.rounding is not None:
         return pack(layer.weight_integers().cpu(), grid)
-    packed = torch.empty(packed_bytes(weight.numel(), grid.bits), dtype=torch.uint8)
-    scales, zero_points = (value.split(at_once) for value in quantizer.range())
-    size = packed_bytes(at_once * rows.shape[1], grid.bits)
-    for part, scale, zero_point, into in zip(rows.split(at_once), scales, zero_points, packed.split(size)):
-        into.copy_(pack(quantize(part, scale[:, None], zero_point[:, None], grid), grid))
-    return packed
+    return pack_nearest(to_groups(layer.weight.detach(), grid), *quantizer.range(), grid).cpu()
 
 
 def own(value: Tensor) -> Tensor:
