@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def cells_of(
+    folder: Path, *methods: str, seeds: int = 1, schemes: tuple[str, ...] = ("w8a8",), **changes: Any
+) -> list[Cell]:
+    """A grid; `changes` are fields of the evaluation."""
+    variants = [Variant(name) for name in methods or ("minmax",)]
+    evaluation = Evaluation.of(**(QUICK | changes))
+    return grid(str(folder), variants, schemes, range(seeds), evaluation, settings={"samples": 8}, steps=4)
+
+
 @pytest.fixture
 def cells(tiny: Path) -> Callable[..., list[Cell]]:
-    """A grid; `changes` are fields of the evaluation."""
-
-    def make(
-        *methods: str, seeds: int = 1, schemes: tuple[str, ...] = ("w8a8",), **changes: Any
-    ) -> list[Cell]:
-        variants = [Variant(name) for name in methods or ("minmax",)]
-        evaluation = Evaluation.of(**(QUICK | changes))
-        return grid(str(tiny), variants, schemes, range(seeds), evaluation, settings={"samples": 8}, steps=4)
-
-    return make
+    return partial(cells_of, tiny)

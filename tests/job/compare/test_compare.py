@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from stepquant.job.compare import (
 )
 from stepquant.job.compare.store import take_lock
 from stepquant.job.results import evaluate_artifact
+from tests.job.conftest import cells_of
 
 Cells = Callable[..., list[Cell]]
 
@@ -51,6 +53,20 @@ def weights(store: Path) -> dict[str, bytes]:
 
 def numbers(results: Iterable[dict[str, Any]]) -> list[Any]:
     return [[row["quality"], row["steps"], row["images"]] for row in results]
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of one cell, made without an accident."""
+    folder = tmp_path_factory.mktemp("stores") / "made"
+    compare(cells_of(tiny), folder, executor=Inline())
+    return folder
+
+
+@pytest.fixture
+def store(made: Path, tmp_path: Path) -> Path:
+    """A copy of its own."""
+    return shutil.copytree(made, tmp_path / "store")
 
 
 @pytest.fixture
@@ -117,18 +133,16 @@ class TestFinished:
         assert not counted
         assert files(tmp_path, "**/*.json", "**/*.safetensors") == before
 
-    def test_more_cells_share_what_is_there(self, cells: Cells, tmp_path: Path, counted: list[str]) -> None:
-        compare(cells(), tmp_path, executor=Inline())
-        counted.clear()
-        compare(cells("minmax", "ptq4dm"), tmp_path, executor=Inline())
+    def test_more_cells_share_what_is_there(self, cells: Cells, store: Path, counted: list[str]) -> None:
+        compare(cells("minmax", "ptq4dm"), store, executor=Inline())
         assert sorted(counted) == ["batch 0", "batch 1", "batch 2", "quantize ptq4dm w8a8 0"]
         counted.clear()
-        compare(cells(images=7), tmp_path, executor=Inline())
+        compare(cells(images=7), store, executor=Inline())
         assert not any(what.startswith("quantize") for what in counted)
 
-    def test_numbers_are_those_of_evaluate(self, cells: Cells, tiny: Path, tmp_path: Path) -> None:
-        (found,) = compare(cells(), tmp_path, executor=Inline()).results
-        artifact = next(tmp_path.glob("artifacts/*/artifact"))
+    def test_numbers_are_those_of_evaluate(self, cells: Cells, tiny: Path, store: Path) -> None:
+        (found,) = compare(cells(), store, executor=Inline()).results
+        artifact = next(store.glob("artifacts/*/artifact"))
         other = evaluate_artifact(
             artifact, str(tiny), steps=3, images=5, batch=2, floor=False, probed=2, shown=2
         )
@@ -138,36 +152,33 @@ class TestFinished:
         assert found["steps"] == other["steps"]
         assert found["images"] == other["images"]
 
-    def test_what_it_took_is_kept(self, cells: Cells, tmp_path: Path) -> None:
-        (found,) = compare(cells(), tmp_path, executor=Inline()).results
+    def test_what_it_took_is_kept(self, cells: Cells, store: Path) -> None:
+        (found,) = compare(cells(), store, executor=Inline()).results
         assert found["making"]["seconds"] > 0
         assert found["making"]["peak_bytes"] >= found["making"]["start_bytes"] > 1e7
         assert found["size"]["bytes"] < found["size"]["float_bytes"]
-        assert not list(tmp_path.glob("*/*/work"))
-        assert not list(tmp_path.glob("cells/*/images"))
-        assert len(list(tmp_path.glob("cells/*/samples.png"))) == 1
+        assert not list(store.glob("*/*/work"))
+        assert not list(store.glob("cells/*/images"))
+        assert len(list(store.glob("cells/*/samples.png"))) == 1
 
     def test_other_code_makes_other_cells_unless_it_is_told_not_to(
-        self, cells: Cells, tmp_path: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
+        self, cells: Cells, store: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        compare(cells(), tmp_path, executor=Inline())
         monkeypatch.setattr("stepquant.job.compare.cell.code_digest", lambda _: "0123456789")
-        assert compare(cells(), tmp_path, executor=Inline(), any_code=True).found == 1
-        counted.clear()
-        assert compare(cells(), tmp_path, executor=Inline()).made == 1
+        assert compare(cells(), store, executor=Inline(), any_code=True).found == 1
+        assert compare(cells(), store, executor=Inline()).made == 1
         assert len(counted) == 1 + 3 * 3
 
     def test_what_is_known_can_be_read_without_making_anything(
-        self, cells: Cells, tmp_path: Path, counted: list[str]
+        self, cells: Cells, store: Path, counted: list[str]
     ) -> None:
-        made = compare(cells(), tmp_path, executor=Inline())
-        counted.clear()
-        first, second = known(cells("minmax", "ptq4dm"), tmp_path)
+        made = compare(cells(), store, executor=Inline())
+        first, second = known(cells("minmax", "ptq4dm"), store)
         assert first == made.results[0]
         assert second is None
         assert not counted
         with pytest.raises(StepquantError, match="there is no store of runs"):
-            known(cells(), tmp_path / "nowhere")
+            known(cells(), store / "nowhere")
 
 
 class TestDamaged:
@@ -180,31 +191,26 @@ class TestDamaged:
         ],
     )
     def test_results_are_measured_again(
-        self, cells: Cells, tmp_path: Path, counted: list[str], damage: Callable[[str], str]
+        self, cells: Cells, store: Path, counted: list[str], damage: Callable[[str], str]
     ) -> None:
-        first = compare(cells(), tmp_path, executor=Inline())
-        file = next(tmp_path.glob("cells/*/results.json"))
+        first = compare(cells(), store, executor=Inline())
+        file = next(store.glob("cells/*/results.json"))
         file.write_text(damage(file.read_text()))
-        counted.clear()
-        again = compare(cells(), tmp_path, executor=Inline())
+        again = compare(cells(), store, executor=Inline())
         assert numbers(again.results) == numbers(first.results)
         assert counted == ["batch 0", "batch 1", "batch 2"]
 
-    def test_images_and_weights_are_made_again(
-        self, cells: Cells, tmp_path: Path, counted: list[str]
-    ) -> None:
-        compare(cells(), tmp_path, executor=Inline())
-        before = weights(tmp_path)
+    def test_images_and_weights_are_made_again(self, cells: Cells, store: Path, counted: list[str]) -> None:
+        before = weights(store)
         for pattern in ("floats/*/00001.safetensors", "artifacts/*/artifact/unet/*.safetensors"):
-            file = next(tmp_path.glob(pattern))
+            file = next(store.glob(pattern))
             data = bytearray(file.read_bytes())
             data[-5] ^= 1
             file.write_bytes(data)
-        next(tmp_path.glob("cells/*/results.json")).unlink()
-        counted.clear()
-        compare(cells(), tmp_path, executor=Inline())
+        next(store.glob("cells/*/results.json")).unlink()
+        compare(cells(), store, executor=Inline())
         assert counted == ["quantize minmax w8a8 0", "batch 1", "batch 0", "batch 1", "batch 2"]
-        assert weights(tmp_path) == before
+        assert weights(store) == before
 
     @pytest.mark.parametrize("text", ["{", '{"format": 99}', "[]"])
     def test_a_store_that_cannot_be_read(self, cells: Cells, tmp_path: Path, text: str) -> None:
@@ -248,7 +254,7 @@ class TestFailed:
         assert "look at the disk" in found.results[0]["error"]
 
     def test_an_interruption_loses_one_batch_at_most(
-        self, cells: Cells, tmp_path: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
+        self, cells: Cells, store: Path, tmp_path: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         batch = tasks.make_batch
 
@@ -263,7 +269,7 @@ class TestFailed:
                 compare(cells(), tmp_path / "a", executor=Inline())
         found = compare(cells(), tmp_path / "a", executor=Inline())
         assert len(counted) == 1 + 9
-        whole = compare(cells(), tmp_path / "b", executor=Inline())
+        whole = compare(cells(), store, executor=Inline())
         assert numbers(found.results) == numbers(whole.results)
 
     def test_a_killed_quantization_adds_up_its_seconds(
@@ -286,21 +292,21 @@ def interrupted(*_: Any, **__: Any) -> None:
 
 
 class TestTogether:
-    @pytest.mark.parametrize("slots", [2, 7])
-    def test_shards_of_any_size_give_the_same_bytes(self, cells: Cells, tmp_path: Path, slots: int) -> None:
+    def test_shards_of_any_size_give_the_same_bytes(self, cells: Cells, tmp_path: Path) -> None:
         one = compare(cells(images=13), tmp_path / "one", executor=Inline())
-        many = compare(cells(images=13), tmp_path / "many", executor=Shards(slots))
-        assert weights(tmp_path / "one") == weights(tmp_path / "many")
-        assert numbers(one.results) == numbers(many.results)
+        for slots in (2, 7):
+            many = compare(cells(images=13), tmp_path / str(slots), executor=Shards(slots))
+            assert weights(tmp_path / "one") == weights(tmp_path / str(slots))
+            assert numbers(one.results) == numbers(many.results)
 
     def test_a_cell_that_another_comparison_makes_is_waited_for(
-        self, cells: Cells, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, cells: Cells, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        whole = compare(cells(), tmp_path / "other", executor=Inline())
-        store = tmp_path / "mine"
-        compare(cells("ptq4dm"), store, executor=Inline())
-        artifact = next((tmp_path / "other").glob("artifacts/*")).name
-        held = take_lock(store / "artifacts" / artifact)
+        whole = compare(cells(), store, executor=Inline())
+        mine = tmp_path / "mine"
+        compare(cells("ptq4dm"), mine, executor=Inline())
+        artifact = next(store.glob("artifacts/*")).name
+        held = take_lock(mine / "artifacts" / artifact)
         assert held is not None
         waits: list[float] = []
 
@@ -309,11 +315,13 @@ class TestTogether:
             held.release()
 
         monkeypatch.setattr(drive.time, "sleep", release)
-        found = compare(cells(), store, executor=Inline())
+        found = compare(cells(), mine, executor=Inline())
         assert len(waits) == 1
         assert numbers(found.results) == numbers(whole.results)
 
-    def test_processes_give_the_same_bytes_though_one_is_killed(self, cells: Cells, tmp_path: Path) -> None:
+    def test_processes_give_the_same_bytes_though_one_is_killed(
+        self, cells: Cells, store: Path, tmp_path: Path
+    ) -> None:
         killed: list[int] = []
 
         class Killing:
@@ -329,10 +337,10 @@ class TestTogether:
                 return None
 
         executor = Processes(1, Killing(), threads=torch.get_num_threads())
-        one = compare(cells(), tmp_path / "one", executor=Inline())
+        one = compare(cells(), store, executor=Inline())
         other = compare(cells(), tmp_path / "other", executor=executor)
         assert killed
-        assert weights(tmp_path / "one") == weights(tmp_path / "other")
+        assert weights(store) == weights(tmp_path / "other")
         assert numbers(one.results) == numbers(other.results)
         assert not executor.busy
         assert not executor.idle
