@@ -50,7 +50,7 @@ width 128 in heads of 32, six blocks, v-prediction, 1000 linear-beta steps, on t
 its own autoencoder. An ordinary diffusers `DiTPipeline`: `pipe(class_labels=[0, 12], guidance_scale={guidance})`.
 
 - Seen: {seen:,} images in {hours:.1f} hours{processor}.
-- Last loss (of v, plain mean): {loss:.4f}.
+- Last loss (of v, {target}): {loss:.4f}.
 - Classes: {classes}. Any other label gives a picture of no class in particular.
 
 ![{samples} samples of DDIM with 50 steps from consecutive seeds, the classes in turn, guidance {guidance}, not selected](samples.png)

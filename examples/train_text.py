@@ -56,7 +56,7 @@ its own autoencoder, a CLIP text encoder (width 128, two layers) trained with it
 `pipe("{example}", guidance_scale={guidance})`.
 
 - Seen: {seen:,} images in {hours:.1f} hours{processor}.
-- Last loss (of v, plain mean): {loss:.4f}.
+- Last loss (of v, {target}): {loss:.4f}.
 - Words it does not know become one token for all of them.
 
 ![{samples} samples of DDIM with 50 steps from consecutive seeds, test captions, guidance {guidance}, not selected](samples.png)

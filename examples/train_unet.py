@@ -11,13 +11,15 @@ With a larger `--images`, a finished run goes on at the full rate.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
-from data import DATA, draws, grid, load_pictures, pad_to, random_flip, signed
+from data import DATA, DataError, draws, grid, load_pictures, pad_to, random_flip, signed
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from export import finish, load_average, train_and_export
+from posterior import parts_of
 from torch import Tensor, nn
 from training import SCHEDULER, Loss, Trainer, add_arguments, main, run
 
@@ -34,7 +36,7 @@ An unconditional DDPM U-Net for {side}x{side} images: {millions:.1f} M parameter
 attention at 8x8, v-prediction, 1000 linear-beta steps. An ordinary diffusers `DDIMPipeline`.
 
 - Seen: {seen:,} images in {hours:.1f} hours{processor}.
-- Last loss (of v, plain mean): {loss:.4f}.
+- Last loss (of v, {target}): {loss:.4f}.
 
 ![{samples} samples of DDIM with 50 steps from consecutive seeds, not selected](samples.png)
 """
@@ -79,12 +81,19 @@ def train(args: argparse.Namespace) -> None:
     unet = UNet2DModel(**unet_config(CHANNELS[args.size], images.shape[-1]))
     trainer, loss_of, order = Trainer({"unet": prepare(unet)}, args), Loss(), draws(len(images), args.batch)
     network = trainer.networks["unet"]
+    if args.parts:
+        if args.flip or args.device != "cpu":
+            raise DataError("--parts takes images as they are, on the CPU: leave out --flip and --device")
+        compositions, picked = parts_of(images, args.parts, args.run)
+        trainer.state.target = "against means of what noise leaves open"
     model = torch.compile(network) if args.compile else network
 
     def loss() -> Tensor:
-        batch = images[next(order)]
+        index = next(order)
+        batch = images[index]
+        mean = partial(compositions.mean, picked=picked[index]) if args.parts else None
         clean = signed(random_flip(batch) if args.flip else batch).to(args.device)
-        return loss_of(lambda noisy, steps: model(noisy, steps, return_dict=False)[0], clean)
+        return loss_of(lambda noisy, steps: model(noisy, steps, return_dict=False)[0], clean, mean)
 
     run(trainer, loss, show)
 
@@ -113,6 +122,11 @@ def parser() -> argparse.ArgumentParser:
     )
     training.add_argument("--data", type=Path, default=DATA / "characters32", help="folder of parquet files")
     training.add_argument("--size", choices=sorted(CHANNELS), default="characters", help="the network's size")
+    training.add_argument(
+        "--parts",
+        metavar="FILE",
+        help="images are composed of these parts ('characters'): learn from means over them",
+    )
     training.add_argument("--flip", action="store_true", help="mirror half of the images")
     training.add_argument("--compile", action="store_true", help="worth its minutes in long runs")
     add_arguments(training, images=300_000, cooldown=150_000, lr=1e-3)

@@ -155,9 +155,11 @@ def test_a_text_model_reads_words(
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (16, 16)])
-def test_muon_steps_as_the_one_of_torch(shape: tuple[int, int]) -> None:
-    """Which multiplies in bfloat16, so that its steps are off by one or two percent."""
-    muon, torch_muon = importlib.import_module("training").Muon, torch.optim.Muon
+def test_muon_steps_as_the_one_of_torch(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which multiplies in bfloat16, so that its steps are off by one or two percent; ours not on every processor."""
+    training = importlib.import_module("training")
+    monkeypatch.setattr(training, "multiplies_bf16", lambda _: False)
+    muon, torch_muon = training.Muon, torch.optim.Muon
     torch.manual_seed(0)
     begin = torch.randn(shape)
     ours, theirs = (torch.nn.Parameter(begin.clone()) for _ in range(2))
