@@ -90,15 +90,16 @@ class LayerSpec:
     rotation: int = 0  # the group in which the weight was rotated; 0: it was not
     rank: int = 0  # of the branch beside the integers; 0: none
     balanced: bool = False  # each input channel is multiplied by a factor before it is quantized
+    offset: bool = False  # a float beside each scale is added to the numbers that share it
 
     def to_json(self) -> dict[str, Any]:
         own = {"input": str(self.input) if self.input else None, "rotation": self.rotation, "rank": self.rank}
-        own |= {"balanced": self.balanced}
+        own |= {"balanced": self.balanced, "offset": self.offset}
         return {"weight": str(self.weight)} | {name: value for name, value in own.items() if value}
 
     @classmethod
     def from_json(cls, data: Any, where: str = "layer") -> LayerSpec:
-        allowed = {"input": TEXT, "rotation": GROUP, "rank": integer(1), "balanced": TRUTH}
+        allowed = {"input": TEXT, "rotation": GROUP, "rank": integer(1), "balanced": TRUTH, "offset": TRUTH}
         found = entries(data, where, {"weight": TEXT}, allowed)
         grids = {port: stored_grid(port, found[port], where) for port in SHARED if port in found}
         by_token = "input" not in grids or grids["input"].granularity == "token"
@@ -108,6 +109,14 @@ class LayerSpec:
                 where=where,
                 got=", ".join(f"{port} {grid}" for port, grid in grids.items()),
                 expected="a weight with a scale per tensor or channel, and inputs per token or in float",
+                fix=AGAIN,
+            )
+        if found.get("offset") and "input" in grids:
+            raise ArtifactError(
+                f"'{where}.offset' stands beside a grid of inputs",
+                where=where,
+                got=f"input {grids['input']}",
+                expected="inputs in float: integers are not multiplied by weights with an offset",
                 fix=AGAIN,
             )
         return cls(**found | grids)
@@ -210,7 +219,7 @@ def bounds_of(
     for path, layer in layers.items():
         found |= {f"{path}.weight": BYTES, f"{path}.weight_scale": SCALE, f"{path}.bias": FINITE}
         found[f"{path}.weight_zero_point"] = zero_points(layer.weight)
-        found[f"{path}.input_factors"] = SCALE
+        found |= {f"{path}.weight_offset": FINITE, f"{path}.input_factors": SCALE}
         found |= {f"{path}.low_rank.{side}": FINITE for side in ("down", "up")}
         if layer.input is not None and layer.input.granularity != "token":
             found |= range_bounds(f"{path}.input", layer.input)

@@ -42,6 +42,7 @@ class IntegerLayer(Stored[PreparedLayer]):
 
     weight: Tensor
     weight_scale: Tensor
+    weight_offset: Tensor | None
     bias: Tensor | None
     input_scale: Tensor
     input_zero_point: Tensor
@@ -63,9 +64,9 @@ class IntegerLayer(Stored[PreparedLayer]):
         self.register_buffer("weight_scale", torch.ones(rows, device=device))
         if not spec.weight.symmetric:
             self.register_buffer("weight_zero_point", torch.zeros(rows, dtype=torch.int16, device=device))
-        self.register_buffer(
-            "bias", None if layer.bias is None else torch.zeros(weight.shape[0], device=device)
-        )
+        self.register_buffer("weight_offset", torch.zeros(rows, device=device) if spec.offset else None)
+        bias = None if layer.bias is None else torch.zeros(weight.shape[0], device=device)
+        self.register_buffer("bias", bias)
         if spec.input is not None and not self.dynamic:
             count = groups if spec.input.granularity == "step" else 1
             self.register_buffer("input_scale", torch.ones(count, device=device))
@@ -129,8 +130,7 @@ class IntegerLayer(Stored[PreparedLayer]):
         grid = self.spec.weight
         if grid.signed and grid.symmetric and grid.bits == 8:  # the same without numbers of 16 bits
             return (self.weight.view(torch.int8) + grid.qmin).reshape(self.weight_shape)
-        integers, zero_point = self.rows()
-        return (integers - zero_point).to(torch.int8).reshape(self.weight_shape)
+        return torch.sub(*self.rows()).to(torch.int8).reshape(self.weight_shape)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight for inputs as they come."""
@@ -143,9 +143,11 @@ class IntegerLayer(Stored[PreparedLayer]):
         grid, rows = self.spec.weight, self.weight_scale.numel()
         if grid.signed and grid.symmetric and grid.bits == 8:  # in one pass over the weight
             values = self.signed_bytes().reshape(rows, -1) * self.weight_scale[:, None]
-            return values.reshape(self.weight_shape).to(dtype)
-        integers, zero_point = self.rows()
-        values = dequantize(integers.float(), self.weight_scale[:, None], zero_point)
+        else:
+            integers, zero_point = self.rows()
+            values = dequantize(integers.float(), self.weight_scale[:, None], zero_point)
+        if self.weight_offset is not None:
+            values += self.weight_offset[:, None]
         return values.reshape(self.weight_shape).to(dtype)
 
     def total_weight(self, dtype: torch.dtype) -> Tensor:
@@ -188,8 +190,7 @@ class IntegerLayer(Stored[PreparedLayer]):
         grid = self.spec.weight
         if grid.signed and grid.symmetric:
             return grid.bits < 8 or bool(self.weight.max() < 255)
-        integers, zero_point = self.rows()
-        centred = integers - zero_point
+        centred = torch.sub(*self.rows())
         return bool(centred.min() >= -128 and centred.max() <= 127)
 
     def make_kernel(self, code: Code) -> Kernel:
