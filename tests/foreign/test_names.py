@@ -12,10 +12,11 @@ from torch import Tensor
 
 from stepquant.errors import ArtifactError
 from stepquant.hub.foreign import names
-from stepquant.hub.foreign.comfy import ForeignFile, ForeignLayer
+from stepquant.hub.foreign.comfy import ComfyLayer
 from stepquant.hub.foreign.container import Container, Entry
 from stepquant.hub.foreign.markers import INT8, NATIVE, Marker
 from stepquant.hub.foreign.names import translate
+from stepquant.hub.foreign.network import ForeignFile
 
 WIDTH = 3072
 EMBEDDERS = {"time_in": 256, "vector_in": 768, "guidance_in": 256}
@@ -55,7 +56,7 @@ def flux() -> tuple[ForeignFile, FluxTransformer2DModel]:
     }
     marker = Marker(INT8, NATIVE, 256)
     layers = {
-        path: ForeignLayer(path, marker, *shape, True) for path, shape in shapes.items() if path != "img_in"
+        path: ComfyLayer(path, shape, marker, True) for path, shape in shapes.items() if path != "img_in"
     }
     floats["img_in.weight"] = Entry("F32", shapes["img_in"])
     file = Container(Path("some.safetensors"), "", floats, 0, {}, Nothing(floats))
@@ -128,7 +129,7 @@ def test_fused_from_layers_of_two_rotations_is_refused(monkeypatch: pytest.Monke
         return made
 
     assert key in dict(model.named_modules())
-    odd = ForeignLayer("final_layer.linear", Marker(INT8, NATIVE, 64), 64, WIDTH, True)
+    odd = ComfyLayer("final_layer.linear", (64, WIDTH), Marker(INT8, NATIVE, 64), True)
     found = ForeignFile(found.file, dict(found.layers) | {odd.path: odd}, found.floats)
     monkeypatch.setattr(names, "converter_of", lambda _: other)
     with pytest.raises(ArtifactError, match="rotated differently"):

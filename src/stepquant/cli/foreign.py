@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,9 @@ def convert(
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE", help="Safetensors file of int8 or fp8 layers for ComfyUI.", show_default=False
+            metavar="FILE",
+            help="File of int8 or fp8 layers for ComfyUI, or GGUF file.",
+            show_default=False,
         ),
     ],
     out: Annotated[
@@ -38,11 +41,14 @@ def convert(
     screen = Screen()
     made = write(file, out, config=config)
     rotated = ", ".join(str(group) for group in made.recipe["rotations"])
+    floats = Counter(made.recipe["floats"].values())
     screen.show(f"wrote {made.folder}: {made.recipe['class']}, {size_text(made.bytes)}")
     screen.show(
         f"{made.layers} layers in the integers of the file"
         + (f", rotated in groups of {rotated}" if rotated else "")
     )
+    for reason, count in sorted(floats.items()):
+        screen.show(f"{count} layers in float: {reason}")
     screen.finish(
         json,
         {"folder": str(made.folder), "recipe": dict(made.recipe), "layers": made.layers, "bytes": made.bytes},
@@ -57,33 +63,40 @@ def show_file(file: Path, layers: bool, json: Path | None) -> None:
     rows: list[dict[str, Any]] = found["layers"]
     formats = ", ".join(f"{count} layers of {name}" for name, count in found["formats"].items())
     rotations = ", ".join(f"{count} in groups of {group}" for group, count in found["rotations"].items())
-    screen.show(f"{file}: {formats}, in the {found['dialect']} dialect of ComfyUI")
+    screen.show(f"{file}: {formats or 'floats alone'}, {origin(found['program'], found['dialect'])}")
     screen.show(f"rotated: {rotations or 'none'}; {found['floats']} tensors in float")
     if found["others"]:
         screen.show(f"{found['others']} tensors of other parts are left where they are")
-    integers = sum(row["integer"] for row in rows)
+    kept, integers = (sum(row[key] for row in rows) for key in ("kept", "integer"))
+    screen.show(f"{kept} of {len(rows)} layers would keep their integers")
     screen.show(f"{integers} of {len(rows)} layers would run in integers here")
-    shown = [row for row in rows if layers or not row["integer"]]
-    screen.show()
-    screen.table(
-        "all layers" if layers else "not in integers" if shown else "",
-        ("layer", "format", "shape", "scales by", "rotation", "runs as", "reason"),
-        [
-            (
-                row["path"],
-                row["format"],
-                " x ".join(map(str, row["shape"])),
-                row["scales"],
-                row["rotation"] or "",
-                "integer" if row["integer"] else "float",
-                row["reason"],
-            )
-            for row in shown
-        ]
-        if shown
-        else [],
-    )
+    shown = [row for row in rows if layers or not row["integer" if integers else "kept"]]
+    if shown:
+        screen.show()
+        screen.table(
+            "all layers" if layers else "not in integers" if integers else "not kept",
+            ("layer", "format", "shape", "scales by", "rotation", "runs as", "reason"),
+            [
+                (
+                    row["path"],
+                    row["format"],
+                    " x ".join(map(str, row["shape"])),
+                    row["scales"],
+                    row["rotation"] or "",
+                    "integer" if row["integer"] else "weight-only" if row["kept"] else "float",
+                    row["reason"],
+                )
+                for row in shown
+            ],
+        )
     screen.finish(json, found)
+
+
+def origin(program: str, dialect: str) -> str:
+    """Which files these are."""
+    if program == "ComfyUI":
+        return f"in the {dialect} dialect of ComfyUI"
+    return f"in {program}{f' of architecture {dialect}' if dialect else ''}"
 
 
 COMMANDS: Mapping[str, Callable[..., None]] = {"convert": convert}

@@ -27,9 +27,9 @@ def inspect(
 ) -> None:
     """Show how an artifact was made, and which share of its work ran in integers in one call on this machine.
 
-    Of a safetensors file that another program wrote: which integers it holds, and what of it would run here.
+    Of a file that another program wrote: which integers it holds, and what of it would run here.
     """
-    if folder.suffix == ".safetensors" and not folder.is_dir():
+    if folder.suffix in (".safetensors", ".gguf") and not folder.is_dir():
         show_file(folder, layers, json)
         return
     from stepquant.job.results import inspect_artifact

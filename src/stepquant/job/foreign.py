@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from stepquant.errors import StepquantError
-from stepquant.hub.foreign.comfy import ForeignLayer, read_file
-from stepquant.hub.foreign.container import open_file
 from stepquant.hub.foreign.convert import network_of
+from stepquant.hub.foreign.network import ForeignLayer
+from stepquant.hub.foreign.read import read
 from stepquant.job.files import is_taken, new_folder, writing
 from stepquant.job.pipelines import without_bars
 
@@ -37,7 +37,7 @@ def convert(
     target = Path(out)
     if is_taken(target):
         raise StepquantError(f"'{out}' is there already", fix="choose another --out, or remove it")
-    found = read_file(open_file(Path(file)))
+    found = read(Path(file))
     with new_folder(target) as folder:
         model = network_of(found, Path(config))
         with writing(target), without_bars():
@@ -49,10 +49,11 @@ def convert(
 
 def inspect_file(file: str | os.PathLike[str]) -> dict[str, Any]:
     """What a file says of itself, and what of it would run in integers here."""
-    found = read_file(open_file(Path(file)))
+    found = read(Path(file))
     rows = [row_of(layer) for layer in found.layers.values()]
     return {
         "file": str(file),
+        "program": found.program,
         "dialect": found.dialect,
         "formats": counted(row["format"] for row in rows),
         "rotations": counted(str(row["rotation"]) for row in rows if row["rotation"]),
@@ -67,16 +68,13 @@ def counted(words: Iterable[str]) -> dict[str, int]:
 
 
 def row_of(layer: ForeignLayer) -> dict[str, Any]:
-    integer = layer.integer and not layer.marker.float_product
-    reason = (
-        "the file asks for products in float" if layer.marker.float_product else "fp8 weights become bfloat16"
-    )
     return {
         "path": layer.path,
-        "format": layer.marker.format,
-        "shape": [layer.outputs, layer.inputs],
-        "scales": "row" if layer.by_row else "tensor",
-        "rotation": layer.marker.rotation,
-        "integer": integer,
-        "reason": "" if integer else reason,
+        "format": layer.format,
+        "shape": list(layer.shape),
+        "scales": layer.shared,
+        "rotation": layer.rotation,
+        "kept": layer.integer,  # its integers
+        "integer": not layer.why_no_product,
+        "reason": layer.why_no_product,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor
 from stepquant.core.bounds import SCALE
 from stepquant.hub.foreign.container import Container
 from stepquant.hub.foreign.markers import FP8, INT8, SUFFIX, Marker, markers_of, refused
+from stepquant.hub.foreign.network import ForeignFile, ForeignLayer
+from stepquant.hub.foreign.rows import Rows
 
 DTYPES = {INT8: "I8", FP8: "F8_E4M3"}
 SCALES = ("F32", "F16", "BF16")
@@ -19,22 +20,42 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 @dataclass(frozen=True)
-class ForeignLayer:
-    """One quantized layer of a file, by its path there."""
+class ComfyLayer(ForeignLayer):
+    """A linear, and what its marker says."""
 
-    path: str
     marker: Marker
-    outputs: int
-    inputs: int
     by_row: bool  # whether every row of the weight has a scale of its own
 
     @property
-    def integer(self) -> bool:
-        return self.marker.format == INT8
+    def format(self) -> str:
+        return self.marker.format
 
-    def codes(self, file: Container) -> Tensor:
-        """Signed bytes (outputs, inputs)."""
-        return file.read(f"{self.path}.weight")
+    @property
+    def rotation(self) -> int:
+        return self.marker.rotation
+
+    @property
+    def dynamic(self) -> bool:
+        return not self.marker.float_product
+
+    @property
+    def may_be_float(self) -> bool:
+        return False
+
+    @property
+    def shared(self) -> str:
+        return "row" if self.by_row else "tensor"
+
+    @property
+    def why_float(self) -> str:
+        return "" if self.marker.format == INT8 else "fp8 weights become bfloat16"
+
+    @property
+    def why_no_product(self) -> str:
+        return self.why_float or ("" if self.dynamic else "the file asks for products in float")
+
+    def rows(self, file: Container) -> Rows:
+        return Rows(8, True, file.read(f"{self.path}.weight"), self.scales(file)[:, None])
 
     def scales(self, file: Container) -> Tensor:
         """One for each row."""
@@ -45,27 +66,14 @@ class ForeignLayer:
             raise refused(
                 f"tensor '{name}' holds values that cannot be", file, f"{least} to {most}", SCALE.words
             )
-        return scales.expand(self.outputs)
+        return scales.expand(self.shape[0])
 
     def floats(self, file: Container) -> Tensor:
         """What an fp8 weight stands for, in the dtype that such networks compute in."""
-        values = self.codes(file).float() * self.scales(file)[:, None]
+        values = file.read(f"{self.path}.weight").float() * self.scales(file)[:, None]
         if not values.isfinite().all():
             raise refused(f"tensor '{self.path}.weight' is not finite", file, "NaN", "finite numbers")
         return values.to(torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class ForeignFile:
-    """All that a file holds of a network."""
-
-    file: Container
-    layers: Mapping[str, ForeignLayer]
-    floats: tuple[str, ...]  # tensors as they are
-
-    @property
-    def dialect(self) -> str:
-        return " and ".join(sorted({layer.marker.dialect for layer in self.layers.values()}))
 
 
 def read_file(file: Container) -> ForeignFile:
@@ -100,10 +108,11 @@ def read_file(file: Container) -> ForeignFile:
                 f"a float, or a layer with {path}{SUFFIX}",
             )
         floats.append(name)
-    return ForeignFile(file, layers, tuple(floats))
+    dialects = sorted({marker.dialect for marker in markers.values()})
+    return ForeignFile(file, layers, tuple(floats), " and ".join(dialects))
 
 
-def layer_of(file: Container, path: str, marker: Marker) -> ForeignLayer:
+def layer_of(file: Container, path: str, marker: Marker) -> ComfyLayer:
     """What the header says of the layer's tensors fits its marker."""
     weight, scale = (file.entries.get(f"{path}.{leaf}") for leaf in ("weight", "weight_scale"))
     for leaf, entry in (("weight", weight), ("weight_scale", scale)):
@@ -136,4 +145,4 @@ def layer_of(file: Container, path: str, marker: Marker) -> ForeignLayer:
             f"groups of {marker.rotation} in {inputs} inputs",
             "a group that divides them",
         )
-    return ForeignLayer(path, marker, outputs, inputs, by_row)
+    return ComfyLayer(path, (outputs, inputs), marker, by_row)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,18 +39,26 @@ class Container:
         return self.handle.get_tensor(self.prefix + name)  # type: ignore[no-any-return]
 
 
+def prefix_of(names: Sequence[str]) -> str:
+    """What the tensors of the network begin with."""
+    return next((one for one in PREFIXES if any(name.startswith(one) for name in names)), "")
+
+
 def open_file(path: Path) -> Container:
     """Read the header; a file that is cut off, or no safetensors file, is one error."""
     if not path.is_file():
         raise ArtifactError(f"there is no file '{path}'", fix="check the path")
     if path.suffix != ".safetensors":
         raise ArtifactError(
-            "only safetensors files are read", where=str(path), expected="a name that ends in .safetensors"
+            "only safetensors and GGUF files are read",
+            where=str(path),
+            got=path.suffix or path.name,
+            expected="a name that ends in .safetensors or .gguf",
         )
     try:
         handle = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
         names = list(handle.keys())
-        prefix = next((one for one in PREFIXES if any(name.startswith(one) for name in names)), "")
+        prefix = prefix_of(names)
         slices = {name: handle.get_slice(name) for name in names if name.startswith(prefix)}
         entries = {
             name.removeprefix(prefix): Entry(found.get_dtype(), tuple(found.get_shape()))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,17 @@ from torch import Tensor, nn
 from stepquant.artifact import LayerSpec, bounds_of
 from stepquant.core.bounds import check_tensors, check_values
 from stepquant.core.grid import Grid
-from stepquant.core.pack import pack
 from stepquant.errors import ModelError
 from stepquant.hub.config import StepquantConfig, digests_of, settings_digest
-from stepquant.hub.foreign.comfy import ForeignFile
 from stepquant.hub.foreign.names import Placed, translate
+from stepquant.hub.foreign.network import ForeignFile, ForeignLayer
+from stepquant.hub.foreign.rows import below_each_other, stored
 from stepquant.hub.of_diffusers import StepquantQuantizer
 from stepquant.runtime.lower import skeleton
 from stepquant.version import __version__
 
 TOKEN = Grid.parse("int8/token")
+HOMELESS = "the network has no use for its integers"
 
 
 def network_of(found: ForeignFile, config: Path) -> Any:
@@ -36,7 +38,7 @@ def network_of(found: ForeignFile, config: Path) -> Any:
     places = translate(found, model)
     specs, tensors = {}, dict(places.floats)
     for path, place in places.layers.items():
-        specs[path], own = stored(place, found)
+        specs[path], own = layer_of(place, found)
         bias = tensors.get(f"{path}.bias")
         tensors |= {f"{path}.{leaf}": value for leaf, value in own.items()}
         tensors |= {} if bias is None else {f"{path}.bias": bias.float()}
@@ -46,7 +48,7 @@ def network_of(found: ForeignFile, config: Path) -> Any:
     check_tensors(tensors, model.state_dict(), where, bounds)
     check_values(tensors, bounds, where)
     model.load_state_dict(tensors, assign=True)
-    return described(model, specs, tensors, recipe_of(found, settings))
+    return described(model, specs, tensors, recipe_of(found, settings, places.homeless))
 
 
 def settings_of(config: Path) -> dict[str, Any]:
@@ -76,20 +78,12 @@ def settings_of(config: Path) -> dict[str, Any]:
     return dict(settings)
 
 
-def stored(place: Placed, found: ForeignFile) -> tuple[LayerSpec, dict[str, Tensor]]:
-    """The integers of a layer with the scales of their rows; what leaves out -128 is on the symmetric grid."""
-    layers = place.sources
-    codes = torch.cat([layer.codes(found.file) for layer in layers])[place.rows]
-    scales = torch.cat([layer.scales(found.file) for layer in layers])[place.rows]
-    single = len(layers) == 1 and not layers[0].by_row
-    shape = "" if int(codes.min()) > -128 else "/asym"
-    weight = Grid.parse(f"int8/{'tensor' if single else 'channel'}{shape}")
-    scales = scales[:1] if single else scales
-    tensors = {"weight": pack(codes, weight), "weight_scale": scales.clone()}
-    if shape:
-        tensors["weight_zero_point"] = torch.zeros(len(scales), dtype=torch.int16)
-    in_float = any(layer.marker.float_product for layer in layers)
-    return LayerSpec(weight, None if in_float else TOKEN, rotation=layers[0].marker.rotation), tensors
+def layer_of(place: Placed, found: ForeignFile) -> tuple[LayerSpec, dict[str, Tensor]]:
+    """What it is on disk: the integers of the file, on the plainest grid that has their numbers."""
+    sources = place.sources
+    grid, tensors = stored(below_each_other([one.rows(found.file) for one in sources]).take(place.rows))
+    inputs = TOKEN if all(one.dynamic for one in sources) else None
+    return LayerSpec(grid, inputs, rotation=sources[0].rotation, offset="weight_offset" in tensors), tensors
 
 
 def described(
@@ -109,16 +103,30 @@ def described(
     return model
 
 
-def recipe_of(found: ForeignFile, settings: Mapping[str, Any]) -> dict[str, Any]:
+def recipe_of(found: ForeignFile, settings: Mapping[str, Any], homeless: Collection[str]) -> dict[str, Any]:
     """Where the integers came from."""
-    integers = [layer for layer in found.layers.values() if layer.integer]
-    rotations = sorted({layer.marker.rotation for layer in integers} - {0})
+    layers = found.layers.values()
+    kept = [layer for layer in layers if layer.integer and layer.path not in homeless]
+    floats = {layer.path: layer.why_float or HOMELESS for layer in layers if layer not in kept}
+    rotations = sorted({layer.rotation for layer in kept} - {0})
     return {
         "model": found.file.path.stem,
         "class": settings["_class_name"],
         "method": "converted",
-        "scheme": "w8a8-dynamic" if integers else "float",
+        "scheme": scheme_of(kept),
+        "program": found.program,
         "dialect": found.dialect,
+        "formats": dict(sorted(Counter(layer.format for layer in layers).items())),
+        "floats": dict(sorted(floats.items())),
         "rotations": rotations,
         "versions": {"stepquant": __version__, "torch": str(torch.__version__)},
     }
+
+
+def scheme_of(kept: Sequence[ForeignLayer]) -> str:
+    """As the bits of weights and of activations would be called here; by the formats where they are many."""
+    if not kept:
+        return "float"
+    if any(layer.dynamic for layer in kept):
+        return "w8a8-dynamic"
+    return ", ".join(sorted({layer.format for layer in kept}))
