@@ -102,13 +102,14 @@ class LayerSpec:
         allowed = {"input": TEXT, "rotation": GROUP, "rank": integer(1), "balanced": TRUTH, "offset": TRUTH}
         found = entries(data, where, {"weight": TEXT}, allowed)
         grids = {port: stored_grid(port, found[port], where) for port in SHARED if port in found}
-        by_token = "input" not in grids or grids["input"].granularity == "token"
-        if "rotation" in found and not (by_token and grids["weight"].granularity in ("tensor", "channel")):
+        by_token = "input" in grids and grids["input"].granularity == "token"
+        rows = by_token and grids["weight"].granularity in ("tensor", "channel")
+        if "rotation" in found and "input" in grids and not rows:
             raise ArtifactError(
                 f"'{where}.rotation' stands beside grids that inputs are not rotated for",
                 where=where,
                 got=", ".join(f"{port} {grid}" for port, grid in grids.items()),
-                expected="a weight with a scale per tensor or channel, and inputs per token or in float",
+                expected="inputs in float; or per token, and a weight with a scale per tensor or channel",
                 fix=AGAIN,
             )
         if found.get("offset") and "input" in grids:

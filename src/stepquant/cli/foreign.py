@@ -18,7 +18,7 @@ def convert(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="File of int8 or fp8 layers for ComfyUI, or GGUF file.",
+            help="File of int8 or fp8 layers for ComfyUI, GGUF file, or folder of SDNQ.",
             show_default=False,
         ),
     ],
@@ -26,13 +26,13 @@ def convert(
         Path, typer.Option(metavar="DIR", help="Folder to write the network to.", show_default=False)
     ],
     config: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             metavar="DIR",
-            help="Folder with the config.json of the float network in diffusers' format.",
+            help="Folder with the config.json of the float network in diffusers' format; a folder needs none.",
             show_default=False,
         ),
-    ],
+    ] = None,
     json: Json = None,
 ) -> None:
     """Make an ordinary folder of a file of packed integers; nothing is quantized again."""
@@ -53,6 +53,15 @@ def convert(
         json,
         {"folder": str(made.folder), "recipe": dict(made.recipe), "layers": made.layers, "bytes": made.bytes},
     )
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether another program wrote it."""
+    if not path.is_dir():
+        return path.suffix in (".safetensors", ".gguf")
+    from stepquant.hub.foreign.sdnq import is_folder
+
+    return is_folder(path)
 
 
 def show_file(file: Path, layers: bool, json: Path | None) -> None:
@@ -96,6 +105,8 @@ def origin(program: str, dialect: str) -> str:
     """Which files these are."""
     if program == "ComfyUI":
         return f"in the {dialect} dialect of ComfyUI"
+    if program == "SDNQ":
+        return f"by SDNQ {dialect}".rstrip()
     return f"in {program}{f' of architecture {dialect}' if dialect else ''}"
 
 

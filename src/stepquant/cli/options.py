@@ -35,7 +35,7 @@ ArtifactOrFile = Annotated[
     Path,
     typer.Argument(
         metavar="DIR_OR_FILE",
-        help="Artifact that `stepquant quantize` wrote, or a safetensors file for ComfyUI, or a GGUF file.",
+        help="Artifact that `stepquant quantize` wrote, or a safetensors file for ComfyUI, a GGUF file, or a folder of SDNQ.",
         show_default=False,
     ),
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepquant.core.bounds import SCALE
-from stepquant.hub.foreign.container import Container
+from stepquant.hub.foreign.container import FLOATS, Container
 from stepquant.hub.foreign.markers import FP8, INT8, SUFFIX, Marker, markers_of, refused
 from stepquant.hub.foreign.network import ForeignFile, ForeignLayer
 from stepquant.hub.foreign.rows import Rows
@@ -16,7 +16,6 @@ from stepquant.hub.foreign.rows import Rows
 DTYPES = {INT8: "I8", FP8: "F8_E4M3"}
 SCALES = ("F32", "F16", "BF16")
 IGNORED = ".comfy_attention.config"  # how ComfyUI multiplies attention, which says nothing of weights
-FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from torch import Tensor
 from stepquant.errors import ArtifactError
 
 # Files of all parts of a pipeline have the network under one of these; files of it alone may have none.
+FLOATS = ("F32", "F16", "BF16", "F64")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+WEIGHTS = "diffusion_pytorch_model"  # how diffusers calls them
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,54 @@ def open_file(path: Path) -> Container:
         raise ArtifactError(f"there is no file '{path}'", fix="check the path")
     if path.suffix != ".safetensors":
         raise ArtifactError(
-            "only safetensors and GGUF files are read",
+            "only safetensors and GGUF files are read, and folders of SDNQ",
             where=str(path),
             got=path.suffix or path.name,
             expected="a name that ends in .safetensors or .gguf",
         )
+    return of_files(path, [path])
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Answers from the file that has the tensor."""
+
+    handles: Mapping[str, Any]
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self.handles[name].get_tensor(name)  # type: ignore[no-any-return]
+
+
+def open_folder(path: Path) -> Container:
+    """The weights of a network as diffusers writes them, in one file or several."""
+    files = sorted(path.glob(f"{WEIGHTS}*.safetensors"))
+    if not files:
+        raise ArtifactError(
+            "this folder holds no weights of a network",
+            where=str(path),
+            expected=f"{WEIGHTS}.safetensors, or several of them",
+            fix="give the folder of the network, as transformer or unet of its pipeline",
+        )
+    return of_files(path, files)
+
+
+def of_files(path: Path, files: Sequence[Path]) -> Container:
+    """Read the headers."""
+    handles: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
     try:
-        handle = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
-        names = list(handle.keys())
-        prefix = prefix_of(names)
-        slices = {name: handle.get_slice(name) for name in names if name.startswith(prefix)}
+        for file in files:
+            handle = safe_open(file, framework="pt")  # type: ignore[no-untyped-call]
+            if twice := sorted(set(handle.keys()) & set(handles)):
+                raise ArtifactError(
+                    f"tensor '{twice[0]}' is in two files of the folder",
+                    where=str(path),
+                    fix="keep one set of files",
+                )
+            handles |= dict.fromkeys(handle.keys(), handle)
+            metadata |= handle.metadata() or {}
+        prefix = prefix_of(list(handles))
+        slices = {name: handle.get_slice(name) for name, handle in handles.items() if name.startswith(prefix)}
         entries = {
             name.removeprefix(prefix): Entry(found.get_dtype(), tuple(found.get_shape()))
             for name, found in slices.items()
@@ -71,4 +111,4 @@ def open_file(path: Path) -> Container:
             got=str(error).splitlines()[0][:200],
             fix="fetch the file again: it may have been cut off",
         ) from error
-    return Container(path, prefix, entries, len(names) - len(entries), dict(handle.metadata() or {}), handle)
+    return Container(path, prefix, entries, len(handles) - len(entries), metadata, Shards(handles))

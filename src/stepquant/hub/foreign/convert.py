@@ -29,9 +29,9 @@ TOKEN = Grid.parse("int8/token")
 HOMELESS = "the network has no use for its integers"
 
 
-def network_of(found: ForeignFile, config: Path) -> Any:
+def network_of(found: ForeignFile, config: Path | None) -> Any:
     """The network, to be saved; loading what was saved makes it run."""
-    settings = settings_of(config)
+    settings = settings_of(found, config)
     kind = getattr(diffusers, settings["_class_name"])
     with init_empty_weights(include_buffers=True):
         model = kind.from_config(settings)
@@ -51,18 +51,35 @@ def network_of(found: ForeignFile, config: Path) -> Any:
     return described(model, specs, tensors, recipe_of(found, settings, places.homeless))
 
 
-def settings_of(config: Path) -> dict[str, Any]:
-    """What a config.json, or the folder that holds it, says of the network."""
-    file = config / "config.json" if config.is_dir() else config
+def settings_of(found: ForeignFile, config: Path | None) -> dict[str, Any]:
+    """What a config.json, or the folder that holds it, says of the network; or what the weights have beside them."""
+    if config is not None:
+        file = config / "config.json" if config.is_dir() else config
+        return checked(file, read_settings(file))
+    if found.settings is None:
+        raise ModelError(
+            "the file does not say what the network is",
+            where=str(found.file.path),
+            expected="the folder with the config.json of the float network",
+            fix="give it as --config",
+        )
+    return checked(found.file.path / "config.json", found.settings)
+
+
+def read_settings(file: Path) -> Any:
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"'{config}' does not say what the network is",
+            f"'{file}' does not say what the network is",
             got=str(error).splitlines()[0][:200],
             expected="the config.json of a network, or a folder with it, as diffusers writes it",
             fix="hf download the config.json of the same network in diffusers' format, and give its folder as --config",
         ) from error
+
+
+def checked(file: Path, settings: Any) -> dict[str, Any]:
+    """Settings that name a float network of diffusers."""
     name = settings.get("_class_name") if isinstance(settings, Mapping) else None
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
@@ -83,7 +100,12 @@ def layer_of(place: Placed, found: ForeignFile) -> tuple[LayerSpec, dict[str, Te
     sources = place.sources
     grid, tensors = stored(below_each_other([one.rows(found.file) for one in sources]).take(place.rows))
     inputs = TOKEN if all(one.dynamic for one in sources) else None
-    return LayerSpec(grid, inputs, rotation=sources[0].rotation, offset="weight_offset" in tensors), tensors
+    rank, branch = 0, sources[0].branch(found.file)
+    if branch is not None:  # which only formats have whose layers are those of the network
+        down, up = (side.half().contiguous() for side in branch)
+        rank, tensors = len(down), tensors | {"low_rank.down": down, "low_rank.up": up}
+    offset = "weight_offset" in tensors
+    return LayerSpec(grid, inputs, rotation=sources[0].rotation, rank=rank, offset=offset), tensors
 
 
 def described(

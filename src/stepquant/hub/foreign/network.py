@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -47,6 +48,10 @@ class ForeignLayer(ABC):
     def floats(self, file: Container) -> Tensor:
         """The numbers that it stands for, in the shape of the weight."""
 
+    def branch(self, file: Container) -> tuple[Tensor, Tensor] | None:
+        """Beside the integers: (rank, inputs) and (outputs, rank), whose product is added to the weight; mostly none."""
+        return None
+
     @property
     def integer(self) -> bool:
         return not self.why_float
@@ -86,3 +91,4 @@ class ForeignFile:
     floats: tuple[str, ...]  # tensors as they are
     dialect: str = ""  # how the program says what its tensors are, and of which network
     program: str = "ComfyUI"  # that reads such files
+    settings: Mapping[str, Any] | None = None  # of the network, where they are beside its weights
