@@ -33,7 +33,15 @@ def test_inspect_and_convert(source: Path, tmp_path: Path, capsys: pytest.Captur
     assert main(["convert", str(source), "--out", str(out), "--config", str(tmp_path / "config")]) == 0
     said = capsys.readouterr().out
     assert f"{count} layers in the integers of the file, rotated in groups of" in said
-    assert (out / "config.json").is_file()
+    assert main(["inspect", str(out), "--layers", "--json", str(tmp_path / "made.json")]) == 0
+    said = capsys.readouterr().out
+    assert (
+        f"converted from 'some': {count} layers of int8_tensorwise, in the native dialect of ComfyUI" in said
+    )
+    assert "layers with weights on int8/channel, inputs int8/token" in said
+    made = json.loads((tmp_path / "made.json").read_text())
+    assert len(made["layers"]) == count
+    assert made["recipe"]["program"] == "ComfyUI"
     assert main(["convert", str(source), "--out", str(out), "--config", str(tmp_path / "config")]) == USER
     assert "is there already" in capsys.readouterr().err
 

@@ -16,8 +16,9 @@ import torch
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torch import Tensor, nn
 
+import stepquant
 from stepquant.cli.app import USER, main
-from stepquant.errors import ArtifactError
+from stepquant.errors import ArtifactError, ModelError
 from stepquant.hub.foreign.read import read
 from stepquant.job.foreign import convert
 from stepquant.runtime.layers.layer import IntegerLayer
@@ -80,6 +81,27 @@ def test_numbers_of_every_type_are_kept(name: str, tmp_path: Path) -> None:
         relative(predicted(type(model).from_pretrained(tmp_path / "out"), given), predicted(model, given))
         < 0.02
     )
+
+
+def test_inspect_of_what_was_written_says_where_it_came_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = tiny("flux")
+    made = packed({path: value.clone() for path, value in model.state_dict().items()}, ("Q8_0", "Q2_K"))
+    source = write_gguf(tmp_path / "some.gguf", made)
+    convert(source, tmp_path / "out", config=folder_of(model, tmp_path))
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(
+        r"converted from 'some': \d+ layers of Q2_K, \d+ layers of Q8_0, in GGUF of architecture some", said
+    )
+    assert "layers with weights on uint2/group16/sym, inputs float" in said
+    config = tmp_path / "out" / "config.json"
+    config.write_text(config.read_text().replace('"program": "GGUF"', '"program": "mine"'))
+    assert main(["inspect", str(tmp_path / "out")]) == USER
+    assert "edited" in capsys.readouterr().err
+    with pytest.raises(ModelError, match=f"stepquant convert {source}"):
+        stepquant.load(source)
 
 
 def test_convolutions_keep_their_integers(tmp_path: Path) -> None:

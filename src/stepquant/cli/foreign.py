@@ -55,13 +55,49 @@ def convert(
     )
 
 
-def is_foreign(path: Path) -> bool:
-    """Whether another program wrote it."""
-    if not path.is_dir():
-        return path.suffix in (".safetensors", ".gguf")
-    from stepquant.hub.foreign.sdnq import is_folder
+def show_if_alone(path: Path, layers: bool, json: Path | None) -> bool:
+    """What another program wrote, or a network without its pipeline; whether it is one of these."""
+    from stepquant.hub.foreign.read import is_foreign
+    from stepquant.job.foreign import is_network
 
-    return is_folder(path)
+    if is_foreign(path):
+        show_file(path, layers, json)
+        return True
+    if is_network(path):
+        show_network(path, layers, json)
+        return True
+    return False
+
+
+def show_network(folder: Path, layers: bool, json: Path | None) -> None:
+    """Where the integers of a folder came from, and how they are stored."""
+    from stepquant.job.foreign import inspect_network
+
+    screen, found = Screen(), inspect_network(folder)
+    recipe, rows = found["recipe"], found["layers"]
+    screen.show(f"{folder}: {found['class']}, digest {found['digest']}")
+    if recipe.get("program"):
+        formats = ", ".join(f"{count} layers of {name}" for name, count in recipe["formats"].items())
+        told = origin(recipe["program"], recipe["dialect"])
+        screen.show(f"converted from '{recipe['model']}': {formats or 'floats alone'}, {told}")
+        for reason, count in sorted(Counter(recipe["floats"].values()).items()):
+            screen.show(f"{count} layers in float: {reason}")
+    else:
+        screen.show(f"{recipe.get('model', '')}: {recipe.get('method', '')} {recipe.get('scheme', '')}")
+    grids = Counter((row["weight"], row["input"]) for row in rows)
+    for (weight, inputs), count in sorted(grids.items()):
+        screen.show(f"{count} layers with weights on {weight}, inputs {inputs}")
+    if layers:
+        screen.show()
+        screen.table(
+            "all layers",
+            ("layer", "weight", "input", "rotation", "rank"),
+            [
+                (row["path"], row["weight"], row["input"], row.get("rotation", ""), row.get("rank", ""))
+                for row in rows
+            ],
+        )
+    screen.finish(json, found)
 
 
 def show_file(file: Path, layers: bool, json: Path | None) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stepquant.cli.foreign import is_foreign, show_file
+from stepquant.cli.foreign import show_if_alone
 from stepquant.cli.options import ArtifactFolder, ArtifactOrFile, Fastest, Json
 from stepquant.cli.screen import Screen, size_text
 from stepquant.runtime import ops
@@ -27,10 +27,10 @@ def inspect(
 ) -> None:
     """Show how an artifact was made, and which share of its work ran in integers in one call on this machine.
 
-    Of a file or folder that another program wrote: which integers it holds, and what of it would run here.
+    Of a file or folder that another program wrote: which integers it holds, and what of it would run here. Of a network
+    that lies alone in a folder, as `convert` writes it: where it came from.
     """
-    if is_foreign(folder):
-        show_file(folder, layers, json)
+    if show_if_alone(folder, layers, json):
         return
     from stepquant.job.results import inspect_artifact
 

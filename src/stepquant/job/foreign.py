@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from stepquant.errors import StepquantError
-from stepquant.hub.foreign.convert import network_of
+from stepquant.hub.config import Name, StepquantConfig
+from stepquant.hub.foreign.convert import network_of, read_settings
 from stepquant.hub.foreign.network import ForeignLayer
-from stepquant.hub.foreign.read import read
-from stepquant.job.files import is_taken, new_folder, writing
+from stepquant.hub.foreign.read import packed_by, read
+from stepquant.hub.foreign.sdnq import CONFIG
+from stepquant.job.files import LAST, is_taken, new_folder, writing
 from stepquant.job.pipelines import without_bars
 
 
@@ -61,6 +63,27 @@ def inspect_file(file: str | os.PathLike[str]) -> dict[str, Any]:
         "others": found.file.others,
         "layers": rows,
     }
+
+
+def inspect_network(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Where the integers of a network came from that lies alone in a folder, and how its layers are stored."""
+    settings = read_settings(Path(folder) / "config.json")
+    config = StepquantConfig.from_dict(settings[CONFIG])
+    config.check_settings(settings, str(folder))
+    layers = config.artifact.layers
+    rows = [{"path": path, "input": "float"} | layers[path].to_json() for path in sorted(layers)]
+    return {
+        "folder": str(folder),
+        "class": settings.get("_class_name", ""),
+        "digest": config.digest,
+        "recipe": config.recipe,
+        "layers": rows,
+    }
+
+
+def is_network(folder: Path) -> bool:
+    """Whether it holds one network packed here, and no pipeline around it."""
+    return packed_by(folder) == Name.STEPQUANT.value and not (folder / LAST).exists()
 
 
 def counted(words: Iterable[str]) -> dict[str, int]:

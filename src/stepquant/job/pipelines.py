@@ -61,10 +61,11 @@ def find_folder(name: str) -> Path:
         )
     if not (folder / "model_index.json").is_file():
         above = (folder.parent / "model_index.json").is_file()
+        file = f"stepquant convert {name} --config DIR --out DIR" if folder.is_file() else None
         raise ModelError(
             f"'{name}' is no diffusers pipeline",
             expected="a folder with model_index.json, as pipeline.save_pretrained writes it",
-            fix=f"give the folder above it: {folder.parent}" if above else None,
+            fix=f"give the folder above it: {folder.parent}" if above else file,
         )
     return folder
 

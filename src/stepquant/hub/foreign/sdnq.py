@@ -132,16 +132,6 @@ class SdnqLayer(ForeignLayer):
         return raw.reshape(self.codes)
 
 
-def is_folder(path: Path) -> bool:
-    """Whether SDNQ packed the network in this folder."""
-    try:
-        said = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    packed = said.get(CONFIG) if isinstance(said, Mapping) else None
-    return isinstance(packed, Mapping) and packed.get("quant_method") == METHOD
-
-
 def read_sdnq(folder: Path) -> ForeignFile:
     """Sort the tensors of a folder; each one is of a layer, a plain float, or an error."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
