@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from stepquant.job.foreign import convert, inspect_file
 from stepquant.runtime.coverage import coverage
 from stepquant.runtime.layers.layer import IntegerLayer
 from tests.foreign.originals import ORIGINALS
-from tests.foreign.writer import File, Packed, fast, file_of, fp8, int8
+from tests.foreign.writer import File, Packed, fast, file_of, fp8, int8, w4a4, w4a8
 from tests.models.tiny import CASES
 from tests.models.tiny.case import without_zeros
 from tests.runtime.synthetic import relative
@@ -149,6 +151,33 @@ def test_fp8_becomes_float_and_the_rest_stays_integer(tmp_path: Path) -> None:
     assert {row["format"] for row in shown["layers"] if not row["integer"]} == {"float8_e4m3fn"}
     back = loaded.dequantize().state_dict()
     assert all(torch.equal(back[name].float(), value.float()) for name, value in floats.items())
+
+
+def by_turns() -> Callable[[Tensor], Packed]:
+    """The formats of codes that are always rotated, one after the other."""
+    kinds = cycle((w4a4, w4a8, partial(w4a8, table=False), partial(w4a8, table=False, bits=6)))
+    return lambda weight: next(kinds)(weight) if weight.shape[1] % 16 == 0 else int8(weight)
+
+
+@pytest.mark.parametrize("name", ["wan", "flux"])
+def test_codes_of_four_bits_and_of_tables_run_in_integers(name: str, tmp_path: Path) -> None:
+    """A table and its scales stand for bytes, which are what is kept."""
+    model, given = tiny(name)
+    file, floats = written(model, name if name in ORIGINALS else None, by_turns())
+    for entry in [entry for entry in file.tensors if entry.endswith("s_rel")][::2]:
+        file.tensors[entry] = file.tensors[entry].view(torch.uint8)
+    source = file.write(tmp_path / "some.safetensors", PREFIX if name in ORIGINALS else "")
+    told = convert(source, tmp_path / "out", config=folder_of(model, tmp_path))
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    layers = [one for one in loaded.modules() if isinstance(one, IntegerLayer)]
+    assert {"convrot_w4a4", "asym_w4a8_int8"} <= set(told.recipe["formats"])
+    assert {str(one.spec.weight) for one in layers} == {"int4/channel", "int8/channel"}
+    assert all(one.integer for one in layers)
+    assert all(row["integer"] for row in inspect_file(source)["layers"])
+    assert relative(predicted(loaded, given), predicted(model, given)) < 0.3
+    back = loaded.dequantize().state_dict()
+    for path, value in floats.items():
+        torch.testing.assert_close(back[path], value.float(), rtol=0, atol=1e-6, msg=path)
 
 
 def test_products_that_are_asked_for_in_float_are_in_float(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from stepquant.hub.foreign.comfy import read_file
 from stepquant.hub.foreign.container import open_file
 from stepquant.job.foreign import convert, inspect_file
 from tests.foreign.test_convert import folder_of, rotated, tiny, written
-from tests.foreign.writer import File, fast, file_of, int8
+from tests.foreign.writer import File, fast, file_of, int8, w4a4, w4a8
 
 A, B = "block.a", "block.b"
 
@@ -220,6 +220,47 @@ def test_a_folder_that_is_there_stays(tmp_path: Path) -> None:
     (tmp_path / "out" / "mine").write_text("x")
     with pytest.raises(StepquantError, match="is there already"):
         convert(tmp_path / "some.safetensors", tmp_path / "out", config=tmp_path)
+
+
+W4A8 = {"format": "asym_w4a8_int8", "convrot_groupsize": 16}
+WORSE: dict[str, tuple[Callable[[File], None], str]] = {
+    "a weight that is not packed": (becomes(f"{A}.weight", torch.ones(8, 32, dtype=torch.int8)), "'block.a.weight_s_rel' does not fit"),
+    "no scales of rows": (without(f"{A}.weight_s_channel"), "'block.a.weight_s_channel' is missing"),
+    "no scales of groups": (without(f"{A}.weight_s_rel"), "'block.a.weight_s_rel' is missing"),
+    "scales of groups too few": (becomes(f"{A}.weight_s_rel", torch.ones(8, 1)), "'block.a.weight_s_rel' does not fit"),
+    "a long table": (becomes(f"{A}.weight_codebook", torch.ones(17)), "'block.a.weight_s_rel' does not fit"),
+    "a correction": (becomes(f"{A}.weight_correction", torch.ones(2, 8)), "'block.a.weight_correction' has no place"),
+    "scales of another format": (becomes(f"{A}.weight_scale", torch.ones(8)), "'block.a.weight_scale' has no place"),
+    "a scale of an input": (becomes(f"{A}.input_scale", torch.ones(())), "'block.a.input_scale' has no place"),
+    "a group of three": (says(**W4A8, group_size=3), "has no group of scales"),
+    "a group of text": (says(**W4A8, group_size="16"), "has no group of scales"),
+    "no rotation": (says(**W4A8, convrot=False), "'block.a.comfy_quant' is not rotated"),
+    "a word of the other format": (says(**W4A8, linear_dtype="int8"), "says what is not known here"),
+    "another format for its tensors": (says(format="convrot_w4a4"), "'block.a.weight_scale' is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WORSE)
+def test_codes_of_a_table_are_refused_by_the_tensor(what: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    file = file_of({f"{A}.bias": torch.zeros(8)}, {A: w4a8(torch.randn(8, 32))})
+    read_file(open_file(file.write(tmp_path / "good.safetensors")))
+    change, words = WORSE[what]
+    change(file)
+    with pytest.raises(ArtifactError, match=words):
+        read_file(open_file(file.write(tmp_path / "bad.safetensors")))
+
+
+def test_codes_of_four_bits_have_a_scale_for_each_row_and_tables_numbers(tmp_path: Path) -> None:
+    file = file_of({}, {A: w4a4(torch.randn(8, 32))})
+    file.tensors[f"{A}.weight_scale"] = torch.ones(())
+    with pytest.raises(ArtifactError, match="'block.a.weight_scale' is no scale"):
+        read_file(open_file(file.write(tmp_path / "some.safetensors")))
+    file = file_of({}, {A: w4a8(torch.randn(8, 32))})
+    file.tensors[f"{A}.weight_codebook"][3] = torch.nan
+    found = read_file(open_file(file.write(tmp_path / "some.safetensors")))
+    with pytest.raises(ArtifactError, match="'block.a.weight_s_rel' or the table beside it is not finite"):
+        found.layers[A].rows(found.file)
 
 
 def test_the_dialect_of_int8_fast_must_say_what_scales_it_has(tmp_path: Path) -> None:

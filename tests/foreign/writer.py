@@ -50,6 +50,44 @@ def int8(weight: Tensor, group: int = 0, by_row: bool = True, lowest: int = -128
     return Packed({"weight": q, "weight_scale": scale}, said, back)
 
 
+def nibbles(codes: Tensor) -> Tensor:
+    """Two in a byte, the first in its lower half; in two's complement where they have a sign."""
+    low, high = (codes.long().reshape(len(codes), -1, 2) & 15).unbind(-1)
+    return (low | high << 4).to(torch.uint8).view(torch.int8)
+
+
+def w4a4(weight: Tensor, group: int = 16) -> Packed:
+    rotated = turned(weight, group)
+    scale = (rotated.abs().amax(-1, keepdim=True) / 7).float()
+    q = (rotated / scale.double()).round().clamp(-7, 7)
+    said = {"format": "convrot_w4a4", "convrot_groupsize": group}
+    return Packed(
+        {"weight": nibbles(q), "weight_scale": scale[:, 0]}, said, turned(q.float() * scale, group).float()
+    )
+
+
+def w4a8(weight: Tensor, group: int = 16, table: bool = True, bits: int = 4) -> Packed:
+    """Codes of levels that lie closer around zero, or evenly, with a scale for 16 that makes bytes of them."""
+    rotated = turned(weight, group)
+    scale = (rotated.abs().amax(-1) / 127).float()
+    groups = (rotated / scale[:, None].double()).reshape(len(weight), -1, 16)
+    even = torch.arange(2**bits, dtype=torch.float32) - 2 ** (bits - 1)
+    levels = torch.linspace(-1, 1, 16).pow(3) if table else even
+    relative = (groups.abs().amax(-1) / levels.abs().max()).to(torch.float8_e4m3fn)
+    near = (groups[..., None] - levels * relative.float()[..., None, None]).abs().argmin(-1)
+    codes = near.reshape(weight.shape)
+    data = nibbles(codes)
+    if bits == 6:
+        upper = codes.reshape(len(codes), -1, 4) >> 4
+        byte = sum(upper[..., place] << 2 * place for place in range(4))
+        data = torch.cat([data, byte.to(torch.uint8).view(torch.int8)], 1)
+    q = (levels[near] * relative.float()[..., None]).round().clamp(-127, 127).reshape(weight.shape)
+    tensors = {"weight": data, "weight_s_rel": relative, "weight_s_channel": scale}
+    tensors |= {"weight_codebook": levels} if table else {}
+    said = {"format": "asym_w4a8_int8", "convrot_groupsize": group, "group_size": 16, "convrot": True}
+    return Packed(tensors, said, turned(q.float() * scale[:, None], group).float())
+
+
 def fp8(weight: Tensor) -> Packed:
     scale = (weight.abs().max() / 448).float()
     q = (weight / scale).to(torch.float8_e4m3fn)

@@ -16,12 +16,15 @@ from stepquant.errors import ArtifactError
 from stepquant.hub.foreign.container import Container
 
 INT8, FP8 = "int8_tensorwise", "float8_e4m3fn"
-READ = (INT8, FP8)
+W4A4, W4A8 = "convrot_w4a4", "asym_w4a8_int8"  # which are always rotated
+READ = (INT8, FP8, W4A4, W4A8)
 NATIVE, FAST, TABLE = "native", "INT8-Fast", "metadata"
 SUFFIX, METADATA = ".comfy_quant", "_quantization_metadata"
 MOST_BYTES = 64 * 1024  # of one marker
 USUAL_GROUP = 256  # where a marker says that it rotates, and not by how much
+USUAL_SHARE = 16  # codes of the table that share a scale
 WORDS = ("format", "convrot", "convrot_groupsize", "per_row", "full_precision_matrix_mult")
+MORE_WORDS = {W4A4: ("linear_dtype",), W4A8: ("group_size",)}
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Marker:
     rotation: int = 0
     float_product: bool = False  # its products are to be computed in float
     per_row: bool | None = None  # whether its scales are said to be one for each row
+    share: int = 0  # how many codes of a table share a scale
 
 
 def markers_of(file: Container) -> dict[str, Marker]:
@@ -104,20 +108,21 @@ def parse(said: Any, file: Container, name: str, dialect: str = "") -> Marker:
     inner = said.get("params", {})
     words = {key: value for key, value in said.items() if key != "params"}
     words |= inner if isinstance(inner, Mapping) else {"params": inner}
-    unknown = sorted(set(words) - set(WORDS))
+    kind = words.get("format", INT8)
+    known = (*WORDS, *(MORE_WORDS.get(kind, ()) if isinstance(kind, str) else ()))
+    unknown = sorted(set(words) - set(known))
     if unknown:
         raise refused(
             f"marker '{name}' says what is not known here",
             file,
             shortened(", ".join(unknown)),
-            ", ".join(WORDS),
+            ", ".join(known),
         )
     for word in ("convrot", "per_row", "full_precision_matrix_mult"):
         if not isinstance(words.get(word, False), bool):
             raise refused(f"'{word}' of marker '{name}' is no truth", file, words[word], "true or false")
     if "format" not in words and not ("per_row" in words and not dialect):
         raise refused(f"marker '{name}' names no format", file, shortened(said), ", ".join(READ))
-    kind = words.get("format", INT8)
     if kind not in READ:
         raise refused(f"marker '{name}' names a format that is not read", file, kind, ", ".join(READ))
     return Marker(
@@ -126,11 +131,24 @@ def parse(said: Any, file: Container, name: str, dialect: str = "") -> Marker:
         rotation_of(words, kind, file, name),
         words.get("full_precision_matrix_mult", False),
         words.get("per_row"),
+        share_of(words, file, name) if kind == W4A8 else 0,
     )
 
 
+def share_of(words: Mapping[str, Any], file: Container, name: str) -> int:
+    share = words.get("group_size", USUAL_SHARE)
+    if type(share) is not int or share < 4 or (USUAL_SHARE % share and share % USUAL_SHARE):
+        raise refused(
+            f"marker '{name}' has no group of scales", file, shortened(share), f"{USUAL_SHARE}, or a multiple"
+        )
+    return share
+
+
 def rotation_of(words: Mapping[str, Any], kind: str, file: Container, name: str) -> int:
-    group, turns = words.get("convrot_groupsize"), words.get("convrot", False)
+    always = kind in (W4A4, W4A8)
+    group, turns = words.get("convrot_groupsize"), words.get("convrot", always)
+    if always and not turns:
+        raise refused(f"marker '{name}' is not rotated", file, "convrot false", f"convrot true in {kind}")
     if not turns:
         if group is not None:
             raise refused(
@@ -141,12 +159,12 @@ def rotation_of(words: Mapping[str, Any], kind: str, file: Container, name: str)
             )
         return 0
     group = USUAL_GROUP if group is None else group
-    if type(group) is not int or not is_group(group) or kind != INT8:
+    if type(group) is not int or not is_group(group) or kind == FP8:
         raise refused(
             f"marker '{name}' rotates by what is no group",
             file,
             f"{group} in {kind}",
-            f"a power of four, in {INT8}",
+            "a power of four, in a format of integers",
         )
     return group
 
