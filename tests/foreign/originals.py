@@ -106,6 +106,45 @@ def sd3(tensors: Names) -> dict[str, Tensor]:
     )
 
 
+BLOCKS = [
+    (r"(blocks\.\d+\.0|middle_block\.[02])\.norm1", r"\1.in_layers.0"),
+    (r"(blocks\.\d+\.0|middle_block\.[02])\.conv1", r"\1.in_layers.2"),
+    (r"(blocks\.\d+\.0|middle_block\.[02])\.norm2", r"\1.out_layers.0"),
+    (r"(blocks\.\d+\.0|middle_block\.[02])\.conv2", r"\1.out_layers.3"),
+    (r"time_emb_proj", "emb_layers.1"),
+    (r"conv_shortcut", "skip_connection"),
+]
+
+
+def size_conditioned(tensors: Names) -> dict[str, Tensor]:
+    """The U-Net of SDXL, whose first resolution has no attention and which is told sizes and a pooled text."""
+    return replaced(
+        tensors,
+        [
+            (r"^conv_in", "input_blocks.0.0"),
+            (r"^conv_norm_out", "out.0"),
+            (r"^conv_out", "out.2"),
+            (r"^time_embedding\.linear_1", "time_embed.0"),
+            (r"^time_embedding\.linear_2", "time_embed.2"),
+            (r"^add_embedding\.linear_1", "label_emb.0.0"),
+            (r"^add_embedding\.linear_2", "label_emb.0.2"),
+            (r"^mid_block\.resnets\.0", "middle_block.0"),
+            (r"^mid_block\.attentions\.0", "middle_block.1"),
+            (r"^mid_block\.resnets\.1", "middle_block.2"),
+            (r"^down_blocks\.0\.resnets\.0", "input_blocks.1.0"),
+            (r"^down_blocks\.0\.downsamplers\.0\.conv", "input_blocks.2.0.op"),
+            (r"^down_blocks\.1\.resnets\.0", "input_blocks.3.0"),
+            (r"^down_blocks\.1\.attentions\.0", "input_blocks.3.1"),
+            (r"^up_blocks\.0\.resnets\.(\d)", r"output_blocks.\1.0"),
+            (r"^up_blocks\.0\.attentions\.(\d)", r"output_blocks.\1.1"),
+            (r"^up_blocks\.0\.upsamplers\.0\.conv", "output_blocks.1.2.conv"),
+            (r"^up_blocks\.1\.resnets\.0", "output_blocks.2.0"),
+            (r"^up_blocks\.1\.resnets\.1", "output_blocks.3.0"),
+            *BLOCKS,
+        ],
+    )
+
+
 def text_to_image(tensors: Names) -> dict[str, Tensor]:
     """The U-Net of Stable Diffusion, two resolutions of one layer each."""
     return replaced(
@@ -129,16 +168,11 @@ def text_to_image(tensors: Names) -> dict[str, Tensor]:
             (r"^up_blocks\.1\.attentions\.0", "output_blocks.2.1"),
             (r"^up_blocks\.1\.resnets\.1", "output_blocks.3.0"),
             (r"^up_blocks\.1\.attentions\.1", "output_blocks.3.1"),
-            (r"(blocks\.\d+\.0|middle_block\.[02])\.norm1", r"\1.in_layers.0"),
-            (r"(blocks\.\d+\.0|middle_block\.[02])\.conv1", r"\1.in_layers.2"),
-            (r"(blocks\.\d+\.0|middle_block\.[02])\.norm2", r"\1.out_layers.0"),
-            (r"(blocks\.\d+\.0|middle_block\.[02])\.conv2", r"\1.out_layers.3"),
-            (r"time_emb_proj", "emb_layers.1"),
-            (r"conv_shortcut", "skip_connection"),
+            *BLOCKS,
         ],
     )
 
 
 ORIGINALS: dict[str, Callable[[Names], dict[str, Tensor]]] = {
-    one.__name__: one for one in (wan, z_image, sd3, text_to_image)
+    one.__name__: one for one in (wan, z_image, sd3, text_to_image, size_conditioned)
 }

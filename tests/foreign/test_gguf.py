@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import stepquant
 from stepquant.cli.app import USER, main
-from stepquant.errors import ArtifactError, ModelError
+from stepquant.errors import ArtifactError, ModelError, PlanError
 from stepquant.hub.foreign.read import read
 from stepquant.job.foreign import convert
 from stepquant.runtime.layers.layer import IntegerLayer
@@ -50,7 +50,7 @@ def original(name: str) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
     return model, given, ORIGINALS[name]({path: value.clone() for path, value in model.state_dict().items()})
 
 
-@pytest.mark.parametrize("name", ["text_to_image", "wan", "z_image"])
+@pytest.mark.parametrize("name", ["size_conditioned", "wan", "z_image"])
 def test_numbers_of_every_type_are_kept(name: str, tmp_path: Path) -> None:
     """Of linears, fused ones and convolutions, whose rows lie in the file in rows of another length."""
     model, given, tensors = original(name)
@@ -284,3 +284,36 @@ def test_missing_tensors_and_numbers_that_cannot_be(tmp_path: Path) -> None:
     assert isinstance(good, Packed)
     infinite = Packed(good.kind, good.shape, struct.pack("<e", math.inf) + good.data[2:], good.weight)
     assert f"'{name}_scale' holds values that cannot be" in refusal(made | {name: infinite})
+
+
+def test_a_scheme_rounds_what_integers_cannot_multiply(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And leaves alone what has a scale for the row, as in files of integers that came from here."""
+    model, given, tensors = original("size_conditioned")
+    made = packed(tensors, ("Q8_0", "Q4_K", "Q6_K"))
+    kept = next(path for path in made if path.endswith("attn1.to_q.weight"))
+    codes, scale = torch.randint(-127, 128, tensors[kept].shape), float(torch.tensor(0.003).half())
+    bits = codes.to(torch.int8).reshape(-1, 32).numpy()
+    data = b"".join(struct.pack("<e", scale) + row.tobytes() for row in bits)
+    made[kept] = Packed("Q8_0", tuple(codes.shape), data, codes * scale)
+    source = write_gguf(tmp_path / "some.gguf", made)
+    config, out = folder_of(model, tmp_path), tmp_path / "out"
+    asked = ["--config", str(config), "--scheme", "w8a8-dynamic", "--out", str(out)]
+    assert main(["convert", str(source), *asked]) == 0
+    assert "layers rounded to w8a8-dynamic" in capsys.readouterr().out
+    loaded = type(model).from_pretrained(out)
+    layers = {path: one for path, one in loaded.named_modules() if isinstance(one, IntegerLayer)}
+    groups = [one for one in layers.values() if one.spec.weight.granularity == "group" or one.spec.offset]
+    assert all(one.spec.input is None for one in groups)
+    same = [one for one in layers.values() if torch.equal(one.dequantized(torch.float32), codes * scale)]
+    assert [str(one.spec.weight) for one in same] == ["int8/tensor"]
+    assert same[0].integer
+    assert sum(one.integer for one in layers.values()) > len(layers) / 2
+    convert(source, tmp_path / "exact", config=config)
+    exact = type(model).from_pretrained(tmp_path / "exact")
+    assert relative(predicted(loaded, given), predicted(exact, given)) < 0.05
+    assert main(["inspect", str(out)]) == 0
+    assert "layers rounded to w8a8-dynamic when it was converted" in capsys.readouterr().out
+    with pytest.raises(PlanError, match="needs calibration"):
+        convert(source, tmp_path / "other", config=config, scheme="w8a8")

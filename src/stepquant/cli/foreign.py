@@ -33,22 +33,33 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Round what cannot be multiplied in integers as it is, as to w8a8-dynamic.",
+            show_default="nothing is rounded",
+        ),
+    ] = None,
     json: Json = None,
 ) -> None:
-    """Make an ordinary folder of a file of packed integers; nothing is quantized again."""
+    """Make an ordinary folder of a file of packed integers; nothing is quantized again, unless a scheme asks for it."""
     from stepquant.job.foreign import convert as write
 
     screen = Screen()
-    made = write(file, out, config=config)
+    made = write(file, out, config=config, scheme=scheme)
     rotated = ", ".join(str(group) for group in made.recipe["rotations"])
     floats = Counter(made.recipe["floats"].values())
     screen.show(f"wrote {made.folder}: {made.recipe['class']}, {size_text(made.bytes)}")
+    fresh = len(made.recipe["rounded"])
     screen.show(
-        f"{made.layers} layers in the integers of the file"
+        f"{made.layers - fresh} layers in the integers of the file"
         + (f", rotated in groups of {rotated}" if rotated else "")
     )
+    if fresh:
+        screen.show(f"{fresh} layers rounded to {made.recipe['scheme']}")
     for reason, count in sorted(floats.items()):
-        screen.show(f"{count} layers in float: {reason}")
+        screen.show(f"{count} layers {'were' if scheme else 'are'} float: {reason}")
     screen.finish(
         json,
         {"folder": str(made.folder), "recipe": dict(made.recipe), "layers": made.layers, "bytes": made.bytes},
@@ -80,6 +91,10 @@ def show_network(folder: Path, layers: bool, json: Path | None) -> None:
         formats = ", ".join(f"{count} layers of {name}" for name, count in recipe["formats"].items())
         told = origin(recipe["program"], recipe["dialect"])
         screen.show(f"converted from '{recipe['model']}': {formats or 'floats alone'}, {told}")
+        if recipe.get("rounded"):
+            screen.show(
+                f"{len(recipe['rounded'])} layers rounded to {recipe['scheme']} when it was converted"
+            )
         for reason, count in sorted(Counter(recipe["floats"].values()).items()):
             screen.show(f"{count} layers in float: {reason}")
     else:

@@ -117,6 +117,12 @@ def check_rotation(name: str | None, rotation: int | None) -> None:
         )
 
 
+def specs_by(name: str, model: nn.Module) -> dict[str, LayerSpec]:
+    """What a scheme says of every layer; it must be one that needs no calibration."""
+    check_scheme(name)
+    return specs_of(model, scheme(name))
+
+
 def specs_of(model: nn.Module, plan: Plan, rotation: int | None = None) -> dict[str, LayerSpec]:
     """The grids that the plan gives to the layers of a network, whose weights need not be there yet."""
     denoiser = Denoiser(model)

@@ -30,18 +30,24 @@ class Converted:
 
 
 def convert(
-    file: str | os.PathLike[str], out: str | os.PathLike[str], *, config: str | os.PathLike[str] | None = None
+    file: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    config: str | os.PathLike[str] | None = None,
+    scheme: str | None = None,
 ) -> Converted:
     """Write the network in `file` as a folder that `from_pretrained` of its class loads, in the file's own integers.
 
     `config` is the config.json of the float network in diffusers' format, or a folder that holds it; a folder needs none.
+    Without a `scheme` nothing is rounded. With one that needs no calibration, layers that it multiplies in integers are: those that
+    have a scale by the row in the file keep its integers, and all others are rounded.
     """
     target = Path(out)
     if is_taken(target):
         raise StepquantError(f"'{out}' is there already", fix="choose another --out, or remove it")
     found = read(Path(file))
     with new_folder(target) as folder:
-        model = network_of(found, None if config is None else Path(config))
+        model = network_of(found, None if config is None else Path(config), scheme)
         with writing(target), without_bars():
             model.save_pretrained(folder)
     told = model.hf_quantizer.quantization_config

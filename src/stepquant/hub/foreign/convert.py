@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from stepquant.core.bounds import check_tensors, check_values
 from stepquant.core.grid import Grid
 from stepquant.errors import ModelError
 from stepquant.hub.config import StepquantConfig, digests_of, settings_digest
-from stepquant.hub.foreign.names import Placed, translate
+from stepquant.hub.foreign.names import Placed, Translated, translate
 from stepquant.hub.foreign.network import ForeignFile, ForeignLayer
 from stepquant.hub.foreign.rows import below_each_other, stored
 from stepquant.hub.of_diffusers import StepquantQuantizer
+from stepquant.hub.on_load import rounded, specs_by
 from stepquant.runtime.lower import skeleton
 from stepquant.version import __version__
 
@@ -29,16 +31,26 @@ TOKEN = Grid.parse("int8/token")
 HOMELESS = "the network has no use for its integers"
 
 
-def network_of(found: ForeignFile, config: Path | None) -> Any:
-    """The network, to be saved; loading what was saved makes it run."""
+def network_of(found: ForeignFile, config: Path | None, scheme: str | None = None) -> Any:
+    """The network, to be saved; loading what was saved makes it run.
+
+    With a scheme, what the file has in floats or in groups becomes what the scheme says: those layers are rounded.
+    """
     settings = settings_of(found, config)
     kind = getattr(diffusers, settings["_class_name"])
     with init_empty_weights(include_buffers=True):
         model = kind.from_config(settings)
     places = translate(found, model)
-    specs, tensors = {}, dict(places.floats)
-    for path, place in places.layers.items():
-        specs[path], own = layer_of(place, found)
+    wanted = {} if scheme is None else specs_by(scheme, model)
+    specs, tensors, fresh = {}, dict(places.floats), []
+    for path in sorted({*places.layers, *wanted}):
+        spec, own = layer_of(places.layers[path], found) if path in places.layers else (None, {})
+        if path in wanted:
+            spec = by_scheme(spec, wanted[path])
+        if spec is None:
+            spec, own = wanted[path], rounded(floats_of(path, places, found), wanted[path])
+            fresh.append(path)
+        specs[path] = spec
         bias = tensors.get(f"{path}.bias")
         tensors |= {f"{path}.{leaf}": value for leaf, value in own.items()}
         tensors |= {} if bias is None else {f"{path}.bias": bias.float()}
@@ -48,7 +60,24 @@ def network_of(found: ForeignFile, config: Path | None) -> Any:
     check_tensors(tensors, model.state_dict(), where, bounds)
     check_values(tensors, bounds, where)
     model.load_state_dict(tensors, assign=True)
-    return described(model, specs, tensors, recipe_of(found, settings, places.homeless))
+    recipe = recipe_of(found, settings, places.homeless) | {"rounded": fresh}
+    return described(model, specs, tensors, recipe | ({} if scheme is None else {"scheme": scheme}))
+
+
+def by_scheme(spec: LayerSpec | None, wanted: LayerSpec) -> LayerSpec | None:
+    """The layer as it is in the file, with inputs as the scheme has them; None where that takes other integers."""
+    if spec is None or spec.input is not None or wanted.input is None:
+        return spec
+    rows = spec.weight.signed and spec.weight.granularity in ("tensor", "channel") and not spec.offset
+    return replace(spec, input=wanted.input) if rows else None
+
+
+def floats_of(path: str, places: Translated, found: ForeignFile) -> Tensor:
+    """The numbers of a weight."""
+    if path not in places.layers:
+        return places.floats[f"{path}.weight"]
+    place = places.layers[path]
+    return torch.cat([one.floats(found.file) for one in place.sources])[place.rows]
 
 
 def settings_of(found: ForeignFile, config: Path | None) -> dict[str, Any]:
