@@ -229,6 +229,12 @@ BAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         "tensor 'block.a.weight' up to byte",
     ),
     "a name twice": (edited(text("block.b.weight"), text("block.a.weight")), "'block.a.weight' twice"),
+    "floats of no size": (
+        edited(
+            text("block.a.bias") + struct.pack("<IQ", 1, 4), text("block.a.bias") + struct.pack("<IQ", 1, 0)
+        ),
+        "'block.a.bias' of shape",
+    ),
     "many dimensions": (
         edited(A, A.replace(struct.pack("<I", 2), struct.pack("<I", 9))),
         "a tensor of 9 dimensions",
@@ -291,7 +297,8 @@ def test_a_scheme_rounds_what_integers_cannot_multiply(
 ) -> None:
     """And leaves alone what has a scale for the row, as in files of integers that came from here."""
     model, given, tensors = original("size_conditioned")
-    made = packed(tensors, ("Q8_0", "Q4_K", "Q6_K"))
+    few = {path: value for path, value in tensors.items() if "transformer_blocks.0" in path}
+    made = tensors | packed(few, ("Q8_0", "Q4_K", "Q6_K"))
     kept = next(path for path in made if path.endswith("attn1.to_q.weight"))
     codes, scale = torch.randint(-127, 128, tensors[kept].shape), float(torch.tensor(0.003).half())
     bits = codes.to(torch.int8).reshape(-1, 32).numpy()

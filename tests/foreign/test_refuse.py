@@ -236,6 +236,10 @@ WORSE: dict[str, tuple[Callable[[File], None], str]] = {
     "a group of text": (says(**W4A8, group_size="16"), "has no group of scales"),
     "no rotation": (says(**W4A8, convrot=False), "'block.a.comfy_quant' is not rotated"),
     "a word of the other format": (says(**W4A8, linear_dtype="int8"), "says what is not known here"),
+    "products of no kind": (
+        says(format="convrot_w4a4", linear_dtype="fp8"),
+        "'linear_dtype' of marker 'block.a.comfy_quant'",
+    ),
     "another format for its tensors": (says(format="convrot_w4a4"), "'block.a.weight_scale' is missing"),
 }  # fmt: skip
 

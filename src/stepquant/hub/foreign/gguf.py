@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stepquant.core.entries import shown
 from stepquant.errors import ArtifactError
 from stepquant.hub.foreign.blocks import BLOCKS, BlockType
 from stepquant.hub.foreign.container import Container, Entry, prefix_of
@@ -174,38 +175,36 @@ def open_gguf(path: Path) -> Container:
     places: dict[str, Place] = {}
     for name, (kind, shape, offset) in told:
         if name in places:
-            raise damaged(path, f"tensor '{name[:120]}' twice", "names of their own")
+            raise damaged(path, f"tensor '{shown(name)}' twice", "names of their own")
         if name.startswith(prefix):
             places[name] = place_of(path, name, kind, shape, begin + offset)
     for name, place in places.items():
         if place.begin + place.bytes > len(data):
-            raise damaged(
-                path, f"{len(data)} bytes", f"tensor '{name}' up to byte {place.begin + place.bytes}"
-            )
+            end = f"tensor '{shown(name)}' up to byte {place.begin + place.bytes}"
+            raise damaged(path, f"{len(data)} bytes", end)
         places[name] = replace(place, shape=shape_of(path, name, place.shape, metadata))
-    shown = {name.removeprefix(prefix): Entry(place.name, place.shape) for name, place in places.items()}
+    listed = {name.removeprefix(prefix): Entry(place.name, place.shape) for name, place in places.items()}
     words = {key: str(value) for key, value in metadata.items() if not isinstance(value, list)}
-    return Container(path, prefix, shown, len(told) - len(places), words, GgufTensors(data, places))
+    return Container(path, prefix, listed, len(told) - len(places), words, GgufTensors(data, places))
 
 
 def place_of(path: Path, name: str, kind: int, shape: tuple[int, ...], begin: int) -> Place:
     """How many bytes it takes."""
-    if kind in FLOATS:
+    if kind in FLOATS and 0 not in shape:
         return Place(kind, shape, begin, math.prod(shape) * FLOATS[kind][1].itemsize)
-    if kind not in BLOCKS:
-        known = ", ".join(
-            [*(block.name for block in BLOCKS.values()), *(float_ for float_, _ in FLOATS.values())]
-        )
+    if kind not in BLOCKS and kind not in FLOATS:
+        known = [*(block.name for block in BLOCKS.values()), *(word for word, _ in FLOATS.values())]
         raise ArtifactError(
-            f"tensor '{name}' is of a type that is not read",
+            f"tensor '{shown(name)}' is of a type that is not read",
             where=str(path),
             got=f"type {kind} of GGUF",
-            expected=known,
+            expected=", ".join(known),
             fix="fetch a file of another type, or convert the float file",
         )
-    block = BLOCKS[kind]
-    if not shape or shape[-1] % block.numbers or 0 in shape:
-        raise damaged(path, f"tensor '{name}' of shape {shape}", f"rows of blocks of {block.numbers}")
+    block = BLOCKS.get(kind)
+    if block is None or not shape or shape[-1] % block.numbers or 0 in shape:
+        rows = f"rows of blocks of {block.numbers}" if block else "numbers"
+        raise damaged(path, f"tensor '{shown(name)}' of shape {shape}", rows)
     return Place(kind, shape, begin, math.prod(shape) // block.numbers * block.bytes)
 
 

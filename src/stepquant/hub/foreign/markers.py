@@ -121,6 +121,13 @@ def parse(said: Any, file: Container, name: str, dialect: str = "") -> Marker:
     for word in ("convrot", "per_row", "full_precision_matrix_mult"):
         if not isinstance(words.get(word, False), bool):
             raise refused(f"'{word}' of marker '{name}' is no truth", file, words[word], "true or false")
+    if words.get("linear_dtype", "int4") not in ("int4", "int8"):
+        raise refused(
+            f"'linear_dtype' of marker '{name}' is none that is read",
+            file,
+            words["linear_dtype"],
+            "int4, int8",
+        )
     if "format" not in words and not ("per_row" in words and not dialect):
         raise refused(f"marker '{name}' names no format", file, shortened(said), ", ".join(READ))
     if kind not in READ:
