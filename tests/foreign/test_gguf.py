@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import stepquant
 from stepquant.cli.app import USER, main
 from stepquant.errors import ArtifactError, ModelError, PlanError
+from stepquant.hub.foreign import names
 from stepquant.hub.foreign.read import read
 from stepquant.job.foreign import convert
 from stepquant.runtime.layers.layer import IntegerLayer
@@ -138,6 +139,33 @@ def test_weights_that_are_no_layers_become_float(tmp_path: Path) -> None:
     loaded = type(model).from_pretrained(tmp_path / "out")
     assert torch.equal(loaded.state_dict()["pos_embed.pos_embed"], floats(made)["pos_embed"])
     assert relative(predicted(loaded, given), predicted(model, given)) < 0.05
+
+
+CHANGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "columns": lambda query, key: query.flip(1),
+    "a factor": lambda query, key: query * 2,
+    "two types in one": lambda query, key: torch.cat([query[:16], key[:16]]),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_more_is_done_than_to_move_rows_is_done_to_floats(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = tiny("flux")
+    a, b = (f"transformer_blocks.0.attn.{name}.weight" for name in ("to_q", "to_k"))
+    tensors = {path: value.clone() for path, value in model.state_dict().items()}
+    made: Tensors = tensors | {a: rounded("Q4_0", tensors[a]), b: rounded("Q8_0", tensors[b])}
+    monkeypatch.setattr(names, "renamed", lambda given, *_: given | {a: CHANGES[what](given[a], given[b])})
+    told = convert(
+        write_gguf(tmp_path / "some.gguf", made), tmp_path / "out", config=folder_of(model, tmp_path)
+    )
+    became = {a.removesuffix(".weight")} | ({b.removesuffix(".weight")} if "two" in what else set())
+    assert told.recipe["floats"] == dict.fromkeys(became, "the network has no use for its integers")
+    back = type(model).from_pretrained(tmp_path / "out").dequantize().state_dict()
+    want = floats(made)
+    assert torch.equal(back[a], CHANGES[what](want[a], want[b]))
+    assert torch.equal(back[b], want[b])
 
 
 def test_a_file_of_floats_alone(tmp_path: Path) -> None:

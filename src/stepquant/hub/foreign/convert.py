@@ -131,8 +131,8 @@ def layer_of(place: Placed, found: ForeignFile) -> tuple[LayerSpec, dict[str, Te
     inputs = TOKEN if all(one.dynamic for one in sources) else None
     rank, branch = 0, sources[0].branch(found.file)
     if branch is not None:  # which only formats have whose layers are those of the network
-        down, up = (side.half().contiguous() for side in branch)
-        rank, tensors = len(down), tensors | {"low_rank.down": down, "low_rank.up": up}
+        down, up = (side.half() for side in branch)
+        rank, tensors = len(down), tensors | {"low_rank.down": down, "low_rank.up": up[place.rows]}
     offset = "weight_offset" in tensors
     return LayerSpec(grid, inputs, rotation=sources[0].rotation, rank=rank, offset=offset), tensors
 
