@@ -115,11 +115,18 @@ def test_layers_of_several_types_and_convolutions(tmp_path: Path) -> None:
         f"{path}.zero_point": zero,
     }
     made.floats[f"{path}.weight"] = (codes.reshape(groups.shape).float() * scale + zero).reshape(weight.shape)
+    plain = "down_blocks.0.resnets.0.conv1"
+    weight = made.tensors.pop(f"{plain}.weight")
+    scale = weight.abs().amax((1, 2, 3), keepdim=True) / 127
+    codes = (weight / scale).round().to(torch.int8)
+    made.tensors |= {f"{plain}.weight": codes, f"{plain}.scale": scale.expand(-1, 1, 3, 3).contiguous()}
+    made.floats[f"{plain}.weight"] = codes.float() * scale
     source = made.write(tmp_path / "source")
     told = convert(source, tmp_path / "out")
     assert set(told.recipe["floats"]) == {"mid_block.resnets.0.conv1", path}
     assert set(told.recipe["formats"]) == {"int8", "uint4"}
     loaded = type(model).from_pretrained(tmp_path / "out")
+    assert str(loaded.get_submodule(plain).spec.weight) == "int8/channel"
     assert relative(predicted(loaded, given), predicted(model, given)) < 0.3
     back = loaded.dequantize().state_dict()
     assert all(torch.equal(back[name], value) for name, value in made.floats.items())

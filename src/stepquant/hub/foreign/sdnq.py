@@ -64,6 +64,7 @@ class SdnqLayer(ForeignLayer):
     transposed: bool
     group: int  # of rotation
     rank: int  # of the branch beside the integers
+    by_tap: bool = False  # whether scales differ within a row in an order that is not that of its numbers
 
     @property
     def format(self) -> str:
@@ -79,12 +80,14 @@ class SdnqLayer(ForeignLayer):
 
     @property
     def shared(self) -> str:
+        if len(self.shape) > 2:
+            return "tap" if self.by_tap else "row"
         groups = math.prod(self.scales) // self.shape[0]
         return {0: "tensor", 1: "row"}.get(groups, f"{math.prod(self.shape[1:]) // max(groups, 1)} inputs")
 
     @property
     def why_float(self) -> str:
-        return "a convolution has a scale for each of its taps" if len(self.shape) > 2 else ""
+        return "a convolution has a scale for each of its taps" if self.by_tap else ""
 
     def rows(self, file: Container) -> Rows:
         outputs = self.shape[0]
@@ -120,7 +123,10 @@ class SdnqLayer(ForeignLayer):
     def numbers(self, file: Container, leaf: str, outputs: int) -> Tensor | None:
         """(outputs, groups) of what there is one for each group."""
         value = self.read(file, leaf)
-        return None if value is None else value.float().reshape(self.scales[0], -1).expand(outputs, -1)
+        if value is None:
+            return None
+        groups = value.float().reshape(self.scales[0], -1)
+        return (groups[:, :1] if len(self.shape) > 2 else groups).expand(outputs, -1)
 
     def integers(self, file: Container) -> Tensor:
         """In the shape in which they lie beside their scales."""
@@ -221,9 +227,15 @@ def layer_of(file: Container, path: str, config: Mapping[str, Any]) -> SdnqLayer
             f"groups of {group!r} in {shape}",
             "a power of four that divides the inputs of a linear",
         )
-    return SdnqLayer(
-        path, shape, kind, scale.shape[::turn], codes, transposed, group, rank_of(file, path, shape, turn)
-    )
+    rank, tap = rank_of(file, path, shape, turn), len(shape) > 2 and differs_within_rows(file, path)
+    return SdnqLayer(path, shape, kind, scale.shape[::turn], codes, transposed, group, rank, tap)
+
+
+def differs_within_rows(file: Container, path: str) -> bool:
+    """Whether a convolution has several scales, or zero points, in a row."""
+    names = [f"{path}.{leaf}" for leaf in ("scale", "zero_point")]
+    rows = [file.read(name).float().flatten(1) for name in names if name in file.entries]
+    return any(bool((row != row[:, :1]).any()) for row in rows)
 
 
 def codes_beside(weight: Shape, scale: Shape, packed: bool) -> Shape | None:
