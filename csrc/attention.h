@@ -23,12 +23,12 @@ constexpr int64_t round_up(int64_t count, int64_t multiple) {
 // Sizes of the packed operands of one (batch, head); counts are in words unless they say otherwise.
 template <class Dot>
 struct Layout {
-  int64_t keys;  // rounded up to whole steps
+  int64_t keys;  // rounded up to whole steps, of which there is at least one
   int64_t score_words;  // per token, along the width
   int64_t value_words;  // per group of Dot::per_word keys, one for each (padded) channel
 
   Layout(int64_t key_count, int64_t width)
-      : keys(round_up(key_count, step_keys)),
+      : keys(round_up(key_count > 0 ? key_count : 1, step_keys)),
         score_words(round_up(width, Dot::per_word) / Dot::per_word),
         value_words(round_up(width, lanes)) {}
 
@@ -122,10 +122,10 @@ void pack_values(
 
 template <class Dot>
 void pack(const AttentionTask& task, int64_t begin, int64_t end) {
-  const Layout<Dot> layout(task.keys, task.width);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t batch = item / task.heads, head = item % task.heads;
     const Left left(task, item);
+    const Layout<Dot> layout(left.count, task.width);
     uint8_t* packed = task.packed + item * task.packed_bytes;
     if (task.type == Type::bf16) {
       pack_keys<Dot, bf16>(task, batch, head, left, layout, packed);
@@ -182,7 +182,7 @@ normalize(const int32_t* scores, int64_t keys, float factor, const Code& code, t
 template <class Dot>
 struct Block {
   const AttentionTask& task;
-  const Layout<Dot> layout;
+  Layout<Dot> layout;  // of the keys that are left
   Scratch scratch;
   int32_t* query;
   int32_t* scores;  // then the exponentials
@@ -222,6 +222,7 @@ struct Block {
     rows = task.queries - first < task.block ? task.queries - first : task.block;
     packed = task.packed + slab * task.packed_bytes;
     filled = Left(task, slab).count;
+    layout = Layout<Dot>(filled, task.width);
   }
 };
 

@@ -70,14 +70,15 @@ struct GroupNormTask {
 struct LayerNormTask {
   Rows x;
   Type type;
+  Type out_type;
   int64_t rows_per_sample;
   float eps;
   const float* weight;  // per channel, or null
   const float* bias;
   const float* scale;  // per sample and channel, or null
   const float* shift;
-  Code code;
-  uint8_t* out;
+  Code code;  // its inverse is 1 where floats come out
+  void* out;
   bool centred;  // a layer norm; otherwise RMS norm
 };
 

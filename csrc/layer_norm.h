@@ -1,4 +1,4 @@
-// Layer norm and RMS norm over dense rows with adaptive modulation, to bytes.
+// Layer norm and RMS norm over dense rows with adaptive modulation, to bytes or to floats.
 #pragma once
 
 #include "epilogue.h"
@@ -25,10 +25,10 @@ STEPQUANT_INLINE float row_sum(const T* x, int64_t width, float center) {
   return total((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
 }
 
-template <class T>
+template <class T, class Out>
 void normalize_row(
     const T* x, int64_t width, float mean, float inverse, const float* slope, const float* offset, const Code& code,
-    uint8_t* out) {
+    Out* out) {
   int64_t i = 0;
   for (; i + 4 * lanes <= width; i += 4 * lanes) {
     Floats y[4];
@@ -57,7 +57,7 @@ void fold_modulation(const LayerNormTask& task, int64_t sample, float* slope, fl
   }
 }
 
-template <class T>
+template <class T, class Out>
 void layer_norm_rows(const LayerNormTask& task, int64_t begin, int64_t end) {
   const int64_t width = task.x.width;
   const float share = 1.0f / static_cast<float>(width);
@@ -72,7 +72,16 @@ void layer_norm_rows(const LayerNormTask& task, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(task.x.data) + row * task.x.stride;
     const float mean = task.centred ? row_sum<false>(x, width, 0.0f) * share : 0.0f;
     const float inverse = 1.0f / std::sqrt(row_sum<true>(x, width, mean) * share + task.eps);
-    normalize_row(x, width, mean, inverse, slope, offset, task.code, task.out + row * width);
+    normalize_row(x, width, mean, inverse, slope, offset, task.code, static_cast<Out*>(task.out) + row * width);
+  }
+}
+
+template <class T>
+void layer_norm_rows(const LayerNormTask& task, int64_t begin, int64_t end) {
+  switch (task.out_type) {
+    case Type::code: return layer_norm_rows<T, uint8_t>(task, begin, end);
+    case Type::bf16: return layer_norm_rows<T, bf16>(task, begin, end);
+    case Type::f32: return layer_norm_rows<T, float>(task, begin, end);
   }
 }
 

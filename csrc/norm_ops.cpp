@@ -1,4 +1,4 @@
-// group_norm, group_norm_quantize, layer_norm_quantize as torch operations.
+// group_norm, group_norm_quantize, layer_norm_quantize, rms_norm, rms_norm_quantize as torch operations.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
@@ -94,18 +94,19 @@ Tensor group_norm_quantize(
 
 Tensor run_layer_norm(
     const char* name, const Tensor& x, const Optional& weight, const Optional& bias, double eps, const Code& code,
-    const Optional& scale, const Optional& shift, bool centred) {
+    const Optional& scale, const Optional& shift, bool centred, at::ScalarType type = at::kByte) {
   const at::AutoDispatchBelowAutograd guard;
   TORCH_CHECK(x.dim() >= 2, name, ": x is expected as (batch, ..., width), got ", x.sizes());
   const RowView rows = rows_of(x, -1);
   const int64_t width = rows.rows.width, samples = x.size(0);
   const Numbers weights(name, "weight", weight, 1, width), biases(name, "bias", bias, 1, width);
   const Numbers scales(name, "scale", scale, samples, width), shifts(name, "shift", shift, samples, width);
-  Tensor out = at::detail::empty_cpu(x.sizes(), at::kByte);
+  Tensor out = at::detail::empty_cpu(x.sizes(), type);
   if (out.numel() == 0) return out;
   LayerNormTask task{};
   task.x = rows.rows;
   task.type = type_of(rows.kept);
+  task.out_type = type == at::kByte ? Type::code : type_of(out);
   const bool modulated = scale.has_value() || shift.has_value();
   task.rows_per_sample = modulated ? rows.count / samples : rows.count;  // one affine map for all rows
   task.eps = static_cast<float>(eps);
@@ -114,7 +115,7 @@ Tensor run_layer_norm(
   task.scale = scales.data();
   task.shift = shifts.data();
   task.code = code;
-  task.out = out.mutable_data_ptr<uint8_t>();
+  task.out = out.mutable_data_ptr();
   task.centred = centred;
   for_items(rows.count, width, [&](int64_t begin, int64_t end) { kernels().layer_norm(task, begin, end); });
   return out;
@@ -126,6 +127,11 @@ Tensor layer_norm_quantize(
   constexpr const char* name = "layer_norm_quantize";
   const Code code = to_code(name, code_scale, zero_point, low, high);
   return run_layer_norm(name, x, weight, bias, eps, code, scale, shift, true);
+}
+
+Tensor rms_norm(const Tensor& x, const Optional& weight, double eps, at::ScalarType type) {
+  TORCH_CHECK(type == at::kBFloat16 || type == at::kFloat, "rms_norm: dtype is bfloat16 or float32, got ", type);
+  return run_layer_norm("rms_norm", x, weight, {}, eps, {1.0f, 0.0f, 0.0f, 0}, {}, {}, false, type);
 }
 
 Tensor rms_norm_quantize(
@@ -140,6 +146,7 @@ TORCH_LIBRARY_IMPL(stepquant, CPU, library) {
   library.impl("group_norm", group_norm);
   library.impl("group_norm_quantize", group_norm_quantize);
   library.impl("layer_norm_quantize", layer_norm_quantize);
+  library.impl("rms_norm", rms_norm);
   library.impl("rms_norm_quantize", rms_norm_quantize);
 }
 

@@ -18,6 +18,7 @@ quantize_concat = ops.quantize_concat.plain
 group_norm = ops.group_norm.plain
 group_norm_quantize = ops.group_norm_quantize.plain
 layer_norm_quantize = ops.layer_norm_quantize.plain
+rms_norm = ops.rms_norm.plain
 rms_norm_quantize = ops.rms_norm_quantize.plain
 activation_quantize = ops.activation_quantize.plain
 upsample_nearest2x = ops.upsample_nearest2x.plain

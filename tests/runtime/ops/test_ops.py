@@ -185,6 +185,23 @@ def test_rms_as_layer_norm_quantize(shape: tuple[int, ...], dtype: torch.dtype) 
         assert_codes(ops.rms_norm_quantize(x, weight, 1e-6, code, scale, shift), changed, code)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 9, 64), (3, 5, 7), (1, 1, 130), (2, 0, 8), (2, 3, 4, 128)])
+def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, width = numbers(*shape, dtype=dtype) + 1.0, shape[-1]
+    x = x.transpose(1, -2) if len(shape) == 4 else x  # heads before tokens
+    weight = numbers(width, seed=1)
+    exact = torch.nn.functional.rms_norm(x.double(), (width,), eps=1e-6)
+    for out in (torch.float32, torch.bfloat16):
+        tolerance = 1e-6 if out == torch.float32 else 2**-8
+        torch.testing.assert_close(
+            ops.rms_norm(x, weight, 1e-6, out).double(), exact * weight, rtol=tolerance, atol=1e-7
+        )
+        torch.testing.assert_close(
+            ops.rms_norm(x, None, 1e-6, out).double(), exact, rtol=tolerance, atol=1e-7
+        )
+
+
 def test_layer_norm_of_strided_tokens() -> None:
     x = numbers(2, 48, 5, 7).flatten(2).transpose(1, 2)
     assert_codes(

@@ -13,6 +13,7 @@ from stepquant.models.blocks.joined import JoinedAttention, joined_attention
 from stepquant.models.blocks.modulated import ModulatedBlock, modulated_block
 from stepquant.models.blocks.resampling import Resampler, is_plain_resampler, resampler
 from stepquant.models.blocks.residual import ResidualBlock, is_plain_residual, residual_block
+from stepquant.models.blocks.root_norm import RootNorm, is_plain_root_norm, root_norm
 from stepquant.models.blocks.text_feed import TextFeed, is_text_feed, text_feed
 from stepquant.models.blocks.transformer import (
     ImageTransformer,
@@ -45,6 +46,7 @@ class Structure:
     feeds: tuple[Feed, ...] = ()
     text_feeds: tuple[TextFeed, ...] = ()
     modulated: tuple[ModulatedBlock, ...] = ()
+    root_norms: tuple[RootNorm, ...] = ()
     tails: tuple[tuple[str, str, str], ...] = ()
     time: tuple[str, str] | None = None
     text: str | None = None
@@ -74,6 +76,7 @@ def structure(model: nn.Module) -> Structure:
         feeds=tuple(filter(None, (feed(p, m) for p, m in parts))),
         text_feeds=tuple(text_feed(p, m) for p, m in named if is_text_feed(m)),
         modulated=tuple(filter(None, (modulated_block(p, m) for p, m in parts))),
+        root_norms=tuple(root_norm(p, m) for p, m in named if is_plain_root_norm(m)),
         tails=tuple(filter(None, (tail(p, m) for p, m in model.named_modules()))),
         time=time_path(model),
         text=text_argument(model),

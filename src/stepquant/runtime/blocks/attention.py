@@ -35,10 +35,21 @@ class Readers:
 
     def __call__(self, rows: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
         """What each makes of rows of `code`, or of floats where there is none."""
-        if len(self.layers) == 1 or not self.joins or rows.dtype != torch.uint8:
+        if self.apart(rows):
             return [run(layer, rows, dtype) for layer in self.layers]
         widths = [layer.out_features for layer in self.layers]
-        return self.joint_kernel(self.kernels())(rows, dtype).split(widths, 1)
+        return self.side_by_side(rows, dtype).split(widths, 1)
+
+    def side_by_side(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same in one tensor."""
+        if self.apart(rows):
+            outs = self(rows, dtype)
+            return outs[0] if len(outs) == 1 else torch.cat(tuple(outs), 1)
+        return self.joint_kernel(self.kernels())(rows, dtype)
+
+    def apart(self, rows: Tensor) -> bool:
+        """Whether each of them multiplies by itself."""
+        return len(self.layers) == 1 or not self.joins or rows.dtype != torch.uint8
 
     def joint_kernel(self, kernels: tuple[Kernel, ...]) -> Kernel:
         """Made again when a layer has made its own kernel again."""

@@ -36,8 +36,7 @@ class FeedForward(Chain):
         """Of floats or of codes, in `dtype`; times the gate of each sample, added to `into`."""
         code = self.code()
         codes = x if code is None or x.dtype == torch.uint8 else ops.quantize(x, code)
-        outs = self.widen(codes.reshape(-1, x.shape[-1]), dtype)
-        wide = outs[0] if len(outs) == 1 else torch.cat(tuple(outs), 1)
+        wide = self.widen.side_by_side(codes.reshape(-1, x.shape[-1]), dtype)
         return run(
             self.narrow,
             activated(wide, self.activation, self.narrow).unflatten(0, x.shape[:-1]),

@@ -16,6 +16,7 @@ from stepquant.runtime.blocks.joined import End, Joined, Part
 from stepquant.runtime.blocks.modulated import KINDS
 from stepquant.runtime.blocks.resampling import Resample
 from stepquant.runtime.blocks.residual import Residual
+from stepquant.runtime.blocks.root_norm import RootNormed
 from stepquant.runtime.blocks.tail import Done, NormOut
 from stepquant.runtime.blocks.text_feed import TextFeedForward
 from stepquant.runtime.blocks.texts import Texts
@@ -52,6 +53,7 @@ def install(model: nn.Module, chains: Structure) -> tuple[TimeRows | None, Texts
         (Resample, chains.resamplers),
         (Up, chains.up_blocks),
         (TextFeedForward, chains.text_feeds),
+        (RootNormed, chains.root_norms),
     )
     for kind, blocks in simple:
         found |= {declared.path: kind(model.get_submodule(declared.path), declared) for declared in blocks}

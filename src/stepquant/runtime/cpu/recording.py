@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class Recording(TorchDispatchMode):
         super().__init__()
         self.slots: Any = WeakIdKeyDictionary()
         self.count = 0
-        self.calls: list[tuple[Any, list[Any], list[int]]] = []
+        self.calls: list[Call] = []
         for tensor in inputs:
             self.slots[tensor] = self.count
             self.count += 1
@@ -35,7 +35,7 @@ class Recording(TorchDispatchMode):
         results = out if isinstance(out, (tuple, list)) else [out]
         if not all(isinstance(result, Tensor) for result in results):
             raise UnrecordableError(f"{func} returns something else than tensors")
-        self.calls.append((func, arguments, [self.target(result) for result in results]))
+        self.calls.append(Call(func, arguments, [self.target(result) for result in results]))
         return out
 
     def source(self, value: Any) -> Any:
@@ -57,23 +57,61 @@ class Recording(TorchDispatchMode):
             self.count += 1
         return int(slot)
 
+    def end(self, output: Tensor) -> int:
+        """The slot of an output."""
+        slot = self.slots.get(output)
+        if slot is None:
+            raise UnrecordableError("an output is a constant")
+        return int(slot)
+
     def sequence(self, inputs: int, outputs: Sequence[Tensor]) -> Any:
         """What was recorded, without what no output needs."""
-        ends = [self.slots.get(tensor) for tensor in outputs]
-        if None in ends:
-            raise UnrecordableError("an output is a constant")
-        needed, calls = set(ends), []
-        for func, arguments, results in reversed(self.calls):
-            if func._schema.is_mutable or needed.intersection(results):
-                refuse_changed_constants(func, arguments)
-                kept = [slot if slot in needed else -1 for slot in results]
-                needed |= {slot for value in arguments if isinstance(value, Slots) for slot in value.slots}
-                calls.append((func, arguments, kept))
-        made = torch.classes.stepquant.Sequence(inputs)
-        for func, arguments, results in reversed(calls):
-            add_call(made, func, arguments, results)
-        made.finish(ends)
-        return made
+        ends = [self.end(output) for output in outputs]
+        return made_of(needed(self.calls, ends), range(inputs), ends)
+
+
+class Call(NamedTuple):
+    """One operation, with a slot for each result, or -1."""
+
+    func: Any
+    arguments: list[Any]
+    results: list[int]
+
+    def reads(self) -> Iterator[int]:
+        for value in self.arguments:
+            if isinstance(value, Slots):
+                yield from value.slots
+
+    def writes(self) -> Iterator[int]:
+        """Slots of what it changes in place."""
+        for parameter, value in zip(self.func._schema.arguments, self.arguments):
+            if writes_into(parameter) and isinstance(value, Slots):
+                yield from value.slots
+
+
+def needed(calls: Sequence[Call], ends: Iterable[int]) -> list[Call]:
+    """The calls that these slots follow from, and all that change something in place."""
+    slots, kept = set(ends), []
+    for call in reversed(calls):
+        if call.func._schema.is_mutable or slots.intersection(call.results):
+            refuse_changed_constants(call)
+            results = [slot if slot in slots else -1 for slot in call.results]
+            slots.update(call.reads())
+            kept.append(call._replace(results=results))
+    return kept[::-1]
+
+
+def made_of(calls: Sequence[Call], inputs: Iterable[int], ends: Iterable[int]) -> Any:
+    """The sequence of these calls, whose inputs are these slots."""
+    places = {slot: place for place, slot in enumerate(inputs)}
+    made = torch.classes.stepquant.Sequence(len(places))
+    for func, arguments, results in calls:
+        made.call(func._schema.name, func._schema.overload_name)
+        for parameter, value in zip(func._schema.arguments, arguments):
+            push(made, str(parameter.type), value.at(places) if isinstance(value, Slots) else value)
+        made.store([-1 if slot < 0 else places.setdefault(slot, len(places)) for slot in results])
+    made.finish([places[slot] for slot in ends])
+    return made
 
 
 class Slots:
@@ -81,6 +119,10 @@ class Slots:
 
     def __init__(self, slots: tuple[int, ...], several: bool = False) -> None:
         self.slots, self.several = slots, several
+
+    def at(self, places: dict[int, int]) -> Slots:
+        """The same where slots have these places."""
+        return Slots(tuple(places[slot] for slot in self.slots), self.several)
 
 
 def by_schema(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Any]:
@@ -94,17 +136,14 @@ def by_schema(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Itera
             yield parameter.default_value
 
 
-def refuse_changed_constants(func: Any, arguments: Sequence[Any]) -> None:
-    for parameter, value in zip(func._schema.arguments, arguments):
-        if parameter.alias_info is not None and parameter.alias_info.is_write and isinstance(value, Tensor):
-            raise UnrecordableError(f"{func} writes into a constant")
+def writes_into(parameter: Any) -> bool:
+    return parameter.alias_info is not None and parameter.alias_info.is_write
 
 
-def add_call(made: Any, func: Any, arguments: Sequence[Any], results: list[int]) -> None:
-    made.call(func._schema.name, func._schema.overload_name)
-    for parameter, value in zip(func._schema.arguments, arguments):
-        push(made, str(parameter.type), value)
-    made.store(results)
+def refuse_changed_constants(call: Call) -> None:
+    for parameter, value in zip(call.func._schema.arguments, call.arguments):
+        if writes_into(parameter) and isinstance(value, Tensor):
+            raise UnrecordableError(f"{call.func} writes into a constant")
 
 
 def push(made: Any, kind: str, value: Any) -> None:

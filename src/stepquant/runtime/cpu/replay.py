@@ -28,6 +28,7 @@ from stepquant.runtime.blocks.chain import Chain, chains
 from stepquant.runtime.blocks.install import Install
 from stepquant.runtime.blocks.texts import Texts
 from stepquant.runtime.blocks.time_rows import Row, TimeRows
+from stepquant.runtime.cpu.lasting import Lasting, Recorded, places
 from stepquant.runtime.cpu.recording import Recording, UnrecordableError
 from stepquant.runtime.finite import NotFinite
 from stepquant.runtime.layers.stored import OFFLOADED, Stored
@@ -43,7 +44,9 @@ class Replay:
     def __init__(self, model: nn.Module, times: TimeRows | None, texts: Texts, text: str | None) -> None:
         self.model, self.times = model, times
         self.texts, self.text = texts, text  # by the name of the argument
-        self.sequences: OrderedDict[Any, Any] = OrderedDict()  # None: seen once; False: cannot be recorded
+        # None: seen once; False: cannot be recorded
+        self.sequences: OrderedDict[Any, Recorded | bool | None] = OrderedDict()
+        self.lasting = Lasting()
         self.rests_on: State | None = None
         self.output: type | None = None  # what the model wraps its prediction in
         self.family = family_of(model)
@@ -88,8 +91,8 @@ class Replay:
             keep.catch_up()
         if self.layout.changed():
             self.times, self.texts = Install(self.model)()
-            self.sequences.clear()
-            self.rests_on, self.layout = None, Layout(self.model.modules())
+            self.forget()
+            self.layout = Layout(self.model.modules())
             self.__dict__.pop("watch", None)
 
     def look(self, arguments: dict[str, Any], out: Any) -> None:
@@ -112,12 +115,11 @@ class Replay:
         ):
             return None
         arguments = arguments | {family.t: torch.as_tensor(arguments[family.t])}
-        tensors, kind = kind_of(arguments)
+        owners, tensors, kind = kind_of(arguments)
         if kind is None:
             return None
         if self.rests_on is not None and not self.rests_on.still(watch):
-            self.sequences.clear()
-            self.rests_on = None
+            self.forget()
         unchanged = self.rests_on is not None
         row = self.row_of(arguments[family.t], unchanged)
         pairs = self.texts.of(arguments.get(self.text), unchanged) if self.text is not None else None
@@ -134,9 +136,12 @@ class Replay:
         self.sequences.move_to_end(key)
         sequence = self.sequences[key]
         if sequence is None:
-            out = None if offloads(watch) else self.record(key, arguments, inputs)
+            out = None if offloads(watch) else self.record(key, arguments, inputs, owners)
             return None if out is None else lambda: out
-        return None if sequence is False else lambda: sequence.run(inputs)[0]
+        if isinstance(sequence, bool):
+            return None
+        lasting = self.lasting.of(sequence, inputs)
+        return lambda: sequence.run(inputs, lasting)
 
     @cached_property
     def watch(self) -> Watch:
@@ -157,29 +162,40 @@ class Replay:
     def row_of(self, t: Tensor, unchanged: bool) -> Row | None:
         return None if self.times is None else self.times.row_of(t.reshape(-1), unchanged)
 
-    def record(self, key: Any, arguments: dict[str, Any], inputs: list[Tensor]) -> Tensor | None:
+    def record(
+        self, key: Any, arguments: dict[str, Any], inputs: list[Tensor], owners: list[str]
+    ) -> Tensor | None:
         """Run the model's own forward and remember what it did, if that can be done again."""
         recording = Recording(inputs)
+        # Every step would keep its own where each has its own ranges.
+        stays = ([], []) if self.watch.stepped else places(self.family, owners, inputs)
         self.keep(key, False)
         try:
             with recording:
                 out = self.own_forward(**arguments, return_dict=False)[0]
-            sequence = recording.sequence(len(inputs), [out])
+            sequence = Recorded(recording, len(inputs), out, *stays)
         except UnrecordableError:
             return None
-        if torch.equal(sequence.run(inputs)[0], out):
+        if torch.equal(sequence.run(inputs, self.lasting.of(sequence, inputs)), out):
             self.keep(key, sequence)
             self.rests_on = State(self.watch)
+        else:
+            self.lasting.drop(sequence)
         return out  # type: ignore[no-any-return]
 
-    def keep(self, key: Any, sequence: Any) -> None:
+    def forget(self) -> None:
+        self.sequences.clear()
+        self.lasting.clear()
+        self.rests_on = None
+
+    def keep(self, key: Any, sequence: Recorded | bool | None) -> None:
         self.sequences[key] = sequence
         if len(self.sequences) > self.most:
-            self.sequences.popitem(last=False)
+            self.lasting.drop(self.sequences.popitem(last=False)[1])
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: value for name, value in self.__dict__.items() if name != "watch"}
-        return own | {"sequences": OrderedDict(), "rests_on": None}
+        return own | {"sequences": OrderedDict(), "lasting": Lasting(), "rests_on": None}
 
 
 @dataclass(frozen=True)
@@ -259,18 +275,21 @@ def watched() -> bool:
     )
 
 
-def kind_of(arguments: dict[str, Any]) -> tuple[list[Tensor], Any]:
-    """The tensors among the arguments, and what tells this kind of call from others; None if that cannot be told."""
+def kind_of(arguments: dict[str, Any]) -> tuple[list[str], list[Tensor], Any]:
+    """The tensors among the arguments with the names of these, and what tells this kind of call from others; None if that
+    cannot be told."""
     names = tuple(name for name, value in arguments.items() if value is not None)
     leaves, tree = tree_flatten([arguments[name] for name in names])
+    owner_of = [name for name, inside in zip(names, tree.children()) for _ in range(inside.num_leaves)]
     key: list[Any] = [names, tree]
-    tensors = []
-    for leaf in leaves:
+    owners, tensors = [], []
+    for owner, leaf in zip(owner_of, leaves):
         if isinstance(leaf, Tensor) and leaf.is_cpu and type(leaf) in (Tensor, nn.Parameter):
+            owners.append(owner)
             tensors.append(leaf)
             key.append((leaf.shape, leaf.stride(), leaf.dtype))
         elif isinstance(leaf, KNOWN_VALUES):
             key.append((type(leaf), leaf))
         else:
-            return [], None
-    return tensors, tuple(key)
+            return [], [], None
+    return owners, tensors, tuple(key)

@@ -31,6 +31,7 @@ from stepquant.runtime.ops.norms import (
     group_norm,
     group_norm_quantize,
     layer_norm_quantize,
+    rms_norm,
     rms_norm_quantize,
 )
 from stepquant.runtime.ops.operation import Operation
@@ -53,6 +54,7 @@ __all__ = [
     "quantize",
     "quantize_concat",
     "quantize_rows",
+    "rms_norm",
     "rms_norm_quantize",
     "rotate_quantize_rows",
     "row_scales",

@@ -70,6 +70,12 @@ def layer_norm_quantize(
 
 
 @Operation
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, times `weight`."""
+    return affine(root_normed(x, eps), weight, None, (1,) * (x.dim() - 1) + (-1,)).to(dtype).contiguous()
+
+
+@Operation
 def rms_norm_quantize(
     x: Tensor,
     weight: Tensor | None,
@@ -78,10 +84,8 @@ def rms_norm_quantize(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """The same of the RMS norm, x / sqrt(mean(x^2) + eps), which subtracts no mean."""
-    y = exact(x)
-    y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).float()
-    y = affine(y, weight, None, (1,) * (x.dim() - 1) + (-1,))
+    """The codes of rms_norm(x) * (1 + scale) + shift."""
+    y = affine(root_normed(x, eps), weight, None, (1,) * (x.dim() - 1) + (-1,))
     rows = (-1,) + (1,) * (x.dim() - 2) + (x.shape[-1],)
     return codes(modulated(y, scale, shift, rows), code).contiguous()
 
@@ -114,6 +118,11 @@ def standardized(x: Tensor, eps: float) -> Tensor:
     x = exact(x)
     variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
     return ((x - mean) * torch.rsqrt(variance + eps)).float()
+
+
+def root_normed(x: Tensor, eps: float) -> Tensor:
+    y = exact(x)
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).float()
 
 
 def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]) -> Tensor:
