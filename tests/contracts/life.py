@@ -75,6 +75,28 @@ def dtype_assignment(life: Life, _: Path) -> None:
     life.near(served)
 
 
+def lora_inference(life: Life, _: Path) -> None:
+    """A LoRA adds what it adds to the float model, and leaves nothing behind."""
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    options = {"r": 4, "lora_alpha": 2, "init_lora_weights": False}
+    config = peft.LoraConfig(target_modules=["to_q", "to_v", "to_out.0"], **options)
+    model, served = copy.deepcopy(life.model), copy.deepcopy(life.served)
+    takes_lora = hasattr(model, "add_adapter")
+    for twin in (model, served):
+        torch.manual_seed(1)
+        # Of models that diffusers loads no LoRA into, peft itself takes care.
+        twin.add_adapter(config) if takes_lora else peft.inject_adapter_in_model(config, twin)
+    with torch.no_grad():
+        exact, rounding = life.call(model), relative(life.wanted, life.exact)
+        added = relative(exact, life.exact)
+        assert added > 2 * rounding, "the adapter matters"
+        # A part of it leaves the ranges that were measured without an adapter.
+        assert relative(life.call(served), exact) < 1.5 * rounding + 0.1 * added
+    if takes_lora:
+        served.unload_lora()
+        life.near(served)
+
+
 def serialization(life: Life, folder: Path) -> None:
     life.served.save_pretrained(folder, variant="int8")
     life.near(life.reloaded(folder, variant="int8", low_cpu_mem_usage=True))
@@ -176,6 +198,7 @@ CHECKS: tuple[Callable[[Life, Path], None], ...] = (
     memory_footprint,
     inference,
     dtype_assignment,
+    lora_inference,
     config_serialization,  # first: saving leaves a plain table in the model's configuration
     serialization,
     sharded_serialization,
@@ -186,4 +209,4 @@ CHECKS: tuple[Callable[[Life, Path], None], ...] = (
     device_map,
     dequantize,
     training,
-)  # LoRA: tests/runtime/test_adapters.py, where peft is; torch.compile: tests/runtime/test_compile.py
+)  # more of LoRA: tests/runtime/test_adapters.py; torch.compile: tests/runtime/test_compile.py

@@ -118,7 +118,7 @@ def test_thirty_thousand_tokens_pass() -> None:
 
 
 def test_quantizing_attention_takes_little_memory() -> None:
-    """Four records of four heads over 1,024 tokens have matrices of 67 MB, of which five were held at once."""
+    """Four records of four heads over 1,024 tokens have matrices of 67 MB, of which not one is ever there."""
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=32, layers_per_block=1, block_out_channels=(16, 16), norm_num_groups=4, attention_head_dim=4,
@@ -131,4 +131,4 @@ def test_quantizing_attention_takes_little_memory() -> None:
         pytest.skip("this system does not count peaks anew")
     settings = {"samples": 4, "trajectories": 4}
     stepquant.quantize(pipe, method="minmax", steps=2, settings=settings)
-    assert peak_bytes() - before < 160 << 20
+    assert peak_bytes() - before < 64 << 20

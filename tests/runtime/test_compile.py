@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -18,7 +20,7 @@ from stepquant.runtime import ops
 from stepquant.runtime.coverage import INTEGER_OPS
 from stepquant.runtime.lower import lower
 from tests.models.tiny import conditional, unconditional
-from tests.runtime.synthetic import noise, quantized
+from tests.runtime.synthetic import noise, quantized, relative
 
 ONE_LEVEL: dict[str, Any] = {"block_out_channels": (16,), "layers_per_block": 1}
 IMAGE = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
@@ -74,3 +76,23 @@ def test_a_lowered_model_compiles_whole_to_the_same_numbers(make: Any, finish: A
     assert len(graphs) == 1
     assert not ops.compiled() or graphs[0]["stepquant::attention"] == 4 + 4 * len(others)
     assert not ops.compiled() or sum(graphs[0][name] for name in INTEGER_OPS) > 12
+
+
+@torch.no_grad()
+def test_a_transformer_compiles_whole_within_its_rounding() -> None:
+    """Its block is of a class that diffusers lets torch.compile take as it is, and runs layer by layer there."""
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=16, in_channels=4, num_layers=1,
+                                  sample_size=8, patch_size=2, num_embeds_ada_norm=20, norm_num_groups=4).eval()  # fmt: skip
+    nn.init.normal_(model.proj_out_2.weight, std=0.1)
+    x, labels = noise(2, 4, 8, 8), torch.tensor([1, 2])
+
+    def call(made: Any, t: int = 7) -> Tensor:
+        return made(x, torch.tensor([t, t]), labels, return_dict=False)[0]
+
+    artifact, _ = quantized(model, scheme("w8a8"), lambda t: call(model, t))
+    lowered = lower(copy.deepcopy(model), artifact)
+    exact, want = call(model), call(lowered)
+    compiled = torch.compile(lowered, fullgraph=True, backend="eager")
+    for _ in range(2):  # the second call finds weights packed, and is compiled anew
+        assert relative(call(compiled), want) < 1.5 * relative(want, exact)

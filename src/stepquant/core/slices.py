@@ -10,9 +10,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-AT_ONCE = (
-    1 << 22
-)  # elements: below what the allocator hands back to the system, which would clear every page again
+# Elements. Smaller, each slice would multiply too few rows; larger, the allocator leaves holes of their size, or hands
+# them back to the system, which clears every page again.
+AT_ONCE = 1 << 20
 SIGN, LOW_BITS = 31, 16  # of a float's 32 bits
 
 

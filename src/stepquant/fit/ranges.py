@@ -117,8 +117,8 @@ def observe_part(
 def observe_all(network, data, quantizers, observe, batch: int, progress: Progress, what: str) -> None:  # type: ignore[no-untyped-def]
     for quantizer in quantizers:
         quantizer.observer = observe
-    blocks = [network.denoiser.model.get_submodule(path) for path in network.denoiser.blocks()]
-    handles = [block.register_forward_hook(lambda *_: give_back()) for block in blocks]
+    inserted = (*network.layers.values(), *network.products.values())
+    handles = [one.register_forward_hook(lambda *_: give_back()) for one in inserted]
     try:
         with torch.no_grad():
             total = -(-len(data) // batch)

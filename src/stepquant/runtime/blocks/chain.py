@@ -31,6 +31,8 @@ class Chain(ABC):
     def __init__(self, module: Any, *swallowed: Any, within: Any = None) -> None:
         """`within`: where all of that lies, if not in `module`."""
         self.module, self.swallowed = module, Swallowed(*swallowed, within=within or module)
+        # torch.compile looks for no methods in a class that diffusers lets it take as it is.
+        self.own_forward = type(module).forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # whoever compiles has what runs now, and no hook
@@ -48,7 +50,7 @@ class Chain(ABC):
         return any(one.requires_grad for one in chain(tensors, nn.Module.parameters(self.module)))
 
     def unfused(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.module).forward(self.module, *args, **kwargs)
+        return self.own_forward(self.module, *args, **kwargs)
 
     def state(self) -> list[Any]:
         """What decides, besides the arguments, between fused and unfused; compared by identity before a recorded call is replayed."""

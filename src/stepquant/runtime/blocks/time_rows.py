@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,8 @@ class TimeRows:
 
     def __init__(self, projection: nn.Module, embedding: nn.Module, blocks: Sequence[nn.Module]) -> None:
         self.projection, self.embedding, self.blocks = projection, embedding, list(blocks)
+        # Functions, not methods: where torch.compile breaks a graph it looks methods up again, and finds those of this class.
+        self.own_project, self.own_embed = type(projection).forward, type(embedding).forward
         self.layers = [
             layer
             for module in (embedding, *blocks)
@@ -64,7 +66,7 @@ class TimeRows:
         row = self.row_of(timesteps)
         if row is None:
             self.current = None
-            return self.float_forward(self.projection)(timesteps)
+            return self.own_project(self.projection, timesteps)
         batch = len(timesteps)
         self.current = Current(row.projection.expand(batch, -1), row.embedding.expand(batch, -1), row.blocks)
         return self.current.projection
@@ -73,7 +75,7 @@ class TimeRows:
         current = self.current
         if current is not None and projected is current.projection and condition is None:
             return current.embedding
-        return self.float_forward(self.embedding)(projected, condition)
+        return self.own_embed(self.embedding, projected, condition)
 
     def block(self, index: int, embedding: Tensor) -> Tensor | None:
         """What block `index` adds for this embedding, if it is the one handed out for the present batch."""
@@ -116,14 +118,10 @@ class TimeRows:
 
     def make_row(self, t: Tensor) -> Row:
         with torch.inference_mode(False), torch.no_grad():
-            projection = self.float_forward(self.projection)(t.clone())
-            embedding = self.float_forward(self.embedding)(projection)
+            projection = self.own_project(self.projection, t.clone())
+            embedding = self.own_embed(self.embedding, projection)
             activated = F.silu(embedding)
             return Row(projection, embedding, tuple(block(activated).float() for block in self.blocks))
-
-    @staticmethod
-    def float_forward(module: nn.Module) -> Callable[..., Tensor]:
-        return type(module).forward.__get__(module)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"rows": OrderedDict(), "current": None}

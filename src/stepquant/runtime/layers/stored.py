@@ -111,7 +111,7 @@ def not_needed_soon(tensor: Tensor) -> None:
 
     They stay true whatever happens: pages that were written to are no longer those of the file, and are kept.
     """
-    advise = page_advice()
+    advise = None if torch.compiler.is_compiling() else page_advice()
     if advise is None or not tensor.is_cpu or not tensor.is_contiguous():
         return
     begin, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
