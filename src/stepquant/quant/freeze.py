@@ -47,7 +47,11 @@ def freeze(
         inputs = layer.input_quantizer.grid if layer.input_quantizer else None
         rank = 0 if layer.branch is None else len(layer.branch.down)
         layers[path] = LayerSpec(
-            layer.weight_quantizer.grid, inputs, rank=rank, balanced=layer.factors is not None
+            layer.weight_quantizer.grid,
+            inputs,
+            rotation=layer.rotation,
+            rank=rank,
+            balanced=layer.factors is not None,
         )
         tensors |= {f"{path}.{name}": value for name, value in packed_tensors(layer).items()}
         if network.denoiser.expendable and owners[id(layer.weight)] == 1:

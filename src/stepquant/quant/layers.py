@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stepquant.core.affine import dequantize, fake_quantize, quantize, to_groups
 from stepquant.core.low_rank import LowRank
+from stepquant.core.rotation import rotate
 from stepquant.models.families.roles import border_of, bordered
 from stepquant.models.split import part_like
 from stepquant.quant.quantizer import Quantizer
@@ -41,6 +42,7 @@ class QuantLayer(nn.Module):
         self.border = border_of(layer)
         self.correction: Tensor | None = None  # added to the bias where weights are quantized
         self.factors: Tensor | None = None  # of the inputs, in front of their quantizer
+        self.rotation = 0  # the group by which inputs are rotated behind their factors; 0: they are not
         self.branch: LowRank | None = None  # of the inputs as they come, added to the output
 
     @property
@@ -64,9 +66,19 @@ class QuantLayer(nn.Module):
         self.layer = part_like(self.layer, weight.to(self.weight.dtype), bias=True)
         self.factors, self.branch = factors, branch
 
+    def rotate(self, group: int) -> None:
+        """Keep a linear the same in float, for inputs that are rotated; whatever divides it comes before."""
+        if not group:
+            return
+        assert not self.rotation, "rotated twice"
+        weight = rotate(self.weight.detach(), group)
+        self.layer = part_like(self.layer, weight.to(self.weight.dtype), bias=True)
+        self.rotation = group
+
     def received(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with."""
         x = x if self.factors is None else (x * self.factors).to(x.dtype)
+        x = rotate(x, self.rotation).to(x.dtype) if self.rotation else x
         return x if self.input_quantizer is None else self.input_quantizer(x)
 
     def weight_values(self) -> Tensor:
