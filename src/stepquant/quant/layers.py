@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,6 +45,7 @@ class QuantLayer(nn.Module):
         self.factors: Tensor | None = None  # of the inputs, in front of their quantizer
         self.rotation = 0  # the group by which inputs are rotated behind their factors; 0: they are not
         self.branch: LowRank | None = None  # of the inputs as they come, added to the output
+        self.first: Tensor | None = None  # what every first token becomes, in place of what is computed of it
 
     @property
     def weight(self) -> Tensor:
@@ -111,7 +113,11 @@ class QuantLayer(nn.Module):
 
     def forward(self, input: Tensor, *kept: Any, **__: object) -> Tensor:
         """`input` is what torch calls it, and some models name it."""
-        x = input if self.border is None else bordered(input, self.border, *kept)
+        if self.first is not None:
+            return behind_first(self.first, self.computed(input[:, 1:]))
+        return self.computed(input if self.border is None else bordered(input, self.border, *kept))
+
+    def computed(self, x: Tensor) -> Tensor:
         quantizer = self.weight_quantizer
         bias = self.layer.bias if quantizer is None or not quantizer.enabled else self.bias
         y = apply_layer(self.layer, self.received(x), self.weight_values(), bias)  # type: ignore[arg-type]
@@ -122,6 +128,11 @@ def from_integers(integers: Tensor, quantizer: Quantizer) -> Tensor:
     scale, zero_point = quantizer.range()
     rows = to_groups(integers, quantizer.grid)
     return dequantize(rows, scale[:, None], zero_point[:, None]).reshape(integers.shape)
+
+
+def behind_first(first: Tensor, others: Tensor) -> Tensor:
+    """(samples, tokens, outputs) of a text whose first token becomes `first` whatever it says."""
+    return torch.cat([first.to(others).expand(len(others), 1, -1), others], 1)
 
 
 def apply_layer(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
