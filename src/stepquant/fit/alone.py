@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stepquant.calib.calibset import CalibSet
 from stepquant.core.affine import scale_and_zero, to_groups
+from stepquant.core.grid import Grid
 from stepquant.core.ranges import lp_search, lp_search_binned
 from stepquant.core.similarity import ssim
 from stepquant.core.slices import Slices
@@ -59,7 +60,7 @@ def losses_alone(
     tracked = iter(progress.track(work, "one site at a time", len(work)))
     for width in sorted({bits for bits, _ in work}):
         todo = [one for bits, one in work if bits == width]
-        grids: dict[Any, Any] = {
+        grids: dict[Place, Grid] = {
             one.place: replace(some, bits=width)
             for one in todo
             if (some := decided[one.place].grid)  # type: ignore[index]
@@ -67,7 +68,7 @@ def losses_alone(
         with insert(denoiser, plan.with_grids(grids, f"{width} bits")) as network:
             keep(network)
             set_ranges(network, data, CANDIDATES)
-            by_place = {(q.site.path, q.site.port): q for q in network.quantizers()}
+            by_place: dict[Place, Quantizer] = {(q.site.path, q.site.port): q for q in network.quantizers()}
             for one in todo:
                 next(tracked)
                 with enabled(by_place[one.place]):

@@ -18,7 +18,6 @@ from stepquant.progress import Progress
 from stepquant.quant.insert import Inserted
 from stepquant.quant.layers import QuantLayer
 from stepquant.quant.plan import Plan
-from stepquant.quant.quantizer import Port
 
 REASON = "the scale of each token as it comes"
 
@@ -28,7 +27,7 @@ def by_token(denoiser: Denoiser, plan: Plan, without: tuple[str, ...]) -> Plan:
 
     Those that read floats, and those whose weights are in groups, stay as they are.
     """
-    decided, grids = plan.resolve(denoiser), dict[tuple[str, Port], Grid]()
+    decided, grids = plan.resolve(denoiser), dict[tuple[str, str], Grid]()
     for path, role in denoiser.sites().items():
         weight, inputs = decided[path, "weight"].grid, decided[path, "input"].grid
         linear = isinstance(denoiser.model.get_submodule(path), nn.Linear) and role not in without

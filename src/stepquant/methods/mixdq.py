@@ -161,7 +161,7 @@ def with_first_tokens(denoiser: Denoiser, plan: Plan, known: Kept) -> tuple[dict
     kept = {path: value for path, value in known.items() if decided[path, "weight"].grid}
     if not any(one.grid for (_, port), one in decided.items() if port == "input"):
         return kept, plan
-    grids: dict[tuple[str, Port], Grid] = {(path, "input"): A8 for path in kept}
+    grids: dict[Place, Grid] = {(path, "input"): A8 for path in kept}
     return kept, plan.with_grids(grids, "the text without its first token, which is its outlier")
 
 

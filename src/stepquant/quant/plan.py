@@ -135,7 +135,7 @@ class Plan:
         """This plan with rules that come before its own."""
         return Plan(name or self.name, (*rules, *self.rules))
 
-    def with_grids(self, grids: Mapping[tuple[str, Port], Grid], reason: str) -> Plan:
+    def with_grids(self, grids: Mapping[tuple[str, str], Grid], reason: str) -> Plan:
         """This plan with other grids at some sites; its own rules may find nothing left to decide."""
         own = [Rule(grid, reason, ("*",), (port,), path) for (path, port), grid in grids.items()]
         return Plan(self.name, (*own, *(replace(rule, optional=True) for rule in self.rules)))
