@@ -91,15 +91,17 @@ class LayerSpec:
     rank: int = 0  # of the branch beside the integers; 0: none
     balanced: bool = False  # each input channel is multiplied by a factor before it is quantized
     offset: bool = False  # a float beside each scale is added to the numbers that share it
+    first: bool = False  # what every first token of a text becomes is stored, and not computed
 
     def to_json(self) -> dict[str, Any]:
         own = {"input": str(self.input) if self.input else None, "rotation": self.rotation, "rank": self.rank}
-        own |= {"balanced": self.balanced, "offset": self.offset}
+        own |= {"balanced": self.balanced, "offset": self.offset, "first": self.first}
         return {"weight": str(self.weight)} | {name: value for name, value in own.items() if value}
 
     @classmethod
     def from_json(cls, data: Any, where: str = "layer") -> LayerSpec:
-        allowed = {"input": TEXT, "rotation": GROUP, "rank": integer(1), "balanced": TRUTH, "offset": TRUTH}
+        allowed = {"input": TEXT, "rotation": GROUP, "rank": integer(1)}
+        allowed |= dict.fromkeys(("balanced", "offset", "first"), TRUTH)
         found = entries(data, where, {"weight": TEXT}, allowed)
         grids = {port: stored_grid(port, found[port], where) for port in SHARED if port in found}
         by_token = "input" in grids and grids["input"].granularity == "token"
@@ -221,6 +223,7 @@ def bounds_of(
         found |= {f"{path}.weight": BYTES, f"{path}.weight_scale": SCALE, f"{path}.bias": FINITE}
         found[f"{path}.weight_zero_point"] = zero_points(layer.weight)
         found |= {f"{path}.weight_offset": FINITE, f"{path}.input_factors": SCALE}
+        found[f"{path}.first_output"] = FINITE
         found |= {f"{path}.low_rank.{side}": FINITE for side in ("down", "up")}
         if layer.input is not None and layer.input.granularity != "token":
             found |= range_bounds(f"{path}.input", layer.input)

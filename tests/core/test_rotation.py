@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepquant.core.rotation import is_group, rotate
+from stepquant.core.rotation import group_of, is_group, rotate
 
 H4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float64)
 
@@ -41,3 +41,11 @@ def test_products_of_rotated_rows_are_those_of_rows() -> None:
 
 def test_groups_are_powers_of_four() -> None:
     assert [n for n in range(-4, 1100) if is_group(n)] == [4, 16, 64, 256, 1024]
+
+
+def test_the_largest_group_that_divides_and_is_allowed() -> None:
+    groups = [n for n in range(2, 300) if is_group(n)]
+    for width in (1, 6, 8, 48, 128, 192, 768, 1152):
+        for most in (0, 4, 16, 64, 100, 256):
+            fits = [group for group in groups if group <= most and width % group == 0]
+            assert group_of(width, most) == max(fits, default=0)

@@ -36,7 +36,8 @@ def nearest(
     With it comes the matrix for inputs that were, as its 16 bits have it.
     """
     down, up = directions(weight.float(), rank, generator)
-    own = LowRank((down if factors is None else down * factors).to(STORED), up.to(STORED))
+    sides = (down if factors is None else down * factors), up
+    own = LowRank(*(side.to(STORED).contiguous() for side in sides))
     return own, own.dense() if factors is None else own.dense() / factors
 
 

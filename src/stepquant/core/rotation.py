@@ -15,6 +15,14 @@ def is_group(size: int) -> bool:
     return size > 1 and size.bit_count() == 1 and size.bit_length() % 2 == 1
 
 
+def group_of(width: int, most: int) -> int:
+    """The largest group that divides `width` and is no larger than `most`; 0 where there is none."""
+    group = 0
+    while (group or 1) * 4 <= most and width % ((group or 1) * 4) == 0:
+        group = (group or 1) * 4
+    return group
+
+
 def rotate(x: Tensor, group: int) -> Tensor:
     """In float32; the order of additions is that of the compiled kernel, which gives the same bits."""
     y, apart = x.float(), 1

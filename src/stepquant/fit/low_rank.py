@@ -182,14 +182,19 @@ def balances(greatest: Tensor, weight: Tensor, grid: int, path: str) -> Iterator
     yield None
     strengths = [(i / grid, beta) for i in range(1, grid + 1) for beta in (0.0, 1 - i / grid)]
     for alpha, beta in dict.fromkeys(strengths):
-        factors = balance(greatest, weight, alpha, beta)
-        if not (factors.isfinite().all() and (factors > 0).all()):
-            raise CalibrationError(
-                f"no finite factors balance the inputs of '{path}'",
-                got=f"{factors.min().item():g} to {factors.max().item():g}",
-                fix="--set grid=0, or keep this layer in float with a plan rule",
-            )
-        yield factors
+        yield finite_factors(greatest, weight, alpha, beta, path)
+
+
+def finite_factors(greatest: Tensor, weight: Tensor, alpha: float, beta: float, path: str) -> Tensor:
+    """Of the inputs of a linear; what no number can balance is an error."""
+    factors = balance(greatest, weight, alpha, beta)
+    if not (factors.isfinite().all() and (factors > 0).all()):
+        raise CalibrationError(
+            f"no finite factors balance the inputs of '{path}'",
+            got=f"{factors.min().item():g} to {factors.max().item():g}",
+            fix="keep this layer, or the one before it, in float with a plan rule",
+        )
+    return factors
 
 
 def rounded_inputs(quantizer: Quantizer | None, x: Tensor, settings: Division) -> Tensor:

@@ -47,7 +47,12 @@ def freeze(
         inputs = layer.input_quantizer.grid if layer.input_quantizer else None
         rank = 0 if layer.branch is None else len(layer.branch.down)
         layers[path] = LayerSpec(
-            layer.weight_quantizer.grid, inputs, rank=rank, balanced=layer.factors is not None
+            layer.weight_quantizer.grid,
+            inputs,
+            rotation=layer.rotation,
+            rank=rank,
+            balanced=layer.factors is not None,
+            first=layer.first is not None,
         )
         tensors |= {f"{path}.{name}": value for name, value in packed_tensors(layer).items()}
         if network.denoiser.expendable and owners[id(layer.weight)] == 1:
@@ -87,6 +92,8 @@ def packed_tensors(layer: QuantLayer) -> dict[str, Tensor]:
         out |= range_tensors("input", layer.input_quantizer)
     if layer.factors is not None:
         out["input_factors"] = layer.factors.float()
+    if layer.first is not None:
+        out["first_output"] = layer.first.float()
     if layer.branch is not None:
         out |= {"low_rank.down": layer.branch.down, "low_rank.up": layer.branch.up}
     return {name: own(value) for name, value in out.items()} | {"weight": packed_weight(layer, quantizer)}

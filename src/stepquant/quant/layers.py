@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.core.affine import dequantize, fake_quantize, quantize, to_groups
 from stepquant.core.low_rank import LowRank
+from stepquant.core.rotation import rotate
 from stepquant.models.families.roles import border_of, bordered
 from stepquant.models.split import part_like
 from stepquant.quant.quantizer import Quantizer
@@ -41,7 +43,9 @@ class QuantLayer(nn.Module):
         self.border = border_of(layer)
         self.correction: Tensor | None = None  # added to the bias where weights are quantized
         self.factors: Tensor | None = None  # of the inputs, in front of their quantizer
+        self.rotation = 0  # the group by which inputs are rotated behind their factors; 0: they are not
         self.branch: LowRank | None = None  # of the inputs as they come, added to the output
+        self.first: Tensor | None = None  # what every first token becomes, in place of what is computed of it
 
     @property
     def weight(self) -> Tensor:
@@ -64,9 +68,19 @@ class QuantLayer(nn.Module):
         self.layer = part_like(self.layer, weight.to(self.weight.dtype), bias=True)
         self.factors, self.branch = factors, branch
 
+    def rotate(self, group: int) -> None:
+        """Keep a linear the same in float, for inputs that are rotated; whatever divides it comes before."""
+        if not group:
+            return
+        assert not self.rotation, "rotated twice"
+        weight = rotate(self.weight.detach(), group)
+        self.layer = part_like(self.layer, weight.to(self.weight.dtype), bias=True)
+        self.rotation = group
+
     def received(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with."""
         x = x if self.factors is None else (x * self.factors).to(x.dtype)
+        x = rotate(x, self.rotation).to(x.dtype) if self.rotation else x
         return x if self.input_quantizer is None else self.input_quantizer(x)
 
     def weight_values(self) -> Tensor:
@@ -99,7 +113,11 @@ class QuantLayer(nn.Module):
 
     def forward(self, input: Tensor, *kept: Any, **__: object) -> Tensor:
         """`input` is what torch calls it, and some models name it."""
-        x = input if self.border is None else bordered(input, self.border, *kept)
+        if self.first is not None:
+            return behind_first(self.first, self.computed(input[:, 1:]))
+        return self.computed(input if self.border is None else bordered(input, self.border, *kept))
+
+    def computed(self, x: Tensor) -> Tensor:
         quantizer = self.weight_quantizer
         bias = self.layer.bias if quantizer is None or not quantizer.enabled else self.bias
         y = apply_layer(self.layer, self.received(x), self.weight_values(), bias)  # type: ignore[arg-type]
@@ -110,6 +128,11 @@ def from_integers(integers: Tensor, quantizer: Quantizer) -> Tensor:
     scale, zero_point = quantizer.range()
     rows = to_groups(integers, quantizer.grid)
     return dequantize(rows, scale[:, None], zero_point[:, None]).reshape(integers.shape)
+
+
+def behind_first(first: Tensor, others: Tensor) -> Tensor:
+    """(samples, tokens, outputs) of a text whose first token becomes `first` whatever it says."""
+    return torch.cat([first.to(others).expand(len(others), 1, -1), others], 1)
 
 
 def apply_layer(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,11 @@ class Plan:
     def with_rules(self, rules: Sequence[Rule], name: str | None = None) -> Plan:
         """This plan with rules that come before its own."""
         return Plan(name or self.name, (*rules, *self.rules))
+
+    def with_grids(self, grids: Mapping[tuple[str, str], Grid], reason: str) -> Plan:
+        """This plan with other grids at some sites; its own rules may find nothing left to decide."""
+        own = [Rule(grid, reason, ("*",), (port,), path) for (path, port), grid in grids.items()]
+        return Plan(self.name, (*own, *(replace(rule, optional=True) for rule in self.rules)))
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "rules": [rule.to_json() for rule in self.rules]}

@@ -10,6 +10,8 @@ TIMES = ("time", "cond", "const", "modulate")
 TEXTS = ("context", "k_text", "v_text")
 ENDS = ("stem", "head")
 NARROW = ("shortcut", "proj_in", "proj_out", "skip")
+# Layers that read the prompt, and feed-forward ones, decide the content (arXiv:2405.17873).
+CONTENT = ("k_text", "v_text", "q_added", "k_added", "v_added", "ff_in", "ff_out")
 
 W8 = Grid.parse("int8/channel")
 A8 = Grid.parse("uint8/tensor")

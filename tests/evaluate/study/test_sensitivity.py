@@ -15,8 +15,8 @@ from stepquant.core.grid import Grid
 from stepquant.core.ranges import lp_search
 from stepquant.errors import EvaluationError, StepquantError
 from stepquant.evaluate.study import sensitivity as module
-from stepquant.evaluate.study.journal import Lines
 from stepquant.evaluate.study.sensitivity import Study, sensitivity
+from stepquant.fit.lines import Lines
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import Sampling
 from stepquant.quant.plan import Plan, Rule

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
-from torchmetrics.functional.image import structural_similarity_index_measure
+
+from stepquant.core.similarity import SSIM_WINDOW, ssim
 
 # Equal images have no noise at all; pixels of 16 bits would reach 98 decibels.
 MOST_DECIBELS = 100.0
-SSIM_WINDOW = 11
 TOO_SMALL = f"images are smaller than its window of {SSIM_WINDOW} pixels"
 LUMA = (0.299, 0.587, 0.114)
 SOBEL = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
@@ -39,14 +39,6 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in decibels, 100 at most."""
     error = (a.double() - b.double()).square().flatten(1).mean(1)
     return (-10 * error.log10()).clamp(max=MOST_DECIBELS)
-
-
-def ssim(a: Tensor, b: Tensor) -> Tensor | None:
-    """Structural similarity, borders mirrored; None where images are smaller than its window."""
-    if min(a.shape[-2:]) < SSIM_WINDOW:
-        return None
-    found = structural_similarity_index_measure(a.float(), b.float(), data_range=1.0, reduction="none")
-    return torch.as_tensor(found).double().reshape(-1)
 
 
 def colour_shift(a: Tensor, b: Tensor) -> Tensor:

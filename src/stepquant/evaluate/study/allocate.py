@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
+from stepquant.core.knapsack import choose, shared_out
 from stepquant.errors import EvaluationError, UnknownNameError
 from stepquant.evaluate.cost import FLOAT_BITS
-from stepquant.evaluate.study.knapsack import choose
 from stepquant.evaluate.study.sites import StudiedSite, plan_with
 from stepquant.quant.plan import Plan
+from stepquant.quant.schemes import CONTENT
 
 Budget = Literal["bytes", "inputs", "bops", "ms"]
 DECOUPLED = "decoupled"
-# arXiv:2405.17873: layers that read the prompt, and feed-forward ones, decide the content.
-CONTENT = ("k_text", "v_text", "q_added", "k_added", "v_added", "ff_in", "ff_out")
 # A loss that adds up over sites, computed from the value of each metric.
 LOSSES = {
     "noise": lambda value: value**2,
@@ -110,9 +109,7 @@ def decoupled(
     found: dict[tuple[str, int], float] = {}
     for content, name in ((True, "ssim"), (False, "features")):
         keys = {site.key for site in sites if (site.role in CONTENT) == content}
-        mine = {key: max(loss, 0.0) for key, loss in values[name].items() if key[0] in keys}
-        total = sum(mine.values()) or 1.0
-        found |= {key: loss / total for key, loss in mine.items()}
+        found |= shared_out({key: max(loss, 0.0) for key, loss in values[name].items() if key[0] in keys})
     return found
 
 

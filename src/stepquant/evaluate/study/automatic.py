@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from stepquant.calib.pick import every, strided
 from stepquant.calib.record import Source
+from stepquant.core.knapsack import check_fits
 from stepquant.core.pack import packed_bytes
 from stepquant.evaluate.study.allocate import allocate
-from stepquant.evaluate.study.knapsack import check_fits
 from stepquant.evaluate.study.probes import estimate
 from stepquant.evaluate.study.sites import StudiedSite, plan_with, studied_sites
 from stepquant.models.denoiser import Denoiser

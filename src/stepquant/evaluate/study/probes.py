@@ -23,8 +23,8 @@ from stepquant.core.affine import fake_quantize, to_groups
 from stepquant.core.grid import Grid
 from stepquant.errors import EvaluationError
 from stepquant.evaluate.study.allocate import Sensitivity
-from stepquant.evaluate.study.sensitivity import set_ranges
 from stepquant.evaluate.study.sites import StudiedSite, plan_with
+from stepquant.fit.alone import set_ranges
 from stepquant.models.denoiser import Denoiser
 from stepquant.progress import Progress
 from stepquant.quant.insert import insert

@@ -6,8 +6,7 @@ sees in them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,22 @@ from stepquant.calib.cache import cache_folder
 from stepquant.calib.calibset import CalibSet
 from stepquant.calib.pick import one_each
 from stepquant.calib.record import Source, trajectory_seed
-from stepquant.core.affine import scale_and_zero, to_groups
 from stepquant.core.digest import value_digest
-from stepquant.core.ranges import lp_search, lp_search_binned
-from stepquant.core.slices import Slices
 from stepquant.errors import EvaluationError, UnknownNameError
 from stepquant.evaluate.metrics.classifiers import shipped_classifier
 from stepquant.evaluate.metrics.pairs import TOO_SMALL, psnr, ssim
 from stepquant.evaluate.networks.reader import Extractor
-from stepquant.evaluate.study.journal import Lines
 from stepquant.evaluate.study.sites import StudiedSite, plan_with, studied_sites
+from stepquant.fit.alone import enabled, set_ranges
+from stepquant.fit.lines import Lines
 from stepquant.models.call import Asked
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.generate import run
 from stepquant.models.hooks import first_arguments
 from stepquant.models.sampling import Sampling
 from stepquant.progress import Progress, Silent
-from stepquant.quant.insert import Inserted, insert
+from stepquant.quant.insert import insert
 from stepquant.quant.plan import PORTS, Plan
-from stepquant.quant.quantizer import Quantizer
 
 FORMAT = 1
 # What each metric is, whether it needs images, and which way is better.
@@ -47,7 +43,6 @@ METRICS = {
     "ssim": "their structural similarity: content; higher is better",
     "features": "relative distance of what the embedded classifier sees in them: quality; lower is better",
 }
-NORM = 2.4  # of the error that ranges minimise
 FIRST_SEED = 900_000  # of images; neither calibration nor evaluation comes here
 
 
@@ -160,41 +155,6 @@ def measure_all(
                 progress.note(f"{bits} bits, {site.key}")
     for _ in tracked:  # so that the progress bar reaches its end
         pass
-
-
-def set_ranges(network: Inserted, data: CalibSet, candidates: int = 100) -> None:
-    """Ranges of least error from the float model's own tensors: the first batch decides those of activations."""
-    for layer in network.layers.values():
-        quantizer = layer.weight_quantizer
-        if quantizer is not None:
-            rows = to_groups(layer.weight.detach().float(), quantizer.grid)
-            set_range(quantizer, lp_search(rows, quantizer.grid, p=NORM, candidates=candidates))
-
-    def observe(quantizer: Quantizer, values: Slices) -> None:
-        set_range(quantizer, lp_search_binned(values, quantizer.grid, p=NORM))
-
-    inputs = network.ranged()
-    network.switch(weights=False, inputs=False)
-    for quantizer in inputs:
-        quantizer.observer = observe
-    with torch.no_grad():
-        network.denoiser.predict(next(iter(data.batches(len(data)))).arguments)
-    for quantizer in inputs:
-        quantizer.observer = None
-
-
-def set_range(quantizer: Quantizer, ends: tuple[Tensor, Tensor]) -> None:
-    quantizer.set_range(*scale_and_zero(*ends, quantizer.grid))
-
-
-@contextmanager
-def enabled(quantizer: Quantizer) -> Iterator[None]:
-    """Enables this quantizer alone."""
-    quantizer.enabled = True
-    try:
-        yield
-    finally:
-        quantizer.enabled = False
 
 
 class Meter:

@@ -34,7 +34,7 @@ def limits(quantized: Denoiser) -> dict[str, tuple[float, float]]:
     codes = {
         path: layer.code
         for path, layer in layers.items()
-        if layer.spec.input is not None and not layer.dynamic and not layer.spec.balanced
+        if layer.spec.input is not None and not (layer.dynamic or layer.spec.balanced or layer.spec.first)
     }
     return {path: (edge(code, code.low - 0.5), edge(code, code.high + 0.5)) for path, code in codes.items()}
 

@@ -92,6 +92,8 @@ def keepable(text: Tensor) -> bool:
 
 def project(readers: Readers, text: Tensor) -> Sequence[Tensor]:
     """Key and value of a text, as rows."""
-    rows, code = text.reshape(-1, text.shape[-1]), readers.code()
+    code = readers.code()
     dtype = getattr(layer_inside(readers.layers[0]), "emit", None) or text.dtype
-    return readers(rows if code is None else ops.quantize(rows, code), dtype)
+    if code is None:  # some layers tell a text's first token from the others
+        return [made.flatten(0, -2) for made in readers(text, dtype)]
+    return readers(ops.quantize(text.reshape(-1, text.shape[-1]), code), dtype)

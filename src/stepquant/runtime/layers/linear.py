@@ -55,6 +55,7 @@ class IntegerLinear(IntegerLayer):
 
     outputs_dim, rows_from = -1, -1
     input_factors: Tensor
+    first_output: Tensor  # what every first token becomes
     weight_zero_point: Tensor  # where the grid has one
 
     def __init__(self, layer: nn.Linear, spec: LayerSpec, groups: int = 1) -> None:
@@ -63,6 +64,8 @@ class IntegerLinear(IntegerLayer):
         device = layer.weight.device
         if spec.balanced:
             self.register_buffer("input_factors", torch.ones(layer.in_features, device=device))
+        if spec.first:
+            self.register_buffer("first_output", torch.zeros(layer.out_features, device=device))
         if spec.rank:
             if spec.rank > min(layer.weight.shape):
                 raise ArtifactError(
@@ -74,7 +77,7 @@ class IntegerLinear(IntegerLayer):
 
     @property
     def alone(self) -> bool:
-        return self.dynamic or self.spec.balanced or bool(self.spec.rank)
+        return self.dynamic or self.spec.balanced or bool(self.spec.rank) or self.spec.first
 
     def kernel_type(self) -> type[Kernel]:
         return device_for(self.weight.device).linear
@@ -83,6 +86,12 @@ class IntegerLinear(IntegerLayer):
         return device_for(self.weight.device).why_no_linear(self.weight.device)
 
     def of_floats(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if not self.spec.first:
+            return self.of_tokens(x, dtype)
+        others = self.of_tokens(x[:, 1:], dtype)
+        return torch.cat([self.first_output.to(dtype).expand(len(others), 1, -1), others], 1)
+
+    def of_tokens(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         read = x * self.input_factors if self.spec.balanced else x
         if not self.spec.rank:
             return super().of_floats(read, dtype)

@@ -6,8 +6,9 @@ import ctypes
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -15,6 +16,7 @@ from scipy.sparse import csr_array
 
 from stepquant.errors import EvaluationError
 
+Key = TypeVar("Key")
 # Solvers stop within absolute tolerances around 1e-6, so losses are scaled up first.
 STRETCH = 1e6
 TRIES = 20
@@ -35,6 +37,12 @@ def choose(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], 
             return [int(place - start) for place, start in zip(chosen, first)]
         limit -= total - budget  # the solver rounded in its own favour
     raise EvaluationError("the budget is too tight for the solver's arithmetic", got=budget)
+
+
+def shared_out(losses: Mapping[Key, float]) -> dict[Key, float]:
+    """Each as its share of all, so that losses of another unit may stand beside them."""
+    total = sum(losses.values()) or 1.0
+    return {key: loss / total for key, loss in losses.items()}
 
 
 def check_fits(least: float, budget: float) -> None:

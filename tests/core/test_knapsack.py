@@ -7,8 +7,8 @@ from random import Random
 import numpy as np
 import pytest
 
+from stepquant.core.knapsack import choose
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.study.knapsack import choose
 
 
 def best_of_all(losses: list[list[float]], costs: list[list[float]], budget: float) -> float:
