@@ -8,21 +8,30 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
-from stepquant.calib.cache import atomically
 from stepquant.errors import ArtifactError, StepquantError, UnknownNameError
+from stepquant.hub.attach import config_of
 from stepquant.hub.config import Name
 from stepquant.hub.exports.at_rest import Network, at_rest
 from stepquant.hub.exports.outlook import Outlook
 from stepquant.hub.exports.renamed import DIFFUSERS, ORIGINAL
-from stepquant.job.files import writing
-from stepquant.models.denoiser import COMPONENTS
+from stepquant.job.files import follow_umask, writing
+from stepquant.job.pipelines import load, prompts_of
+from stepquant.models.denoiser import COMPONENTS, Denoiser, by_denoiser
+from stepquant.models.hooks import first_arguments
 from stepquant.progress import Progress, Silent
 
-FORMATS: Mapping[str, str] = {"comfyui": "stepquant.hub.exports.comfy"}
+WEIGHTS: Mapping[str, str] = {"comfyui": "stepquant.hub.exports.comfy"}
+GRAPHS: Mapping[str, str] = {
+    "onnx": "stepquant.hub.exports.onnx",
+    "openvino": "stepquant.hub.exports.openvino",
+}
+FORMATS = WEIGHTS | GRAPHS
 NAMES = (ORIGINAL, DIFFUSERS)
+SAMPLES = 2  # of the call by which a graph is traced: of one alone, its number would become part of the graph
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ def export(
 ) -> Exported:
     """Write the denoiser of an artifact as a file of another format, in the artifact's own integers.
 
-    `to` is one of comfyui. `component` says which of several networks; `names`, whether tensors are called as in the original repository.
+    `to` is comfyui, onnx or openvino. `component` says which of several networks; `names`, whether tensors are called as in the original repository.
     """
     return write(exporting(folder, to, component, names), out, progress)
 
@@ -68,24 +77,50 @@ def exporting(
         raise UnknownNameError("format", to, FORMATS)
     if names not in NAMES:
         raise UnknownNameError("kind of names", names, NAMES)
-    network, format = at_rest(folder_of(Path(folder), component)), importlib.import_module(FORMATS[to])
-    options = {"names": names}
+    chosen, format = folder_of(Path(folder), component), importlib.import_module(FORMATS[to])
+    if to in GRAPHS:
+        format.check_installed()
+        options: dict[str, Any] = {"arguments": arguments_of(Path(folder), chosen)}
+    else:
+        options = {"names": names}
+    network = at_rest(chosen)
     return Export(network, format, format.outlook(network, **options), options)
 
 
+def arguments_of(folder: Path, chosen: Path) -> dict[str, Any]:
+    """What the pipeline hands to the network: a graph is traced by them."""
+    if folder == chosen:
+        raise StepquantError(
+            "a graph is traced in a call of its pipeline",
+            where=str(folder),
+            expected="the folder of the pipeline, with --component where it holds several networks",
+        )
+    found = {Denoiser.of(one).component: one for one in by_denoiser(load(folder))}
+    if chosen.name not in found:
+        raise ArtifactError(f"'{chosen.name}' denoises nothing, and no graph is made of it", expected=", ".join(found))
+    one = found[chosen.name]
+    config = config_of(Denoiser.of(one).model)
+    assert config is not None, "its folder says that it is quantized"
+    return first_arguments(one, SAMPLES, prompts_of(config))
+
+
 def write(export: Export, out: str | os.PathLike[str], progress: Progress | None = None) -> Exported:
-    """Write the file under another name, and give it its own when it is complete."""
+    """Write in a folder of its own, and put the files in their place when all of them are complete."""
     target = Path(out)
     check_place(target, export.format.ENDS)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        atomically(
-            target,
-            lambda file: export.format.write(
-                export.network, export.outlook, file, progress or Silent(), **export.options
-            ),
-        )
-    return Exported(target, export.outlook, target.stat().st_size)
+        with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            made = Path(folder)
+            export.format.write(
+                export.network, export.outlook, made / target.name, progress or Silent(), **export.options
+            )
+            follow_umask(made)
+            files = sorted(made.iterdir(), key=lambda file: file.name == target.name)  # it comes last
+            size = sum(file.stat().st_size for file in files)
+            for file in files:
+                os.replace(file, target.parent / file.name)
+    return Exported(target, export.outlook, size)
 
 
 def check_place(target: Path, ends: str) -> None:

@@ -1,0 +1,183 @@
+"""An ONNX graph of a network, with its integers, their scales and the ranges of its activations in it.
+
+Weights are constants of one byte with DequantizeLinear behind them, inputs pass QuantizeLinear and DequantizeLinear:
+what ONNX Runtime, OpenVINO and others turn into integer products of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path, tree_map
+
+from stepquant.errors import StepquantError
+from stepquant.hub.exports.at_rest import Network
+from stepquant.hub.exports.outlook import Fate, Outlook, check_float_form
+from stepquant.hub.exports.qdq import OPSET, Place, swap
+from stepquant.models.denoiser import Denoiser, prediction_of
+from stepquant.progress import Progress
+from stepquant.runtime.steps import StepTensors
+
+ENDS = ".onnx"
+NEEDED = ("onnx", "onnxscript")
+OUTPUT = "prediction"
+LARGEST = 1 << 30  # bytes of one file: beyond 2 GiB protobuf cannot go
+STATIC, WEIGHTS, BY_ROW, FLOAT_ROW = "QDQ", "DequantizeLinear", "MatMulInteger", "round and multiply"
+UNKNOWN_T = "a t that the artifact has no entry for gives NaN"
+
+
+class Graph(nn.Module):
+    """The network as one function of its tensors: their names are those of its arguments."""
+
+    def __init__(self, network: Network, arguments: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = network.model
+        self.fixed = {name: value for name, value in arguments.items() if not tensors_in(value)}
+        self.place, self.denoiser = Place(), (Denoiser(network.model),)
+        steps = getattr(network.model, "steps", None)
+        self.steps = (steps,) if isinstance(steps, StepTensors) else ()
+        for tensors in self.steps:
+            known, correction = tensors.times(), tensors.correction()
+            self.register_buffer("times", known.times.float())
+            self.register_buffer("rows", known.rows)
+            self.register_buffer("factor", correction and correction.scale)
+            self.register_buffer("offset", correction and correction.bias)
+        self.layers = tuple(swap(network.model, self.place).values())
+
+    def forward(self, given: dict[str, Any]) -> Tensor:
+        if not self.steps:
+            return self.predicted(given)
+        t = given[self.denoiser[0].family.t].reshape(-1)[0].float()
+        same = self.times == t
+        at = same.to(torch.int64).argmax()
+        self.place.row = self.rows[at]
+        out = self.predicted(given)
+        self.place.row = None
+        if self.factor is not None:
+            shape = (1, -1, *[1] * (out.ndim - 2))
+            axis = self.denoiser[0].family.channels
+            factor, offset = (x[at].reshape(shape).movedim(1, axis) for x in (self.factor, self.offset))
+            out = out * factor + offset
+        return torch.where(same.any(), out, torch.nan)
+
+    def predicted(self, given: Mapping[str, Any]) -> Tensor:
+        return prediction_of(self.model(**given, **self.fixed, return_dict=False))
+
+
+def outlook(network: Network, arguments: Mapping[str, Any]) -> Outlook:
+    check_float_form(network, "a graph")
+    fates = []
+    for path, layer in network.layers.items():
+        if not layer.dynamic:
+            becomes = WEIGHTS if layer.spec.input is None else STATIC
+        else:
+            integers = len(layer.weight_shape) == 2 and layer.fits_signed_bytes()
+            becomes = BY_ROW if integers and layer.spec.weight.granularity != "group" else FLOAT_ROW
+        fates.append(Fate(path, becomes))
+    steps = network.config.artifact.steps
+    notes = (f"the graph takes {shapes_text(network, arguments)}",)
+    left: tuple[str, ...] = ()
+    if steps is not None:
+        notes += (f"one t for all samples of a call; {UNKNOWN_T}",)
+        left = ("what the correction does to the noise of the sampler",) if steps.noise != "none" else ()
+    return Outlook(tuple(fates), left, notes)
+
+
+def check_installed(needed: Sequence[str] = NEEDED) -> None:
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise StepquantError(
+            f"this format is written with {' and '.join(missing)}, not installed here",
+            fix="pip install 'stepquant[export]'",
+        )
+
+
+def shapes_text(network: Network, arguments: Mapping[str, Any]) -> str:
+    family = Denoiser(network.model).family
+    x = arguments[family.x]
+    return f"any number of samples of {' x '.join(map(str, x.shape[1:]))}"
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    tree_map(lambda one: found.append(one) if isinstance(one, Tensor) else None, value)
+    return found
+
+
+def names_in(given: Mapping[str, Any]) -> list[str]:
+    """Of the tensors among the arguments: `timestep`, `added_cond_kwargs.time_ids`."""
+    leaves, _ = tree_flatten_with_path(dict(given))
+    return [".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in leaves]
+
+
+def prepared(network: Network, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as the graph takes them: t for each sample, and all numbers that are no places in float32."""
+    family = Denoiser(network.model).family
+    samples = len(arguments[family.x])
+
+    def one(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    made = {name: tree_map(one, value) for name, value in arguments.items() if tensors_in(value)}
+    t = torch.as_tensor(arguments[family.t]).float()
+    made[family.t] = t.expand(samples).clone() if t.ndim < 2 else t
+    return made
+
+
+def write(
+    network: Network, seen: Outlook, file: Path, progress: Progress, arguments: Mapping[str, Any]
+) -> None:
+    import onnx
+
+    given = prepared(network, arguments)
+    graph = Graph(network, arguments).eval()
+    samples = len(given[Denoiser(network.model).family.x])
+
+    sizes = torch.export.ShapesCollection()
+    for value in tensors_in(given):
+        if value.ndim and len(value) == samples:
+            sizes[value] = {0: torch.export.Dim.AUTO}
+    stages = progress.track(("tracing", "translating", "writing"), "exporting", 3)
+    with silence(), torch.no_grad():
+        next(stages)
+        traced = torch.export.export(graph, (given,), dynamic_shapes=sizes, strict=False)
+        next(stages)
+        program: Any = torch.onnx.export(
+            traced,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+            input_names=names_in(given),
+            output_names=[OUTPUT],
+        )
+        proto = program.model_proto
+        next(stages)
+    for key, value in (("made by", "stepquant"), ("artifact", network.config.digest)):
+        proto.metadata_props.add(key=key, value=value)
+    large = proto.ByteSize() > LARGEST
+    options = {"save_as_external_data": True, "location": f"{file.name}.data"} if large else {}
+    onnx.save_model(proto, str(file), **options)
+    for _ in stages:
+        pass
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """What the exporter says to its developers is not for users."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
