@@ -15,7 +15,9 @@ from stepquant.cli.screen import Screen, size_text
 
 def export(
     folder: ArtifactFolder,
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="comfyui, onnx or openvino.", show_default=False)],
+    to: Annotated[
+        str, typer.Option(metavar="FORMAT", help="comfyui, gguf, onnx or openvino.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="File to write.", show_default=False)],
     component: Annotated[
         str | None,

@@ -24,7 +24,7 @@ from stepquant.models.denoiser import COMPONENTS, Denoiser, by_denoiser
 from stepquant.models.hooks import first_arguments
 from stepquant.progress import Progress, Silent
 
-WEIGHTS: Mapping[str, str] = {"comfyui": "stepquant.hub.exports.comfy"}
+WEIGHTS: Mapping[str, str] = {"comfyui": "stepquant.hub.exports.comfy", "gguf": "stepquant.hub.exports.gguf"}
 GRAPHS: Mapping[str, str] = {
     "onnx": "stepquant.hub.exports.onnx",
     "openvino": "stepquant.hub.exports.openvino",
@@ -64,7 +64,7 @@ def export(
 ) -> Exported:
     """Write the denoiser of an artifact as a file of another format, in the artifact's own integers.
 
-    `to` is comfyui, onnx or openvino. `component` says which of several networks; `names`, whether tensors are called as in the original repository.
+    `to` is comfyui, gguf, onnx or openvino. `component` says which of several networks; `names`, whether tensors are called as in the original repository.
     """
     return write(exporting(folder, to, component, names), out, progress)
 
@@ -97,7 +97,9 @@ def arguments_of(folder: Path, chosen: Path) -> dict[str, Any]:
         )
     found = {Denoiser.of(one).component: one for one in by_denoiser(load(folder))}
     if chosen.name not in found:
-        raise ArtifactError(f"'{chosen.name}' denoises nothing, and no graph is made of it", expected=", ".join(found))
+        raise ArtifactError(
+            f"'{chosen.name}' denoises nothing, and no graph is made of it", expected=", ".join(found)
+        )
     one = found[chosen.name]
     config = config_of(Denoiser.of(one).model)
     assert config is not None, "its folder says that it is quantized"

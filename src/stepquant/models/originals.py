@@ -238,6 +238,22 @@ WAYS: Mapping[str, Callable[[Tensors, Mapping[str, Any]], dict[str, Tensor]]] = 
 }
 
 
+ARCHITECTURES = {
+    "FluxTransformer2DModel": "flux",
+    "SD3Transformer2DModel": "sd3",
+    "WanTransformer3DModel": "wan",
+    "ZImageTransformer2DModel": "lumina2",
+    "QwenImageTransformer2DModel": "qwen_image",
+}
+
+
+def architecture_of(kind: str, config: Mapping[str, Any]) -> str | None:
+    """What files for ggml call a network, or None where they do not know it."""
+    if kind == "UNet2DConditionModel":
+        return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd1"
+    return ARCHITECTURES.get(kind)
+
+
 def in_original_names(kind: str, tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Tensor] | None:
     """What a network's tensors are in the original repository, or None where it is not known here."""
     if kind not in WAYS:

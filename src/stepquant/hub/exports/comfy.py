@@ -6,7 +6,7 @@ Integers are written as they are. ComfyUI quantizes the inputs of a linear as th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -24,7 +24,7 @@ from stepquant.hub.exports.outlook import (
     float_value,
     left_of_activations,
 )
-from stepquant.hub.exports.renamed import ORIGINAL, Naming, Piece, naming_of
+from stepquant.hub.exports.renamed import ORIGINAL, Naming, Piece, layers_in, naming_of, put_together
 from stepquant.hub.exports.tensor_file import Later, write_tensors
 from stepquant.hub.foreign.markers import INT8, SUFFIX
 from stepquant.progress import Progress
@@ -81,13 +81,6 @@ def why_float(network: Network, path: str, layer: IntegerLayer) -> str:
     return ""
 
 
-def layers_in(network: Network, name: str, pieces: tuple[Piece, ...]) -> list[str]:
-    """The quantized layers of whose weights a tensor of the file is made; none for biases and floats."""
-    if not name.endswith(".weight"):
-        return []
-    return [path for piece in pieces if (path := piece.name.removesuffix(".weight")) in network.layers]
-
-
 def fused(network: Network, reasons: Mapping[str, str], pieces: tuple[Piece, ...]) -> Fused | None:
     """How a weight of the file is multiplied in integers; None where it is a float."""
     found = set()
@@ -136,15 +129,3 @@ def integers(
         f"{path}.weight_scale": Later(torch.float32, (shape[0], 1), put_together(pieces, scales)),
         f"{path}{SUFFIX}": Later(torch.uint8, tuple(marker.shape), lambda: marker),
     }
-
-
-def put_together(pieces: tuple[Piece, ...], value: Callable[[str], Tensor]) -> Callable[[], Tensor]:
-    """The rows of several tensors below each other, when they are asked for."""
-
-    def made() -> Tensor:
-        parts = [value(one.name) for one in pieces]
-        if len(parts) == 1 and pieces[0].first == 0:
-            return parts[0]
-        return torch.cat([part[one.first : one.first + one.rows] for part, one in zip(parts, pieces)])
-
-    return made

@@ -115,7 +115,9 @@ def tensors_in(value: Any) -> list[Tensor]:
 def names_in(given: Mapping[str, Any]) -> list[str]:
     """Of the tensors among the arguments: `timestep`, `added_cond_kwargs.time_ids`."""
     leaves, _ = tree_flatten_with_path(dict(given))
-    return [".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in leaves]
+    return [
+        ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in leaves
+    ]
 
 
 def prepared(network: Network, arguments: Mapping[str, Any]) -> dict[str, Any]:

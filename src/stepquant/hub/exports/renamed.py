@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -80,3 +80,22 @@ def pieces_of(rows: Tensor, ends: Tensor, names: list[str]) -> tuple[Piece, ...]
 
 def joined_shape(shapes: list[tuple[int, ...]], rows: int) -> tuple[int, ...]:
     return (rows, *shapes[0][1:]) if shapes[0] else ()
+
+
+def layers_in(network: Network, name: str, pieces: tuple[Piece, ...]) -> list[str]:
+    """The quantized layers of whose weights a tensor of the file is made; none for biases and floats."""
+    if not name.endswith(".weight"):
+        return []
+    return [path for piece in pieces if (path := piece.name.removesuffix(".weight")) in network.layers]
+
+
+def put_together(pieces: tuple[Piece, ...], value: Callable[[str], Tensor]) -> Callable[[], Tensor]:
+    """The rows of several tensors below each other, when they are asked for."""
+
+    def made() -> Tensor:
+        parts = [value(one.name) for one in pieces]
+        if len(parts) == 1 and pieces[0].first == 0:
+            return parts[0]
+        return torch.cat([part[one.first : one.first + one.rows] for part, one in zip(parts, pieces)])
+
+    return made
