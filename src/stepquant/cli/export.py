@@ -16,9 +16,11 @@ from stepquant.cli.screen import Screen, size_text
 def export(
     folder: ArtifactFolder,
     to: Annotated[
-        str, typer.Option(metavar="FORMAT", help="comfyui, gguf, onnx or openvino.", show_default=False)
+        str, typer.Option(metavar="FORMAT", help="comfyui, gguf, sdnq, onnx or openvino.", show_default=False)
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="File to write; a folder for sdnq.", show_default=False)
+    ],
     component: Annotated[
         str | None,
         typer.Option(
@@ -28,12 +30,12 @@ def export(
         ),
     ] = None,
     names: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="KIND",
             help="original: as in the network's own repository, where that is known; or diffusers.",
         ),
-    ] = "original",
+    ] = None,
     layers: Annotated[
         bool,
         typer.Option("--layers", help="List every layer, not only those whose integers are left behind."),
@@ -45,8 +47,8 @@ def export(
     from stepquant.job.export import check_place, exporting, write
 
     screen = Screen(quiet)
+    check_place(out, to)
     made = exporting(folder, to, component, names)
-    check_place(out, made.format.ENDS)
     seen = made.outlook
     for words in (*seen.notes, *(f"left behind: {words}" for words in seen.left)):
         screen.say(words)

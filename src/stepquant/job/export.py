@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 from typing import Any
 
 from stepquant.errors import ArtifactError, StepquantError, UnknownNameError
@@ -24,12 +23,17 @@ from stepquant.models.denoiser import COMPONENTS, Denoiser, by_denoiser
 from stepquant.models.hooks import first_arguments
 from stepquant.progress import Progress, Silent
 
-WEIGHTS: Mapping[str, str] = {"comfyui": "stepquant.hub.exports.comfy", "gguf": "stepquant.hub.exports.gguf"}
+WEIGHTS: Mapping[str, str] = {
+    "comfyui": "stepquant.hub.exports.comfy",
+    "gguf": "stepquant.hub.exports.gguf",
+    "sdnq": "stepquant.hub.exports.sdnq",
+}
 GRAPHS: Mapping[str, str] = {
     "onnx": "stepquant.hub.exports.onnx",
     "openvino": "stepquant.hub.exports.openvino",
 }
 FORMATS = WEIGHTS | GRAPHS
+RENAMED = ("comfyui", "gguf")  # files of programs that came before diffusers
 NAMES = (ORIGINAL, DIFFUSERS)
 SAMPLES = 2  # of the call by which a graph is traced: of one alone, its number would become part of the graph
 
@@ -39,7 +43,7 @@ class Export:
     """A network that can be written in a format, and what that will carry of it."""
 
     network: Network
-    format: ModuleType
+    to: str
     outlook: Outlook
     options: Mapping[str, Any]
 
@@ -59,32 +63,36 @@ def export(
     *,
     to: str,
     component: str | None = None,
-    names: str = ORIGINAL,
+    names: str | None = None,
     progress: Progress | None = None,
 ) -> Exported:
     """Write the denoiser of an artifact as a file of another format, in the artifact's own integers.
 
-    `to` is comfyui, gguf, onnx or openvino. `component` says which of several networks; `names`, whether tensors are called as in the original repository.
+    `to` is comfyui, gguf, sdnq (a folder), onnx or openvino. `component` says which of several networks; `names`, whether tensors are called as in the original repository.
     """
+    check_place(Path(out), to)
     return write(exporting(folder, to, component, names), out, progress)
 
 
 def exporting(
-    folder: str | os.PathLike[str], to: str, component: str | None = None, names: str = ORIGINAL
+    folder: str | os.PathLike[str], to: str, component: str | None = None, names: str | None = None
 ) -> Export:
     """Everything but writing: what is wrong with the artifact, or asked of a format in vain, is said here."""
-    if to not in FORMATS:
-        raise UnknownNameError("format", to, FORMATS)
-    if names not in NAMES:
-        raise UnknownNameError("kind of names", names, NAMES)
-    chosen, format = folder_of(Path(folder), component), importlib.import_module(FORMATS[to])
+    format = format_of(to)
+    if names not in (None, *NAMES):
+        raise UnknownNameError("kind of names", str(names), NAMES)
+    if names is not None and to not in RENAMED:
+        raise StepquantError(
+            f"names are not chosen in a file for {to}", got=f"names {names}", fix="leave --names out"
+        )
+    chosen = folder_of(Path(folder), component)
     if to in GRAPHS:
         format.check_installed()
         options: dict[str, Any] = {"arguments": arguments_of(Path(folder), chosen)}
     else:
-        options = {"names": names}
+        options = {"names": names or ORIGINAL} if to in RENAMED else {}
     network = at_rest(chosen)
-    return Export(network, format, format.outlook(network, **options), options)
+    return Export(network, to, format.outlook(network, **options), options)
 
 
 def arguments_of(folder: Path, chosen: Path) -> dict[str, Any]:
@@ -109,27 +117,35 @@ def arguments_of(folder: Path, chosen: Path) -> dict[str, Any]:
 def write(export: Export, out: str | os.PathLike[str], progress: Progress | None = None) -> Exported:
     """Write in a folder of its own, and put the files in their place when all of them are complete."""
     target = Path(out)
-    check_place(target, export.format.ENDS)
+    check_place(target, export.to)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             made = Path(folder)
-            export.format.write(
+            format_of(export.to).write(
                 export.network, export.outlook, made / target.name, progress or Silent(), **export.options
             )
             follow_umask(made)
             files = sorted(made.iterdir(), key=lambda file: file.name == target.name)  # it comes last
-            size = sum(file.stat().st_size for file in files)
+            size = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
             for file in files:
                 os.replace(file, target.parent / file.name)
     return Exported(target, export.outlook, size)
 
 
-def check_place(target: Path, ends: str) -> None:
-    if target.suffix != ends:
+def check_place(target: Path, to: str) -> None:
+    """Before any work: a name of the right ending, which nothing has yet."""
+    ends: str = format_of(to).ENDS
+    if ends and target.suffix != ends:
         raise StepquantError(f"'{target}' does not end in {ends}", fix=f"--out {target.with_suffix(ends)}")
     if target.exists():
         raise StepquantError(f"'{target}' is there already", fix="choose another --out, or remove it")
+
+
+def format_of(to: str) -> Any:
+    if to not in FORMATS:
+        raise UnknownNameError("format", to, FORMATS)
+    return importlib.import_module(FORMATS[to])
 
 
 def folder_of(folder: Path, component: str | None) -> Path:
