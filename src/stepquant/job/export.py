@@ -32,7 +32,7 @@ GRAPHS: Mapping[str, str] = {
     "onnx": "stepquant.hub.exports.onnx",
     "openvino": "stepquant.hub.exports.openvino",
 }
-FORMATS = WEIGHTS | GRAPHS
+FORMATS = {**WEIGHTS, **GRAPHS}
 RENAMED = ("comfyui", "gguf")  # files of programs that came before diffusers
 NAMES = (ORIGINAL, DIFFUSERS)
 SAMPLES = 2  # of the call by which a graph is traced: of one alone, its number would become part of the graph

@@ -259,7 +259,8 @@ def in_original_names(kind: str, tensors: Tensors, config: Mapping[str, Any]) ->
     if kind not in WAYS:
         return None
     made = WAYS[kind](tensors, config)
-    convert: Any = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
+    known: Any = single_file_model.SINGLE_FILE_LOADABLE_CLASSES
+    convert = known[kind]["checkpoint_mapping_fn"]
     reasons = []
     for prefix in ("model.diffusion_model.", ""):  # which some converters look for, and few know nothing of
         try:

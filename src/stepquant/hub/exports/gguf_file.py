@@ -73,8 +73,8 @@ def write_gguf(file: Path, tensors: Tensors, architecture: str | None, progress:
         [] if architecture is None else [text("general.architecture") + number(STRING) + text(architecture)]
     )
     mostly = FILE_TYPES[max(sizes, key=sizes.__getitem__)]
-    for key, value in (("general.file_type", mostly), ("general.quantization_version", BLOCKS_VERSION)):
-        told.append(text(key) + number(UINT32) + number(value))
+    for key, said in (("general.file_type", mostly), ("general.quantization_version", BLOCKS_VERSION)):
+        told.append(text(key) + number(UINT32) + number(said))
     infos, end = [], 0
     for name, (kind, shape, _) in tensors.items():
         sides = shape or (1,)
@@ -88,7 +88,7 @@ def write_gguf(file: Path, tensors: Tensors, architecture: str | None, progress:
             kind, shape, value = tensors[name]
             data = value().contiguous().reshape(-1).view(torch.uint8).numpy()
             assert data.size == size_of(kind, shape), f"the bytes of '{name}' are not those of its header"
-            out.write(memoryview(data))
+            out.write(data.tobytes())
             out.write(b"\0" * (aligned(data.size) - data.size))
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_map
 
-from stepquant.errors import StepquantError
+from stepquant.errors import RuntimeSupportError, StepquantError
 from stepquant.hub.exports.at_rest import Network
 from stepquant.hub.exports.outlook import Fate, Outlook, check_float_form
 from stepquant.hub.exports.qdq import OPSET, Place, swap
@@ -43,13 +43,17 @@ class Graph(nn.Module):
         self.fixed = {name: value for name, value in arguments.items() if not tensors_in(value)}
         self.place, self.denoiser = Place(), (Denoiser(network.model),)
         steps = getattr(network.model, "steps", None)
+        self.times: Tensor
+        self.rows: Tensor
+        self.factor: Tensor | None
+        self.offset: Tensor | None
         self.steps = (steps,) if isinstance(steps, StepTensors) else ()
         for tensors in self.steps:
             known, correction = tensors.times(), tensors.correction()
             self.register_buffer("times", known.times.float())
             self.register_buffer("rows", known.rows)
-            self.register_buffer("factor", correction and correction.scale)
-            self.register_buffer("offset", correction and correction.bias)
+            self.register_buffer("factor", None if correction is None else correction.scale)
+            self.register_buffer("offset", None if correction is None else correction.bias)
         self.layers = tuple(swap(network.model, self.place).values())
 
     def forward(self, given: dict[str, Any]) -> Tensor:
@@ -83,12 +87,11 @@ def outlook(network: Network, arguments: Mapping[str, Any]) -> Outlook:
             becomes = BY_ROW if integers and layer.spec.weight.granularity != "group" else FLOAT_ROW
         fates.append(Fate(path, becomes))
     steps = network.config.artifact.steps
-    notes = (f"the graph takes {shapes_text(network, arguments)}",)
-    left: tuple[str, ...] = ()
+    notes, left = [f"the graph takes {shapes_text(network, arguments)}"], []
     if steps is not None:
-        notes += (f"one t for all samples of a call; {UNKNOWN_T}",)
-        left = ("what the correction does to the noise of the sampler",) if steps.noise != "none" else ()
-    return Outlook(tuple(fates), left, notes)
+        notes.append(f"one t for all samples of a call; {UNKNOWN_T}")
+        left += ["what the correction does to the noise of the sampler"] * (steps.noise != "none")
+    return Outlook(tuple(fates), tuple(left), tuple(notes))
 
 
 def check_installed(needed: Sequence[str] = NEEDED) -> None:
@@ -137,38 +140,43 @@ def prepared(network: Network, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def write(
     network: Network, seen: Outlook, file: Path, progress: Progress, arguments: Mapping[str, Any]
 ) -> None:
-    import onnx
-
     given = prepared(network, arguments)
     graph = Graph(network, arguments).eval()
-    samples = len(given[Denoiser(network.model).family.x])
+    stages = progress.track(("tracing", "translating", "writing"), "exporting", 3)
+    try:
+        with silence(), torch.no_grad():
+            next(stages)
+            traced = traced_graph(graph, given, len(given[Denoiser(network.model).family.x]))
+            next(stages)
+            program: Any = torch.onnx.export(
+                traced,
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+                input_names=names_in(given),
+                output_names=[OUTPUT],
+            )
+    except Exception as error:  # whatever torch stumbles over in code of a model that was not written for it
+        raise RuntimeSupportError(
+            f"torch makes no graph of {network.kind}",
+            got=(str(error).strip().splitlines() or [type(error).__name__])[0][:300],
+            fix="export its weights alone: --to gguf, sdnq or comfyui",
+        ) from error
+    next(stages)
+    program.model.metadata_props.update({"made by": "stepquant", "artifact": network.config.digest})
+    size = sum(value.nbytes for value in traced.state_dict.values())
+    program.save(str(file), external_data=size > LARGEST)  # in a file of its own, with .data behind the name
+    for _ in stages:
+        pass
 
-    sizes = torch.export.ShapesCollection()
+
+def traced_graph(graph: Graph, given: dict[str, Any], samples: int) -> torch.export.ExportedProgram:
+    """The network's operations on any number of samples, where its code does not depend on that."""
+    sizes: Any = torch.export.ShapesCollection()
     for value in tensors_in(given):
         if value.ndim and len(value) == samples:
             sizes[value] = {0: torch.export.Dim.AUTO}
-    stages = progress.track(("tracing", "translating", "writing"), "exporting", 3)
-    with silence(), torch.no_grad():
-        next(stages)
-        traced = torch.export.export(graph, (given,), dynamic_shapes=sizes, strict=False)
-        next(stages)
-        program: Any = torch.onnx.export(
-            traced,
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-            input_names=names_in(given),
-            output_names=[OUTPUT],
-        )
-        proto = program.model_proto
-        next(stages)
-    for key, value in (("made by", "stepquant"), ("artifact", network.config.digest)):
-        proto.metadata_props.add(key=key, value=value)
-    large = proto.ByteSize() > LARGEST
-    options = {"save_as_external_data": True, "location": f"{file.name}.data"} if large else {}
-    onnx.save_model(proto, str(file), **options)
-    for _ in stages:
-        pass
+    return torch.export.export(graph, (given,), dynamic_shapes=sizes, strict=False)
 
 
 @contextmanager

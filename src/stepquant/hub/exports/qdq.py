@@ -71,22 +71,22 @@ class Weight(nn.Module):
 
     def __init__(self, layer: IntegerLayer) -> None:
         super().__init__()
-        integers, zero_points = layer.rows()
+        integers, zeros = layer.rows()
         self.shape = layer.weight_shape
         outputs = self.shape[0]
         by_output = len(integers) in (1, outputs)
         self.turned = isinstance(layer, IntegerLinear) and by_output
         if layer.fits_signed_bytes():
-            codes, zero_points = (integers - zero_points).to(torch.int8), None
+            codes, found = (integers - zeros).to(torch.int8), [layer.weight_scale]
         else:  # as they are stored
             least = layer.spec.weight.qmin
             codes = (integers - least).to(torch.uint8)
-            zero_points = (zero_points.flatten() - least).to(torch.uint8)
-        found = [layer.weight_scale] if zero_points is None else [layer.weight_scale, zero_points]
+            found = [layer.weight_scale, (zeros.flatten() - least).to(torch.uint8)]
         if by_output:
             codes, found = codes.reshape(self.shape), [one.expand(outputs) for one in found]
         codes = codes.t() if self.turned else codes
         self.codes: Tensor
+        self.scale: Tensor
         # A zero point that is 0 is left out: some engines would subtract it every time.
         for name, value in zip(("codes", "scale", "zero_point"), (codes, *found)):
             self.register_buffer(name, value.contiguous())
@@ -113,6 +113,8 @@ class ExportedLayer(nn.Module):
         self.rounded = Rounded(layer.input_codes(), place) if static else None
         self.factors: Tensor | None
         self.register_buffer("factors", layer.input_factors if spec.balanced else None)
+        self.down: Tensor
+        self.up: Tensor
         if spec.rank:
             self.register_buffer("down", layer.low_rank.down.float().t().contiguous())
             self.register_buffer("up", layer.low_rank.up.float().t().contiguous())
@@ -121,7 +123,7 @@ class ExportedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Some models ask a layer for the dtype of its weight."""
-        return self.weights.scale  # type: ignore[return-value]
+        return self.weights.scale
 
     def forward(self, input: Tensor, *kept: Any, **__: object) -> Tensor:
         layer, x = self.layer[0], input.float()

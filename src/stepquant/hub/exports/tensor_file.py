@@ -58,7 +58,7 @@ def write_tensors(
             out.write(raw(tensors[name]))
 
 
-def raw(one: Later) -> memoryview:
+def raw(one: Later) -> bytes:
     """The bytes of a tensor, as the header says that they are."""
     value = one.value().to(one.dtype).reshape(one.shape).contiguous()
-    return memoryview(value.view(-1).view(torch.uint8).numpy())
+    return value.view(-1).view(torch.uint8).numpy().tobytes()
