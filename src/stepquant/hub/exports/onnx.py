@@ -65,7 +65,7 @@ class Graph(nn.Module):
         self.place.row = self.rows[at]
         out = self.predicted(given)
         self.place.row = None
-        if self.factor is not None:
+        if self.factor is not None and self.offset is not None:
             shape = (1, -1, *[1] * (out.ndim - 2))
             axis = self.denoiser[0].family.channels
             factor, offset = (x[at].reshape(shape).movedim(1, axis) for x in (self.factor, self.offset))
@@ -163,6 +163,8 @@ def write(
             fix="export its weights alone: --to gguf, sdnq or comfyui",
         ) from error
     next(stages)
+    for one in (program.model.graph, *program.model.graph.all_nodes()):
+        one.metadata_props.clear()  # which lines of which files on this machine it was made by
     program.model.metadata_props.update({"made by": "stepquant", "artifact": network.config.digest})
     size = sum(value.nbytes for value in traced.state_dict.values())
     program.save(str(file), external_data=size > LARGEST)  # in a file of its own, with .data behind the name
