@@ -96,3 +96,12 @@ def test_graphs_need_a_pipeline_and_their_packages(
     monkeypatch.setattr(onnx, "find_spec", lambda name: find_spec("torch"))
     assert main(words) == USER
     assert "a graph is traced in a call of its pipeline" in capsys.readouterr().err
+
+
+def test_a_list_of_samples_is_no_graph(rounded: Make) -> None:
+    from stepquant.errors import StepquantError
+    from stepquant.hub.exports.at_rest import at_rest
+
+    _, given, folder = rounded("z_image")
+    with pytest.raises(StepquantError, match="it takes a list of samples"):
+        onnx.outlook(at_rest(folder), given)

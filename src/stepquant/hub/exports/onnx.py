@@ -78,6 +78,11 @@ class Graph(nn.Module):
 
 def outlook(network: Network, arguments: Mapping[str, Any]) -> Outlook:
     check_float_form(network, "a graph")
+    if not isinstance(arguments[Denoiser(network.model).family.x], Tensor):
+        raise RuntimeSupportError(
+            f"no graph is made of {network.kind}: it takes a list of samples",
+            fix="export its weights alone: --to gguf, sdnq or comfyui",
+        )
     fates = []
     for path, layer in network.layers.items():
         if not layer.dynamic:
@@ -184,12 +189,14 @@ def traced_graph(graph: Graph, given: dict[str, Any], samples: int) -> torch.exp
 @contextmanager
 def silence() -> Iterator[None]:
     """What the exporter says to its developers is not for users."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels):
+            log.setLevel(level)
