@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import GGUFQuantizationConfig
+from safetensors.torch import load_file
 from torch import Tensor
 
-from stepquant.hub.exports.gguf_file import Q4_0, Q4_1, Q8_0
+from stepquant.hub.exports.gguf_file import F32, Q4_0, Q4_1, Q8_0
 from stepquant.job.export import export
 from stepquant.runtime.layers.layer import IntegerLayer
 from tests.exports.conftest import Make
@@ -127,3 +128,19 @@ def test_rotated_layers_have_no_blocks(rounded: Make, tmp_path: Path) -> None:
     turned = {p for p, one in model.named_modules() if isinstance(one, IntegerLayer) and one.spec.rotation}
     assert turned
     assert all("no rotation" in fate.reason for fate in done.outlook.fates if fate.path in turned)
+
+
+def test_floats_of_bfloat16_stay_what_they_are(rounded: Make, tmp_path: Path) -> None:
+    model, _, folder = rounded("wan")
+    type(model).from_pretrained(folder, torch_dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    export(tmp_path / "half", tmp_path / "a.gguf", to="gguf", names="diffusers")
+    export(tmp_path / "half", tmp_path / "a.safetensors", to="comfyui", names="diffusers")
+    data = (tmp_path / "a.gguf").read_bytes()
+    name, want = next(
+        (name, value) for name, value in model.state_dict().items() if name.endswith("norm2.weight")
+    )
+    place = data.index(struct.pack("<Q", len(name)) + name.encode()) + 8 + len(name)
+    sides, side, kind = struct.unpack_from("<IQI", data, place)
+    assert (sides, side, kind) == (1, len(want), F32.number)
+    assert want.bfloat16().float().numpy().tobytes() in data
+    assert load_file(tmp_path / "a.safetensors")[name].dtype == torch.bfloat16

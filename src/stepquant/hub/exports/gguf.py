@@ -102,7 +102,7 @@ def kind_of(
 def float_kind(network: Network, name: str, pieces: tuple[Piece, ...], naming: Naming) -> Kind:
     shape = naming.shapes[name]
     count = torch.Size(shape).numel()
-    halves = all(dtype_of(network, one.name) != torch.float32 for one in pieces)
+    halves = all(dtype_of(network, one.name) == torch.float16 for one in pieces)
     return F16 if halves and len(shape) > 1 and count > FEW else F32
 
 

@@ -39,7 +39,7 @@ class Graph(nn.Module):
 
     def __init__(self, network: Network, arguments: Mapping[str, Any]) -> None:
         super().__init__()
-        self.model = network.model
+        self.model = nn.Module.float(network.model)  # numbers of 16 bits too, as its inputs are
         self.fixed = {name: value for name, value in arguments.items() if not tensors_in(value)}
         self.place, self.denoiser = Place(), (Denoiser(network.model),)
         steps = getattr(network.model, "steps", None)
