@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stepquant.hub.exports import comfy, gguf, sdnq
+from stepquant.hub.exports.at_rest import at_rest
+from stepquant.hub.exports.outlook import float_value
 from stepquant.job.export import export
 from tests.exports.conftest import Make
 from tests.foreign.test_convert import predicted
@@ -74,3 +78,15 @@ def test_external_sdnq_computes_with_the_folder(name: str, rounded: Make, tmp_pa
         got = file.get_tensor("predicted")
     assert ran == {fate.path for fate in done.outlook.fates if fate.kept}
     assert relative(got, predicted(model.dequantize(), given)) < 2e-3
+
+
+def test_weights_with_an_offset_are_float_everywhere(rounded: Make) -> None:
+    _, _, folder = rounded("wan")
+    network = at_rest(folder)
+    path, layer = next((p, one) for p, one in network.layers.items() if p.endswith("to_q"))
+    layer.spec = replace(layer.spec, offset=True, input=None)
+    layer.weight_offset = torch.full((len(layer.weight_scale),), 0.5)
+    for format in (comfy, gguf, sdnq):
+        fate = next(one for one in format.outlook(network).fates if one.path == path)
+        assert fate.reason, format
+    assert float_value(network, f"{path}.weight").mean() > 0.4

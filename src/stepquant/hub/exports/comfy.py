@@ -74,8 +74,8 @@ def why_float(network: Network, path: str, layer: IntegerLayer) -> str:
         return "the halves of the layer have scales of their own, and ComfyUI has one for a row"
     if spec.weight.granularity == "group":
         return "ComfyUI has one scale for a row, and none for groups within it"
-    if spec.rank or spec.balanced:
-        return "ComfyUI has nothing beside the integers: no branch, and no factors of inputs"
+    if spec.rank or spec.balanced or spec.offset:
+        return "ComfyUI has nothing beside the integers: no branch, no factors of inputs, and no offsets"
     if not layer.fits_signed_bytes():
         return "weights minus their zero point need more than a signed byte"
     return ""

@@ -70,8 +70,10 @@ def why_float(network: Network, path: str, layer: IntegerLayer) -> str:
         return f"blocks of {BLOCK} do not fill {'groups' if not layer.in_features % BLOCK else 'rows'}"
     if path.rpartition(".")[0] in network.split:
         return "the halves of the layer have scales of their own"
-    if spec.rank or spec.balanced or spec.rotation:
-        return "GGUF has nothing beside the integers: no rotation, no branch, and no factors of inputs"
+    if spec.rank or spec.balanced or spec.rotation or spec.offset:
+        return (
+            "only scales are written beside the integers: no rotation, branch, factors of inputs or offsets"
+        )
     if spec.weight.bits > 4 and not layer.fits_signed_bytes():
         return "weights minus their zero point need more than a signed byte"
     errors = layer.weight_scale.half().float() / layer.weight_scale - 1

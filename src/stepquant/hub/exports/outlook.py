@@ -86,7 +86,7 @@ def dtype_of(network: Network, name: str) -> torch.dtype:
 
 
 def half_or_float(layer: Any) -> torch.dtype:
-    if not isinstance(layer, IntegerLayer) or layer.spec.balanced:
+    if not isinstance(layer, IntegerLayer) or layer.spec.balanced or layer.spec.offset:
         return torch.float32
     low, high = layer.weight_scale.aminmax()
     return torch.float16 if low >= LEAST_SCALE and high <= MOST_SCALE else torch.float32

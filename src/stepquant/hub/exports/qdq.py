@@ -90,11 +90,19 @@ class Weight(nn.Module):
         # A zero point that is 0 is left out: some engines would subtract it every time.
         for name, value in zip(("codes", "scale", "zero_point"), (codes, *found)):
             self.register_buffer(name, value.contiguous())
+        self.inputs = len(found) + 1
+        self.offset: Tensor | None
+        sides = self.codes.dim() - 1
+        offset = layer.weight_offset
+        if offset is not None and not self.turned:
+            offset = (offset.expand(outputs) if by_output else offset).reshape(-1, *[1] * sides)
+        self.register_buffer("offset", offset)
 
     def forward(self) -> Tensor:
-        inputs = list(self.buffers())
+        inputs = list(self.buffers())[: self.inputs]
         axis = 1 if self.turned else 0
         values = node("DequantizeLinear", inputs, torch.float32, self.codes.shape, axis=axis)
+        values = values if self.offset is None else values + self.offset
         return values if self.codes.dim() != 2 or self.turned else values.reshape(self.shape)
 
 

@@ -60,8 +60,10 @@ def why_float(network: Network, path: str, layer: IntegerLayer) -> str:
         return "the halves of the layer have scales of their own"
     if spec.weight.granularity == "group":
         return "groups within rows are not written"
-    if spec.rank or spec.balanced or spec.rotation:
-        return "what stands beside the integers is not written: rotation, a branch, factors of inputs"
+    if spec.rank or spec.balanced or spec.rotation or spec.offset:
+        return (
+            "only scales are written beside the integers: no rotation, branch, factors of inputs or offsets"
+        )
     if not layer.fits_signed_bytes():
         return "weights minus their zero point need more than a signed byte"
     return ""
