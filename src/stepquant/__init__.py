@@ -43,6 +43,7 @@ from stepquant.errors import StepquantError  # noqa: E402
 if TYPE_CHECKING:
     from stepquant.job import Recipe, load, quantize, quantize_to
     from stepquant.job.card import write_card
+    from stepquant.job.export import export
     from stepquant.job.fastest import fastest
     from stepquant.job.foreign import convert
 
@@ -50,6 +51,7 @@ __all__ = [
     "Recipe",
     "StepquantError",
     "convert",
+    "export",
     "fastest",
     "load",
     "quantize",
@@ -69,6 +71,10 @@ def __getattr__(name: str) -> Any:
         from stepquant.job.foreign import convert
 
         return convert
+    if name == "export":
+        from stepquant.job.export import export
+
+        return export
     if name == "write_card":
         from stepquant.job.card import write_card
 

@@ -41,6 +41,7 @@ COMMANDS = (
     "diff",
     "inspect",
     "convert",
+    "export",
     "report",
     "methods",
     "schemes",

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from stepquant.cli import compare, demo, diff, foreign, lists, make, measure, show, study
+from stepquant.cli import compare, demo, diff, export, foreign, lists, make, measure, show, study
 from stepquant.cli.interrupt import Interrupted, asked, code_of, heeding, keeping
 from stepquant.cli.words import check_given, check_values, suit_terminal
 from stepquant.errors import StepquantError
@@ -84,7 +84,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-for module in (demo, make, foreign, measure, compare, diff, show, lists, study):
+for module in (demo, make, foreign, export, measure, compare, diff, show, lists, study):
     for name, command in module.COMMANDS.items():
         app.command(name)(guarded(command))
 

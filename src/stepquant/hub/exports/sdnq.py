@@ -1,0 +1,109 @@
+"""A folder of diffusers whose weights SDNQ dequantizes: signed bytes with a scale for each row.
+
+Every layer is told of one by one: what SDNQ would leave in float by rules of its own is written in integers where these are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.hub.exports.at_rest import WEIGHTS, Network
+from stepquant.hub.exports.outlook import (
+    Fate,
+    Outlook,
+    check_float_form,
+    dtype_of,
+    float_value,
+    left_of_activations,
+)
+from stepquant.hub.exports.tensor_file import Later, write_tensors
+from stepquant.progress import Progress
+from stepquant.runtime.layers.floating import float_kind
+from stepquant.runtime.layers.layer import IntegerLayer
+
+ENDS = ""  # a folder
+INTEGERS, FLOAT = "int8", "float"
+VERSION = "0.2.8"  # whose settings these are
+SETTINGS = {
+    "quant_method": "sdnq",
+    "sdnq_version": VERSION,
+    "weights_dtype": INTEGERS,
+    "group_size": -1,  # a scale for each row
+    "use_quantized_matmul": False,
+    "dequantize_fp32": True,
+    "add_skip_keys": False,
+    "minimum_allowed_numel": 1,
+    "minimum_allowed_channel_size": 1,
+}
+IN_FLOAT = "weights are multiplied in float"
+
+
+def outlook(network: Network) -> Outlook:
+    check_float_form(network, "sdnq")
+    reasons = {path: why_float(network, path, layer) for path, layer in network.layers.items()}
+    fates = tuple(Fate(path, FLOAT if why else INTEGERS, why) for path, why in reasons.items())
+    return Outlook(fates, left_of_activations(network, IN_FLOAT))
+
+
+def why_float(network: Network, path: str, layer: IntegerLayer) -> str:
+    """Why the folder cannot carry the layer's integers; empty if it can."""
+    spec = layer.spec
+    if float_kind(layer) not in (nn.Linear, nn.Conv2d):
+        return "convolutions over one or three dimensions are not written"
+    if path.rpartition(".")[0] in network.split:
+        return "the halves of the layer have scales of their own"
+    if spec.weight.granularity == "group":
+        return "groups within rows are not written"
+    if spec.rank or spec.balanced or spec.rotation or spec.offset:
+        return (
+            "only scales are written beside the integers: no rotation, branch, factors of inputs or offsets"
+        )
+    if not layer.fits_signed_bytes():
+        return "weights minus their zero point need more than a signed byte"
+    return ""
+
+
+def write(network: Network, seen: Outlook, file: Path, progress: Progress) -> None:
+    kept = {fate.path for fate in seen.fates if fate.kept}
+    tensors: dict[str, Later] = {}
+    for name, shape in network.shapes.items():
+        path, _, leaf = name.rpartition(".")
+        if path in kept and leaf == "weight":
+            layer = network.layers[path]
+            tensors[name] = Later(torch.int8, shape, layer.signed_bytes)
+            sides = (shape[0], 1, *shape[2:])
+            tensors[f"{path}.scale"] = Later(torch.float32, sides, scales_of(layer, sides))
+        else:
+            tensors[name] = Later(dtype_of(network, name), shape, value_of(network, name))
+    file.mkdir()
+    write_tensors(file / WEIGHTS, tensors, {"format": "pt"}, progress)
+    (file / "config.json").write_text(
+        json.dumps(settings_of(network, kept), indent=2) + "\n", encoding="utf-8"
+    )
+
+
+def settings_of(network: Network, kept: set[str]) -> dict[str, Any]:
+    """The network's own settings, and those of SDNQ, which name every layer that stays float."""
+    floats = [
+        name
+        for name, shape in network.shapes.items()
+        if name.endswith(".weight") and len(shape) > 1 and name.removesuffix(".weight") not in kept
+    ]
+    convolutions = any(len(network.layers[path].weight_shape) > 2 for path in kept)
+    told = SETTINGS | {"quant_conv": convolutions, "modules_to_not_convert": floats}
+    return {**network.settings, "quantization_config": told}
+
+
+def scales_of(layer: IntegerLayer, sides: tuple[int, ...]) -> Callable[[], Tensor]:
+    """SDNQ shares scales over input channels alone: those of a row are said again at every tap."""
+    return lambda: layer.weight_scale.reshape(-1, *[1] * (len(sides) - 1)).expand(sides)
+
+
+def value_of(network: Network, name: str) -> Callable[[], Tensor]:
+    return lambda: float_value(network, name)

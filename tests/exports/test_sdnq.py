@@ -1,0 +1,92 @@
+"""Folders for SDNQ hold the artifact's integers; SDNQ itself reads them in a process of its own, because it is under the GPL."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stepquant.hub.exports import comfy, gguf, sdnq
+from stepquant.hub.exports.at_rest import at_rest
+from stepquant.hub.exports.outlook import float_value
+from stepquant.job.export import export
+from tests.exports.conftest import Make
+from tests.foreign.test_convert import predicted
+from tests.runtime.synthetic import relative
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+READ = """
+import sys
+import sdnq, torch, diffusers
+from safetensors.torch import load_file, save_file
+name, folder, given, out = sys.argv[1:]
+model = getattr(diffusers, name).from_pretrained(folder, torch_dtype=torch.float32)
+kinds = {path: type(one).__name__ for path, one in model.named_modules()}
+with torch.no_grad():
+    predicted = model(**load_file(given), return_dict=False)[0]
+save_file({"predicted": predicted.contiguous()}, out, {p: "" for p, kind in kinds.items() if kind.startswith("SDNQ")})
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"), [("text_to_image", "w8a8-dynamic"), ("qwen_image", "w4a8-dynamic")]
+)
+def test_integers_and_scales_are_those_of_the_artifact(
+    name: str, scheme: str, rounded: Make, tmp_path: Path
+) -> None:
+    model, _, folder = rounded(name, scheme)
+    done = export(folder, tmp_path / "out", to="sdnq")
+    written = load_file(tmp_path / "out" / WEIGHTS)
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert told["_class_name"] == type(model).__name__
+    floats = set(told["quantization_config"]["modules_to_not_convert"])
+    back = model.dequantize().state_dict()
+    kept = [fate.path for fate in done.outlook.fates if fate.kept]
+    assert len(kept) > len(done.outlook.fates) / 2
+    for path in kept:
+        assert written[f"{path}.weight"].dtype == torch.int8
+        value = written[f"{path}.weight"] * written.pop(f"{path}.scale")
+        assert torch.equal(value, back[f"{path}.weight"]), path
+        assert f"{path}.weight" not in floats
+    assert set(written) == set(back)
+    for path, value in back.items():
+        if path.removesuffix(".weight") not in kept:
+            torch.testing.assert_close(written[path].float(), value, rtol=2**-11, atol=2**-24)
+    assert all(fate.reason for fate in done.outlook.fates if not fate.kept)
+
+
+@pytest.mark.skipif(find_spec("sdnq") is None, reason="the outside reader is sdnq")
+@pytest.mark.parametrize("name", ["text_to_image", "sd3"])
+def test_external_sdnq_computes_with_the_folder(name: str, rounded: Make, tmp_path: Path) -> None:
+    model, given, folder = rounded(name)
+    done = export(folder, tmp_path / "out", to="sdnq")
+    save_file({key: value.contiguous() for key, value in given.items()}, tmp_path / "given.safetensors")
+    made = tmp_path / "made.safetensors"
+    words = [type(model).__name__, tmp_path / "out", tmp_path / "given.safetensors", made]
+    subprocess.run([sys.executable, "-c", READ, *map(str, words)], check=True, timeout=300)
+    from safetensors import safe_open
+
+    with safe_open(made, framework="pt") as file:
+        ran = set(file.metadata())
+        got = file.get_tensor("predicted")
+    assert ran == {fate.path for fate in done.outlook.fates if fate.kept}
+    assert relative(got, predicted(model.dequantize(), given)) < 2e-3
+
+
+def test_weights_with_an_offset_are_float_everywhere(rounded: Make) -> None:
+    _, _, folder = rounded("wan")
+    network = at_rest(folder)
+    path, layer = next((p, one) for p, one in network.layers.items() if p.endswith("to_q"))
+    layer.spec = replace(layer.spec, offset=True, input=None)
+    layer.weight_offset = torch.full((len(layer.weight_scale),), 0.5)
+    for format in (comfy, gguf, sdnq):
+        fate = next(one for one in format.outlook(network).fates if one.path == path)
+        assert fate.reason, format
+    assert float_value(network, f"{path}.weight").mean() > 0.4
