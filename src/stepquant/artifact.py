@@ -25,6 +25,7 @@ from stepquant.core.entries import (
     table_of,
 )
 from stepquant.core.grid import Grid, GridError
+from stepquant.core.policy import FloatSteps
 from stepquant.core.rotation import is_group
 from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import ArtifactError
@@ -45,6 +46,7 @@ ALLOWED = {
     "splits": table_of(list_of(integer(1), 2)),
     "steps": optional(OBJECT),
     "recipe": OBJECT,
+    "runtime": OBJECT,
     "settings": optional(TEXT),
     "_pre_quantization_dtype": ANYTHING,
 }
@@ -183,6 +185,7 @@ class Artifact:
     splits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     steps: StepSpec | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    policy: FloatSteps | None = None
 
     def with_correction(self, correction: StepCorrection, table: StepTable) -> Artifact:
         """This artifact, its predictions corrected at every step of the table."""
@@ -207,7 +210,7 @@ class Artifact:
             "splits": {path: list(widths) for path, widths in sorted(self.splits.items())},
             "steps": self.steps.to_json() if self.steps else None,
             "recipe": dict(self.recipe),
-        }
+        } | ({} if self.policy is None else {"runtime": self.policy.to_json()})
 
 
 def table_tensors(table: StepTable) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a plan decides, site by site, in a form that people can read."""
+"""What a recipe decides, site by site, in a form that people can read."""
 
 from __future__ import annotations
 
@@ -6,8 +6,34 @@ from collections.abc import Sequence
 from typing import Any
 
 from stepquant.cli.screen import Screen
-from stepquant.models.denoiser import Denoiser
+from stepquant.core.policy import StepPolicy
+from stepquant.job import Recipe, load, planned
+from stepquant.job.parts import HOW, parts_of, plan_for_parts
+from stepquant.models.denoiser import Denoiser, by_denoiser
 from stepquant.quant.plan import PORTS, Decision, Plan
+
+
+def explain_all(screen: Screen, recipe: Recipe) -> dict[str, Any]:
+    """What the plan decides in every component of the recipe."""
+    pipeline = load(recipe.model)
+    parts = parts_of(pipeline, recipe.components)
+    result: dict[str, Any] = {}
+    for one in by_denoiser(pipeline):
+        with screen.reporter as progress:
+            decided = planned(one, recipe, progress)
+        found = explain_plan(screen, *decided)
+        result |= found if one is pipeline else {Denoiser.of(one).component: found}
+    result |= explain_policy(screen, recipe.policy)
+    if not parts:
+        return result
+    screen.show()
+    screen.show(f"{HOW}; layers that none of those reaches keep their inputs in float")
+    told = {}
+    for part in parts:
+        screen.show()
+        screen.show(f"{part.component}: {type(part.model).__name__}")
+        told[part.component] = explain_plan(screen, part, plan_for_parts(recipe.build_plan()))
+    return result | {"parts": told}
 
 
 def explain_plan(screen: Screen, denoiser: Denoiser, plan: Plan) -> dict[str, Any]:
@@ -50,6 +76,24 @@ def explain_products(screen: Screen, decisions: Sequence[Decision]) -> None:
     rows = [(path, d.port, text(d.grid), d.rule) for path in paths for d in decisions if d.path == path]
     screen.show()
     screen.table(f"{len(paths)} attention products", ("attention", "operand", "grid", "rule"), rows)
+
+
+def explain_policy(screen: Screen, told: str | None) -> dict[str, Any]:
+    """Print which steps the plan above is not for."""
+    if told is None:
+        return {}
+    policy = StepPolicy.parse(told)
+    screen.show()
+    screen.show(f"policy {policy}: at {in_words(policy)} activations stay in float, whatever the plan says")
+    return {"policy": str(policy)}
+
+
+def in_words(policy: StepPolicy) -> str:
+    counts = {"first": policy.first, "last": policy.last}
+    parts = [
+        f"the {name} {f'{count} steps' if count > 1 else 'step'}" for name, count in counts.items() if count
+    ]
+    return " and ".join(parts)
 
 
 def text(grid: object) -> str:

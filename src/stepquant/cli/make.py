@@ -14,7 +14,7 @@ from torch import Tensor
 from stepquant import hub, methods
 from stepquant.calib.cache import cache_folder
 from stepquant.calib.record import MEMORY
-from stepquant.cli.explain import explain_plan
+from stepquant.cli.explain import explain_all
 from stepquant.cli.interrupt import keeping
 from stepquant.cli.options import (
     DEFAULT_MODEL,
@@ -36,6 +36,7 @@ from stepquant.cli.options import (
     NoCard,
     OutFolder,
     PlanFile,
+    Policy,
     Prompts,
     Quiet,
     Resume,
@@ -51,12 +52,11 @@ from stepquant.cli.options import (
 )
 from stepquant.cli.screen import Screen, command_text, size_text
 from stepquant.errors import StepquantError
-from stepquant.job import Outcome, Recipe, load, plan_json, planned, quantize_to
+from stepquant.job import Outcome, Recipe, load, plan_json, quantize_to
 from stepquant.job.files import CARD
-from stepquant.job.parts import HOW, parts_of, plan_for_parts
 from stepquant.job.pipelines import sampling_of
 from stepquant.models.call import Asked, Call
-from stepquant.models.denoiser import Denoiser, by_denoiser
+from stepquant.models.denoiser import Denoiser
 from stepquant.models.pipelines.results import SOUNDS, sampling_rate
 from stepquant.quant.auto import AUTO
 
@@ -76,6 +76,7 @@ def quantize(
     auto: Auto = False,
     budget_bytes: BudgetBytes = None,
     components: Components = None,
+    policy: Policy = None,
     explain: Explain = False,
     resume: Resume = False,
     no_card: NoCard = False,
@@ -103,6 +104,7 @@ def quantize(
         seed=seed,
         device=device,
         components=read_names(components),
+        policy=policy,
         **{"prompts" if calls is None else "calls": read_asked(prompts, calls) or None},
     )
     recipe.check()
@@ -135,28 +137,6 @@ def scheme_of(scheme: str | None, auto: bool, budget_bytes: int | None) -> str |
 
 def read_names(text: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in (text or "").split(",") if name.strip())
-
-
-def explain_all(screen: Screen, recipe: Recipe) -> dict[str, Any]:
-    """What the plan decides in every component of the recipe."""
-    pipeline = load(recipe.model)
-    parts = parts_of(pipeline, recipe.components)
-    result: dict[str, Any] = {}
-    for one in by_denoiser(pipeline):
-        with screen.reporter as progress:
-            decided = planned(one, recipe, progress)
-        found = explain_plan(screen, *decided)
-        result |= found if one is pipeline else {Denoiser.of(one).component: found}
-    if not parts:
-        return result
-    screen.show()
-    screen.show(f"{HOW}; layers that none of those reaches keep their inputs in float")
-    told = {}
-    for part in parts:
-        screen.show()
-        screen.show(f"{part.component}: {type(part.model).__name__}")
-        told[part.component] = explain_plan(screen, part, plan_for_parts(recipe.build_plan()))
-    return result | {"parts": told}
 
 
 def make_artifact(

@@ -28,10 +28,10 @@ from stepquant.cli.options import (
     Steps,
     Truth,
     read_asked,
-    read_counts,
 )
 from stepquant.cli.screen import Screen, command_text
 from stepquant.cli.show import integer_shares, shares_text
+from stepquant.cli.words import read_counts
 from stepquant.job import load
 from stepquant.models.denoiser import Denoiser
 

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from stepquant.calib.cache import is_special
-from stepquant.cli.words import LARGEST
 from stepquant.errors import StepquantError
 from stepquant.models.call import Asked
 
@@ -205,6 +204,14 @@ Components = Annotated[
         show_default="the denoiser",
     ),
 ]
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="STEPS",
+        help="Steps whose activations stay in float, as first=3,last=3.",
+        show_default="none",
+    ),
+]
 PlanFile = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Rules (JSON) that come before those of --scheme, or stand alone."),
@@ -280,16 +287,3 @@ def read_value(text: str) -> Any:
                 "--set has lists in lists beyond all measure", got=f"{text[:40]}..."
             ) from None
     return None if text == "null" else text
-
-
-def read_counts(text: str, option: str) -> tuple[int, ...]:
-    """`1,8,32` as numbers."""
-    try:
-        counts = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        counts = ()
-    if not counts or min(counts) < 1 or max(counts) > LARGEST:
-        raise StepquantError(
-            f"cannot read {option} {text}", expected="positive numbers with commas, as 1,8,32"
-        )
-    return counts

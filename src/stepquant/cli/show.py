@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from stepquant.cli.explain import in_words
 from stepquant.cli.foreign import show_if_alone
 from stepquant.cli.options import ArtifactFolder, ArtifactOrFile, Fastest, Json
 from stepquant.cli.screen import Screen, size_text
+from stepquant.core.policy import StepPolicy
 from stepquant.runtime import ops
 
 Rows = Sequence[Mapping[str, Any]]
@@ -51,6 +53,8 @@ def inspect(
     screen.show(f"{how}; weights {size_text(found['size']['bytes'])}; C++ kernels: {ops.capability()}")
     if found["steps"]:
         screen.show(steps_text(found["steps"], rows))
+    if "policy" in found:
+        screen.show(f"activations in float at {in_words(StepPolicy.parse(found['policy']['steps']))}")
     shares = integer_shares(rows)
     screen.show(shares_text(shares))
     screen.show()

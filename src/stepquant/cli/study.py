@@ -23,10 +23,10 @@ from stepquant.cli.options import (
     Scheme,
     Seed,
     read_asked,
-    read_counts,
     writable,
 )
 from stepquant.cli.screen import Screen, command_text, size_text
+from stepquant.cli.words import read_counts
 from stepquant.errors import StepquantError
 from stepquant.job import Recipe, plan_json
 

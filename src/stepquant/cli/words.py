@@ -49,3 +49,16 @@ def suit_terminal() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
+
+
+def read_counts(text: str, option: str) -> tuple[int, ...]:
+    """`1,8,32` as numbers."""
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1 or max(counts) > LARGEST:
+        raise StepquantError(
+            f"cannot read {option} {text}", expected="positive numbers with commas, as 1,8,32"
+        )
+    return counts

@@ -11,8 +11,9 @@ from diffusers import ConfigMixin
 from torch import nn
 
 from stepquant.artifact import Artifact
+from stepquant.core.policy import POLICY
 from stepquant.errors import ArtifactError
-from stepquant.hub.config import Name, StepquantConfig, digests_of, settings_digest
+from stepquant.hub.config import RUNTIME, Name, StepquantConfig, digests_of, settings_digest
 from stepquant.hub.of_diffusers import StepquantQuantizer
 from stepquant.hub.of_transformers import TransformersQuantizer, settings_of
 from stepquant.runtime.lower import lower
@@ -26,7 +27,11 @@ def check_folder(folder: Path) -> None:
         except (OSError, ValueError):
             continue  # diffusers says what is wrong with it
         quantized = settings.get("quantization_config") if isinstance(settings, Mapping) else None
-        if isinstance(quantized, Mapping) and quantized.get("quant_method") == Name.STEPQUANT.value:
+        if not isinstance(quantized, Mapping):
+            continue
+        if quantized.get("quant_method") != Name.STEPQUANT.value:
+            check_no_policy(quantized, file)
+        else:
             try:
                 StepquantConfig.from_dict(quantized).check_settings(settings)
             except ArtifactError as error:
@@ -34,6 +39,19 @@ def check_folder(folder: Path) -> None:
                 raise ArtifactError(
                     error.what, where=where, got=error.got, expected=error.expected, fix=error.fix
                 ) from error
+
+
+def check_no_policy(quantized: Mapping[str, Any], file: Path) -> None:
+    """Other libraries' integers run by other libraries, which must not leave out what a folder says of its steps."""
+    runtime = quantized.get(RUNTIME)
+    if isinstance(runtime, Mapping) and POLICY in runtime:
+        raise ArtifactError(
+            "a policy of steps stands beside integers that stepquant does not run",
+            where=f"{file} ({RUNTIME}.{POLICY})",
+            got=f"quant_method {quantized.get('quant_method')}",
+            expected=f"quant_method {Name.STEPQUANT.value}",
+            fix="quantize the float pipeline: stepquant quantize MODEL --policy first=3,last=3 --out DIR",
+        )
 
 
 def attach(model: Any, artifact: Artifact) -> None:

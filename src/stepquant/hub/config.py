@@ -25,7 +25,10 @@ from stepquant.artifact import (
 )
 from stepquant.core.digest import tensors_digest, value_digest
 from stepquant.core.entries import AGAIN, entries
+from stepquant.core.policy import FloatSteps
 from stepquant.errors import ArtifactError
+
+RUNTIME = "runtime"  # the entry that only some artifacts have: what is not the same at every step
 
 # What diffusers and transformers may add to a model's configuration beside names that begin with an underscore.
 NOT_OF_THE_NETWORK = (
@@ -63,6 +66,7 @@ class StepquantConfig(QuantizationConfigMixin):
         digests: Mapping[str, str] | None = None,
         settings: str | None = None,
         rotation: int | None = None,
+        runtime: Mapping[str, Any] | None = None,
     ) -> None:
         self.quant_method = Name.STEPQUANT  # type: ignore[assignment]
         self.scheme, self.rotation = scheme, rotation
@@ -70,18 +74,20 @@ class StepquantConfig(QuantizationConfigMixin):
             from stepquant.hub.on_load import check_rotation, check_scheme  # which an artifact has no use for
 
             check_rotation(scheme, rotation)
-            check_scheme(scheme or "")
+            check_scheme(scheme or "", runtime)
         self.layers, self.products, self.splits = dict(layers or {}), dict(products or {}), dict(splits or {})
         self.steps = dict(steps) if steps else None
         self.recipe, self.format = dict(recipe or {}), format
         self.digests = dict(digests or {})  # tensor -> digest of what was saved
         self.settings = settings  # digest of the model's own configuration
+        self.runtime = dict(runtime) if runtime else None
         self.artifact = Artifact(  # what it describes, read once, without its tensors
             {path: LayerSpec.from_json(spec, f"layers.{path}") for path, spec in self.layers.items()},
             {path: ProductSpec.from_json(spec, f"products.{path}") for path, spec in self.products.items()},
             {},
             {path: tuple(widths) for path, widths in self.splits.items()},
             None if self.steps is None else StepSpec.from_json(self.steps),
+            policy=None if self.runtime is None else FloatSteps.from_json(self.runtime),
         )
 
     @classmethod
@@ -97,7 +103,7 @@ class StepquantConfig(QuantizationConfigMixin):
             )
         needed = NEEDED if version == FORMAT else {k: v for k, v in NEEDED.items() if k != "settings"}
         found = entries(config_dict, "quantization_config", needed, ALLOWED)
-        config = cls(**{key: value for key, value in found.items() if key in KEYS})
+        config = cls(**{key: value for key, value in found.items() if key in (*KEYS, RUNTIME)})
         if found["digest"] != config.digest:
             raise edited("its `quantization_config` is not the one that was saved")
         return (config, kwargs) if return_unused_kwargs else config
@@ -114,8 +120,13 @@ class StepquantConfig(QuantizationConfigMixin):
         self.digests = dict(digests)
         vars(self).pop("digest", None)
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The entries of this artifact; one that is the same at every step says nothing of steps."""
+        return KEYS if self.runtime is None else (*KEYS, RUNTIME)
+
     def described(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in KEYS if key != "settings"}
+        return {key: getattr(self, key) for key in self.keys if key != "settings"}
 
     def check_settings(self, settings: Mapping[str, Any], where: str | None = None) -> None:
         """The configuration of the model is the one that the artifact was saved with."""
@@ -129,7 +140,7 @@ class StepquantConfig(QuantizationConfigMixin):
         if self.scheme is not None:
             rotation = {} if self.rotation is None else {"rotation": self.rotation}
             return {"quant_method": self.quant_method.value, "scheme": self.scheme} | rotation
-        keys = [key for key in (*KEYS, "digest") if self.format != UNCOVERED or key != "settings"]
+        keys = [key for key in (*self.keys, "digest") if self.format != UNCOVERED or key != "settings"]
         return {"quant_method": self.quant_method.value} | {key: getattr(self, key) for key in keys}
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -51,7 +51,8 @@ class StepquantQuantizer(Living, DiffusersQuantizer):
                 "whether it was edited is not known. Quantize the model again to have it covered.",
                 stacklevel=2,
             )
-        skeleton(model, artifact.layers, artifact.products, artifact.splits, artifact.steps)
+        parts = artifact.layers, artifact.products, artifact.splits, artifact.steps, artifact.policy
+        skeleton(model, *parts)
         model.config.quantization_config = config
         self.expected = {name: value.to("meta") for name, value in model.state_dict().items()}
         self.size = bytes_of(self.expected.values())

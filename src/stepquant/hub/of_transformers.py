@@ -32,6 +32,8 @@ class TransformersQuantizer(HfQuantizer):
                 got=f"{quantization_config} for a model of transformers",
                 fix="load it in float, then stepquant.quantize(pipeline, components=('unet', 'text_encoder'))",
             )
+        if quantization_config.artifact.policy is not None:
+            raise ArtifactError("a policy of steps is for denoisers: no other network receives t", fix=AGAIN)
         super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]
 
     def is_serializable(self) -> bool:

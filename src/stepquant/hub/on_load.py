@@ -90,8 +90,13 @@ class OnLoadQuantizer(StepquantQuantizer):
         prepare(model)
 
 
-def check_scheme(name: str) -> None:
-    """It must be one whose activations have no range to measure."""
+def check_scheme(name: str, runtime: Any = None) -> None:
+    """It must be one whose activations have no range to measure, and the same at every step."""
+    if runtime:
+        raise PlanError(
+            "a policy of steps needs the t of a sampler, which loading does not see",
+            fix=f"stepquant quantize --scheme {name} --policy first=3,last=3 --out FOLDER, then load the folder",
+        )
     if scheme(name).measures():
         raise PlanError(
             f"scheme '{name}' needs calibration, which loading does not do",

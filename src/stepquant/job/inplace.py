@@ -12,6 +12,7 @@ from stepquant import hub, methods
 from stepquant.artifact import Artifact
 from stepquant.calib.cache import cache_folder
 from stepquant.calib.record import MEMORY, Source
+from stepquant.core.policy import FloatSteps, StepPolicy
 from stepquant.errors import ModelError
 from stepquant.job.calls import written_calls
 from stepquant.job.parts import fit_parts, parts_of
@@ -19,7 +20,7 @@ from stepquant.job.pipelines import check_written
 from stepquant.job.recipe import Recipe
 from stepquant.models.attention import is_adapter
 from stepquant.models.call import Call
-from stepquant.models.denoiser import Denoiser, by_denoiser, check_finite
+from stepquant.models.denoiser import Denoiser, by_denoiser, check_finite, denoisers
 from stepquant.models.observe import shown
 from stepquant.models.sampling import Sampling
 from stepquant.progress import Progress, Silent
@@ -40,6 +41,7 @@ def quantize(
     calls: Sequence[Mapping[str, Any] | Call] = (),
     settings: Mapping[str, Any] | None = None,
     components: Sequence[str] = (),
+    policy: str | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """Quantize the denoiser of `pipeline`, or these `components` of it, in place: it runs in integers afterwards, and saves them.
@@ -48,7 +50,7 @@ def quantize(
 
     `plan` puts rules before those of `scheme`, or stands alone when `scheme` is None. `calls` are arguments of the
     pipeline, one table for each trajectory, where a prompt is not all that it needs. `steps`: 100, or those of the calls. What `save_pretrained` then writes has
-    no model card; `stepquant.write_card(folder)` adds one.
+    no model card; `stepquant.write_card(folder)` adds one. `policy`: which steps keep activations in float, as `first=3,last=3`.
     """
     recipe = Recipe.of(
         model=str(pipeline.config.get("_name_or_path") or type(pipeline).__name__),
@@ -62,6 +64,7 @@ def quantize(
         prompts=prompts,
         calls=written_calls(calls),
         components=tuple(components),
+        policy=policy,
     )
     attach_all(pipeline, run_all(pipeline, recipe, progress))
     return pipeline
@@ -132,11 +135,24 @@ def run(
     provenance = provenance or recipe.provenance(pipeline)
     source = source_of(pipeline, recipe, progress, cache, memory, provenance["model_digest"])
     denoiser = shown(pipeline, recipe.asked).giving_up(expendable)
-    plan = plan_of(denoiser, recipe, source)
+    plan, policy = plan_of(denoiser, recipe, source), policy_of(denoiser, recipe, source)
     artifact = recipe.build_method()(denoiser, plan, source)
     seen = {} if denoiser.seen is None else {"seen": denoiser.seen.to_json()}
     found = {} if recipe.budget is None else {"allocated": plan.to_json()["rules"]}
-    return dataclasses.replace(artifact, recipe={**provenance, **seen, **found})
+    return dataclasses.replace(artifact, recipe={**provenance, **seen, **found}, policy=policy)
+
+
+def policy_of(denoiser: Denoiser, recipe: Recipe, source: Source) -> FloatSteps | None:
+    """The recipe's steps in float, by the t of its sampler."""
+    if recipe.policy is None:
+        return None
+    if len(denoisers(source.pipeline)) > 1:
+        raise ModelError(
+            "a policy counts the steps of one denoiser, and this pipeline has several that share them",
+            got=", ".join(denoisers(source.pipeline)),
+            fix="leave the policy out",
+        )
+    return FloatSteps.of(StepPolicy.parse(recipe.policy), denoiser.component, source.times())
 
 
 def planned(pipeline: Any, recipe: Recipe, progress: Progress | None = None) -> tuple[Denoiser, Plan]:

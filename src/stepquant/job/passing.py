@@ -47,6 +47,12 @@ def check_passes(recipe: Recipe) -> None:
             expected=f"--method {METHOD}",
             fix=f"add --method {METHOD}, or leave out --low-memory",
         )
+    if recipe.policy is not None:
+        raise StepquantError(
+            "a policy of steps needs the t of a trajectory, which a model that is never all there cannot run",
+            got=f"--policy {recipe.policy}",
+            fix="leave out --policy, or --low-memory",
+        )
     if recipe.budget is not None or recipe.build_plan().measures():
         raise PlanError(
             f"scheme '{recipe.scheme or recipe.build_plan().name}' needs calls of the network, which is never all there",

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from stepquant import methods
+from stepquant.core.policy import StepPolicy
 from stepquant.errors import StepquantError, UnknownNameError
 from stepquant.methods.method import Method
 from stepquant.models.call import PACKED, Asked, Call, steps_of
@@ -61,6 +62,7 @@ class Recipe(BaseModel):
     calls: tuple[WrittenCall, ...] = ()  # arguments of the pipeline, instead of prompts
     device: str = "cpu"
     components: tuple[str, ...] = ()  # of the pipeline, by their folders; nothing: the denoiser alone
+    policy: str | None = None  # which steps keep their activations in float, as first=3,last=3
 
     @classmethod
     def of(cls, **fields: Any) -> Recipe:
@@ -115,6 +117,23 @@ class Recipe(BaseModel):
             )
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise UnknownNameError("sampler", self.sampler, SAMPLERS)
+        if self.policy is not None:
+            self.check_policy(StepPolicy.parse(self.policy))
+
+    def check_policy(self, policy: StepPolicy) -> None:
+        """It must be about something, and its float steps must not be corrected for an error that they do not have."""
+        if not self.build_plan().quantizes_activations():
+            raise StepquantError(
+                "activations are in float at every step: a policy would change nothing",
+                got=f"{policy} with {self.scheme or self.build_plan().name}",
+                fix="leave the policy out, or choose a scheme with activations in integers, as w8a8",
+            )
+        if methods.JOINT in self.method:
+            raise StepquantError(
+                "a correction is fitted on integers at every step, and would spoil the steps in float",
+                got=f"{policy} with {self.method}",
+                fix=f"leave the policy out, or take method {self.method.partition(methods.JOINT)[0]}",
+            )
 
     def provenance(self, pipeline: Any) -> dict[str, Any]:
         """What the artifact says about how it came about; the same for everybody who repeats it.
@@ -126,21 +145,26 @@ class Recipe(BaseModel):
     def provenance_of(self, sampler: str, digest: str) -> dict[str, Any]:
         """The same of a model with this digest, in a pipeline with this sampler of its own."""
         components = {"components": list(self.components)} if self.components else {}
-        return components | {
-            "model": Path(self.model).resolve().name if Path(self.model).is_dir() else self.model,
-            "model_digest": digest,
-            "method": self.method,
-            "settings": self.build_method().model_dump(mode="json"),
-            "scheme": self.build_plan().name,
-            "plan": self.build_plan().to_json()["rules"],
-            "steps": self.steps,
-            "sampler": self.sampler or sampler,
-            "seed": self.seed,
-            "prompts": list(self.prompts) if self.prompts else None,
-            "calls": [dict(one.described) for one in self.calls] or None,
-            "versions": {
-                "stepquant": __version__,
-                "torch": torch.__version__,
-                "diffusers": diffusers.__version__,
-            },
-        }
+        policy = {} if self.policy is None else {"policy": str(StepPolicy.parse(self.policy))}
+        return (
+            components
+            | {
+                "model": Path(self.model).resolve().name if Path(self.model).is_dir() else self.model,
+                "model_digest": digest,
+                "method": self.method,
+                "settings": self.build_method().model_dump(mode="json"),
+                "scheme": self.build_plan().name,
+                "plan": self.build_plan().to_json()["rules"],
+                "steps": self.steps,
+                "sampler": self.sampler or sampler,
+                "seed": self.seed,
+                "prompts": list(self.prompts) if self.prompts else None,
+                "calls": [dict(one.described) for one in self.calls] or None,
+                "versions": {
+                    "stepquant": __version__,
+                    "torch": torch.__version__,
+                    "diffusers": diffusers.__version__,
+                },
+            }
+            | policy
+        )

@@ -156,7 +156,9 @@ def inspect_artifact(
     settings = artifact_config(pipeline, folder)
     timed = [] if batch is None else fastest(pipeline, batch, progress=progress)  # of all denoisers
     known = describe_alone(pipeline, folder)
-    return known | {"steps": settings.steps, "times": [asdict(layer) for layer in timed]}
+    policy = settings.artifact.policy
+    told = {} if policy is None else {"policy": {"steps": str(policy.policy), **policy.to_json()}}
+    return known | told | {"steps": settings.steps, "times": [asdict(layer) for layer in timed]}
 
 
 def read_results(folder: Path) -> dict[str, Any]:

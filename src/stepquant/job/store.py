@@ -126,7 +126,7 @@ def check_same(out: Path, pipeline: Any, wanted: Mapping[str, Any]) -> Mapping[s
             f"'{out}' holds a float model", expected="an artifact of stepquant", fix="choose another --out"
         )
     mine, theirs = (json.loads(json.dumps(recipe)) for recipe in (wanted, config.recipe))
-    mine.setdefault("components", None)
+    mine |= {name: mine.get(name) for name in ("components", "policy")}
     different = [key for key in mine if key not in ("versions", "model") and mine[key] != theirs.get(key)]
     if different:
         key = different[0]

@@ -122,7 +122,7 @@ def first_arguments(
     """What the pipeline's denoiser receives on the first step of a batch of images.
 
     A call that is written out makes one image, which then stands for all of the batch. Where `quantized`, or the
-    pipeline itself, knows some t only, the t is the first of those.
+    pipeline itself, knows some t only, the t is the first of those; where it has steps in float, one of the others.
     """
     caught: dict[str, Any] = {}
     written = any(isinstance(one, Call) for one in prompts)
@@ -147,9 +147,13 @@ def first_arguments(
     if written:
         caught = widened(denoiser, caught, batch)
     tables = tables_of(denoiser.model)
-    if tables is not None:
+    policy = vars(denoiser.model).get("policy")
+    known = tables.times().times if tables is not None else torch.empty(0)
+    if policy is not None:
+        known = known[~policy(known, len(known))] if len(known) else torch.tensor([policy.middle])
+    if len(known):
         t = torch.as_tensor(caught[denoiser.family.t])
-        caught[denoiser.family.t] = torch.full_like(t, tables.times().times[0].item())
+        caught[denoiser.family.t] = torch.full_like(t, known[0].item())
     return caught
 
 

@@ -126,6 +126,10 @@ class Plan:
         grids = [rule.grid for rule in self.rules if set(rule.ports) != {"weight"}]
         return any(grid is not None and grid.granularity != "token" for grid in grids)
 
+    def quantizes_activations(self) -> bool:
+        """Whether some rule gives activations a grid, whatever the model."""
+        return any(rule.grid is not None and set(rule.ports) != {"weight"} for rule in self.rules)
+
     def has_ranges(self, denoiser: Denoiser) -> bool:
         """Whether some activation gets a range that records have to show."""
         found = (decision for decision in self.resolve(denoiser).values() if decision.port != "weight")

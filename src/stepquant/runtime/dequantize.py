@@ -100,7 +100,7 @@ def dequantize(model: Any) -> Any:
             del module.parameters
     if "steps" in model._modules:
         del model.steps
-    for name in OWN_METHODS:
+    for name in (*OWN_METHODS, "policy"):
         vars(model).pop(name, None)
     if hasattr(model, "_internal_dict"):
         kept = {name: value for name, value in model.config.items() if name not in OF_QUANTIZING}

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.artifact import Artifact, LayerSpec, ProductSpec, StepSpec, bounds_of
 from stepquant.core.bounds import check_tensors, check_values
 from stepquant.core.entries import AGAIN
 from stepquant.core.grid import GridError
+from stepquant.core.policy import FloatSteps
 from stepquant.errors import ArtifactError, RuntimeSupportError
 from stepquant.models.attention import KeepProduct, NoFusing, rebind
 from stepquant.models.blocks.structure import Structure, roles, structure
@@ -29,12 +28,13 @@ from stepquant.runtime.blocks.time_rows import TabledLayer, put_tabled
 from stepquant.runtime.cpu.replay import Replay
 from stepquant.runtime.intact import check_steps, own_bounds
 from stepquant.runtime.layers.attention_product import IntegerProduct
-from stepquant.runtime.layers.convolution import IntegerConv1d, IntegerConv2d, IntegerConv3d, channels_last
+from stepquant.runtime.layers.cast import FloatLayer
+from stepquant.runtime.layers.convolution import IntegerConv1d, IntegerConv2d, IntegerConv3d
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.linear import IntegerLinear, LowRankBranch
-from stepquant.runtime.layers.stored import Prepared, Versions
 from stepquant.runtime.layers.tabled import Tabled
 from stepquant.runtime.moving import Move
+from stepquant.runtime.policy import PolicyForward, check_policy
 from stepquant.runtime.steps import StepForward, StepTensors
 
 # Layers whose output meets the stream inside the model; all others emit the dtype that they receive.
@@ -61,8 +61,12 @@ def skeleton(
     products: Mapping[str, ProductSpec],
     splits: Mapping[str, tuple[int, ...]],
     steps: StepSpec | None = None,
+    policy: FloatSteps | None = None,
 ) -> nn.Module:
     """Put runtime modules with empty buffers of the right shape into `model`, in place; the meta device will do."""
+    if policy is not None:
+        check_policy(model, policy, corrected=steps is not None and bool(steps.channels))
+        model.policy = policy  # type: ignore[assignment]
     split_concats(model, splits)
     device, groups = device_of(model), steps.groups if steps else 1
     for path, spec in layers.items():
@@ -95,7 +99,7 @@ def skeleton(
 
 def lower(model: nn.Module, artifact: Artifact, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """`model` in integers, in place; it holds the artifact's own tensors where they are on its device."""
-    skeleton(model, artifact.layers, artifact.products, artifact.splits, artifact.steps)
+    skeleton(model, artifact.layers, artifact.products, artifact.splits, artifact.steps, artifact.policy)
     own = own_tensors(model)
     bounds = bounds_of(artifact.layers, artifact.products, artifact.steps)
     check_tensors(artifact.tensors, own, "artifact", bounds)
@@ -151,7 +155,9 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
             bind(model, replay)
     elif chains.time is not None:
         look_up(model, chains)
-    tensors = getattr(model, "steps", None)
+    policy, tensors = model.__dict__.get("policy"), getattr(model, "steps", None)
+    if policy is not None:
+        bind(model, PolicyForward(model, policy, model.__dict__.get("forward")))
     if isinstance(tensors, StepTensors):
         bind(model, StepForward(model, tensors, model.__dict__.get("forward")))
     model._apply = Move(model)  # type: ignore[assignment]
@@ -189,7 +195,7 @@ def unbind(model: nn.Module) -> None:
             del model._load_state_dict_post_hooks[key]
     uninstall(model)
     for module in model.modules():
-        if isinstance(bound(module), FloatLayer | Replay | StepForward):
+        if isinstance(bound(module), FloatLayer | Replay | PolicyForward | StepForward):
             unbind_one(module)
 
 
@@ -227,42 +233,6 @@ class Reload:
     def __call__(self, model: nn.Module, _keys: object) -> None:
         check_values(own_tensors(model), own_bounds(runtime_modules(model)), "the state dict that was loaded")
         prepare(model, self.dtype, self.fuse)
-
-
-@dataclass(frozen=True, eq=False)
-class Cast(Prepared):
-    """Weight and bias of a float layer in the dtypes of the inputs that came so far."""
-
-    weights: dict[torch.dtype, tuple[Tensor, Tensor | None]]
-
-
-class FloatLayer:
-    """Stands in for the forward of a layer kept in float: casts its weight once to the dtype that reaches it."""
-
-    def __init__(self, module: Any, emit: torch.dtype | None) -> None:
-        self.module, self.emit = module, emit
-        self.ready = Cast(Versions(), {})
-
-    def __call__(self, input: Tensor, *_: object, **__: object) -> Tensor:
-        x, layer, ready = input, self.module, self.prepared()
-        if x.dtype not in ready.weights:
-            bias = None if layer.bias is None else layer.bias.to(x.dtype)
-            ready.weights[x.dtype] = (layer.weight.to(x.dtype), bias)
-        weights = ready.weights[x.dtype]
-        linear = isinstance(layer, nn.Linear)
-        y = F.linear(x, *weights) if linear else layer._conv_forward(channels_last(x), *weights)
-        return y if self.emit is None else y.to(self.emit)
-
-    def prepared(self) -> Cast:
-        ready = self.ready
-        if not torch.compiler.is_compiling():
-            versions = Versions.of(self.module._parameters.values())
-            if versions != ready.versions:
-                ready = self.ready = Cast(versions, {})
-        return ready
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"ready": Cast(Versions(), {})}
 
 
 def integer_layer(layer: nn.Module, spec: LayerSpec, path: str, groups: int = 1) -> IntegerLayer:

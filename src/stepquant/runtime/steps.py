@@ -21,6 +21,7 @@ from stepquant.models.tables import StepTables
 from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.stored import Prepared, Stored, Versions
+from stepquant.runtime.rows import by_group
 from stepquant.runtime.turns import Turns
 
 
@@ -113,24 +114,16 @@ class StepForward:
             rows = known.times.rows[places]
             one = bool((rows == rows[:1]).all())
             first = int(rows[0]) if len(rows) else 0
-            out = self.run(arguments, places, first) if one else self.by_row(arguments, places, rows)
+            out = self.run(first, arguments, places) if one else self.by_row(arguments, places, rows)
         if known.correction is not None:
             out = known.correction(out, places, family.channels).to(out.dtype)
         return self.output(sample=out) if return_dict else (out,)
 
     def by_row(self, arguments: dict[str, Any], places: Tensor, rows: Tensor) -> Tensor:
         """The predictions of a batch whose samples read different rows, in its order."""
-        out: Tensor | None = None
-        for row in rows.unique().tolist():
-            mine = (rows == row).nonzero().flatten()
-            some = {name: pick(value, mine, len(rows)) for name, value in arguments.items()}
-            part = self.run(some, places[mine], row)
-            out = part.new_empty((len(rows), *part.shape[1:])) if out is None else out
-            out[mine] = part
-        assert out is not None
-        return out
+        return by_group(arguments, rows, lambda row, some, mine: self.run(row, some, places[mine]))
 
-    def run(self, arguments: dict[str, Any], places: Tensor, row: int) -> Tensor:
+    def run(self, row: int, arguments: dict[str, Any], places: Tensor) -> Tensor:
         for module in self.stepped:
             module.select(row)
         return self.forward_at(arguments, places)
@@ -166,14 +159,6 @@ def places_of(t: Tensor, samples: int, table: StepTable) -> Tensor:
 
 def stepped_modules(model: nn.Module) -> Iterable[IntegerLayer | IntegerProduct]:
     return (m for m in model.modules() if isinstance(m, IntegerLayer | IntegerProduct) and m.stepped)
-
-
-def pick(value: Any, rows: Tensor, samples: int) -> Any:
-    """The rows of an argument that has a batch axis; nested ones too."""
-    if isinstance(value, dict):
-        return {name: pick(inner, rows, samples) for name, inner in value.items()}
-    has_rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == samples
-    return value[rows.to(value.device)] if has_rows else value
 
 
 def absorb(scheduler: Any, correction: StepCorrection, table: StepTable) -> Any:

@@ -24,7 +24,8 @@ class Residual(Chain):
         self.first = NormThen(module.norm1, "silu", module.conv1)
         self.second = NormThen(module.norm2, "silu", module.conv2)
 
-    def unfused(self, x: Tensor, *args: Any, skip: Tensor | None = None, **kwargs: Any) -> Any:
+    def unfused(self, input_tensor: Tensor, *args: Any, skip: Tensor | None = None, **kwargs: Any) -> Any:
+        x = input_tensor
         return super().unfused(x if skip is None else torch.cat([x, skip], dim=1), *args, **kwargs)
 
     def fused(

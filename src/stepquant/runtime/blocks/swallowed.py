@@ -23,8 +23,8 @@ class Swallowed:
         self.layout = Layout(module for module in (within, *inside) if module is not None)
 
     def awaited(self) -> bool:
-        """Whether a hook or a foreign forward hangs on one of them, or another module took the place of one, so that
-        they have to be called themselves."""
+        """Whether a hook or a foreign forward hangs on one of them, or another module took the place of one, or floats
+        are asked of it, so that they have to be called themselves."""
         return self.layout.changed() or any(map(is_awaited, self.modules, self.forwards))
 
     def learns(self) -> bool:
@@ -50,7 +50,8 @@ class Swallowed:
 
 def is_awaited(module: nn.Module, forward: Any) -> bool:
     attributes = module.__dict__
-    if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+    hooked = attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]
+    if hooked or attributes.get("in_floats"):  # a step in float, which codes have no part in
         return True
     now = attributes.get("forward")
     return now is not forward and OFFLOADED not in attributes and not hasattr(now, "goes_along")

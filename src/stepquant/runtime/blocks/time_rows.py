@@ -198,7 +198,7 @@ class TabledLayer(Tabled):
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         input: Tensor = inputs[0] if inputs else named["input"]
-        dtype = self.emit or input.dtype
+        dtype = input.dtype if self.in_floats or self.emit is None else self.emit
         if not self.shape:
             return input.new_zeros((), dtype=dtype).expand(*input.shape[:-1], self.width)
         rows = self.source[0].present

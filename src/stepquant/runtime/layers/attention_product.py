@@ -13,7 +13,7 @@ from stepquant.artifact import ProductSpec
 from stepquant.core.slices import cuts
 from stepquant.runtime import ops
 from stepquant.runtime.device import device_for
-from stepquant.runtime.layers.stored import Prepared, Stored, Versions
+from stepquant.runtime.layers.stored import Prepared, Ranged, Versions
 from stepquant.runtime.ops.code import Code
 
 PORTS = ("query", "key", "value", "probabilities")
@@ -27,13 +27,12 @@ class PreparedProduct(Prepared):
     codes: tuple[tuple[Code, ...], ...]
 
 
-class IntegerProduct(Stored[PreparedProduct]):
+class IntegerProduct(Ranged[PreparedProduct]):
     """softmax(Q K^T) V over (batch, heads, tokens, width)."""
 
     def __init__(self, spec: ProductSpec, device: torch.device, groups: int = 1) -> None:
         super().__init__()
         self.spec = spec
-        self.row = 0  # of the ranges, where there is one for every step
         for port in PORTS:
             count = groups if getattr(spec, port).granularity == "step" else 1
             self.register_buffer(f"{port}_scale", torch.ones(count, device=device))
@@ -68,10 +67,6 @@ class IntegerProduct(Stored[PreparedProduct]):
         """Whether some operand has a range for every step."""
         return any(getattr(self.spec, port).granularity == "step" for port in PORTS)
 
-    def select(self, row: int) -> None:
-        """Read this row of the ranges from now on."""
-        self.row = row
-
     def why_float(self, codes: tuple[tuple[Code, ...], ...]) -> str | None:
         if any(row[3].zero_point != 0 for row in codes):
             return "probabilities with a zero point have no integer kernel"
@@ -89,6 +84,8 @@ class IntegerProduct(Stored[PreparedProduct]):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
+        if self.in_floats:
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in (q, k, v)):
             y = self(*(operand.detach().float() for operand in (q, k, v)), mask, scale)
             through = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)

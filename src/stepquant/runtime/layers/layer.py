@@ -15,7 +15,7 @@ from stepquant.core.pack import packed_bytes, unpack
 from stepquant.core.rotation import rotate
 from stepquant.runtime import ops
 from stepquant.runtime.kernel import Geometry, Kernel
-from stepquant.runtime.layers.stored import Prepared, Stored, Versions, not_needed_soon
+from stepquant.runtime.layers.stored import Prepared, Ranged, Versions, not_needed_soon
 from stepquant.runtime.ops.code import Code
 
 WEIGHT_ONLY = "weight-only: its input is not quantized, and it multiplies floats"
@@ -33,7 +33,7 @@ class PreparedLayer(Prepared):
     stored_rows: int = 0  # as many rows of floats at most meet the weight as it is stored
 
 
-class IntegerLayer(Stored[PreparedLayer]):
+class IntegerLayer(Ranged[PreparedLayer]):
     """The buffers of one quantized layer and the choice of how to compute with them.
 
     `emit` is the dtype of the output; None means that of the input. An input of unsigned bytes is taken for codes
@@ -53,7 +53,6 @@ class IntegerLayer(Stored[PreparedLayer]):
         super().__init__()
         weight: Tensor = layer.weight  # type: ignore[assignment]
         self.spec, self.weight_shape = spec, torch.Size(weight.shape)
-        self.row = 0  # of the input's ranges, where there is one for every step
         self.emit: torch.dtype | None = None
         self.float_because: str | None = None  # why it computes in float although it could multiply integers
         self.keeps_weight = False  # once dequantized, where only the weight is quantized
@@ -86,8 +85,8 @@ class IntegerLayer(Stored[PreparedLayer]):
     @property
     def kernel(self) -> Kernel | None:
         """What multiplies codes that others may make, with the present row of ranges; None if this layer reads floats."""
-        kernels = self.prepared().kernels
-        return kernels[self.row] if kernels and not self.alone else None
+        kernels = () if self.alone or self.in_floats else self.prepared().kernels
+        return kernels[self.row] if kernels else None
 
     @property
     def reason(self) -> str | None:
@@ -108,10 +107,6 @@ class IntegerLayer(Stored[PreparedLayer]):
     def stepped(self) -> bool:
         """Whether the input has a range for every step."""
         return self.spec.input is not None and self.spec.input.granularity == "step"
-
-    def select(self, row: int) -> None:
-        """Read this row of the ranges from now on; all rows share one packed weight."""
-        self.row = row
 
     @property
     def integer(self) -> bool:
@@ -210,6 +205,8 @@ class IntegerLayer(Stored[PreparedLayer]):
     def forward(self, input: Tensor, *_: object, **__: object) -> Tensor:
         """`input` is what torch calls it, and some models name it."""
         x, kernel = input, self.kernel
+        if self.in_floats:
+            return self.as_float(x)
         if x.requires_grad and torch.is_grad_enabled():
             return self.straight_through(x)
         if x.dtype == torch.uint8:
@@ -238,6 +235,10 @@ class IntegerLayer(Stored[PreparedLayer]):
             return ops.rotate_quantize_rows(x, self.spec.rotation, self.code)
         scales = ops.row_scales(x, self.rows_from, self.spec.input.qmax)
         return ops.quantize_rows(x, scales, self.code), scales
+
+    def as_float(self, x: Tensor) -> Tensor:
+        """What the float layer that the integers stand for makes of `x`; its weight is not kept."""
+        return self.multiply(x, self.dequantized(x.dtype), self.bias_like(x))
 
     def straight_through(self, x: Tensor) -> Tensor:
         """What integers make of `x`, with the gradient of the float layer that they stand for."""

@@ -97,6 +97,10 @@ class IntegerLinear(IntegerLayer):
             return super().of_floats(read, dtype)
         return (super().of_floats(read, torch.float32) + self.low_rank(x)).to(dtype)
 
+    def as_float(self, x: Tensor) -> Tensor:
+        y = super().as_float((x * self.input_factors).to(x.dtype) if self.spec.balanced else x)
+        return y + self.low_rank(x) if self.spec.rank else y  # type: ignore[no-any-return]
+
     def total_weight(self, dtype: torch.dtype) -> Tensor:
         weight = self.dequantized(torch.float32)
         weight = weight * self.input_factors if self.spec.balanced else weight

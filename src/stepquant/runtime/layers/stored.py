@@ -101,6 +101,19 @@ class Stored(nn.Module, ABC, Generic[P]):
         return self.__dict__ | {"ready": None}
 
 
+class Ranged(Stored[P]):
+    """What reads one row of its ranges at a time, where there is one for every step; in a step in float it reads none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = 0
+        self.in_floats = False
+
+    def select(self, row: int) -> None:
+        """Read this row of the ranges from now on; what was packed serves them all."""
+        self.row = row
+
+
 def forget_loaded(module: nn.Module, _keys: object) -> None:
     """What loading a state dict does to what was derived from the former one."""
     module.forget()  # type: ignore[operator]
