@@ -109,9 +109,7 @@ def quantize(
     )
     recipe.check()
     if out is None and not explain:
-        raise StepquantError(
-            "where to write the artifact?", fix="add --out DIR, or --explain to see the plan only"
-        )
+        raise StepquantError("where to write the artifact?", fix="add --out DIR, or --explain for the plan")
     result: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
     if explain:
         result |= explain_all(screen, recipe)

@@ -44,8 +44,10 @@ def unpack(data: Tensor, grid: Grid, count: int) -> Tensor:
         raise GridError(
             f"{count} integers of {grid.bits} bits fill {packed_bytes(count, grid.bits)} bytes, not {data.numel()}"
         )
-    if grid.bits == 8:
-        return data.reshape(-1).to(torch.int16) + grid.qmin
+    if 8 % grid.bits == 0:  # each byte holds the same number of them
+        places = torch.arange(0, 8, grid.bits, dtype=torch.uint8, device=data.device)
+        codes = (data.reshape(-1, 1) >> places).reshape(-1)[:count] & 2**grid.bits - 1
+        return codes.to(torch.int16) + grid.qmin
     places = torch.arange(8, device=data.device)
     bits = (data.reshape(-1)[:, None] >> places.to(torch.uint8) & 1).reshape(-1)
     bits = bits[: count * grid.bits].reshape(count, grid.bits)

@@ -18,7 +18,7 @@ from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.cast import FloatLayer
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.tabled import Tabled
-from stepquant.runtime.rows import by_group
+from stepquant.runtime.steps import by_group
 from stepquant.runtime.turns import Turns
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,6 @@ from stepquant.models.tables import StepTables
 from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.stored import Prepared, Stored, Versions
-from stepquant.runtime.rows import by_group
 from stepquant.runtime.turns import Turns
 
 
@@ -159,6 +158,29 @@ def places_of(t: Tensor, samples: int, table: StepTable) -> Tensor:
 
 def stepped_modules(model: nn.Module) -> Iterable[IntegerLayer | IntegerProduct]:
     return (m for m in model.modules() if isinstance(m, IntegerLayer | IntegerProduct) and m.stepped)
+
+
+def by_group(
+    arguments: Mapping[str, Any], groups: Tensor, run: Callable[[int, dict[str, Any], Tensor], Tensor]
+) -> Tensor:
+    """The predictions of a batch in its order; `run` makes those of each group of samples, whose places it is told."""
+    out: Tensor | None = None
+    for group in groups.unique().tolist():
+        mine = (groups == group).nonzero().flatten()
+        some = {name: pick(value, mine, len(groups)) for name, value in arguments.items()}
+        part = run(group, some, mine)
+        out = part.new_empty((len(groups), *part.shape[1:])) if out is None else out
+        out[mine] = part
+    assert out is not None
+    return out
+
+
+def pick(value: Any, rows: Tensor, samples: int) -> Any:
+    """The rows of an argument that has a batch axis; nested ones too."""
+    if isinstance(value, dict):
+        return {name: pick(inner, rows, samples) for name, inner in value.items()}
+    has_rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == samples
+    return value[rows.to(value.device)] if has_rows else value
 
 
 def absorb(scheduler: Any, correction: StepCorrection, table: StepTable) -> Any:
