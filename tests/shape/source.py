@@ -46,7 +46,7 @@ INSIDE: dict[str, Rungs] = {
         ("layers", "macs"),
         ("steps", "adapters"),
         ("blocks", "intact"),
-        ("cpu",),
+        ("cpu", "policy"),
         ("lower", "coverage"),
         ("cpu.float_layers", "dequantize"),
     ),
