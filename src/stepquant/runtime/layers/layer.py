@@ -129,9 +129,8 @@ class IntegerLayer(Ranged[PreparedLayer]):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight for inputs as they come."""
-        if not self.spec.rotation:
-            return self.stored_weight(dtype)
-        return rotate(self.stored_weight(torch.float32), self.spec.rotation).to(dtype)
+        stored = self.stored_weight(torch.float32 if self.spec.rotation else dtype)
+        return rotate(stored, self.spec.rotation).to(dtype) if self.spec.rotation else stored
 
     def stored_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight that the integers stand for, which is a rotated one where inputs are rotated."""
