@@ -20,6 +20,9 @@ from stepquant.artifact import Artifact
 from stepquant.core.policy import FloatSteps, StepPolicy
 from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import ArtifactError, PlanError
+from stepquant.hub.exports import gguf, onnx
+from stepquant.hub.exports.at_rest import at_rest
+from stepquant.hub.of_transformers import TransformersQuantizer
 from stepquant.models.denoiser import prediction_of
 from stepquant.quant.schemes import scheme
 from stepquant.runtime.coverage import coverage
@@ -127,6 +130,9 @@ def test_a_saved_network_is_loaded_by_its_class(case: Case, tmp_path: Path) -> N
     loaded.save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
     assert again["digest"] == told["digest"]
+    network = at_rest(tmp_path)  # as exports read it, to formats that have no word for steps
+    seen = gguf.outlook(network), onnx.outlook(network, case.arguments | {case.t: torch.tensor(0)})
+    assert all("the policy first=1,last=1: all steps are alike" in one.left for one in seen)
     loaded.dequantize()
     assert torch.equal(case.call(loaded, 600), case.call(case.floats, 600))
 
@@ -184,8 +190,6 @@ def test_what_does_not_go_together_is_refused(case: Case, tmp_path: Path) -> Non
     with pytest.raises(PlanError, match="t of a sampler"):
         hub.StepquantConfig("w8a8-dynamic", runtime=STEPS.to_json())
     config = hub.StepquantConfig(**replace(case.artifact, policy=STEPS).to_json())
-    from stepquant.hub.of_transformers import TransformersQuantizer
-
     with pytest.raises(ArtifactError, match="denoisers"):
         TransformersQuantizer(config)
     (tmp_path / "transformer").mkdir()

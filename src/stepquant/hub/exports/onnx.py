@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_map
 
 from stepquant.errors import RuntimeSupportError, StepquantError
 from stepquant.hub.exports.at_rest import Network
-from stepquant.hub.exports.outlook import Fate, Outlook, check_float_form
+from stepquant.hub.exports.outlook import Fate, Outlook, check_float_form, left_of_steps
 from stepquant.hub.exports.qdq import OPSET, Place, swap
 from stepquant.models.denoiser import Denoiser, prediction_of
 from stepquant.progress import Progress
@@ -92,7 +92,7 @@ def outlook(network: Network, arguments: Mapping[str, Any]) -> Outlook:
             becomes = BY_ROW if integers and layer.spec.weight.granularity != "group" else FLOAT_ROW
         fates.append(Fate(path, becomes))
     steps = network.config.artifact.steps
-    notes, left = [f"the graph takes {shapes_text(network, arguments)}"], []
+    notes, left = [f"the graph takes {shapes_text(network, arguments)}"], [*left_of_steps(network)]
     if steps is not None:
         notes.append(f"one t for all samples of a call; {UNKNOWN_T}")
         left += ["what the correction does to the noise of the sampler"] * (steps.noise != "none")

@@ -71,7 +71,13 @@ def left_of_activations(network: Network, instead: str) -> tuple[str, ...]:
         )
     if own.steps is not None and own.steps.channels:
         left.append("the correction of the predictions at every step")
-    return tuple(left)
+    return (*left, *left_of_steps(network))
+
+
+def left_of_steps(network: Network) -> tuple[str, ...]:
+    """What no other format tells of steps in float."""
+    policy = network.config.artifact.policy
+    return () if policy is None else (f"the policy {policy.policy}: all steps are alike",)
 
 
 def dtype_of(network: Network, name: str) -> torch.dtype:
