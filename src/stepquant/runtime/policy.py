@@ -33,7 +33,6 @@ class PolicyForward:
         self.denoiser, self.steps = Denoiser(model), steps
         self.own = forward  # None: that of the model's class
         self.turns = Turns()
-        self.output = self.denoiser.output
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # which path is taken depends on the value of t
@@ -54,7 +53,7 @@ class PolicyForward:
             return self.run(bool(group), **some, return_dict=False)[0]  # type: ignore[no-any-return]
 
         out = by_group(arguments, chosen.long(), run)
-        return self.output(sample=out) if kwargs.get("return_dict", True) else (out,)
+        return self.denoiser.output(sample=out) if kwargs.get("return_dict", True) else (out,)
 
     def run(self, floats: bool, *args: Any, **kwargs: Any) -> Any:
         model = self.denoiser.model
