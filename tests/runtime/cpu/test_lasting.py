@@ -15,7 +15,7 @@ from stepquant.models.denoiser import Denoiser
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import ops
 from stepquant.runtime.cpu import lasting
-from stepquant.runtime.cpu.lasting import NUMBERS, TEXTS, Lasting, Recorded
+from stepquant.runtime.cpu.lasting import NUMBERS, TEXTS, Lasting, Recorded, bytes_of
 from stepquant.runtime.cpu.recording import Recording
 from stepquant.runtime.lower import lower
 from tests.models.tiny import CASES
@@ -174,3 +174,10 @@ def test_a_transformer_reads_texts_once_and_sees_that_they_change(
     for _ in range(3):
         call()
     assert made[8:] == [1, 0]
+
+
+@pytest.mark.parametrize("x", [torch.tensor([7]), torch.tensor(7), torch.tensor([1.5, 2.0]).bfloat16()])
+def test_values_are_known_by_their_bytes_however_they_lie(x: Tensor) -> None:
+    same = x.reshape(-1)[:1].expand(3)
+    assert bytes_of(same) == bytes_of(same.clone()) != bytes_of(same + 1)
+    assert bytes_of(same[:1].expand(1)) == bytes_of(x.reshape(-1)[:1].clone())

@@ -154,7 +154,8 @@ def size_of(tensors: Sequence[Tensor]) -> int:
 
 
 def bytes_of(x: Tensor) -> bytes:
-    return x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    # A number that was expanded to a batch of one counts as contiguous, in steps of nothing.
+    return x.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 class Origins:
