@@ -38,7 +38,10 @@ def pipelines_of(recipe: Recipe) -> dict[str, Any]:
     for policy in POLICIES:
         steps = None if policy is None else FloatSteps.of(policy, component, times)
         model = lower(copy.deepcopy(getattr(pipeline, component)), replace(artifact, policy=steps))
-        found[str(policy or "none")] = type(pipeline)(**pipeline.components | {component: model})
+        found[str(policy or "none")] = one = copy.copy(
+            pipeline
+        )  # which keeps the names of classes, by which it is asked
+        one.register_modules(**{component: model})
     return found
 
 
