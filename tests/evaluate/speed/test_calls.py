@@ -15,6 +15,7 @@ from stepquant.evaluate.speed import calls as speed
 from stepquant.evaluate.speed.calls import benchmark, best, cast
 from stepquant.evaluate.speed.turns import interleave, summarize
 from stepquant.models.hooks import first_arguments
+from tests.models.tiny import CASES
 
 
 def test_every_round_calls_everyone_and_another_one_begins() -> None:
@@ -139,3 +140,15 @@ def test_baselines_come_in_the_type_that_the_machine_multiplies(
         False: ("fp32 eager", "fp32 compiled", "OpenVINO fp32", "OpenVINO INT8"),
     }
     assert speed.baselines_here() == expected[native]
+
+
+def test_models_of_films_are_timed_in_both_layouts() -> None:
+    """Their convolutions have five dimensions."""
+    model, arguments, _ = CASES["wan"]()
+    want = speed.calling(model, arguments)()
+    first, last = speed.in_layouts(model, arguments, torch.float32)
+    assert first.call is not None
+    assert last.call is not None
+    torch.testing.assert_close(first.call(), want)
+    torch.testing.assert_close(last.call(), want)
+    assert best("fp32 eager", lambda: [first, last]).unavailable == ""

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -50,13 +51,20 @@ def threads(count: int | None) -> Iterator[int]:
         torch.set_num_threads(former)
 
 
+def laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """A tensor with a height and width, and maybe frames, in `layout`; others as they are."""
+    if x.ndim == 5 and layout == torch.channels_last:
+        layout = torch.channels_last_3d
+    return x.contiguous(memory_format=layout) if x.ndim in (4, 5) else x
+
+
 def cast(arguments: Mapping[str, Any], dtype: torch.dtype, layout: torch.memory_format) -> dict[str, Any]:
-    """Floating tensors in `dtype`, those with a height and width in `layout`."""
+    """Floating tensors in `dtype` and `layout`."""
 
     def one(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        return value.to(dtype, memory_format=layout) if value.ndim == 4 else value.to(dtype)
+        return laid_out(value.to(dtype), layout)
 
     return {name: tree_map(one, value) for name, value in arguments.items()}
 
@@ -71,7 +79,9 @@ def calling(model: Callable[..., Any], arguments: Mapping[str, Any]) -> Call:
 
 def twin_of(model: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> nn.Module:
     # Not `model.to`: that of diffusers warns at every change of type.
-    twin = nn.Module.to(copy.deepcopy(model), dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
+    twin = nn.Module.to(copy.deepcopy(model), dtype=dtype)
+    for own in chain(twin.parameters(), twin.buffers()):
+        own.data = laid_out(own.data, layout)
     return twin.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
