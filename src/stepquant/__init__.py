@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import warnings
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from stepquant.version import TORCH
@@ -60,28 +61,19 @@ __all__ = [
 ]
 
 
+# Where what is not in `job` itself stands: these import what takes a second, or what few need.
+_ELSEWHERE = {
+    "convert": "job.foreign",
+    "export": "job.export",
+    "fastest": "job.fastest",
+    "write_card": "job.card",
+}
+
+
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'stepquant' has no attribute '{name}'")
-    if name == "fastest":  # these two import what measures, which takes a second
-        from stepquant.job.fastest import fastest
-
-        return fastest
-    if name == "convert":
-        from stepquant.job.foreign import convert
-
-        return convert
-    if name == "export":
-        from stepquant.job.export import export
-
-        return export
-    if name == "write_card":
-        from stepquant.job.card import write_card
-
-        return write_card
-    from stepquant import job
-
-    return getattr(job, name)
+    return getattr(import_module(f"stepquant.{_ELSEWHERE.get(name, 'job')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -135,6 +135,21 @@ class StepquantConfig(QuantizationConfigMixin):
         told = {k: v for k, v in settings.items() if not isinstance(filled, list) or k not in filled}
         if self.format != UNCOVERED and self.settings != settings_digest(told):
             raise edited("the model's own settings are not those that were saved", where)
+
+    def check_digests(
+        self, tensors: Mapping[str, Tensor], where: str, names: Iterable[str] | None = None
+    ) -> None:
+        """These tensors, or those of these names, are the ones that were saved."""
+        now = digests_of(tensors)
+        for name in now if names is None else names:
+            if now.get(name) != self.digests.get(name):
+                raise ArtifactError(
+                    f"tensor '{name}' was altered after the artifact was saved, or belongs to another config.json",
+                    where=where,
+                    got=f"digest {now.get(name)}",
+                    expected=f"digest {self.digests.get(name)}",
+                    fix=AGAIN,
+                )
 
     def to_dict(self) -> dict[str, Any]:
         if self.scheme is not None:

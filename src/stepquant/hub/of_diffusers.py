@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from stepquant.artifact import UNCOVERED, bounds_of
 from stepquant.core.bounds import check_names, check_tensors, check_values
-from stepquant.core.entries import AGAIN
 from stepquant.errors import ArtifactError
 from stepquant.hub.config import Name, StepquantConfig, digests_of, settings_digest
 from stepquant.runtime.dequantize import Living
@@ -67,15 +66,7 @@ class StepquantQuantizer(Living, DiffusersQuantizer):
         """Of one file; there may be several."""
         wanted = {name: self.expected[name] for name in state_dict if name in self.expected}
         check_tensors(state_dict, wanted, self.where, self.bounds)
-        for name, digest in digests_of(state_dict).items():
-            if self.quantization_config.digests.get(name) != digest:
-                raise ArtifactError(
-                    f"tensor '{name}' was altered after the artifact was saved, or belongs to another config.json",
-                    where=self.where,
-                    got=f"digest {digest}",
-                    expected=f"digest {self.quantization_config.digests.get(name)}",
-                    fix=AGAIN,
-                )
+        self.quantization_config.check_digests(state_dict, self.where)
         check_values(state_dict, self.bounds, self.where)
         self.loaded |= set(state_dict)
         return state_dict

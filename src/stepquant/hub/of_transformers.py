@@ -14,7 +14,7 @@ from stepquant.artifact import bounds_of
 from stepquant.core.bounds import check_values
 from stepquant.core.entries import AGAIN
 from stepquant.errors import ArtifactError, ModelError
-from stepquant.hub.config import Name, StepquantConfig, digests_of
+from stepquant.hub.config import Name, StepquantConfig
 from stepquant.runtime.lower import prepare, skeleton
 from stepquant.runtime.moving import one_device
 
@@ -73,16 +73,7 @@ class TransformersQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """What could not be checked tensor by tensor: transformers has no place for it while it loads."""
         config, found = self.quantization_config, model.state_dict()
-        now = digests_of(found)
-        for name in sorted(set(now) | set(config.digests)):
-            if now.get(name) != config.digests.get(name):
-                raise ArtifactError(
-                    f"tensor '{name}' was altered after the artifact was saved, or belongs to another config.json",
-                    where=self.where,
-                    got=f"digest {now.get(name)}",
-                    expected=f"digest {config.digests.get(name)}",
-                    fix=AGAIN,
-                )
+        config.check_digests(found, self.where, sorted({*found, *config.digests}))
         artifact = config.artifact
         check_values(found, bounds_of(artifact.layers, artifact.products, artifact.steps), self.where)
         return prepare(model)

@@ -20,7 +20,7 @@ from stepquant.artifact import bounds_of
 from stepquant.core.bounds import check_tensors, check_values
 from stepquant.core.entries import AGAIN
 from stepquant.errors import ArtifactError
-from stepquant.hub.config import Name, StepquantConfig, digests_of
+from stepquant.hub.config import Name, StepquantConfig
 from stepquant.models.split import SplitLayer
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.lower import skeleton
@@ -70,15 +70,7 @@ def at_rest(folder: Path) -> Network:
     tensors, bounds = tensors_of(folder), bounds_of(own.layers, own.products, own.steps)
     where = str(folder)
     check_tensors(tensors, model.state_dict(), where, bounds)
-    for name, digest in digests_of(tensors).items():
-        if config.digests.get(name) != digest:
-            raise ArtifactError(
-                f"tensor '{name}' was altered after the artifact was saved, or belongs to another config.json",
-                where=where,
-                got=f"digest {digest}",
-                expected=f"digest {config.digests.get(name)}",
-                fix=AGAIN,
-            )
+    config.check_digests(tensors, where)
     check_values(tensors, bounds, where)
     model.load_state_dict(tensors, assign=True)
     return Network(folder, settings, config, model.eval().requires_grad_(False))
