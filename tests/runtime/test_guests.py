@@ -7,6 +7,7 @@ import pickle
 import sys
 import threading
 import warnings
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -20,6 +21,7 @@ from stepquant.models.attention import Rebound
 from stepquant.quant.plan import Rule
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import ops
+from stepquant.runtime.dequantize import dequantize
 from stepquant.runtime.lower import lower
 from tests.models.tiny import conditional
 from tests.runtime.synthetic import artifact_of, calling, make, noise, quantized, relative
@@ -69,6 +71,27 @@ def test_an_offloaded_model_makes_the_same_images(
         x = noise(1, 4 if inputs else 3, 16, 16, seed=turn)
         assert torch.equal(call(offloaded, x, 5 + turn, **inputs), call(whole, x, 5 + turn, **inputs))
     accelerate.hooks.remove_hook_from_submodules(offloaded)
+
+
+@pytest.mark.parametrize("kind", ["model", "textual"])
+def test_a_model_whose_groups_are_on_disk_makes_the_same_images(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Between calls there is memory that nobody wrote in the places of its tensors."""
+    whole = request.getfixturevalue(kind)
+    inputs = {"encoder_hidden_states": noise(1, 7, 32, seed=4)} if kind == "textual" else {}
+    offloaded, cpu = copy.deepcopy(whole), torch.device("cpu")
+    x = noise(1, 4 if inputs else 3, 16, 16)
+    call(offloaded, x, 5, **inputs)
+    offloaded.enable_group_offload(
+        cpu, cpu, offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=str(tmp_path)
+    )
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    for t in (5, 5, 5, 6, 7, 7, 7):
+        assert torch.equal(call(offloaded, x, t, **inputs), call(whole, x, t, **inputs))
+    for asked in (offloaded.state_dict, lambda: dequantize(offloaded)):
+        with pytest.raises(RuntimeSupportError, match="took the tensors away"):
+            asked()
 
 
 SWALLOWED = (

@@ -15,6 +15,7 @@ from stepquant.runtime.adapters.present import INNER, adapters_in
 from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.floating import float_layer
 from stepquant.runtime.layers.layer import IntegerLayer
+from stepquant.runtime.layers.offloaded import check_present
 from stepquant.runtime.layers.tabled import Tabled
 from stepquant.runtime.lower import OWN_METHODS, FloatBuffers, unbind
 
@@ -110,6 +111,7 @@ def dequantize(model: Any) -> Any:
 
 
 def check_dequantizable(model: nn.Module) -> None:
+    check_present(model, "dequantize()")
     for path, module in model.named_modules():
         if isinstance(module, Tabled):
             raise RuntimeSupportError(

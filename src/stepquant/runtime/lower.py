@@ -32,6 +32,7 @@ from stepquant.runtime.layers.cast import FloatLayer
 from stepquant.runtime.layers.convolution import IntegerConv1d, IntegerConv2d, IntegerConv3d
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.linear import IntegerLinear, LowRankBranch
+from stepquant.runtime.layers.offloaded import refuse_absent
 from stepquant.runtime.layers.tabled import Tabled
 from stepquant.runtime.moving import Move
 from stepquant.runtime.policy import PolicyForward, check_policy
@@ -165,6 +166,7 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
     if hasattr(type(model), "num_parameters"):
         model.num_parameters = Counted(model)  # type: ignore[assignment]
     model.register_load_state_dict_post_hook(Reload(dtype, fuse))
+    model.register_state_dict_pre_hook(refuse_absent)
     return model
 
 
@@ -193,6 +195,9 @@ def unbind(model: nn.Module) -> None:
     for key, hook in list(model._load_state_dict_post_hooks.items()):
         if isinstance(hook, Reload):
             del model._load_state_dict_post_hooks[key]
+    for key, asked in list(model._state_dict_pre_hooks.items()):
+        if asked is refuse_absent:
+            del model._state_dict_pre_hooks[key]
     uninstall(model)
     for module in model.modules():
         if isinstance(bound(module), FloatLayer | Replay | PolicyForward | StepForward):

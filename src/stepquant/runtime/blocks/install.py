@@ -23,7 +23,7 @@ from stepquant.runtime.blocks.texts import Texts
 from stepquant.runtime.blocks.time_rows import TableColumn, TimeRows, TimeTable
 from stepquant.runtime.blocks.transformer import Block, Transformer
 from stepquant.runtime.blocks.up import Up
-from stepquant.runtime.layers.stored import OFFLOADED
+from stepquant.runtime.layers.offloaded import OFFLOADED
 from stepquant.runtime.layers.tabled import Tabled
 from stepquant.runtime.steps import StepTensors
 
@@ -59,7 +59,7 @@ def install(model: nn.Module, chains: Structure) -> tuple[TimeRows | None, Texts
         found |= {declared.path: kind(model.get_submodule(declared.path), declared) for declared in blocks}
     modules: list[Any] = [model.get_submodule(block.path) for block in chains.text_blocks]
     readers = [Readers(block.attn2.to_k, block.attn2.to_v) for block in modules]
-    texts = Texts(readers, known=chains.text is not None)
+    texts = Texts(model, readers, known=chains.text is not None)
     for index, (block, declared) in enumerate(zip(modules, chains.text_blocks)):
         found[declared.path] = Block(block, declared, texts, index)
     found |= transformer_chains(model, chains)
@@ -150,9 +150,9 @@ def install_times(model: nn.Module, chains: Structure) -> TimeRows | None:
     ]
     if isinstance(tensors, StepTensors) and tensors.spec.table:
         widths = [block.width for block in chains.residuals if block.timed]
-        times: TimeRows = TimeTable(projection, embedding, blocks, tensors, widths)
+        times: TimeRows = TimeTable(model, projection, embedding, blocks, tensors, widths)
     else:
-        times = TimeRows(projection, embedding, blocks)
+        times = TimeRows(model, projection, embedding, blocks)
     for index, layer in enumerate(blocks):
         if isinstance(layer, Tabled):
             bind(layer, TableColumn(times, index))

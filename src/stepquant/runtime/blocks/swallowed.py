@@ -9,7 +9,7 @@ from torch import nn
 
 from stepquant.runtime.adapters.present import Layout
 from stepquant.runtime.layers.attention_product import IntegerProduct
-from stepquant.runtime.layers.stored import OFFLOADED
+from stepquant.runtime.layers.offloaded import OFFLOADED
 
 
 class Swallowed:

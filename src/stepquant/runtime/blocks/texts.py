@@ -13,6 +13,7 @@ from stepquant.runtime import ops
 from stepquant.runtime.adapters.present import adapters_in, layer_inside, settings_of
 from stepquant.runtime.blocks.attention import Readers
 from stepquant.runtime.layers.layer import IntegerLayer
+from stepquant.runtime.layers.offloaded import around, on_disk
 from stepquant.runtime.layers.stored import Versions
 
 KEPT_TEXTS = 2  # one with a prompt and one without may take turns
@@ -27,12 +28,13 @@ class Kept(NamedTuple):
 class Texts:
     """What every attention to a text makes of it, kept while that very tensor comes back as it was."""
 
-    def __init__(self, readers: Sequence[Readers], known: bool) -> None:
-        """`known`: an argument of the model is the text, so that whoever replays a call sees when it is another."""
+    def __init__(self, root: nn.Module, readers: Sequence[Readers], known: bool) -> None:
+        """`root` is the model that they are parts of; `known`: an argument of it is the text, so that whoever replays a call sees when it is another."""
         self.readers = readers
         self.keeps = known and not any(
             getattr(layer_inside(layer), "stepped", False) for one in readers for layer in one.layers
         )
+        self.around = around(root, [layer for one in readers for layer in one.layers])
         self.kept: list[Kept] = []
         self.made_by: list[Any] = []  # what the layers had prepared when the texts were kept
 
@@ -44,6 +46,8 @@ class Texts:
         if not self.keeps or not isinstance(text, Tensor) or not keepable(text):
             return None
         if not unchanged:
+            if any(on_disk(vars(one)) for one in self.around):
+                return None
             self.renew()
         version = text._version
         for found in self.kept:

@@ -16,6 +16,7 @@ from stepquant.models.split import find
 from stepquant.runtime.adapters.present import adapters_in, settings_of
 from stepquant.runtime.blocks.swallowed import Swallowed
 from stepquant.runtime.layers.layer import IntegerLayer
+from stepquant.runtime.layers.offloaded import around, on_disk
 from stepquant.runtime.layers.stored import Versions
 from stepquant.runtime.layers.tabled import Tabled
 from stepquant.runtime.steps import StepTensors
@@ -46,7 +47,10 @@ class TimeRows:
     sample, a class embedding added, a condition) is computed as ever, so that nothing else can be mistaken for it.
     """
 
-    def __init__(self, projection: nn.Module, embedding: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, root: nn.Module, projection: nn.Module, embedding: nn.Module, blocks: Sequence[nn.Module]
+    ) -> None:
+        """`root` is the model that they are parts of."""
         self.projection, self.embedding, self.blocks = projection, embedding, list(blocks)
         # Functions, not methods: where torch.compile breaks a graph it looks methods up again, and finds those of this class.
         self.own_project, self.own_embed = type(projection).forward, type(embedding).forward
@@ -57,6 +61,7 @@ class TimeRows:
             if isinstance(layer, IntegerLayer)
         ]
         self.adapters = adapters_in(embedding, *blocks)
+        self.around = around(root, [embedding, *blocks])
         self.swallowed = Swallowed(*embedding.children(), *blocks, within=embedding)
         self.rows: OrderedDict[tuple[Any, ...], Row] = OrderedDict()
         self.made_by: list[object] = []  # what the layers had prepared when the rows were made
@@ -90,6 +95,8 @@ class TimeRows:
             return None
         if not unchanged:
             if self.swallowed.awaited() or self.swallowed.learns():
+                return None
+            if any(on_disk(vars(one)) for one in self.around):
                 return None
             self.renew()
         values = timesteps.tolist()
@@ -132,13 +139,14 @@ class TimeTable(TimeRows):
 
     def __init__(
         self,
+        root: nn.Module,
         projection: nn.Module,
         embedding: nn.Module,
         blocks: Sequence[nn.Module],
         tensors: StepTensors,
         widths: Sequence[int],
     ) -> None:
-        super().__init__(projection, embedding, blocks)
+        super().__init__(root, projection, embedding, blocks)
         self.tensors, self.widths = tensors, list(widths)  # of the columns that each block reads
 
     def makers(self) -> list[object]:

@@ -31,7 +31,8 @@ from stepquant.runtime.blocks.time_rows import Row, TimeRows
 from stepquant.runtime.cpu.lasting import Lasting, Recorded, places
 from stepquant.runtime.cpu.recording import Recording, UnrecordableError
 from stepquant.runtime.finite import NotFinite
-from stepquant.runtime.layers.stored import OFFLOADED, Stored
+from stepquant.runtime.layers.offloaded import OFFLOADED, on_disk
+from stepquant.runtime.layers.stored import Stored
 from stepquant.runtime.turns import Turns
 
 KEPT_KINDS = 64
@@ -246,7 +247,7 @@ class State:
 
 def offloads(watch: Watch) -> bool:
     """Whether tensors come and go with the calls of modules: a sequence would hold them for ever."""
-    return any(OFFLOADED in attributes for attributes in watch.attributes[1:])
+    return any(OFFLOADED in attributes or on_disk(attributes) for attributes in watch.attributes[1:])
 
 
 def parts(watch: Watch) -> list[Any]:

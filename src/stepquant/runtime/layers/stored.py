@@ -14,7 +14,7 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-OFFLOADED = "_hf_hook"  # accelerate's hook, which brings a module's tensors for the time of its call
+from stepquant.runtime.layers.offloaded import OFFLOADED
 
 PAGE_OUT = 21  # Linux since 5.4; Python has no name for it
 
