@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from export import add_latent_arguments, finish, load_average, train_and_export
 from torch import Tensor, nn
 from train_autoencoder import decode, latents_of
-from training import SCHEDULER, Loss, Trainer, add_arguments, main, run
+from training import SCHEDULER, Loss, Trainer, add_arguments, compiled, main, run
 
 # DiTPipeline asks for class 1000 where it wants none.
 NO_CLASS = 1000
@@ -98,7 +98,7 @@ def train(args: argparse.Namespace) -> None:
     trainer = Trainer({"transformer": build(latents.shape[-1])}, args)
     loss_of, order = Loss(), draws(len(latents), args.batch)
     network, classes = trainer.networks["transformer"], len(pictures.classes)
-    model = torch.compile(network) if args.compile else network
+    model = compiled(network, args)
 
     def loss() -> Tensor:
         index = next(order)
@@ -143,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
     parser, training, exporting = train_and_export(
         __doc__, train, export, title="Characters DiT", run=Path("runs/characters-dit")
     )
-    training.add_argument("--compile", action="store_true", help="worth its minutes in long runs")
+    training.add_argument("--compile", action="store_true", help="worth its minutes on a GPU")
     add_arguments(training, images=400_000, cooldown=200_000, lr=1e-3)
     add_latent_arguments(training, exporting, GUIDANCE)
     return parser

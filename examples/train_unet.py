@@ -21,7 +21,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from export import finish, load_average, train_and_export
 from posterior import parts_of
 from torch import Tensor, nn
-from training import SCHEDULER, Loss, Trainer, add_arguments, main, run
+from training import SCHEDULER, Loss, Trainer, add_arguments, compiled, main, run
 
 CHANNELS = {"characters": (16, 32, 96, 128), "cifar10": (32, 64, 128, 256)}
 CARD = """---
@@ -86,7 +86,7 @@ def train(args: argparse.Namespace) -> None:
             raise DataError("--parts takes images as they are, on the CPU: leave out --flip and --device")
         compositions, picked = parts_of(images, args.parts, args.run)
         trainer.state.target = "against means of what noise leaves open"
-    model = torch.compile(network) if args.compile else network
+    model = compiled(network, args)
 
     def loss() -> Tensor:
         index = next(order)
@@ -128,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
         help="images are composed of these parts ('characters'): learn from means over them",
     )
     training.add_argument("--flip", action="store_true", help="mirror half of the images")
-    training.add_argument("--compile", action="store_true", help="worth its minutes in long runs")
+    training.add_argument("--compile", action="store_true", help="worth its minutes on a GPU")
     add_arguments(training, images=300_000, cooldown=150_000, lr=1e-3)
     return parser
 

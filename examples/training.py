@@ -39,6 +39,8 @@ SCHEDULER = {
 BETAS = (0.9, 0.98)
 MOMENTUM = 0.95
 LOG_SIGMA = (-0.6, 1.4)  # mean and deviation
+EVENLY = 0.25
+HIDDEN = 25.0  # signal over noise, squared, above which an error counts less
 CHECKPOINT = "checkpoint.safetensors"
 GROUPS = ("raw", "ema", "optimizer")
 
@@ -50,7 +52,7 @@ class State:
     seen: int = 0
     seconds: float = 0.0
     loss: float = 0.0
-    target: str = "plain mean"  # what the loss is
+    target: str = "weighted by step"  # what the loss is
     cooldown_from: int | None = None
 
 
@@ -160,7 +162,7 @@ def configurations(networks: nn.ModuleDict) -> dict[str, Any]:
 
 
 def densities() -> Tensor:
-    """How often each time step is trained on: half evenly, half by how much an image decides there.
+    """How often each time step is trained on: a quarter evenly, the rest by how much an image decides there.
 
     Half of the linear steps hold hardly anything but noise. Karras et al. 2022 (arXiv:2206.00364, table 1) draw the
     logarithm of sigma, noise over signal, from a normal distribution; theirs has data of deviation 0.5.
@@ -169,11 +171,21 @@ def densities() -> Tensor:
     logarithm = ((1 - kept) / kept).log() / 2
     width = torch.gradient(logarithm)[0]
     normal = width * (-0.5 * ((logarithm - LOG_SIGMA[0]) / LOG_SIGMA[1]).square()).exp()
-    return (normal / normal.sum() + 1 / len(kept)) / 2
+    return normal / normal.sum() * (1 - EVENLY) + EVENLY / len(kept)
+
+
+def weights() -> Tensor:
+    """What an error of v counts at each time step: less where there is so little noise that no picture shows it.
+
+    An error of v moves the image by sigma times as much: before the 60th step that was 33 dB and more below white, and
+    yet 40 % of the loss. From min-SNR (Hang et al. 2023, arXiv:2303.09556, eq. 5).
+    """
+    kept = DDIMScheduler(**SCHEDULER).alphas_cumprod
+    return (HIDDEN * (1 - kept) / kept).clamp(max=1)
 
 
 class Loss:
-    """Squared error of v = signal * noise - sigma * image (Salimans and Ho 2022, arXiv:2202.00512, appendix D).
+    """Weighted squared error of v = signal * noise - sigma * image (Salimans and Ho 2022, arXiv:2202.00512, appendix D).
 
     A network that predicts the noise must copy its input almost exactly where all is noise, which took more images
     than were to be had; v asks for the noise where the image is known and for the image where the noise is.
@@ -183,7 +195,7 @@ class Loss:
 
     def __init__(self) -> None:
         self.scheduler = DDIMScheduler(**SCHEDULER)
-        self.below = densities().cumsum(0).float()
+        self.below, self.weights = densities().cumsum(0).float(), weights()
 
     def __call__(
         self,
@@ -203,7 +215,8 @@ class Loss:
             signal, sigma = kept.sqrt(), (1 - kept).sqrt()
             clean = mean(noisy, signal, sigma)
             noise = (noisy - signal.view(-1, 1, 1, 1) * clean) / sigma.view(-1, 1, 1, 1)
-        return (predicted.float() - self.scheduler.get_velocity(clean, noise, steps)).square().mean()
+        squares = (predicted.float() - self.scheduler.get_velocity(clean, noise, steps)).square()
+        return (squares.mean((1, 2, 3)) * self.weights.to(clean.device)[steps]).mean()
 
 
 def save_checkpoint(file: Path, trainer: Trainer) -> None:
@@ -249,6 +262,7 @@ class Trainer:
         self.optimizer = Optimizer(self.networks, args.lr)
         if self.file.exists():
             self.restore()
+        self.state.target = State.target
         self.weights = [weight for weight in self.networks.parameters() if weight.requires_grad]
         trained = dict(self.networks.named_parameters())
         self.averages = [w for name, w in self.ema.named_parameters() if trained[name].requires_grad]
@@ -340,6 +354,13 @@ def run(
                 clock = last_shown = time.monotonic()
     save_checkpoint(trainer.file, trainer)
     console.log(f"saved at {state.seen} images, loss {state.loss:.4f}")
+
+
+def compiled(network: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """As --compile asks; on the CPU, strided convolutions of a U-Net got gradients of zero from torch 2.13."""
+    if args.compile and args.device == "cpu":
+        raise DataError("--compile gives wrong gradients on the CPU: leave it out, or train on --device cuda")
+    return torch.compile(network) if args.compile else network  # type: ignore[return-value]
 
 
 def add_arguments(

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 
@@ -240,6 +240,29 @@ def test_a_missing_folder_and_a_broken_checkpoint(data: Path, tmp_path: Path) ->
     (tmp_path / "checkpoint.safetensors").write_bytes(b"12345678")
     broken = error("train_unet.py", "train", "--data", data, "--run", tmp_path, *SHORT)
     assert "is no checkpoint of these trainers" in broken
+
+
+def test_a_network_is_not_compiled_where_that_spoils_its_gradients(data: Path, tmp_path: Path) -> None:
+    said = error(
+        "train_unet.py", "train", "--data", data, "--run", tmp_path, *SHORT, "--device", "cpu", "--compile"
+    )
+    assert "leave it out" in said
+
+
+def test_errors_count_by_what_they_do_to_the_image() -> None:
+    """Predictions off by one everywhere: the loss is the mean over the steps of what min-SNR gives a v-prediction."""
+    training = importlib.import_module("training")
+    kept = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    expected = float((training.densities().numpy() * np.minimum(1, 25 / (kept / (1 - kept)))).sum())
+    loss, clean = training.Loss(), torch.zeros(4000, 1, 2, 2)
+    scheduler = DDIMScheduler(**training.SCHEDULER)
+
+    def off_by_one(noisy: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        # v of a black image is signal times noise, and what is seen of it sigma times noise.
+        kept = scheduler.alphas_cumprod[steps].view(-1, 1, 1, 1)
+        return noisy * (kept / (1 - kept)).sqrt() + 1
+
+    assert loss(off_by_one, clean).item() == pytest.approx(expected, rel=0.01)
 
 
 def test_a_training_that_is_told_to_stop_saves_and_goes_on(data: Path, tmp_path: Path) -> None:
