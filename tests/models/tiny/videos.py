@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     AllegroTransformer3DModel,
     CogVideoXTransformer3DModel,
+    CosmosTransformer3DModel,
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoTransformer3DModel,
     LatteTransformer3DModel,
@@ -50,6 +51,16 @@ def wan_controlled() -> Case:
 
 def skyreels() -> Case:
     return case(SkyReelsV2Transformer3DModel(**WAN), with_text(), x="hidden_states", t="timestep", text="encoder_hidden_states")
+
+
+def cosmos() -> Case:
+    # A mask of the padding is resized by torchvision, which is not at hand.
+    model = CosmosTransformer3DModel(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+                                     mlp_ratio=2, text_embed_dim=16, adaln_lora_dim=16, max_size=(4, 8, 8),
+                                     concat_padding_mask=False, use_crossattn_projection=True, crossattn_proj_in_channels=16,
+                                     encoder_hidden_states_channels=16)
+    given = {"hidden_states": noise(2, 4, 2, 8, 8), "timestep": twice(700), "encoder_hidden_states": noise(2, 6, 16), "fps": 24}
+    return case(model, given, x="hidden_states", t="timestep", text="encoder_hidden_states")
 
 
 def cogvideox() -> Case:
@@ -125,6 +136,6 @@ def sana_video() -> Case:
 
 
 CASES = (
-    wan, wan_from_image, wan_controlled, skyreels, cogvideox, ltx, hunyuan_video, hunyuan_video15, mochi, allegro, latte,
+    wan, wan_from_image, wan_controlled, skyreels, cosmos, cogvideox, ltx, hunyuan_video, hunyuan_video15, mochi, allegro, latte,
     sana_video,
 )

@@ -54,6 +54,8 @@ PARTS: dict[type[nn.Module], dict[str, str]] = {
     # The gate multiplies what attention returns, and reads what the queries read.
     networks.transformer_krea2.Krea2Attention: ATTENTION | {"to_gate": "q"},
     networks.transformer_ltx.LTXAttention: OUT,
+    networks.transformer_cosmos.CosmosAttention: ATTENTION
+    | {"q_img": "q", "k_img": "k_text", "v_img": "v_text"},
     networks.transformer_ltx.LTXVideoTransformerBlock: SELF_AND_CROSS,
     networks.transformer_flux2.Flux2ParallelSelfAttention: {
         "to_qkv_mlp_proj": "qkv_ff_in",
@@ -127,6 +129,11 @@ PARTS: dict[type[nn.Module], dict[str, str]] = {
         networks.transformer_sana_video.SanaCombinedTimestepGuidanceEmbeddings,
     ),
     networks.transformer_mochi.MochiLayerNormContinuous: {"linear_1": "modulate"},
+    **each(
+        {"linear_1": "modulate", "linear_2": "modulate"},
+        networks.transformer_cosmos.CosmosAdaLayerNorm,
+        networks.transformer_cosmos.CosmosAdaLayerNormZero,
+    ),
     networks.transformer_qwenimage.QwenImageTransformerBlock: {
         "img_mod.1": "modulate",
         "txt_mod.1": "modulate",

@@ -40,6 +40,21 @@ FAMILIES = (
         shared=("attention_kwargs",),
     ),
     Family(
+        models=("CosmosTransformer3DModel",),
+        x="hidden_states",
+        top={
+            "patch_embed.proj": "stem",
+            "proj_out": "head",
+            "time_embed.t_embedder.linear_*": "time",
+            "crossattn_proj.0": "context",
+            "img_context_proj.0": "context",
+        },
+        blocks=children_of("transformer_blocks"),
+        text=("encoder_hidden_states", "attention_mask"),
+        guidance="cond; uncond",
+        shared=("fps", "padding_mask"),
+    ),
+    Family(
         models=("CogVideoXTransformer3DModel",),
         channels=2,
         x="hidden_states",
