@@ -63,6 +63,7 @@ def draw(pipe: Any, asked: Sequence[Any] | None, args: argparse.Namespace) -> Te
         else:
             name = "class_labels" if isinstance(pipe, DiTPipeline) else "prompt"
             options[name] = list(asked[begin : begin + len(seeds)])
+        if asked is not None and args.guidance is not None:
             options["guidance_scale"] = args.guidance
         made += pipe(num_inference_steps=args.steps, **options).images
     return torch.from_numpy(np.stack([np.asarray(image) for image in made])).permute(0, 3, 1, 2)
@@ -102,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--guidance", type=float, help="the pipeline's own, if left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-truth", dest="truth", action="store_false")
