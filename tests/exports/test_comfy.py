@@ -21,7 +21,8 @@ from tests.exports.conftest import Make
 from tests.foreign.test_convert import predicted
 from tests.runtime.synthetic import relative
 
-LINEARS = {"sd3_dual": None, "wan": 4, "z_image": 4, "qwen_image": None}  # and the group that rotates
+# Networks of linears, and the group that rotates. FLUX.1 has original names at its true width alone, see below.
+LINEARS = {"sd3_dual": None, "wan": 4, "z_image": 4, "qwen_image": None, "flux2": 16, "ltx": None}
 
 
 def config_of(folder: Path, tmp_path: Path) -> Path:
@@ -59,8 +60,9 @@ def test_original_names_and_back(name: str, rounded: Make, tmp_path: Path) -> No
     assert relative(predicted(back, given), predicted(model, given)) < 0.01
 
 
-def test_convolutions_become_float_and_linears_stay(rounded: Make, tmp_path: Path) -> None:
-    model, given, folder = rounded("text_to_image")
+@pytest.mark.parametrize("name", ["text_to_image", "size_conditioned"])
+def test_convolutions_become_float_and_linears_stay(name: str, rounded: Make, tmp_path: Path) -> None:
+    model, given, folder = rounded(name)
     file = tmp_path / "some.safetensors"
     done = export(folder, file, to="comfyui")
     convolutions = {fate.path for fate in done.outlook.fates if not fate.kept}

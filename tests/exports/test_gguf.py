@@ -83,14 +83,30 @@ def test_external_reader_finds_the_integers(name: str, scheme: str, rounded: Mak
             torch.testing.assert_close(written[path][1], value, rtol=2**-11, atol=2**-24, msg=path)
 
 
-def test_external_names_and_architecture_are_original(rounded: Make, tmp_path: Path) -> None:
+ARCHITECTURES = {
+    "text_to_image": ("sd1", "attn1.to_q.weight"),
+    "size_conditioned": ("sdxl", "attn1.to_q.weight"),
+    "sd3": ("sd3", "x_block.attn.qkv.weight"),
+    "flux2": ("flux", "img_attn.qkv.weight"),
+    "qwen_image": ("qwen_image", "attn.to_q.weight"),
+    "z_image": ("lumina2", "attention.qkv.weight"),
+    "wan": ("wan", "self_attn.q.weight"),
+    "ltx": ("ltxv", "attn1.to_q.weight"),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_external_names_and_architecture_are_original(name: str, rounded: Make, tmp_path: Path) -> None:
     gguf: Any = pytest.importorskip("gguf", reason="the outside reader is gguf")
-    _, _, folder = rounded("z_image")
+    _, _, folder = rounded(name)
     export(folder, tmp_path / "a.gguf", to="gguf")
     reader = gguf.GGUFReader(tmp_path / "a.gguf")
-    assert reader.get_field("general.architecture").contents() == "lumina2"
-    assert reader.get_field("general.file_type").contents() == int(gguf.LlamaFileType.MOSTLY_Q8_0)
-    assert any(one.name.endswith("attention.qkv.weight") for one in reader.tensors)
+    architecture, ending = ARCHITECTURES[name]
+    assert reader.get_field("general.architecture").contents() == architecture
+    most = gguf.LlamaFileType(reader.get_field("general.file_type").contents())
+    assert most.name in ("MOSTLY_Q8_0", "ALL_F32")  # the narrowest of these networks have few rows of blocks
+    assert name != "z_image" or most.name == "MOSTLY_Q8_0"
+    assert any(one.name.endswith(ending) for one in reader.tensors)
 
 
 @pytest.mark.parametrize(("name", "names"), [("text_to_image", "diffusers"), ("wan", "original")])

@@ -31,6 +31,57 @@ def joined(tensors: Names, parts: Sequence[str], into: str) -> dict[str, Tensor]
     return made
 
 
+def ltx(tensors: Names) -> dict[str, Tensor]:
+    names = {"proj_in.": "patchify_proj.", "time_embed.": "adaln_single."}
+    made = {}
+    for name, value in tensors.items():
+        for mine, theirs in names.items():
+            name = theirs + name.removeprefix(mine) if name.startswith(mine) else name
+        made[name.replace("norm_q", "q_norm").replace("norm_k", "k_norm")] = value
+    return made
+
+
+def flux2(tensors: Names) -> dict[str, Tensor]:
+    made = dict(tensors) | {"norm_out.linear.weight": swapped(tensors["norm_out.linear.weight"])}
+    made = joined(made, [f".attn.to_{part}.weight" for part in "qkv"], ".img_attn.qkv.weight")
+    made = joined(made, [f".attn.add_{part}_proj.weight" for part in "qkv"], ".txt_attn.qkv.weight")
+    scale = {"q": "query_norm.scale", "k": "key_norm.scale"}
+    ways = {
+        "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+        "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+        "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+        "context_embedder": "txt_in",
+        "x_embedder": "img_in",
+        "proj_out": "final_layer.linear",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+        "stream_modulation_img.linear": "stream_modulation_img.lin",
+        "stream_modulation_txt.linear": "stream_modulation_txt.lin",
+        "stream_modulation.linear": "stream_modulation.lin",
+        "single_transformer_blocks": "single_blocks",
+        "transformer_blocks": "double_blocks",
+        "attn.to_out.0": "img_attn.proj",
+        "attn.to_add_out": "txt_attn.proj",
+        "ff.linear_in": "img_mlp.0",
+        "ff.linear_out": "img_mlp.2",
+        "ff_context.linear_in": "txt_mlp.0",
+        "ff_context.linear_out": "txt_mlp.2",
+        "attn.to_qkv_mlp_proj": "linear1",
+        "attn.to_out.": "linear2.",
+    }
+    for part, word in scale.items():
+        ways |= {f"attn.norm_added_{part}.weight": f"txt_attn.norm.{word}"}
+    back = {}
+    for name, value in made.items():
+        for mine, theirs in ways.items():
+            name = name.replace(mine, theirs)
+        for part, word in scale.items():
+            norm = "norm." if name.startswith("single") else "img_attn.norm."
+            name = name.replace(f"attn.norm_{part}.weight", norm + word)
+        back[name] = value
+    return back
+
+
 def swapped(value: Tensor) -> Tensor:
     return torch.cat(value.chunk(2)[::-1])
 
@@ -174,5 +225,5 @@ def text_to_image(tensors: Names) -> dict[str, Tensor]:
 
 
 ORIGINALS: dict[str, Callable[[Names], dict[str, Tensor]]] = {
-    one.__name__: one for one in (wan, z_image, sd3, text_to_image, size_conditioned)
+    one.__name__: one for one in (wan, z_image, sd3, text_to_image, size_conditioned, flux2, ltx)
 }
