@@ -8,15 +8,20 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from stepquant.core.grid import Grid
 from stepquant.hub.exports import comfy, gguf, sdnq
 from stepquant.hub.exports.at_rest import at_rest
 from stepquant.hub.exports.outlook import float_value
 from stepquant.job.export import export
+from stepquant.job.foreign import convert
+from stepquant.progress import Silent
 from tests.exports.conftest import Make
 from tests.foreign.test_convert import predicted
 from tests.runtime.synthetic import relative
@@ -35,8 +40,21 @@ save_file({"predicted": predicted.contiguous()}, out, {p: "" for p, kind in kind
 """
 
 
+def numbers(written: dict[str, Tensor], path: str, shape: torch.Size) -> tuple[str, Tensor]:
+    """Type and weight of a layer by the published layout: two codes of 4 bits in a byte, the first in its lower half."""
+    codes, scale = written[f"{path}.weight"], written.pop(f"{path}.scale")
+    if codes.dtype == torch.int8:
+        return "int8", codes * scale
+    assert codes.dim() == 1
+    codes = torch.tensor([half for byte in codes.tolist() for half in (byte % 16, byte // 16)]).reshape(shape)
+    if f"{path}.zero_point" in written:
+        return "uint4", codes * scale + written.pop(f"{path}.zero_point")
+    return "int4", (codes - 8) * scale
+
+
 @pytest.mark.parametrize(
-    ("name", "scheme"), [("text_to_image", "w8a8-dynamic"), ("qwen_image", "w4a8-dynamic")]
+    ("name", "scheme"),
+    [("text_to_image", "w8a8-dynamic"), ("qwen_image", "w4a8-dynamic"), ("text_to_image", "w4a16")],
 )
 def test_integers_and_scales_are_those_of_the_artifact(
     name: str, scheme: str, rounded: Make, tmp_path: Path
@@ -50,11 +68,16 @@ def test_integers_and_scales_are_those_of_the_artifact(
     back = model.dequantize().state_dict()
     kept = [fate.path for fate in done.outlook.fates if fate.kept]
     assert len(kept) > len(done.outlook.fates) / 2
+    kinds = {fate.path: fate.becomes for fate in done.outlook.fates}
+    types = told["quantization_config"].get("modules_dtype_dict", {})
     for path in kept:
-        assert written[f"{path}.weight"].dtype == torch.int8
-        value = written[f"{path}.weight"] * written.pop(f"{path}.scale")
+        kind, value = numbers(written, path, back[f"{path}.weight"].shape)
         assert torch.equal(value, back[f"{path}.weight"]), path
         assert f"{path}.weight" not in floats
+        others = {one for one, names in types.items() if f"{path}.weight" in names}
+        assert others or {told["quantization_config"]["weights_dtype"]} == {kinds[path]}
+        assert (others or {kind}) == {kind} == {kinds[path]}
+    assert ("int4" in kinds.values()) == scheme.startswith("w4")
     assert set(written) == set(back)
     for path, value in back.items():
         if path.removesuffix(".weight") not in kept:
@@ -63,9 +86,19 @@ def test_integers_and_scales_are_those_of_the_artifact(
 
 
 @pytest.mark.skipif(find_spec("sdnq") is None, reason="the outside reader is sdnq")
-@pytest.mark.parametrize("name", ["text_to_image", "sd3"])
-def test_external_sdnq_computes_with_the_folder(name: str, rounded: Make, tmp_path: Path) -> None:
-    model, given, folder = rounded(name)
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("text_to_image", "w8a8-dynamic"),
+        ("sd3", "w4a8-dynamic"),
+        ("text_to_image", "w4a16"),
+        ("flux", "w4a16"),
+    ],
+)
+def test_external_sdnq_computes_with_the_folder(
+    name: str, scheme: str, rounded: Make, tmp_path: Path
+) -> None:
+    model, given, folder = rounded(name, scheme)
     done = export(folder, tmp_path / "out", to="sdnq")
     save_file({key: value.contiguous() for key, value in given.items()}, tmp_path / "given.safetensors")
     made = tmp_path / "made.safetensors"
@@ -90,3 +123,21 @@ def test_weights_with_an_offset_are_float_everywhere(rounded: Make) -> None:
         fate = next(one for one in format.outlook(network).fates if one.path == path)
         assert fate.reason, format
     assert float_value(network, f"{path}.weight").mean() > 0.4
+
+
+def test_integers_of_four_bits_are_read_back(rounded: Make, tmp_path: Path) -> None:
+    model, _, folder = rounded("qwen_image", "w4a16")
+    network = at_rest(folder)
+    path = "transformer_blocks.0.attn.to_q"
+    layer: Any = network.layers[path]
+    layer.spec = replace(layer.spec, weight=Grid.parse("uint4/channel/asym"))
+    layer.register_buffer("weight_zero_point", torch.arange(len(layer.weight_scale)).to(torch.int16) % 16)
+    seen = sdnq.outlook(network)
+    sdnq.write(network, seen, tmp_path / "out", Silent())
+    assert {fate.becomes for fate in seen.fates} >= {"int4", "uint4"}
+    convert(tmp_path / "out", tmp_path / "back")
+    back = type(model).from_pretrained(tmp_path / "back").dequantize().state_dict()
+    for one, own in network.layers.items():
+        torch.testing.assert_close(
+            back[f"{one}.weight"], own.dequantized(torch.float32), rtol=1e-6, atol=1e-6
+        )

@@ -1,12 +1,14 @@
-"""A folder of diffusers whose weights SDNQ dequantizes: signed bytes with a scale for each row.
+"""A folder of diffusers whose weights SDNQ dequantizes: integers of 8 or 4 bits with a scale for each row.
 
+Codes of 4 bits lie two in a byte, the first in its lower half; signed ones have 8 added, others a float zero point beside the scale.
 Every layer is told of one by one: what SDNQ would leave in float by rules of its own is written in integers where these are.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,11 @@ from stepquant.runtime.layers.floating import float_kind
 from stepquant.runtime.layers.layer import IntegerLayer
 
 ENDS = ""  # a folder
-INTEGERS, FLOAT = "int8", "float"
+INT8, INT4, UINT4, FLOAT = "int8", "int4", "uint4", "float"
 VERSION = "0.2.8"  # whose settings these are
 SETTINGS = {
     "quant_method": "sdnq",
     "sdnq_version": VERSION,
-    "weights_dtype": INTEGERS,
     "group_size": -1,  # a scale for each row
     "use_quantized_matmul": False,
     "dequantize_fp32": True,
@@ -47,7 +48,9 @@ IN_FLOAT = "weights are multiplied in float"
 def outlook(network: Network) -> Outlook:
     check_float_form(network, "sdnq")
     reasons = {path: why_float(network, path, layer) for path, layer in network.layers.items()}
-    fates = tuple(Fate(path, FLOAT if why else INTEGERS, why) for path, why in reasons.items())
+    fates = tuple(
+        Fate(path, FLOAT if why else kind_of(network.layers[path]), why) for path, why in reasons.items()
+    )
     return Outlook(fates, left_of_activations(network, IN_FLOAT))
 
 
@@ -64,21 +67,27 @@ def why_float(network: Network, path: str, layer: IntegerLayer) -> str:
         return (
             "only scales are written beside the integers: no rotation, branch, factors of inputs or offsets"
         )
-    if not layer.fits_signed_bytes():
+    if kind_of(layer) == INT8 and not layer.fits_signed_bytes():
         return "weights minus their zero point need more than a signed byte"
     return ""
 
 
+def kind_of(layer: IntegerLayer) -> str:
+    """The type in which a layer's integers are written."""
+    if layer.spec.weight.bits > 4 or layer.weight_shape.numel() % 2:
+        return INT8
+    least, most = torch.sub(*layer.rows()).aminmax()
+    return INT4 if least >= -8 and most <= 7 else UINT4
+
+
 def write(network: Network, seen: Outlook, file: Path, progress: Progress) -> None:
-    kept = {fate.path for fate in seen.fates if fate.kept}
+    kept = {fate.path: fate.becomes for fate in seen.fates if fate.kept}
     tensors: dict[str, Later] = {}
     for name, shape in network.shapes.items():
         path, _, leaf = name.rpartition(".")
         if path in kept and leaf == "weight":
             layer = network.layers[path]
-            tensors[name] = Later(torch.int8, shape, layer.signed_bytes)
-            sides = (shape[0], 1, *shape[2:])
-            tensors[f"{path}.scale"] = Later(torch.float32, sides, scales_of(layer, sides))
+            tensors |= integers(path, layer, kept[path])
         else:
             tensors[name] = Later(dtype_of(network, name), shape, value_of(network, name))
     file.mkdir()
@@ -88,21 +97,48 @@ def write(network: Network, seen: Outlook, file: Path, progress: Progress) -> No
     )
 
 
-def settings_of(network: Network, kept: set[str]) -> dict[str, Any]:
-    """The network's own settings, and those of SDNQ, which name every layer that stays float."""
+def integers(path: str, layer: IntegerLayer, kind: str) -> dict[str, Later]:
+    """SDNQ shares scales over input channels alone: those of a row are said again at every tap."""
+    shape = tuple(layer.weight_shape)
+    sides = (shape[0], 1, *shape[2:])
+
+    def at_taps(values: Tensor) -> Tensor:
+        return values.reshape(-1, *[1] * (len(sides) - 1)).expand(sides)
+
+    def zero_points() -> Tensor:
+        return (layer.spec.weight.qmin - layer.rows()[1].flatten()).float() * layer.weight_scale
+
+    made = {f"{path}.scale": Later(torch.float32, sides, lambda: at_taps(layer.weight_scale))}
+    if kind == UINT4:
+        made[f"{path}.zero_point"] = Later(torch.float32, sides, lambda: at_taps(zero_points()))
+    if kind == INT8:
+        return made | {f"{path}.weight": Later(torch.int8, shape, layer.signed_bytes)}
+    halves = (layer.weight_shape.numel() // 2,)
+    return made | {f"{path}.weight": Later(torch.uint8, halves, lambda: two_in_a_byte(layer, kind))}
+
+
+def two_in_a_byte(layer: IntegerLayer, kind: str) -> Tensor:
+    codes, zeros = layer.rows()
+    codes = codes - zeros + 8 if kind == INT4 else codes - layer.spec.weight.qmin
+    low, high = codes.to(torch.uint8).reshape(-1, 2).unbind(1)
+    return low | high << 4
+
+
+def settings_of(network: Network, kept: Mapping[str, str]) -> dict[str, Any]:
+    """The network's own settings, and those of SDNQ, which name every layer that stays float or has another type than most."""
     floats = [
         name
         for name, shape in network.shapes.items()
         if name.endswith(".weight") and len(shape) > 1 and name.removesuffix(".weight") not in kept
     ]
     convolutions = any(len(network.layers[path].weight_shape) > 2 for path in kept)
-    told = SETTINGS | {"quant_conv": convolutions, "modules_to_not_convert": floats}
-    return {**network.settings, "quantization_config": told}
-
-
-def scales_of(layer: IntegerLayer, sides: tuple[int, ...]) -> Callable[[], Tensor]:
-    """SDNQ shares scales over input channels alone: those of a row are said again at every tap."""
-    return lambda: layer.weight_scale.reshape(-1, *[1] * (len(sides) - 1)).expand(sides)
+    (usual, _), *others = Counter(kept.values()).most_common() or [(INT8, 0)]
+    told = {"weights_dtype": usual, "quant_conv": convolutions, "modules_to_not_convert": floats}
+    other = {kind: [f"{path}.weight" for path in kept if kept[path] == kind] for kind, _ in others}
+    return {
+        **network.settings,
+        "quantization_config": SETTINGS | told | ({"modules_dtype_dict": other} if other else {}),
+    }
 
 
 def value_of(network: Network, name: str) -> Callable[[], Tensor]:
