@@ -30,6 +30,11 @@ FLOATS = {
     28: ("F64", torch.float64),
     30: ("BF16", torch.bfloat16),
 }
+# Types whose blocks are not read: the codes of most stand for points of a lattice.
+UNREAD = {
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S",
+    23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+}  # fmt: skip
 ALIGNMENT, ARCHITECTURE = "general.alignment", "general.architecture"
 SHAPE = "comfy.gguf.orig_shape."  # before a tensor's name: its shape, where its numbers lie in rows of another length
 MOST_DIMENSIONS = 8
@@ -197,7 +202,7 @@ def place_of(path: Path, name: str, kind: int, shape: tuple[int, ...], begin: in
         raise ArtifactError(
             f"tensor '{shown(name)}' is of a type that is not read",
             where=str(path),
-            got=f"type {kind} of GGUF",
+            got=UNREAD.get(kind, f"type {kind} of GGUF"),
             expected=", ".join(known),
             fix="fetch a file of another type, or convert the float file",
         )
