@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from stepquant.core.policy import POLICY, TIMES, FloatSteps, StepPolicy
+from stepquant.core.policy import POLICY, TIMES, FloatSteps, StepPolicy, policy_of
 from stepquant.errors import ArtifactError, StepquantError
 
 # As vllm-omni#6560 and diffusers#14664 read it.
@@ -31,6 +31,18 @@ def test_what_others_write_is_read_and_written_alike() -> None:
     assert policy.to_json(scope) == {name: value for name, value in SHIPPED.items() if name != "reasoner"}
     native = SHIPPED | {"first_steps": {"count": 3, "mode": "native"}}
     assert StepPolicy.from_json(native)[0] == StepPolicy(0, 2)
+    assert StepPolicy.from_json(SHIPPED | {"overlap": "native"})[0] == StepPolicy(3, 2)
+
+
+def test_what_a_configuration_says_of_steps() -> None:
+    said = {"runtime": {"diffusion_step_policy": SHIPPED}}
+    assert policy_of(said, "config") == (StepPolicy(3, 2), "transformer")
+    none = {name: {"count": 2, "mode": "native"} for name in ("first_steps", "last_steps")}
+    for nothing in ({}, {"runtime": None}, {"runtime": {}}, {"runtime": {POLICY: SHIPPED | none}}):
+        assert policy_of(nothing, "config") is None
+    for odd, words in (({"cache": 1}, "cache"), (3, "config.runtime"), ({POLICY: {}}, "schema_version")):
+        with pytest.raises(ArtifactError, match=words):
+            policy_of({"runtime": odd}, "config")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +57,7 @@ def test_what_others_write_is_read_and_written_alike() -> None:
         ("scope", ["transformer", "vae"]),
         ("scope", "transformer"),
         ("default_mode", "a16"),
-        ("overlap", "native"),
+        ("overlap", "a8"),
         ("reasoner", "a8"),
         ("first_steps", {"count": -1, "mode": "a16"}),
         ("first_steps", {"count": 3, "mode": "a8"}),

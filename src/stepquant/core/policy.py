@@ -16,9 +16,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from stepquant.core.entries import AGAIN, Kind, entries, integer, list_of, one_of
+from stepquant.core.entries import AGAIN, ANYTHING, Kind, entries, integer, list_of, one_of
 from stepquant.errors import ArtifactError, StepquantError
 
+RUNTIME = "runtime"  # the entry of a configuration that says what is not the same at every step
 POLICY, TIMES = "diffusion_step_policy", "diffusion_step_t"
 FLOAT, INTEGERS = "a16", "native"  # the words for activations in float, and as the weights were stored for
 MODE, EXAMPLE = one_of(FLOAT, INTEGERS), "first=3,last=3"
@@ -70,11 +71,21 @@ class StepPolicy:
             "default_mode": one_of(INTEGERS),
             "first_steps": end,
             "last_steps": end,
-            "overlap": one_of(FLOAT),
+            "overlap": MODE,  # of ends that meet, which a network that keeps them by t has none of
         }
         found = entries(data, where, needed, {"reasoner": MODE})
         counts = [count_of(found[name], f"{where}.{name}") for name in ("first_steps", "last_steps")]
         return cls(*counts), found["scope"][0]
+
+
+def policy_of(config: Mapping[str, Any], where: str) -> tuple[StepPolicy, str] | None:
+    """What the configuration of another program says of steps, and the part that it is for; None where it says nothing."""
+    runtime = config.get(RUNTIME)
+    if runtime is None:
+        return None
+    said = entries(runtime, f"{where}.{RUNTIME}", {}, {POLICY: ANYTHING}).get(POLICY)
+    found = None if said is None else StepPolicy.from_json(said, f"{where}.{RUNTIME}.{POLICY}")
+    return found if found is not None and (found[0].first or found[0].last) else None
 
 
 NAME = Kind("the name of a component", lambda v: isinstance(v, str) and v.isidentifier())

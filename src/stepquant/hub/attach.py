@@ -11,12 +11,13 @@ from diffusers import ConfigMixin
 from torch import nn
 
 from stepquant.artifact import Artifact
-from stepquant.core.policy import POLICY
+from stepquant.core.policy import POLICY, RUNTIME, FloatSteps
 from stepquant.errors import ArtifactError
-from stepquant.hub.config import RUNTIME, Name, StepquantConfig, digests_of, settings_digest
+from stepquant.hub.config import KEYS, SDNQ, Name, StepquantConfig, digests_of, settings_digest
 from stepquant.hub.of_diffusers import StepquantQuantizer
 from stepquant.hub.of_transformers import TransformersQuantizer, settings_of
-from stepquant.runtime.lower import lower
+from stepquant.runtime.lower import lower, prepare
+from stepquant.runtime.policy import check_policy
 
 
 def check_folder(folder: Path) -> None:
@@ -29,6 +30,8 @@ def check_folder(folder: Path) -> None:
         quantized = settings.get("quantization_config") if isinstance(settings, Mapping) else None
         if not isinstance(quantized, Mapping):
             continue
+        if quantized.get("quant_method") == SDNQ:
+            continue  # which stepquant reads, policy and all
         if quantized.get("quant_method") != Name.STEPQUANT.value:
             check_no_policy(quantized, file)
         else:
@@ -68,6 +71,17 @@ def attach(model: Any, artifact: Artifact) -> None:
         model.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)
     else:
         model.config.quantization_config = config
+
+
+def keep_in_float(model: Any, steps: FloatSteps) -> None:
+    """Let a network that runs in integers keep its activations in float at some steps, and say so where it is saved."""
+    check_policy(model, steps, corrected=False)
+    own = model.hf_quantizer.quantization_config
+    config = StepquantConfig(**{key: getattr(own, key) for key in KEYS}, runtime=steps.to_json())
+    model.hf_quantizer.quantization_config = config
+    model.register_to_config(quantization_config=config)
+    model.policy = steps
+    prepare(model)
 
 
 def config_of(model: nn.Module) -> StepquantConfig | None:

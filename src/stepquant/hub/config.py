@@ -25,10 +25,8 @@ from stepquant.artifact import (
 )
 from stepquant.core.digest import tensors_digest, value_digest
 from stepquant.core.entries import AGAIN, entries
-from stepquant.core.policy import FloatSteps
+from stepquant.core.policy import RUNTIME, FloatSteps
 from stepquant.errors import ArtifactError
-
-RUNTIME = "runtime"  # the entry that only some artifacts have: what is not the same at every step
 
 # What diffusers and transformers may add to a model's configuration beside names that begin with an underscore.
 NOT_OF_THE_NETWORK = (
@@ -39,6 +37,9 @@ NOT_OF_THE_NETWORK = (
     "architectures",
     "transformers_version",
 )
+
+
+SDNQ = "sdnq"  # the quant_method of folders that are read beside one's own
 
 
 class Name(StrEnum):

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from stepquant.core.policy import StepPolicy
 from stepquant.hub.foreign.container import Container
 from stepquant.hub.foreign.rows import Rows
 
@@ -92,3 +93,6 @@ class ForeignFile:
     dialect: str = ""  # how the program says what its tensors are, and of which network
     program: str = "ComfyUI"  # that reads such files
     settings: Mapping[str, Any] | None = None  # of the network, where they are beside its weights
+    policy: tuple[StepPolicy, str] | None = (
+        None  # of steps whose activations stay in float, and for which part
+    )

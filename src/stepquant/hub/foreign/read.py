@@ -6,18 +6,19 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from stepquant.hub.config import SDNQ
 from stepquant.hub.foreign.comfy import read_file
 from stepquant.hub.foreign.container import open_file
 from stepquant.hub.foreign.gguf import open_gguf, read_gguf
 from stepquant.hub.foreign.network import ForeignFile
-from stepquant.hub.foreign.sdnq import CONFIG, METHOD, read_sdnq
+from stepquant.hub.foreign.sdnq import CONFIG, read_sdnq
 
 FILES = (".safetensors", ".gguf")
 
 
 def read(path: Path) -> ForeignFile:
     """A folder by its configuration, a file by its ending; what does not begin as its ending says is an error."""
-    if packed_by(path) == METHOD:
+    if packed_by(path) == SDNQ:
         return read_sdnq(path)
     if path.suffix == ".gguf" and path.is_file():
         return read_gguf(open_gguf(path))
@@ -36,4 +37,4 @@ def packed_by(folder: Path) -> str:
 
 def is_foreign(path: Path) -> bool:
     """Whether another program wrote it."""
-    return packed_by(path) == METHOD if path.is_dir() else path.suffix in FILES
+    return packed_by(path) == SDNQ if path.is_dir() else path.suffix in FILES

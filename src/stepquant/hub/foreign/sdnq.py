@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepquant.core.policy import RUNTIME, policy_of
 from stepquant.core.rotation import is_group, rotate
 from stepquant.errors import ArtifactError
 from stepquant.hub.foreign.container import FLOATS, Container, open_folder
 from stepquant.hub.foreign.network import ForeignFile, ForeignLayer
 from stepquant.hub.foreign.rows import Rows
 
-METHOD, CONFIG = "sdnq", "quantization_config"
+CONFIG = "quantization_config"
 TYPES = ("int8", "uint8", "int4", "uint4")
 # What changes the numbers of a layer in ways that are not read, unless it has this value or none.
 UNREAD = {
@@ -162,7 +163,8 @@ def read_sdnq(folder: Path) -> ForeignFile:
                 "a float, or codes of a weight",
             )
         floats.append(name)
-    return ForeignFile(file, layers, tuple(floats), str(config.get("sdnq_version", "")), "SDNQ", settings)
+    version = str(config.get("sdnq_version", ""))
+    return ForeignFile(file, layers, tuple(floats), version, "SDNQ", settings, policy_of(config, CONFIG))
 
 
 def check_config(config: Mapping[str, Any], file: Container) -> None:
@@ -178,7 +180,8 @@ def check_config(config: Mapping[str, Any], file: Container) -> None:
 
 
 def unread(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from ((word, config[word]) for word in config if config[word] and word not in (*KNOWN, *UNREAD))
+    known = (*KNOWN, *UNREAD, RUNTIME)
+    yield from ((word, config[word]) for word in config if config[word] and word not in known)
     yield from (
         (word, config[word]) for word, usual in UNREAD.items() if config.get(word) not in (usual, None)
     )
