@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from stepquant.cli.options import Json
+from stepquant.cli.explain import in_words
+from stepquant.cli.options import Json, Policy
 from stepquant.cli.screen import Screen, size_text
+from stepquant.core.policy import StepPolicy
 
 
 def convert(
@@ -41,13 +43,19 @@ def convert(
             show_default="nothing is rounded",
         ),
     ] = None,
+    policy: Policy = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Denoising steps that --policy is about.", show_default="50"),
+    ] = None,
     json: Json = None,
 ) -> None:
     """Make an ordinary folder of a file of packed integers; nothing is quantized again, unless a scheme asks for it."""
     from stepquant.job.foreign import convert as write
 
     screen = Screen()
-    made = write(file, out, config=config, scheme=scheme)
+    counted = {} if steps is None else {"steps": steps}
+    made = write(file, out, config=config, scheme=scheme, policy=policy, **counted)
     rotated = ", ".join(str(group) for group in made.recipe["rotations"])
     floats = Counter(made.recipe["floats"].values())
     screen.show(f"wrote {made.folder}: {made.recipe['class']}, {size_text(made.bytes)}")
@@ -102,6 +110,7 @@ def show_network(folder: Path, layers: bool, json: Path | None) -> None:
     grids = Counter((row["weight"], row["input"]) for row in rows)
     for (weight, inputs), count in sorted(grids.items()):
         screen.show(f"{count} layers with weights on {weight}, inputs {inputs}")
+    show_policy(screen, found)
     if layers:
         screen.show()
         screen.table(
@@ -125,6 +134,7 @@ def show_file(file: Path, layers: bool, json: Path | None) -> None:
     rotations = ", ".join(f"{count} in groups of {group}" for group, count in found["rotations"].items())
     screen.show(f"{file}: {formats or 'floats alone'}, {origin(found['program'], found['dialect'])}")
     screen.show(f"rotated: {rotations or 'none'}; {found['floats']} tensors in float")
+    show_policy(screen, found)
     if found["others"]:
         screen.show(f"{found['others']} tensors of other parts are left where they are")
     kept, integers = (sum(row[key] for row in rows) for key in ("kept", "integer"))
@@ -150,6 +160,11 @@ def show_file(file: Path, layers: bool, json: Path | None) -> None:
             ],
         )
     screen.finish(json, found)
+
+
+def show_policy(screen: Screen, found: Mapping[str, Any]) -> None:
+    if found["policy"] is not None:
+        screen.show(f"activations in float at {in_words(StepPolicy.parse(found['policy']))}")
 
 
 def origin(program: str, dialect: str) -> str:

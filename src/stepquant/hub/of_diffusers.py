@@ -30,6 +30,7 @@ class StepquantQuantizer(Living, DiffusersQuantizer):
         self.files: list[str] = []
         self.keys: list[str] = []
         self.loaded: set[str] = set()
+        self.widened = False  # whether a float was stored in another dtype than it has here
 
     def update_device_map(self, device_map: Any) -> dict[str, torch.device] | None:
         """One device for the whole network; where diffusers may choose, the accelerator if there is one."""
@@ -97,6 +98,7 @@ class StepquantQuantizer(Living, DiffusersQuantizer):
         with room_for(self.size, target_device):
             value = state_dict[param_name].to(target_device)
         if leaf in module._parameters:
+            self.widened |= value.dtype != torch.float32
             module._parameters[leaf] = nn.Parameter(value.float(), requires_grad=False)
         else:
             module._buffers[leaf] = value
@@ -107,15 +109,19 @@ class StepquantQuantizer(Living, DiffusersQuantizer):
             self.quantization_config.format != UNCOVERED
         ):  # a newer diffusers writes settings of its own beside them
             self.quantization_config.settings = settings_digest(model.config)
-        if self.follow(model):
+        if self.follow(model) or self.widened:
             self.quantization_config.renew(digests_of(model.state_dict()))
         prepare(model)
 
 
 def quantizer_for(config: StepquantConfig, **kwargs: Any) -> StepquantQuantizer:
-    """What loads an artifact; or float weights, where the configuration names a scheme."""
-    if config.scheme is None:
+    """What loads an artifact; float weights, where the configuration names a scheme; or a single file, where it says nothing."""
+    if config.scheme is None and config.digests:
         return StepquantQuantizer(config, **kwargs)
+    if config.scheme is None:
+        from stepquant.hub.foreign.single_file import SingleFileQuantizer
+
+        return SingleFileQuantizer(config, **kwargs)
     from stepquant.hub.on_load import OnLoadQuantizer  # which loading an artifact has no use for
 
     return OnLoadQuantizer(config, **kwargs)

@@ -45,6 +45,14 @@ class OnLoadQuantizer(StepquantQuantizer):
         return [name for name in missing_keys if name in self.floats]
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        from stepquant.hub.foreign.in_memory import FILE, is_packed  # which few folders have a use for
+
+        if is_packed(state_dict):
+            raise ModelError(
+                "the layers of this file are packed already, and are not rounded again while they are loaded",
+                where=self.where or str(FILE),
+                fix=f"quantization_config=StepquantConfig(), or stepquant.load(FILE, scheme='{self.plan.name}')",
+            )
         return state_dict
 
     def create_quantized_param(  # type: ignore[override]

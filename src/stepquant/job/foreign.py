@@ -9,14 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from stepquant import hub
+from stepquant.calib.times import times_of
+from stepquant.core.policy import FloatSteps, StepPolicy
 from stepquant.errors import StepquantError
 from stepquant.hub.config import Name, StepquantConfig
-from stepquant.hub.foreign.convert import network_of, read_settings
-from stepquant.hub.foreign.network import ForeignLayer
+from stepquant.hub.foreign.convert import network_of
+from stepquant.hub.foreign.network import ForeignFile, ForeignLayer
 from stepquant.hub.foreign.read import packed_by, read
 from stepquant.hub.foreign.sdnq import CONFIG
+from stepquant.hub.foreign.settings import denoiser_in, is_pipeline, read_settings, settings_of
+from stepquant.hub.foreign.single_file import running
 from stepquant.job.files import LAST, is_taken, new_folder, writing
-from stepquant.job.pipelines import without_bars
+from stepquant.job.pipelines import STEPS, move, open_pipeline, ready, without_bars
+from stepquant.models.denoiser import Denoiser
+from stepquant.models.families.registry import family_of
+from stepquant.models.sampling import Sampling
+from stepquant.runtime.layers.layer import IntegerLayer
 
 
 @dataclass(frozen=True)
@@ -35,24 +46,90 @@ def convert(
     *,
     config: str | os.PathLike[str] | None = None,
     scheme: str | None = None,
+    policy: str | None = None,
+    steps: int = STEPS,
 ) -> Converted:
     """Write the network in `file` as a folder that `from_pretrained` of its class loads, in the file's own integers.
 
     `config` is the config.json of the float network in diffusers' format, or a folder that holds it; a folder needs none.
     Without a `scheme` nothing is rounded. With one that needs no calibration, layers that it multiplies in integers are: those that
-    have a scale by the row in the file keep its integers, and all others are rounded.
+    have a scale by the row in the file keep its integers, and all others are rounded. `policy` says which steps keep activations
+    in float, as `first=3,last=3`: `config` is then the folder of a pipeline, whose sampler is followed over so many `steps`.
     """
     target = Path(out)
     if is_taken(target):
         raise StepquantError(f"'{out}' is there already", fix="choose another --out, or remove it")
-    found = read(Path(file))
+    found, place = read(Path(file)), None if config is None else Path(config)
     with new_folder(target) as folder:
-        model = network_of(found, None if config is None else Path(config), scheme)
+        timed = float_steps(found, place, scheme, policy, steps)
+        model = network_of(found, place, scheme, timed)
         with writing(target), without_bars():
             model.save_pretrained(folder)
     told = model.hf_quantizer.quantization_config
     size = sum(one.stat().st_size for one in target.glob("*.safetensors"))
     return Converted(target, told.recipe, len(told.layers), size)
+
+
+def load_file(
+    file: Path,
+    device: str,
+    config: Path | None,
+    scheme: str | None,
+    policy: str | None = None,
+    steps: int = STEPS,
+    name: str | None = None,
+) -> Any:
+    """The network of a file in the file's own integers; or its pipeline, where `config` is the folder of one."""
+    found = read(file)
+    network = running(found, settings_of(found, config), scheme)
+    asked = asked_policy(found, network, policy)
+    if config is None or not is_pipeline(config):
+        if asked is not None:
+            raise no_sampler(found, asked[0])
+        return move(network, device)
+    pipeline = open_pipeline(config, **{denoiser_in(config): network})
+    made = ready(pipeline, name or file.stem, device)
+    if asked is not None:
+        times = times_of(made, Sampling(steps))
+        hub.keep_in_float(network, FloatSteps.of(*asked, times))
+    return made
+
+
+def float_steps(
+    found: ForeignFile, config: Path | None, scheme: str | None, policy: str | None, steps: int
+) -> FloatSteps | None:
+    """The steps that `load_file` would keep in float."""
+    if found.policy is None and policy is None:
+        return None
+    made = load_file(found.file.path, "cpu", config, scheme, policy, steps)
+    network = made if isinstance(made, nn.Module) else Denoiser.of(made).model
+    return vars(network).get("policy")
+
+
+def asked_policy(found: ForeignFile, network: Any, policy: str | None) -> tuple[StepPolicy, str] | None:
+    """What was asked for, or else what the file says; nothing where activations are in float at every step anyway."""
+    component = family_of(network).component
+    asked = found.policy if policy is None else (StepPolicy.parse(policy), component)
+    if asked is None or any(isinstance(one, IntegerLayer) and one.integer for one in network.modules()):
+        return asked
+    if policy is None:
+        return None
+    raise StepquantError(
+        "activations are in float at every step: a policy would change nothing",
+        where=str(found.file.path),
+        got=str(asked[0]),
+        fix="leave the policy out, or ask for a scheme with activations in integers, as w8a8-dynamic",
+    )
+
+
+def no_sampler(found: ForeignFile, policy: StepPolicy) -> StepquantError:
+    return StepquantError(
+        "a policy counts the steps of a sampler, and a network knows its t alone",
+        where=str(found.file.path),
+        got=str(policy),
+        expected="the folder of a pipeline as its configuration, whose sampler is followed",
+        fix="give the folder with model_index.json as --config",
+    )
 
 
 def inspect_file(file: str | os.PathLike[str]) -> dict[str, Any]:
@@ -66,6 +143,7 @@ def inspect_file(file: str | os.PathLike[str]) -> dict[str, Any]:
         "formats": counted(row["format"] for row in rows),
         "rotations": counted(str(row["rotation"]) for row in rows if row["rotation"]),
         "floats": len(found.floats),
+        "policy": None if found.policy is None else str(found.policy[0]),
         "others": found.file.others,
         "layers": rows,
     }
@@ -83,6 +161,7 @@ def inspect_network(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "class": settings.get("_class_name", ""),
         "digest": config.digest,
         "recipe": config.recipe,
+        "policy": None if config.artifact.policy is None else str(config.artifact.policy.policy),
         "layers": rows,
     }
 

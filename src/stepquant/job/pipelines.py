@@ -15,22 +15,54 @@ from diffusers.utils import is_transformers_available, logging
 
 from stepquant import hub
 from stepquant.errors import ModelError, StepquantError, UnknownNameError
+from stepquant.hub.foreign.read import is_foreign
 from stepquant.models import zoo
 from stepquant.models.call import Asked, Call, steps_of
-from stepquant.models.denoiser import Denoiser, check_finite, denoisers
+from stepquant.models.denoiser import COMPONENTS, Denoiser, check_finite, denoisers
 from stepquant.models.pipelines.calling import check_call
 from stepquant.models.sampling import SAMPLERS, Sampling
 
 
-def load(model: str | os.PathLike[str], device: str = "cpu") -> Any:
-    """A pipeline by the name of an embedded model or by its folder; a quantized one runs in integers."""
+def load(
+    model: str | os.PathLike[str],
+    device: str = "cpu",
+    *,
+    config: str | os.PathLike[str] | None = None,
+    scheme: str | None = None,
+    policy: str | None = None,
+    steps: int | None = None,
+) -> Any:
+    """A pipeline by the name of an embedded model or by its folder; a quantized one runs in integers.
+
+    The file of another program is read as `convert` reads it, which knows the other arguments, and nothing is written. With the
+    folder of a pipeline as `config`, it is that pipeline, denoising by the network of the file; else it is this network.
+    """
+    from stepquant.job.foreign import load_file  # which imports this one
+
+    steps = steps or STEPS
+    if is_foreign(Path(model)):
+        place = None if config is None else Path(config)
+        return load_file(Path(model), device, place, scheme, policy, steps)
+    if config is not None or scheme is not None or policy is not None:
+        raise StepquantError(
+            f"'{model}' says itself what it is: a configuration and a scheme are for files of other programs",
+            fix="leave them out; or stepquant.quantize(pipeline, scheme=...)",
+        )
     folder = find_folder(str(model))
-    pipeline = open_pipeline(folder)
+    for component in COMPONENTS:
+        if is_foreign(folder / component):  # a folder in a pipeline's, by SDNQ
+            name = name_of(str(model), folder)
+            return load_file(folder / component, device, folder, None, None, steps, name)
+    return ready(open_pipeline(folder), name_of(str(model), folder), device)
+
+
+def ready(pipeline: Any, name: str, device: str) -> Any:
+    """A pipeline that can denoise, by a name of its own, on its device."""
     Denoiser.of(pipeline)  # it has one
     for network in denoisers(pipeline).values():
         if hub.config_of(network) is None:
             check_finite(network)
-    rename(pipeline, name_of(str(model), folder))
+    rename(pipeline, name)
     pipeline.set_progress_bar_config(disable=True)
     return move(pipeline, device)
 
@@ -61,20 +93,22 @@ def find_folder(name: str) -> Path:
         )
     if not (folder / "model_index.json").is_file():
         above = (folder.parent / "model_index.json").is_file()
-        file = f"stepquant convert {name} --config DIR --out DIR" if folder.is_file() else None
         raise ModelError(
             f"'{name}' is no diffusers pipeline",
             expected="a folder with model_index.json, as pipeline.save_pretrained writes it",
-            fix=f"give the folder above it: {folder.parent}" if above else file,
+            fix=f"give the folder above it: {folder.parent}" if above else None,
         )
     return folder
 
 
-def open_pipeline(folder: Path) -> Any:
+def open_pipeline(folder: Path, **parts: Any) -> Any:
+    """The pipeline in a folder, with these parts in the place of its own."""
     try:
         hub.check_folder(folder)
         with without_bars():
-            pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            pipeline = DiffusionPipeline.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, **parts
+            )
         keep_options(pipeline, folder)
         return pipeline
     except StepquantError:

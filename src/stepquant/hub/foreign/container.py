@@ -15,6 +15,7 @@ from stepquant.errors import ArtifactError
 # Files of all parts of a pipeline have the network under one of these; files of it alone may have none.
 FLOATS = ("F32", "F16", "BF16", "F64")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+LATENT_DIFFUSION = "input_blocks.0.0.weight"  # the first weight of U-Nets in original names
 WEIGHTS = "diffusion_pytorch_model"  # how diffusers calls them
 
 

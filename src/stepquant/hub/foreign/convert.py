@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepquant.artifact import LayerSpec, bounds_of
 from stepquant.core.bounds import check_tensors, check_values
 from stepquant.core.grid import Grid
-from stepquant.errors import ModelError
+from stepquant.core.policy import FloatSteps
 from stepquant.hub.config import StepquantConfig, digests_of, settings_digest
 from stepquant.hub.foreign.names import Placed, Translated, translate
 from stepquant.hub.foreign.network import ForeignFile, ForeignLayer
 from stepquant.hub.foreign.rows import below_each_other, stored
+from stepquant.hub.foreign.settings import settings_of
 from stepquant.hub.of_diffusers import StepquantQuantizer
 from stepquant.hub.on_load import rounded, specs_by
 from stepquant.runtime.lower import skeleton
@@ -31,15 +31,40 @@ TOKEN = Grid.parse("int8/token")
 HOMELESS = "the network has no use for its integers"
 
 
-def network_of(found: ForeignFile, config: Path | None, scheme: str | None = None) -> Any:
+@dataclass(frozen=True)
+class Packed:
+    """A network as its folder has it: layers of integers, and all tensors by diffusers' names."""
+
+    specs: Mapping[str, LayerSpec]
+    tensors: Mapping[str, Tensor]
+    recipe: Mapping[str, Any]
+
+
+def network_of(
+    found: ForeignFile, config: Path | None, scheme: str | None = None, policy: FloatSteps | None = None
+) -> Any:
     """The network, to be saved; loading what was saved makes it run.
 
     With a scheme, what the file has in floats or in groups becomes what the scheme says: those layers are rounded.
     """
-    settings = settings_of(found, config)
-    kind = getattr(diffusers, settings["_class_name"])
-    with init_empty_weights(include_buffers=True):
-        model = kind.from_config(settings)
+    model = blank(settings_of(found, config))
+    made = packed(found, model, scheme)
+    skeleton(model, made.specs, {}, {})
+    bounds, where = bounds_of(made.specs, {}, None), str(found.file.path)
+    check_tensors(made.tensors, model.state_dict(), where, bounds)
+    check_values(made.tensors, bounds, where)
+    model.load_state_dict(made.tensors, assign=True)
+    return described(model, made, policy)
+
+
+def blank(settings: Mapping[str, Any]) -> Any:
+    """The float network without weights."""
+    with init_empty_weights():
+        return getattr(diffusers, settings["_class_name"]).from_config(settings)
+
+
+def packed(found: ForeignFile, model: Any, scheme: str | None = None) -> Packed:
+    """What the file holds of this network."""
     places = translate(found, model)
     wanted = {} if scheme is None else specs_by(scheme, model)
     specs, tensors, fresh = {}, dict(places.floats), []
@@ -54,14 +79,9 @@ def network_of(found: ForeignFile, config: Path | None, scheme: str | None = Non
         bias = tensors.get(f"{path}.bias")
         tensors |= {f"{path}.{leaf}": value for leaf, value in own.items()}
         tensors |= {} if bias is None else {f"{path}.bias": bias.float()}
-    skeleton(model, specs, {}, {})
-    bounds, where = bounds_of(specs, {}, None), str(found.file.path)
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
-    check_tensors(tensors, model.state_dict(), where, bounds)
-    check_values(tensors, bounds, where)
-    model.load_state_dict(tensors, assign=True)
-    recipe = recipe_of(found, settings, places.homeless) | {"rounded": fresh}
-    return described(model, specs, tensors, recipe | ({} if scheme is None else {"scheme": scheme}))
+    recipe = recipe_of(found, type(model).__name__, places.homeless) | {"rounded": fresh}
+    recipe |= {} if scheme is None else {"scheme": scheme}
+    return Packed(specs, {name: value.contiguous() for name, value in tensors.items()}, recipe)
 
 
 def by_scheme(spec: LayerSpec | None, wanted: LayerSpec) -> LayerSpec | None:
@@ -80,50 +100,6 @@ def floats_of(path: str, places: Translated, found: ForeignFile) -> Tensor:
     return torch.cat([one.floats(found.file) for one in place.sources])[place.rows]
 
 
-def settings_of(found: ForeignFile, config: Path | None) -> dict[str, Any]:
-    """What a config.json, or the folder that holds it, says of the network; or what the weights have beside them."""
-    if config is not None:
-        file = config / "config.json" if config.is_dir() else config
-        return checked(file, read_settings(file))
-    if found.settings is None:
-        raise ModelError(
-            "the file does not say what the network is",
-            where=str(found.file.path),
-            expected="the folder with the config.json of the float network",
-            fix="give it as --config",
-        )
-    return checked(found.file.path / "config.json", found.settings)
-
-
-def read_settings(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"'{file}' does not say what the network is",
-            got=str(error).splitlines()[0][:200],
-            expected="the config.json of a network, or a folder with it, as diffusers writes it",
-            fix="hf download the config.json of the same network in diffusers' format, and give its folder as --config",
-        ) from error
-
-
-def checked(file: Path, settings: Any) -> dict[str, Any]:
-    """Settings that name a float network of diffusers."""
-    name = settings.get("_class_name") if isinstance(settings, Mapping) else None
-    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise ModelError(
-            f"'{file}' names no network of diffusers",
-            got=f"_class_name {name!r}",
-            expected="the config.json of a network, as of the folder transformer or unet of a pipeline",
-        )
-    if "quantization_config" in settings:
-        raise ModelError(
-            f"'{file}' is of a network that is quantized already", expected="that of the float network"
-        )
-    return dict(settings)
-
-
 def layer_of(place: Placed, found: ForeignFile) -> tuple[LayerSpec, dict[str, Tensor]]:
     """What it is on disk: the integers of the file, on the plainest grid that has their numbers."""
     sources = place.sources
@@ -137,15 +113,14 @@ def layer_of(place: Placed, found: ForeignFile) -> tuple[LayerSpec, dict[str, Te
     return LayerSpec(grid, inputs, rotation=sources[0].rotation, rank=rank, offset=offset), tensors
 
 
-def described(
-    model: Any, specs: Mapping[str, LayerSpec], tensors: Mapping[str, Tensor], recipe: Mapping[str, Any]
-) -> Any:
+def described(model: Any, made: Packed, policy: FloatSteps | None = None) -> Any:
     """The model with what `save_pretrained` writes of it."""
     config = StepquantConfig(
-        layers={path: spec.to_json() for path, spec in sorted(specs.items())},
-        recipe=recipe,
-        digests=digests_of(tensors),
+        layers={path: spec.to_json() for path, spec in sorted(made.specs.items())},
+        recipe=made.recipe,
+        digests=digests_of(made.tensors),
         settings=settings_digest(model.config),
+        runtime=None if policy is None else policy.to_json(),
     )
     quantizer: Any = StepquantQuantizer
     model.hf_quantizer = quantizer(config, pre_quantized=True)
@@ -154,7 +129,7 @@ def described(
     return model
 
 
-def recipe_of(found: ForeignFile, settings: Mapping[str, Any], homeless: Collection[str]) -> dict[str, Any]:
+def recipe_of(found: ForeignFile, kind: str, homeless: Collection[str]) -> dict[str, Any]:
     """Where the integers came from."""
     layers = found.layers.values()
     kept = [layer for layer in layers if layer.integer and layer.path not in homeless]
@@ -162,7 +137,7 @@ def recipe_of(found: ForeignFile, settings: Mapping[str, Any], homeless: Collect
     rotations = sorted({layer.rotation for layer in kept} - {0})
     return {
         "model": found.file.path.stem,
-        "class": settings["_class_name"],
+        "class": kind,
         "method": "converted",
         "scheme": scheme_of(kept),
         "program": found.program,
