@@ -51,7 +51,8 @@ class Name(StrEnum):
 class StepquantConfig(QuantizationConfigMixin):
     """The `quantization_config` in a model's config.json: what every packed tensor means, and where it came from.
 
-    With the name of a scheme alone, what `from_pretrained` does to float weights while it loads them. `rotation` is for schemes
+    With the name of a scheme alone, what `from_pretrained` does to float weights while it loads them; with nothing at all, that
+    `from_single_file` keeps the integers of a file that another program packed. `rotation` is for schemes
     whose inputs are quantized by the token: the group, 256 for example, in which linears rotate what they read.
     """
 

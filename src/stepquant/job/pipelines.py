@@ -37,12 +37,10 @@ def load(
     The file of another program is read as `convert` reads it, which knows the other arguments, and nothing is written. With the
     folder of a pipeline as `config`, it is that pipeline, denoising by the network of the file; else it is this network.
     """
-    from stepquant.job.foreign import load_file  # which imports this one
-
     steps = steps or STEPS
     if is_foreign(Path(model)):
         place = None if config is None else Path(config)
-        return load_file(Path(model), device, place, scheme, policy, steps)
+        return load_packed(Path(model), device, place, scheme, policy, steps)
     if config is not None or scheme is not None or policy is not None:
         raise StepquantError(
             f"'{model}' says itself what it is: a configuration and a scheme are for files of other programs",
@@ -52,8 +50,14 @@ def load(
     for component in COMPONENTS:
         if is_foreign(folder / component):  # a folder in a pipeline's, by SDNQ
             name = name_of(str(model), folder)
-            return load_file(folder / component, device, folder, None, None, steps, name)
+            return load_packed(folder / component, device, folder, None, None, steps, name)
     return ready(open_pipeline(folder), name_of(str(model), folder), device)
+
+
+def load_packed(*asked: Any) -> Any:
+    from stepquant.job.foreign import load_file  # which imports this one
+
+    return load_file(*asked)
 
 
 def ready(pipeline: Any, name: str, device: str) -> Any:

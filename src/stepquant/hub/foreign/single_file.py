@@ -73,10 +73,10 @@ class SingleFileQuantizer(StepquantQuantizer):
         assert self.found is not None
         assert self.made is not None
         self.follow(model)
+        nameless = {"model": type(model).__name__} if self.found.file.path == FILE else {}
         self.quantization_config = StepquantConfig(
             layers={path: spec.to_json() for path, spec in sorted(self.made.specs.items())},
-            recipe=self.made.recipe
-            | ({"model": type(model).__name__} if self.found.file.path == FILE else {}),
+            recipe={**self.made.recipe, **nameless},
             digests=digests_of(model.state_dict()),
             settings=settings_digest(model.config),
         )
