@@ -44,7 +44,7 @@ def text_encoder(width: int) -> tuple[Any, Any]:
 
 
 def unet(width: float, latents: int) -> Any:
-    """The U-Net with its channels times `width`, and random weights that keep the size of what they multiply."""
+    """The U-Net with its channels times `width`, and random weights."""
     with torch.device("meta"):
         model = UNet2DConditionModel(
             sample_size=latents,
@@ -53,6 +53,11 @@ def unet(width: float, latents: int) -> Any:
             cross_attention_dim=768,
             norm_num_groups=math.gcd(32, round(320 * width)),
         )
+    return drawn(model)
+
+
+def drawn(model: Any) -> Any:
+    """A model without storage, with random weights that keep the size of what they multiply."""
     model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

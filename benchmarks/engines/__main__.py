@@ -1,0 +1,208 @@
+"""Stable Diffusion 1.5 in the engines that people run on a processor: seconds, memory, size on disk, error.
+
+    python -m benchmarks.engines --prepare
+    python -m benchmarks.engines --cases unet --engines stepquant,openvino
+    python -m benchmarks.engines --table
+
+Weights are random, at their true widths: seconds and memory mean what they say, errors only stand beside each other. Three
+cases: the U-Net (one call of one sample), the autoencoder's decoder, and a picture of 512 x 512 in four steps of LCM with the
+text encoder. Every engine runs in a process of its own, and is calibrated on the calls of another picture; `--together` of
+them beside the reference, torch in fp32, take turns in rounds whose order rotates. With one thread the clock is processor
+time. What is measured is kept and not measured again; an engine that cannot run is a row that says why.
+
+`--python torchao=PATH` is the interpreter of an environment that has it: packages that get in each other's way need one each,
+and so does SDNQ (`--python sdnq=PATH`), whose licence forbids to import it beside other code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engines.catalogue import CASES, ENGINES, REFERENCE, Engine
+from benchmarks.engines.given import NETWORKS, PICTURE
+from benchmarks.engines.store import TITLES, Row, Store, table
+from benchmarks.engines.turns import EngineError, Process, rounds, spread
+
+SUBJECT = "benchmarks.engines.subject"
+
+
+class Bench:
+    """The folder of a run: the float pipeline, what engines made of it, and the figures."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.folder: Path = options.folder / options.size
+        self.subject = self.folder / "subject"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.store = Store(self.folder / "figures.json")
+
+    def job(self, engine: Engine, case: str, prepare: bool, network: str) -> dict[str, Any]:
+        return {
+            "module": engine.module,
+            "options": dict(engine.options),
+            "case": case,
+            "network": network,
+            "prepare": prepare,
+            "subject": str(self.subject),
+            "folder": str(self.folder / engine.folder),
+            "threads": self.options.threads,
+        }
+
+    def python(self, engine: Engine) -> str:
+        """The interpreter that was named for it, else this one."""
+        named = dict(one.split("=", 1) for one in self.options.python)
+        return next((path for word, path in named.items() if word in engine.name.lower()), sys.executable)
+
+    def make_subject(self) -> None:
+        if self.subject.is_dir():
+            return
+        part = fresh(self.subject.with_name("subject.part"))
+        job = {
+            "module": SUBJECT, "options": {"size": self.options.size}, "case": "", "network": "", "prepare": True,
+            "subject": str(part), "folder": str(self.folder), "threads": self.options.threads,
+        }  # fmt: skip
+        with Process(job, sys.executable) as process:
+            process.heard()
+        part.rename(self.subject)
+
+    def prepare(self, engine: Engine, case: str) -> None:
+        """The networks of a case in the engine's own files, as far as they are not there."""
+        engine = next(one for one in ENGINES if one.name == engine.folder)
+        draws_alone = engine.draws
+        networks = (case,) if case != PICTURE or draws_alone else NETWORKS
+        for network in networks:
+            done = self.folder / engine.folder / f"{network}.done"
+            if done.is_file():
+                continue
+            shutil.rmtree(done.with_suffix(""), ignore_errors=True)
+            print(f"preparing {engine.name}: {network}", file=sys.stderr, flush=True)
+            with Process(self.job(engine, case, True, network), self.python(engine)) as process:
+                process.heard()
+            done.touch()
+
+    def together(self, case: str, engines: Sequence[Engine]) -> None:
+        """The reference and these engines in turns."""
+        with ExitStack() as stack:
+            running, told = {}, {}
+            for engine in engines:
+                try:
+                    process = stack.enter_context(
+                        Process(self.job(engine, case, False, case), self.python(engine))
+                    )
+                    told[engine.name] = process.heard()
+                    running[engine.name] = process
+                except EngineError as error:
+                    self.failed(case, engine, error)
+            taken, peaks = rounds(running, self.options.rounds)
+        for engine in engines:
+            if engine.name in running:
+                ratios = [turn[REFERENCE] / turn[engine.name] for turn in taken]
+                row = told[engine.name] | {
+                    "seconds": spread([turn[engine.name] for turn in taken]),
+                    "ratio": spread(ratios),
+                    "peak": max(told[engine.name]["peak"], peaks[engine.name]),
+                    "peak_of_calls": peaks[engine.name],
+                    "size": self.size(engine, case),
+                    **self.circumstances(),
+                }
+                self.store.put(case, engine.name, row)
+
+    def circumstances(self) -> Row:
+        return {
+            "rounds": self.options.rounds,
+            "threads": self.options.threads,
+            "date": datetime.date.today().isoformat(),
+            "processor": processor(),
+        }
+
+    def size(self, engine: Engine, case: str) -> int:
+        folder = self.folder / engine.folder
+        networks = NETWORKS if case == PICTURE and not (folder / case).is_dir() else (case,)
+        return sum(
+            one.stat().st_size for name in networks for one in (folder / name).rglob("*") if one.is_file()
+        )
+
+    def failed(self, case: str, engine: Engine, why: EngineError | str) -> None:
+        print(f"{case} / {engine.name}: {why}", file=sys.stderr, flush=True)
+        self.store.put(case, engine.name, {"failed": str(why)} | self.circumstances())
+
+    def run(self, case: str, chosen: Sequence[Engine]) -> None:
+        ready = []
+        for engine in chosen:
+            if case in engine.missing:
+                self.failed(case, engine, engine.missing[case])
+            elif not self.store.has(case, engine.name) or engine.name == REFERENCE:
+                try:
+                    self.prepare(engine, case)
+                    ready.append(engine)
+                except EngineError as error:
+                    self.failed(case, engine, error)
+        if self.options.prepare:
+            return
+        reference = [one for one in ready if one.name == REFERENCE]
+        others = [one for one in ready if one.name != REFERENCE]
+        for start in range(0, len(others), self.options.together):
+            self.together(case, reference + others[start : start + self.options.together])
+
+
+def fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def chosen_of(words: str) -> list[Engine]:
+    """The reference, and the engines whose names hold one of these words."""
+    asked = [word.strip().lower() for word in words.split(",") if word.strip()]
+    return [
+        one
+        for one in ENGINES
+        if one.name == REFERENCE or not asked or any(word in one.name.lower() for word in asked)
+    ]
+
+
+def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--cases", default=",".join(CASES))
+    add("--engines", default="", help="words in their names; all by default")
+    add("--size", choices=("full", "half", "smoke"), default="full")
+    add("--rounds", type=int, default=3)
+    add("--together", type=int, default=3, help="engines that are in memory beside the reference")
+    add("--threads", type=int, default=1)
+    add("--folder", type=Path, default=Path("runs/engines"))
+    add("--python", action="append", default=[], metavar="ENGINE=PATH", help="an interpreter that has it")
+    add("--prepare", action="store_true", help="what engines make of the networks, and no times")
+    add("--table", action="store_true", help="print what was measured")
+    return parser.parse_args(arguments)
+
+
+def main(options: argparse.Namespace) -> None:
+    bench = Bench(options)
+    cases = options.cases.split(",")
+    if not options.table:
+        bench.make_subject()
+        for case in cases:
+            bench.run(case, chosen_of(options.engines))
+    for case in cases:
+        print(
+            f"\n{TITLES[case]}\n\n{table(bench.store.rows(), case, [(one.name, one.eight_bits) for one in ENGINES])}"
+        )
+
+
+if __name__ == "__main__":
+    main(read_options())
