@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 LOG = "log.txt"
+SILENT = {"CI": "true"}  # OpenVINO and NNCF report to their makers, and wait for a network to do so
 
 
 class EngineError(Exception):
@@ -34,6 +35,7 @@ class Process:
                 stderr=errors,
                 text=True,
                 env=os.environ
+                | SILENT
                 | {
                     "OMP_NUM_THREADS": threads,
                     "MKL_NUM_THREADS": threads,
