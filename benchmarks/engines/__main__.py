@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks.engines.catalogue import CASES, ENGINES, REFERENCE, Engine
 from benchmarks.engines.given import NETWORKS, PICTURE
 from benchmarks.engines.store import TITLES, Row, Store, table
-from benchmarks.engines.turns import EngineError, Process, rounds, spread
+from benchmarks.engines.turns import EngineError, Played, Process, rounds, spread
 
 SUBJECT = "benchmarks.engines.subject"
 
@@ -75,8 +75,7 @@ class Bench:
     def prepare(self, engine: Engine, case: str) -> None:
         """The networks of a case in the engine's own files, as far as they are not there."""
         engine = next(one for one in ENGINES if one.name == engine.folder)
-        draws_alone = engine.draws
-        networks = (case,) if case != PICTURE or draws_alone else NETWORKS
+        networks = NETWORKS if case == PICTURE and not engine.draws else (case,)
         for network in networks:
             done = self.folder / engine.folder / f"{network}.done"
             if done.is_file():
@@ -89,30 +88,35 @@ class Bench:
 
     def together(self, case: str, engines: Sequence[Engine]) -> None:
         """The reference and these engines in turns."""
+        running: dict[str, Process] = {}
+        told: dict[str, Row] = {}
         with ExitStack() as stack:
-            running, told = {}, {}
             for engine in engines:
+                job = self.job(engine, case, False, case)
+                process = stack.enter_context(Process(job, self.python(engine)))
                 try:
-                    process = stack.enter_context(
-                        Process(self.job(engine, case, False, case), self.python(engine))
-                    )
                     told[engine.name] = process.heard()
                     running[engine.name] = process
                 except EngineError as error:
                     self.failed(case, engine, error)
-            taken, peaks = rounds(running, self.options.rounds)
+            played = rounds(running, self.options.rounds)
         for engine in engines:
-            if engine.name in running:
-                ratios = [turn[REFERENCE] / turn[engine.name] for turn in taken]
-                row = told[engine.name] | {
-                    "seconds": spread([turn[engine.name] for turn in taken]),
-                    "ratio": spread(ratios),
-                    "peak": max(told[engine.name]["peak"], peaks[engine.name]),
-                    "peak_of_calls": peaks[engine.name],
-                    "size": self.size(engine, case),
-                    **self.circumstances(),
-                }
-                self.store.put(case, engine.name, row)
+            if engine.name in played.lost:
+                self.failed(case, engine, played.lost[engine.name])
+            elif engine.name in running:
+                self.store.put(case, engine.name, self.row(case, engine, told[engine.name], played))
+
+    def row(self, case: str, engine: Engine, told: Row, played: Played) -> Row:
+        name = engine.name
+        return {
+            **told,
+            "seconds": spread([turn[name] for turn in played.taken]),
+            "ratio": spread([turn[REFERENCE] / turn[name] for turn in played.taken]),
+            "peak": max(told["peak"], played.peaks[name]),
+            "peak_of_calls": played.peaks[name],
+            "size": self.size(engine, case),
+            **self.circumstances(),
+        }
 
     def circumstances(self) -> Row:
         return {
@@ -124,7 +128,7 @@ class Bench:
 
     def size(self, engine: Engine, case: str) -> int:
         folder = self.folder / engine.folder
-        networks = NETWORKS if case == PICTURE and not (folder / case).is_dir() else (case,)
+        networks = NETWORKS if case == PICTURE and not engine.draws else (case,)
         return sum(
             one.stat().st_size for name in networks for one in (folder / name).rglob("*") if one.is_file()
         )
@@ -198,10 +202,9 @@ def main(options: argparse.Namespace) -> None:
         bench.make_subject()
         for case in cases:
             bench.run(case, chosen_of(options.engines))
+    rows, engines = bench.store.rows(), [(one.name, one.eight_bits) for one in ENGINES]
     for case in cases:
-        print(
-            f"\n{TITLES[case]}\n\n{table(bench.store.rows(), case, [(one.name, one.eight_bits) for one in ENGINES])}"
-        )
+        print(f"\n{TITLES[case]}\n\n{table(rows, case, engines)}")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,13 @@ Run = Callable[[Arrays], NDArray[Any]]
 STEPS, PROMPT = 4, "a"
 # width of the U-Net, side of the latents, width of the autoencoder, layers of the text encoder (0: one, of 8 channels inside)
 SIZES = {"full": (1.0, 64, 1.0, 12), "half": (0.5, 32, 0.5, 6), "smoke": (0.1, 8, 0.125, 0)}
-CLASSES = {"unet": (diffusers, "UNet2DConditionModel"), "vae": (diffusers, "AutoencoderKL"), "text_encoder": (transformers, "CLIPTextModel")}  # fmt: skip
+CLASSES = {
+    "unet": (diffusers, "UNet2DConditionModel"),
+    "vae": (diffusers, "AutoencoderKL"),
+    "text_encoder": (transformers, "CLIPTextModel"),
+}
 CALIBRATION, TEST = 0, 1  # seeds
+FACTOR = 0.18215  # of latents over those that the autoencoder made
 
 
 class Network(nn.Module):
@@ -90,9 +95,6 @@ def picture(networks: Mapping[str, Run], ids: NDArray[Any], noise: NDArray[Any],
         seen = torch.from_numpy(np.array(networks["unet"](given)))
         x, clean = steps.step(seen, t, x, generator=generator, return_dict=False)
     return networks["vae"]({"latents": (clean / FACTOR).numpy()})
-
-
-FACTOR = 0.18215  # of latents over those that the autoencoder made
 
 
 def text_network(layers: int) -> tuple[Any, Any]:

@@ -6,12 +6,12 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-LOG = "log.txt"
+LOG, ROOT = "log.txt", Path(__file__).parents[2]
 SILENT = {"CI": "true"}  # OpenVINO and NNCF report to their makers, and wait for a network to do so
 
 
@@ -26,7 +26,6 @@ class Process:
         log = Path(job["folder"]) / LOG
         log.parent.mkdir(parents=True, exist_ok=True)
         threads = str(job["threads"])
-        self.log = log
         with log.open("a", encoding="utf-8") as errors:
             self.process = subprocess.Popen(
                 [python, "-W", "ignore", "-m", "benchmarks.engines.worker", json.dumps(job)],
@@ -39,7 +38,7 @@ class Process:
                 | {
                     "OMP_NUM_THREADS": threads,
                     "MKL_NUM_THREADS": threads,
-                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
                 },
             )
 
@@ -70,18 +69,31 @@ class Process:
         return self.heard()
 
 
-def rounds(processes: Mapping[str, Process], count: int) -> tuple[list[dict[str, float]], dict[str, int]]:
-    """Seconds of each by round, whose order rotates, and the most memory of its calls."""
-    names, taken = list(processes), []
-    peaks = dict.fromkeys(names, 0)
+@dataclass
+class Played:
+    """Seconds by round, the most memory of a call, and who gave up on the way and why."""
+
+    taken: list[dict[str, float]]
+    peaks: dict[str, int]
+    lost: dict[str, EngineError]
+
+
+def rounds(processes: Mapping[str, Process], count: int) -> Played:
+    """Every one once a round; the order rotates."""
+    played = Played([], dict.fromkeys(processes, 0), {})
     for number in range(count):
+        names = [name for name in processes if name not in played.lost]
         turn, seconds = number % len(names), {}
         for name in names[turn:] + names[:turn]:
-            told = processes[name].call()
+            try:
+                told = processes[name].call()
+            except EngineError as error:
+                played.lost[name] = error
+                continue
             seconds[name] = told["seconds"]
-            peaks[name] = max(peaks[name], told["peak"])
-        taken.append(seconds)
-    return taken, peaks
+            played.peaks[name] = max(played.peaks[name], told["peak"])
+        played.taken.append(seconds)
+    return played
 
 
 def spread(values: Sequence[float]) -> list[float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from numpy.typing import NDArray
@@ -17,14 +19,13 @@ def prepare(given: Given, to: str) -> None:
     """Graphs are made of what denoises, in a call of its pipeline."""
     from stepquant import export
 
-    place = given.folder / "pipeline"
-    place.mkdir(parents=True)
-    for one in (given.subject / "pipeline").iterdir():
-        (place / one.name).symlink_to(one)
-    (place / given.network).unlink()
-    (place / given.network).symlink_to(given.folder.with_name(ARTIFACT) / given.network)
-    given.own.mkdir()
-    export(place, given.own / FILES[to], to=to, component=given.network)
+    given.own.mkdir(parents=True)
+    with TemporaryDirectory(dir=given.folder) as folder:
+        place = Path(folder)
+        for one in (given.subject / "pipeline").iterdir():
+            own = one.name == given.network
+            (place / one.name).symlink_to(given.folder.with_name(ARTIFACT) / one.name if own else one)
+        export(place, given.own / FILES[to], to=to, component=given.network)
 
 
 def load(given: Given, to: str) -> Callable[[Any], NDArray[Any]]:
