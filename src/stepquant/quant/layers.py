@@ -59,12 +59,14 @@ class QuantLayer(nn.Module):
         return bias if bias is None or self.correction is None else bias + self.correction.to(bias.dtype)
 
     def divide(self, factors: Tensor | None, branch: LowRank | None) -> None:
-        """Keep a linear the same in float, with another weight: for inputs times `factors`, without what `branch` does."""
+        """Keep a layer the same in float, with another weight: for channels times `factors`, without what `branch` does,
+        which linears alone have."""
         if factors is None and branch is None:
             return
+        assert getattr(self.layer, "groups", 1) == 1, "every output reads every channel"
         weight = self.weight.detach().float()
         weight = weight if branch is None else weight - branch.dense().to(weight.device)
-        weight = weight if factors is None else weight / factors
+        weight = weight if factors is None else weight / by_channel(factors, weight)
         self.layer = part_like(self.layer, weight.to(self.weight.dtype), bias=True)
         self.factors, self.branch = factors, branch
 
@@ -79,7 +81,7 @@ class QuantLayer(nn.Module):
 
     def received(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with."""
-        x = x if self.factors is None else (x * self.factors).to(x.dtype)
+        x = x if self.factors is None else (x * by_channel(self.factors, self.weight)).to(x.dtype)
         x = rotate(x, self.rotation).to(x.dtype) if self.rotation else x
         return x if self.input_quantizer is None else self.input_quantizer(x)
 
@@ -122,6 +124,11 @@ class QuantLayer(nn.Module):
         bias = self.layer.bias if quantizer is None or not quantizer.enabled else self.bias
         y = apply_layer(self.layer, self.received(x), self.weight_values(), bias)  # type: ignore[arg-type]
         return y if self.branch is None else y + self.branch(x)
+
+
+def by_channel(factors: Tensor, weight: Tensor) -> Tensor:
+    """Over a weight (outputs, channels, ...), and over what is multiplied with it."""
+    return factors.reshape(-1, *[1] * (weight.dim() - 2))
 
 
 def from_integers(integers: Tensor, quantizer: Quantizer) -> Tensor:

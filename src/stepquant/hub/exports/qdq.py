@@ -120,7 +120,7 @@ class ExportedLayer(nn.Module):
         static = spec.input is not None and not layer.dynamic
         self.rounded = Rounded(layer.input_codes(), place) if static else None
         self.factors: Tensor | None
-        self.register_buffer("factors", layer.input_factors if spec.balanced else None)
+        self.register_buffer("factors", layer.over_channels() if spec.balanced else None)
         self.down: Tensor
         self.up: Tensor
         if spec.rank:

@@ -15,7 +15,7 @@ from stepquant.core.pack import packed_bytes, unpack
 from stepquant.core.rotation import rotate
 from stepquant.runtime import ops
 from stepquant.runtime.kernel import Geometry, Kernel
-from stepquant.runtime.layers.stored import Prepared, Ranged, Versions, not_needed_soon
+from stepquant.runtime.layers.stored import Balanced, Prepared, Versions, not_needed_soon
 from stepquant.runtime.ops.code import Code
 
 WEIGHT_ONLY = "weight-only: its input is not quantized, and it multiplies floats"
@@ -33,7 +33,7 @@ class PreparedLayer(Prepared):
     stored_rows: int = 0  # as many rows of floats at most meet the weight as it is stored
 
 
-class IntegerLayer(Ranged[PreparedLayer]):
+class IntegerLayer(Balanced[PreparedLayer]):
     """The buffers of one quantized layer and the choice of how to compute with them.
 
     `emit` is the dtype of the output; None means that of the input. An input of unsigned bytes is taken for codes
@@ -70,6 +70,7 @@ class IntegerLayer(Ranged[PreparedLayer]):
             count = groups if spec.input.granularity == "step" else 1
             self.register_buffer("input_scale", torch.ones(count, device=device))
             self.register_buffer("input_zero_point", torch.zeros(count, dtype=torch.int32, device=device))
+        self.make_factors(layer)
 
     def check_rotation(self) -> None:
         """Only rows can be rotated, in groups that fill them."""
@@ -101,7 +102,7 @@ class IntegerLayer(Ranged[PreparedLayer]):
     @property
     def alone(self) -> bool:
         """Whether nobody else may make its codes, because it reads floats."""
-        return self.dynamic
+        return self.dynamic or self.spec.balanced
 
     @property
     def stepped(self) -> bool:
@@ -128,7 +129,7 @@ class IntegerLayer(Ranged[PreparedLayer]):
         return torch.sub(*self.rows()).to(torch.int8).reshape(self.weight_shape)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight for inputs as they come."""
+        """The weight for inputs that are not rotated."""
         stored = self.stored_weight(torch.float32 if self.spec.rotation else dtype)
         return rotate(stored, self.spec.rotation).to(dtype) if self.spec.rotation else stored
 
@@ -143,10 +144,6 @@ class IntegerLayer(Ranged[PreparedLayer]):
         if self.weight_offset is not None:
             values += self.weight_offset[:, None]
         return values.reshape(self.weight_shape).to(dtype)
-
-    def total_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight of the float layer that this one stands for."""
-        return self.dequantized(dtype)
 
     def prepare(self, versions: Versions) -> PreparedLayer:
         reason, codes = self.why_float(), self.input_codes()
@@ -217,6 +214,7 @@ class IntegerLayer(Ranged[PreparedLayer]):
 
     def of_floats(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The output where nobody else may make codes."""
+        x = self.balanced(x)
         if not self.prepared().kernels:
             return self.float_forward(x, dtype)
         return self.by_row(x, dtype) if self.dynamic else self.from_codes(ops.quantize(x, self.code), dtype)
@@ -237,7 +235,7 @@ class IntegerLayer(Ranged[PreparedLayer]):
 
     def as_float(self, x: Tensor) -> Tensor:
         """What the float layer that the integers stand for makes of `x`; its weight is not kept."""
-        return self.multiply(x, self.dequantized(x.dtype), self.bias_like(x))
+        return self.multiply(self.balanced(x).to(x.dtype), self.dequantized(x.dtype), self.bias_like(x))
 
     def straight_through(self, x: Tensor) -> Tensor:
         """What integers make of `x`, with the gradient of the float layer that they stand for."""

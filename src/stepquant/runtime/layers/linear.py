@@ -51,10 +51,9 @@ class LowRankBranch(Stored[PreparedBranch]):
 
 
 class IntegerLinear(IntegerLayer):
-    """With a branch or factors it reads floats: x * factors becomes codes, and the branch reads x."""
+    """With a branch it reads floats, of which codes are made, and which the branch reads, too."""
 
     outputs_dim, rows_from = -1, -1
-    input_factors: Tensor
     first_output: Tensor  # what every first token becomes
     weight_zero_point: Tensor  # where the grid has one
 
@@ -62,8 +61,6 @@ class IntegerLinear(IntegerLayer):
         super().__init__(layer, spec, groups)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         device = layer.weight.device
-        if spec.balanced:
-            self.register_buffer("input_factors", torch.ones(layer.in_features, device=device))
         if spec.first:
             self.register_buffer("first_output", torch.zeros(layer.out_features, device=device))
         if spec.rank:
@@ -77,7 +74,7 @@ class IntegerLinear(IntegerLayer):
 
     @property
     def alone(self) -> bool:
-        return self.dynamic or self.spec.balanced or bool(self.spec.rank) or self.spec.first
+        return super().alone or bool(self.spec.rank) or self.spec.first
 
     def kernel_type(self) -> type[Kernel]:
         return device_for(self.weight.device).linear
@@ -92,19 +89,17 @@ class IntegerLinear(IntegerLayer):
         return torch.cat([self.first_output.to(dtype).expand(len(others), 1, -1), others], 1)
 
     def of_tokens(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        read = x * self.input_factors if self.spec.balanced else x
         if not self.spec.rank:
-            return super().of_floats(read, dtype)
-        return (super().of_floats(read, torch.float32) + self.low_rank(x)).to(dtype)
+            return super().of_floats(x, dtype)
+        return (super().of_floats(x, torch.float32) + self.low_rank(x)).to(dtype)
 
     def as_float(self, x: Tensor) -> Tensor:
-        y = super().as_float((x * self.input_factors).to(x.dtype) if self.spec.balanced else x)
+        y = super().as_float(x)
         return y + self.low_rank(x) if self.spec.rank else y  # type: ignore[no-any-return]
 
     def total_weight(self, dtype: torch.dtype) -> Tensor:
-        weight = self.dequantized(torch.float32)
-        weight = weight * self.input_factors if self.spec.balanced else weight
-        return (weight + self.low_rank.dense() if self.spec.rank else weight).to(dtype)
+        weight = super().total_weight(torch.float32 if self.spec.rank else dtype)
+        return (weight + self.low_rank.dense()).to(dtype) if self.spec.rank else weight
 
     def from_codes(
         self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, gate: Tensor | None = None

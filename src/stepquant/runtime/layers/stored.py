@@ -14,6 +14,8 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from stepquant.artifact import LayerSpec
+from stepquant.core.grid import GridError
 from stepquant.runtime.layers.offloaded import OFFLOADED
 
 PAGE_OUT = 21  # Linux since 5.4; Python has no name for it
@@ -112,6 +114,39 @@ class Ranged(Stored[P]):
     def select(self, row: int) -> None:
         """Read this row of the ranges from now on; what was packed serves them all."""
         self.row = row
+
+
+class Balanced(Ranged[P]):
+    """A layer that may have a factor for each channel of its input, by which it is multiplied before it is quantized."""
+
+    input_factors: Tensor
+    spec: LayerSpec
+    weight_shape: torch.Size
+
+    def make_factors(self, layer: nn.Module) -> None:
+        if not self.spec.balanced:
+            return
+        if getattr(layer, "groups", 1) != 1:
+            raise GridError("factors are for channels that every output reads, and groups read their own")
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        self.register_buffer("input_factors", torch.ones(weight.shape[1], device=weight.device))
+
+    def over_channels(self) -> Tensor:
+        """The factors over the weight, and over what is multiplied with it."""
+        return self.input_factors.reshape(-1, *[1] * (len(self.weight_shape) - 2))
+
+    def balanced(self, x: Tensor) -> Tensor:
+        return x * self.over_channels() if self.spec.balanced else x
+
+    @abstractmethod
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight that is multiplied with balanced inputs."""
+
+    def total_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight of the float layer that this one stands for."""
+        if not self.spec.balanced:
+            return self.dequantized(dtype)
+        return (self.dequantized(torch.float32) * self.over_channels()).to(dtype)
 
 
 def forget_loaded(module: nn.Module, _keys: object) -> None:
