@@ -188,7 +188,7 @@ class Artifact:
     policy: FloatSteps | None = None
 
     def with_correction(self, correction: StepCorrection, table: StepTable) -> Artifact:
-        """This artifact, its predictions corrected at every step of the table."""
+        """This artifact, its predictions corrected at every step of the table, behind the correction that it has."""
         own = self.steps or StepSpec(len(table.times))
         kept = table_tensors(table)
         if self.steps is not None and not torch.equal(self.tensors["steps.bits"], kept["steps.bits"]):
@@ -197,6 +197,9 @@ class Artifact:
                 fix="quantize and correct with the same sampler and number of steps",
             )
         kept = {name: self.tensors.get(name, value) for name, value in kept.items()}
+        if own.channels:
+            scale, bias = (self.tensors[f"steps.correction_{name}"] for name in ("scale", "bias"))
+            correction = correction.behind(scale, bias)
         values = {name: getattr(correction, name) for name in ("scale", "bias", "variance")}
         tensors = {f"steps.correction_{name}": value.float().contiguous() for name, value in values.items()}
         spec = replace(own, channels=correction.scale.shape[1], noise=correction.noise)

@@ -55,3 +55,11 @@ def test_a_correction_is_affine_by_step_and_channel() -> None:
 def test_the_grid_says_that_it_has_a_scale_per_step() -> None:
     grid = Grid.parse("uint8/step")
     assert (grid.granularity, str(grid)) == ("step", "uint8/step")
+
+
+def test_two_corrections_become_one() -> None:
+    first, second = (StepCorrection(*torch.rand(3, 2, 3).unbind(), "absorb") for _ in range(2))
+    x, places = torch.randn(4, 3, 2, 2), torch.tensor([1, 0, 0, 1])
+    both = second.behind(first.scale, first.bias)
+    torch.testing.assert_close(both(x, places), second(first(x, places), places))
+    assert (both.noise, both.variance is second.variance) == ("absorb", True)

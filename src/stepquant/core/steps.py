@@ -6,7 +6,7 @@ between two known values is guessed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,6 +63,10 @@ class StepCorrection:
     bias: Tensor
     variance: Tensor
     noise: str = "none"
+
+    def behind(self, scale: Tensor, bias: Tensor) -> StepCorrection:
+        """Both in one: this correction of predictions that were corrected by those."""
+        return replace(self, scale=self.scale * scale, bias=self.scale * bias + self.bias)
 
     def __call__(self, predicted: Tensor, places: Tensor, channels: int = 1) -> Tensor:
         """The corrected prediction of samples at these places of the table; its channels are on that axis."""
