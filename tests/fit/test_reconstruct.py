@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from stepquant.core.losses import BlockLoss, Outputs
 from stepquant.core.ranges import minmax
 from stepquant.errors import MethodError
 from stepquant.fit.blocks import hold_out, share_iterations, without_gradients
+from stepquant.fit.checkpoint import Batches
 from stepquant.fit.learnable import FixedRounding, LearnedScale, SoftRounding
 from stepquant.fit.learner import Learner, Sample, Schedule, inside
 from stepquant.fit.ranges import set_input_ranges
-from stepquant.fit.reconstruct import batches, cosine, reconstruct
+from stepquant.fit.reconstruct import cosine, reconstruct
 from stepquant.fit.streams import Table
 from tests.fit.conftest import Bench
 
@@ -179,7 +181,7 @@ def test_inputs_are_mixed_element_by_element(bench: Bench) -> None:
 def test_batches_use_every_record_equally_often() -> None:
     records = torch.arange(10, 17)
     schedule = Schedule(iterations=14, batch=3)
-    pairs = list(batches(records, schedule, Generator().manual_seed(0)))
+    pairs = list(islice(Batches(records, schedule, Generator().manual_seed(0)), schedule.iterations))
     drawn = [rows for rows, _ in pairs]
     for (_, coming), rows in zip(pairs, drawn[1:]):
         assert torch.equal(coming, rows[: len(coming)])  # known early, or not yet drawn

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ def reconstruct_blocks(
 
     def fit(piece: Piece, sample: Sample, seed: int) -> Report:
         if schedule.loss.layers:
-            sample = replace(sample, layers=layer_targets(streams, piece, sample.floats))
+            sample = replace(sample, layers=layer_targets(streams, piece, sample.floats, schedule.watch))
             streams.network.switch(weights=True, inputs=activations)
         if weigh is not None:
             sample = sample.weighted(weigh(streams.network, piece, sample, seed))
@@ -121,9 +121,9 @@ def fit_blocks(
     return reports
 
 
-def layer_targets(streams: Streams, piece: Piece, floats: Table) -> Table | None:
+def layer_targets(streams: Streams, piece: Piece, floats: Table, roles: Sequence[str] = ()) -> Table | None:
     """What the layers of a block that count in its loss return in float; computed once, not in every iteration."""
-    layers = watched_layers(piece)
+    layers = watched_layers(piece, roles)
     if not layers:
         return None
     streams.network.switch(weights=False, inputs=False)
@@ -162,7 +162,7 @@ def of_last_trajectories(data: CalibSet, share: float) -> Tensor:
 
 def describe(report: Report) -> str:
     ratio = report.hard / report.nearest if report.nearest else 1.0
-    said = f"{report.path}: loss {report.hard:.3g}, {ratio:.0%} of nearest, soft-hard gap {report.gap:.2g}, {report.iterations} iterations"
+    said = f"{report.path or 'network'}: loss {report.hard:.3g}, {ratio:.0%} of nearest, soft-hard gap {report.gap:.2g}, {report.iterations} iterations"
     if report.weights:
         said += f", sample weights {report.weights[0]:.2f} to {report.weights[1]:.2f}"
     return said

@@ -43,7 +43,7 @@ class Journal:
         self.folder = cache / "journal" / value_digest(key)[:32]
 
     def file(self, stage: str, path: str) -> Path:
-        return self.folder / stage / f"{path}.safetensors"
+        return self.folder / stage / f"{path or 'model'}.safetensors"
 
     def write(self, stage: str, report: Report) -> None:
         """Keep the roundings and ranges of a finished block."""
@@ -53,6 +53,8 @@ class Journal:
                 tensors[f"up|{name}"] = layer.rounding.up.contiguous()
             if isinstance(layer.rounding, FixedIntegers):
                 tensors[f"integers|{name}"] = layer.rounding.given.contiguous()
+                assert layer.weight_quantizer is not None
+                tensors[f"scale|{name}"] = torch.stack(layer.weight_quantizer.range())
             if layer.correction is not None:
                 tensors[f"shift|{name}"] = layer.correction.contiguous()
             tensors |= division_of(layer, name)
@@ -86,6 +88,8 @@ class Journal:
             ) from error
         for name, layer in inside(self.network.layers, path).items():
             divide_again(layer, name, tensors)
+            if f"scale|{name}" in tensors and layer.weight_quantizer is not None:
+                layer.weight_quantizer.set_range(*tensors[f"scale|{name}"])
             layer.rounding, layer.correction = stored_rounding(tensors, name), tensors.get(f"shift|{name}")
         for name, product in inside(self.network.products, path).items():
             product.correction = tensors.get(f"shift|{name}.product")

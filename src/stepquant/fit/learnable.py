@@ -1,4 +1,4 @@
-"""What is learnt while a block is reconstructed: the rounding of its weights and the steps of its activations."""
+"""What is learnt while a block is reconstructed: the rounding of its weights, or the weights, and the scales of activations."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from types import TracebackType
 import torch
 from torch import Generator, Tensor
 
-from stepquant.core.affine import fake_quantize_ste, to_groups
+from stepquant.core.affine import fake_quantize_ste, quantize, to_groups
 from stepquant.core.rounding import alpha_of, floor_and_fraction, hard_integers, share_up, soft_span
-from stepquant.quant.layers import from_integers
+from stepquant.quant.layers import QuantLayer, from_integers
 from stepquant.quant.quantizer import ALL, Quantizer
+
+NEAR = 0.499  # of a scale: as far from its integer a weight begins at most
 
 
 class FixedRounding:
@@ -66,6 +68,61 @@ class SoftRounding:
 
     def fixed(self) -> FixedRounding:
         return FixedRounding(self.alpha.detach() >= 0)
+
+
+class LearnedWeight:
+    """A weight that is learnt through its rounding (straight-through), and with it its scales, as factors of their start.
+
+    It begins with the integers that it has. What is learnt of it is a change in units of its scales; or, with a `rank`,
+    two thin matrices whose product is added to it, and which are rounded with it: no branch is left beside the integers.
+    """
+
+    def __init__(self, layer: QuantLayer, rank: int, generator: Generator) -> None:
+        quantizer = layer.weight_quantizer
+        assert quantizer is not None, "a weight without a quantizer has nothing to be learnt for"
+        scale, zero_point = (value[:, None] for value in quantizer.range())
+        weight = to_groups(layer.weight.detach().float(), quantizer.grid)
+        if layer.rounding is not None:
+            chosen = to_groups(layer.weight_integers(), quantizer.grid) - zero_point
+            weight = torch.minimum(torch.maximum(weight, (chosen - NEAR) * scale), (chosen + NEAR) * scale)
+        self.start, self.zero_point, self.weight = scale, zero_point, weight
+        self.shape, self.grid = layer.weight.shape, quantizer.grid
+        self.factor = torch.ones_like(scale).requires_grad_()
+        self.typical = float(scale.mean())
+        if rank:
+            outputs, inputs = len(layer.weight), layer.weight[0].numel()
+            few = min(rank, outputs, inputs)
+            down = torch.randn(few, inputs, generator=generator).to(weight) / few**0.5
+            self.changes = [down.requires_grad_(), weight.new_zeros(outputs, few).requires_grad_()]
+        else:
+            self.changes = [torch.zeros_like(weight).requires_grad_()]
+
+    @property
+    def scale(self) -> Tensor:
+        return self.start * self.factor.clamp(min=0.01)
+
+    def changed(self) -> Tensor:
+        """The weight in rows of its grid, not rounded."""
+        if len(self.changes) == 1:
+            return self.weight + self.changes[0] * self.start
+        down, up = self.changes
+        return self.weight + (up @ down).reshape(self.weight.shape) * self.typical
+
+    def values(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
+        rounded = fake_quantize_ste(self.changed(), self.scale, self.zero_point, self.grid)
+        return rounded.reshape(self.shape).to(weight.dtype)
+
+    def integers(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
+        return quantize(self.changed().detach(), self.scale.detach(), self.zero_point, self.grid).reshape(
+            self.shape
+        )
+
+    def settle(self, layer: QuantLayer) -> None:
+        """Make it what the layer has."""
+        assert layer.weight_quantizer is not None
+        integers = self.integers(layer.weight, layer.weight_quantizer)
+        layer.weight_quantizer.set_range(self.scale, self.zero_point)
+        layer.rounding = FixedIntegers(integers)
 
 
 class LearnedScale:

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from stepquant.core.losses import BlockLoss, Outputs
 from stepquant.core.precision import multiplies_bf16
-from stepquant.fit.learnable import LearnedScale, SoftRounding, draw
+from stepquant.fit.learnable import LearnedScale, LearnedWeight, SoftRounding, draw
 from stepquant.fit.shape import fold
 from stepquant.fit.streams import Piece, Table
 from stepquant.models.split import SplitLayer
@@ -31,6 +31,9 @@ class Schedule:
     batch: int = 32
     rounding_rate: float = 1e-3
     scale_rate: float = 0.0
+    weight_rate: float = 0.0  # of weights that are learnt through their rounding, in units of their scales
+    rank: int = 0  # of the two matrices that are learnt in place of such a weight; 0: itself is
+    weight_scale_rate: float = 0.0  # of the scales of those weights
     last: float = 0.0  # share of the rates that is left at the end of the cosine
     penalty: float = 0.01  # weight of the rounding regulariser; 0 switches it off
     beta: tuple[float, float] = (20.0, 2.0)
@@ -47,6 +50,8 @@ class Schedule:
         0.0  # exponent of how many more iterations a block of fewer weights gets; 0: all the same
     )
     without: tuple[str, ...] = ()  # roles whose layers stay as they are
+    only: tuple[str, ...] = ()  # roles whose layers are learnt; none: all
+    watch: tuple[str, ...] = ()  # roles whose layers count in the loss; none: all
     bf16: bool = False  # multiply in bfloat16 while learning, where the processor can
 
 
@@ -80,29 +85,36 @@ class Learner:
         self.layers = {
             path: layer
             for path, layer in inside(network.layers, *piece.covers).items()
-            if layer.role not in schedule.without
+            if layer.role not in schedule.without and (not schedule.only or layer.role in schedule.only)
         }
         self.roundings: dict[str, SoftRounding] = {}
         if schedule.rounding_rate:
             for path, layer in self.layers.items():
                 if layer.weight_quantizer is not None:
                     self.roundings[path] = SoftRounding(layer.weight, layer.weight_quantizer)
+        self.weights: dict[str, LearnedWeight] = {}
+        if schedule.weight_rate:
+            for path, layer in self.layers.items():
+                if layer.weight_quantizer is not None:
+                    self.weights[path] = LearnedWeight(layer, schedule.rank, generator)
+                    self.weights[path].factor.requires_grad_(schedule.weight_scale_rate > 0)
+        self.former = {path: self.layers[path].rounding for path in (*self.roundings, *self.weights)}
         self.scales: dict[Quantizer, LearnedScale] = {}
         for quantizer in activation_quantizers(network, *piece.covers):
             if quantizer.enabled:
                 self.scales[quantizer] = LearnedScale(quantizer, schedule.keep, generator)
-        self.watched = watched_layers(piece) if schedule.loss.layers else []
+        self.watched = watched_layers(piece, schedule.watch) if schedule.loss.layers else []
 
     def attach(self) -> None:
-        for path, rounding in self.roundings.items():
+        for path, rounding in (self.roundings | self.weights).items():
             self.layers[path].rounding = rounding
         for quantizer, learnt in self.scales.items():
             quantizer.stand_in = learnt
 
     def detach(self) -> None:
         """Back to rounding as it was before, and to scales as they were set."""
-        for path in self.roundings:
-            self.layers[path].rounding = None
+        for path, rounding in self.former.items():
+            self.layers[path].rounding = rounding
         for quantizer in self.scales:
             quantizer.stand_in = None
 
@@ -111,6 +123,8 @@ class Learner:
         self.detach()
         for path, rounding in self.roundings.items():
             self.layers[path].rounding = rounding.fixed()
+        for path, weight in self.weights.items():
+            weight.settle(self.layers[path])
         if self.schedule.scale_rate:
             for quantizer, learnt in self.scales.items():
                 quantizer.set_range(learnt.scale, learnt.zero_point)
@@ -125,16 +139,31 @@ class Learner:
             groups.append(
                 {"params": [s.factor for s in self.scales.values()], "lr": self.schedule.scale_rate}
             )
+        for weight in self.weights.values():
+            rates = [
+                self.schedule.weight_rate * (weight.typical if self.schedule.rank else 1.0),
+                self.schedule.weight_rate,
+            ]
+            groups += [{"params": [one], "lr": rate} for one, rate in zip(weight.changes, rates)]
+        if self.weights and self.schedule.weight_scale_rate:
+            groups.append(
+                {"params": [w.factor for w in self.weights.values()], "lr": self.schedule.weight_scale_rate}
+            )
         return groups
 
-    def state(self) -> list[Tensor]:
+    def learnt(self) -> list[Tensor]:
+        """All that is."""
         tensors = [r.alpha for r in self.roundings.values()] + [s.factor for s in self.scales.values()]
-        return [tensor.detach().clone() for tensor in tensors]
+        for weight in self.weights.values():
+            tensors += [*weight.changes, weight.factor]
+        return tensors
+
+    def state(self) -> list[Tensor]:
+        return [tensor.detach().clone() for tensor in self.learnt()]
 
     def restore(self, state: Sequence[Tensor]) -> None:
-        tensors = [r.alpha for r in self.roundings.values()] + [s.factor for s in self.scales.values()]
         with torch.no_grad():
-            for tensor, value in zip(tensors, state, strict=True):
+            for tensor, value in zip(self.learnt(), state, strict=True):
                 tensor.copy_(value)
 
     @contextmanager
@@ -195,8 +224,8 @@ class Learner:
 
 
 def inside(modules: Mapping[str, T], *paths: str) -> dict[str, T]:
-    """Those at and below any of `paths`."""
-    below = tuple(f"{path}." for path in paths)
+    """Those at and below any of `paths`; below "" are all."""
+    below = tuple(f"{path}." if path else "" for path in paths)
     return {name: module for name, module in modules.items() if name in paths or name.startswith(below)}
 
 
@@ -206,8 +235,10 @@ def activation_quantizers(network: Inserted, *paths: str) -> list[Quantizer]:
     return [q for q in inputs if q is not None and not q.dynamic] + products
 
 
-def watched_layers(piece: Piece) -> list[nn.Module]:
-    """Layers whose own outputs count in the loss: all but the last, a split layer as one."""
+def watched_layers(piece: Piece, roles: Sequence[str] = ()) -> list[nn.Module]:
+    """Layers whose own outputs count in the loss: those of these roles; or all but the last, a split layer as one."""
+    if roles:
+        return [one for one in piece.module.modules() if isinstance(one, QuantLayer) and one.role in roles]
     if isinstance(piece.module, QuantLayer):
         return []
     outermost: dict[str, nn.Module] = {}

@@ -9,14 +9,17 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 
 from stepquant.core.rounding import anneal, indecision
 from stepquant.errors import MethodError
+from stepquant.fit.checkpoint import Batches, Checkpoint
 from stepquant.fit.learner import Learner, Sample, Schedule
 from stepquant.fit.streams import Piece, Table
+from stepquant.progress import Progress, Silent
 from stepquant.quant.insert import Inserted
 
 
@@ -37,8 +40,19 @@ class Report:
         return self.hard - self.soft
 
 
-def reconstruct(network: Inserted, piece: Piece, sample: Sample, schedule: Schedule, seed: int) -> Report:
-    """Learn the roundings and scales of `piece` and settle them; they stay as they are where that does not help."""
+def reconstruct(
+    network: Inserted,
+    piece: Piece,
+    sample: Sample,
+    schedule: Schedule,
+    seed: int,
+    progress: Progress | None = None,
+    file: Path | None = None,
+) -> Report:
+    """Learn the roundings and scales of `piece` and settle them; they stay as they are where that does not help.
+
+    What was learnt so far is kept in `file`, at every look at the held-out records.
+    """
     generator = Generator().manual_seed(seed)
     learner = Learner(network, piece, schedule, generator)
     with torch.no_grad():
@@ -48,7 +62,7 @@ def reconstruct(network: Inserted, piece: Piece, sample: Sample, schedule: Sched
         return Report(piece.path, nearest, nearest, nearest, 0)
     learner.attach()
     try:
-        done, best, state = optimise(learner, sample, groups)
+        done, best, state = optimise(learner, sample, groups, progress or Silent(), file)
         learner.restore(state)
         with learner.evaluating(hard=False):
             soft = learner.held_loss(sample)
@@ -63,7 +77,11 @@ def reconstruct(network: Inserted, piece: Piece, sample: Sample, schedule: Sched
 
 
 def optimise(
-    learner: Learner, sample: Sample, groups: list[dict[str, object]]
+    learner: Learner,
+    sample: Sample,
+    groups: list[dict[str, object]],
+    progress: Progress,
+    file: Path | None = None,
 ) -> tuple[int, float, list[Tensor]]:
     """Adam with cosine rates; the state with the least hard-rounded loss on held-out records wins.
 
@@ -71,34 +89,37 @@ def optimise(
     """
     schedule = learner.schedule
     optimizer = torch.optim.Adam(groups, fused=True)
-    rates = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda iteration: cosine(iteration / schedule.iterations, schedule.last)
-    )
-    best, state, waited = float("inf"), learner.state(), 0
+    rates = [group["lr"] for group in optimizer.param_groups]
     every = max(schedule.iterations // schedule.checks, 1)
     annealed = bool(
         schedule.penalty and learner.roundings
     )  # hard losses fall last, so it has to run to its end
-    chosen = reading_ahead(sample.mapped, batches(sample.train, schedule, learner.generator))
-    for iteration, rows in enumerate(chosen, start=1):
+    batches = Batches(sample.train, schedule, learner.generator)
+    now = Checkpoint(learner, optimizer, batches, file)
+    now.go_on()
+    chosen = reading_ahead(sample.mapped, batches)
+    left = range(now.iteration + 1, schedule.iterations + 1)
+    for iteration, rows in zip(progress.track(left, "learning", len(left)), chosen):
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * cosine((iteration - 1) / schedule.iterations, schedule.last)
         optimizer.zero_grad(set_to_none=True)
         loss = learner.loss(sample, rows) + regulariser(learner, iteration / schedule.iterations)
         check_finite(loss, learner.piece.path, iteration)
         loss.backward()
         optimizer.step()
-        rates.step()
+        now.iteration = iteration
         if iteration % every and iteration != schedule.iterations:
             continue
         with learner.evaluating(hard=True):
             held = learner.held_loss(sample)
-        waited, falls = (0 if held < best else waited + 1), held < 0.99 * best
-        if held < best:
-            best, state = held, learner.state()
-        if waited >= schedule.patience and not annealed:
-            return iteration, best, state
+        falls = held < 0.99 * now.best
+        now.look(held)
+        if now.waited >= schedule.patience and not annealed:
+            break
         if annealed and not falls and is_decided(learner, sample, held):
-            return iteration, best, state
-    return schedule.iterations, best, state
+            break
+        now.keep()
+    return now.iteration, now.best, now.best_state
 
 
 def is_decided(learner: Learner, sample: Sample, hard: float) -> bool:
@@ -115,20 +136,7 @@ def cosine(progress: float, last: float) -> float:
     return last + (1 - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def batches(records: Tensor, schedule: Schedule, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches across shuffled epochs: every record is used equally often, and none is dropped.
-
-    With each one comes what is known of the next. It is not drawn early: others draw from the generator in between.
-    """
-    left = records[:0]
-    for _ in range(schedule.iterations):
-        while len(left) < schedule.batch:
-            left = torch.cat([left, records[torch.randperm(len(records), generator=generator)]])
-        rows, left = left[: schedule.batch], left[schedule.batch :]
-        yield rows, left[: schedule.batch]
-
-
-def reading_ahead(tables: Sequence[Table], batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+def reading_ahead(tables: Sequence[Table], batches: Batches) -> Iterator[Tensor]:
     """The batches, while a thread reads the next one's rows of tables that are on disk."""
     if not tables:
         yield from (rows for rows, _ in batches)
@@ -159,7 +167,7 @@ def regulariser(learner: Learner, progress: float) -> Tensor | float:
 def check_finite(loss: Tensor, path: str, iteration: int) -> None:
     if not torch.isfinite(loss):
         raise MethodError(
-            f"the loss of '{path}' is not finite",
+            f"the loss of '{path or 'the network'}' is not finite",
             got=f"{loss.item()} in iteration {iteration}",
             fix="lower the learning rates, or keep this block in float with a plan rule",
         )

@@ -83,7 +83,7 @@ class Streams:
             raise CalibrationError(
                 "too few calibration records", got=len(data), expected=f"at least {PROBES[-1]}"
             )
-        self.network, self.batch, self.left = network, batch, budget
+        self.network, self.data, self.batch, self.left = network, data, batch, budget
         self.records = len(data)
         self.arguments = [records.arguments for records in data.batches(batch)]
         if network.clock is not None:

@@ -133,11 +133,45 @@ def split_here(wanted: bool, asked: bool, denoiser: Denoiser, source: Source) ->
     return False
 
 
-class BlockMethod(PresetMethod):
-    """A method that reconstructs blocks, with the fields that all of them have; ranges minimise a p-norm."""
+class LearningMethod(PresetMethod):
+    """A method that learns by gradient from what the float model makes; ranges minimise a p-norm."""
+
+    iterations: int = Field(300, ge=0, description="per block")
+    batch: int = Field(16, gt=0, description="records per iteration")
+    p: float = Field(2.4, gt=0, le=8, description="norm that ranges minimise")
+    bf16: bool = Field(
+        True,
+        description="multiply in bfloat16 while learning, where the processor can; results are judged in float32",
+    )
+
+    def through_rounding(self, **rates: Any) -> Schedule:
+        """How weights and scales are learnt through their rounding, at these rates."""
+        own = {"iterations": self.iterations, "batch": self.batch, "bf16": self.bf16}
+        return Schedule(**own | {"rounding_rate": 0, "penalty": 0} | rates)
+
+    def journal(self, streams: Streams, data: CalibSet, source: Source) -> Journal:
+        """Of these settings."""
+        settings = {"method": type(self).__name__} | self.model_dump()
+        return Journal(source.cache, streams.network, data, settings)
+
+    def reconstructing(self, streams: Streams, data: CalibSet, source: Source) -> Reconstruct:
+        """Reconstruction of all blocks, kept in a journal."""
+        journal = self.journal(streams, data, source)
+        return partial(
+            reconstruct_blocks, streams, journal=journal, seed=source.seed, progress=source.progress
+        )
+
+    def set_weight_ranges(self, network: Inserted, source: Source) -> None:
+        set_weight_ranges(network, partial(lp_search, p=self.p), source.progress)
+
+    def set_input_ranges(self, network: Inserted, data: CalibSet, source: Source) -> None:
+        self.measure_inputs(network, data, source, partial(lp_search_binned, p=self.p))
+
+
+class BlockMethod(LearningMethod):
+    """A method that reconstructs blocks by learning to round, with the fields that all of them have."""
 
     iterations: int = Field(300, ge=0, description="per block, for roundings")
-    batch: int = Field(16, gt=0, description="records per iteration")
     rounding_rate: float = Field(0.1, ge=0, description="Adam's rate for roundings")
     last_rate: float = Field(0.1, ge=0, le=1, description="share of that rate left at the end of its cosine")
     penalty: float = Field(1.0, ge=0, description="lambda: weight of the rounding regulariser")
@@ -153,11 +187,6 @@ class BlockMethod(PresetMethod):
         le=1,
         description="blocks of few weights get more iterations, by this power of the ratio to the mean; 0: all the same",
     )
-    p: float = Field(2.4, gt=0, le=8, description="norm that ranges minimise")
-    bf16: bool = Field(
-        True,
-        description="multiply in bfloat16 while learning, where the processor can; results are judged in float32",
-    )
 
     def schedule(self, **changes: Any) -> Schedule:
         """How roundings are learnt, with these changes."""
@@ -172,20 +201,6 @@ class BlockMethod(PresetMethod):
             "bf16": self.bf16,
         }
         return Schedule(**own | changes)
-
-    def reconstructing(self, streams: Streams, data: CalibSet, source: Source) -> Reconstruct:
-        """Reconstruction of all blocks, kept in a journal of these settings."""
-        settings = {"method": type(self).__name__} | self.model_dump()
-        journal = Journal(source.cache, streams.network, data, settings)
-        return partial(
-            reconstruct_blocks, streams, journal=journal, seed=source.seed, progress=source.progress
-        )
-
-    def set_weight_ranges(self, network: Inserted, source: Source) -> None:
-        set_weight_ranges(network, partial(lp_search, p=self.p), source.progress)
-
-    def set_input_ranges(self, network: Inserted, data: CalibSet, source: Source) -> None:
-        self.measure_inputs(network, data, source, partial(lp_search_binned, p=self.p))
 
 
 class StridedMethod(BlockMethod):
