@@ -46,7 +46,7 @@ def make_unet(seed: int = 0) -> UNet2DModel:
     ).eval()
 
 
-def make_one_level() -> UNet2DModel:
+def make_one_level(groups: int = 8) -> UNet2DModel:
     """A quarter of the work, with one of each: residual blocks, attention, a skip concatenation, a time block."""
     torch.manual_seed(0)
     return UNet2DModel(
@@ -55,7 +55,7 @@ def make_one_level() -> UNet2DModel:
         out_channels=3,
         layers_per_block=1,
         block_out_channels=(16,),
-        norm_num_groups=8,
+        norm_num_groups=groups,
         attention_head_dim=8,
         down_block_types=("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",),
