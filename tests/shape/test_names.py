@@ -8,7 +8,7 @@ import pytest
 
 from tests.shape.source import PACKAGE, files, part_of, shown
 
-PAPERS = r"ptq4dm|q-?diffusion|eda-?dm|tfmq|brecq|qdrop|adaround|smoothquant|svdquant|viditq|mixdq|tdq"
+PAPERS = r"ptq4dm|q-?diffusion|eda-?dm|tfmq|brecq|qdrop|adaround|smoothquant|svdquant|viditq|mixdq|tdq|qncd|dilatequant|quest|efficientdm"
 DEVICES = r"cuda|onednn|mkldnn|amx|avx|vnni|rocm|mps"
 MODELS = (
     r"UNet2D\w*Model|UNet2DConditionModel|DiTTransformer\w*|PixArt\w*|SD3\w*|Flux\w*|\w+Transformer[23]DModel"
