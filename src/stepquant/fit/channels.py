@@ -22,7 +22,7 @@ from stepquant.quant.plan import Plan
 REASON = "the scale of each token as it comes"
 
 
-def by_token(denoiser: Denoiser, plan: Plan, without: tuple[str, ...]) -> Plan:
+def by_token(denoiser: Denoiser, plan: Plan, without: tuple[str, ...] = ()) -> Plan:
     """`plan`, whose linears of other roles read integers of as many bits with a scale for each token.
 
     Those that read floats, and those whose weights are in groups, stay as they are.
@@ -43,7 +43,7 @@ def by_token(denoiser: Denoiser, plan: Plan, without: tuple[str, ...]) -> Plan:
     return plan.with_grids(grids, REASON)
 
 
-def read_by_token(network: Inserted, without: tuple[str, ...]) -> dict[str, QuantLayer]:
+def read_by_token(network: Inserted, without: tuple[str, ...] = ()) -> dict[str, QuantLayer]:
     """The linears that a plan of `by_token` is about."""
     return {
         path: layer
