@@ -13,6 +13,7 @@ from stepquant.core.grid import Grid
 from stepquant.core.rotation import group_of
 from stepquant.errors import CalibrationError, MethodError
 from stepquant.fit.low_rank import divisible, finite_factors
+from stepquant.models.blocks.fold import folds
 from stepquant.models.denoiser import Denoiser
 from stepquant.progress import Progress
 from stepquant.quant.insert import Inserted
@@ -55,17 +56,40 @@ def read_by_token(network: Inserted, without: tuple[str, ...] = ()) -> dict[str,
     }
 
 
+def with_ranges(network: Inserted, without: tuple[str, ...]) -> dict[str, QuantLayer]:
+    """The linears of other roles whose inputs have ranges; none is an error."""
+    found = {
+        path: layer
+        for path, layer in divisible(network.layers, without).items()
+        if layer.input_quantizer is not None and not layer.input_quantizer.dynamic
+    }
+    if not found:
+        raise MethodError(
+            "there is no linear whose input channels could be balanced for a range",
+            got=f"plan '{network.plan.name}' on {len(network.layers)} layers",
+            expected="linears of attentions or feed-forwards, with ranges of their inputs",
+            fix="choose another method, as gptq, or a scheme with ranges, as w8a8",
+        )
+    return found
+
+
 class Greatest:
-    """The greatest magnitude of each input channel of a layer in a sample, on average over samples."""
+    """The greatest magnitude of each input channel of a layer in a sample: on average over samples, and of all of them."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
+        self.most = torch.zeros(())
         self.samples = 0
 
     def add(self, x: Tensor) -> None:
         rows = x.detach().float().abs().reshape(len(x), -1, x.shape[-1]).amax(1)
         self.total = rows.sum(0) if self.total is None else self.total + rows.sum(0)
+        self.most = torch.maximum(self.most.to(rows), rows.amax(0))
         self.samples += len(rows)
+
+    def of_all(self, path: str) -> Tensor:
+        self.mean(path)
+        return self.most
 
     def mean(self, path: str) -> Tensor:
         if self.total is None:
@@ -81,9 +105,15 @@ class Greatest:
 
 
 def greatest_inputs(
-    network: Inserted, layers: Mapping[str, QuantLayer], data: CalibSet, batch: int, progress: Progress
+    network: Inserted,
+    layers: Mapping[str, QuantLayer],
+    data: CalibSet,
+    batch: int,
+    progress: Progress,
+    *,
+    of_all: bool = False,
 ) -> dict[str, Tensor]:
-    """Of every layer, in the float model."""
+    """Of every layer, in the float model: of a record on average, or of all records."""
     seen = {path: Greatest() for path in layers}
 
     def noting(path: str) -> Callable[..., None]:
@@ -103,13 +133,38 @@ def greatest_inputs(
     finally:
         for hook in hooks:
             hook.remove()
-    return {path: found.mean(path) for path, found in seen.items()}
+    return {path: (found.of_all if of_all else found.mean)(path) for path, found in seen.items()}
 
 
 def balance_channels(layers: Mapping[str, QuantLayer], greatest: Mapping[str, Tensor], alpha: float) -> None:
     """Greatest weight^(1 - alpha) / greatest input^alpha multiplies each channel of an input."""
     for path, layer in layers.items():
         layer.divide(finite_factors(greatest[path], layer.weight.detach(), alpha, 1 - alpha, path), None)
+
+
+def balance_behind_norms(
+    network: Inserted, layers: Mapping[str, QuantLayer], greatest: Mapping[str, Tensor], alpha: float
+) -> set[str]:
+    """Balance layers behind a norm whose shift and scale another layer makes, which from then on makes them greater.
+
+    Nothing multiplies at run time. Returns the layers that are balanced now: all that read one norm share their factors.
+    """
+    done: set[str] = set()
+    for fold in folds(network.denoiser.model):
+        readers = [layers[path] for path in fold.readers if path in layers]
+        makers = [network.layers.get(source.path) for source in fold.sources]
+        if len(readers) < len(fold.readers) or any(one is None or one.layer.bias is None for one in makers):
+            continue
+        weights = torch.cat([layer.weight.detach() for layer in readers])
+        most = torch.stack([greatest[path] for path in fold.readers]).amax(0)
+        factors = finite_factors(most, weights, alpha, 1 - alpha, fold.readers[0])
+        for layer in readers:
+            layer.absorb(factors)
+        for source, maker in zip(fold.sources, makers):
+            assert maker is not None
+            maker.multiply_outputs(*source.multiplied(factors, len(maker.weight)))
+        done |= set(fold.readers)
+    return done
 
 
 def rotate_channels(layers: Mapping[str, QuantLayer], most: int) -> list[str]:

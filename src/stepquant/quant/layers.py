@@ -70,6 +70,20 @@ class QuantLayer(nn.Module):
         self.layer = part_like(self.layer, weight.to(self.weight.dtype), bias=True)
         self.factors, self.branch = factors, branch
 
+    def absorb(self, factors: Tensor) -> None:
+        """Keep a linear the same in float where whoever makes its inputs multiplies them by `factors`."""
+        weight = self.weight.detach().float() / factors
+        self.layer = part_like(self.layer, weight.to(self.weight.dtype), bias=True)
+
+    def multiply_outputs(self, factors: Tensor, added: Tensor) -> None:
+        """Let a linear return as many times what it returned, and `added` to it."""
+        assert self.layer.bias is not None, "a constant needs a bias"
+        bias: Tensor = self.layer.bias.detach().float() * factors + added  # type: ignore[operator, union-attr]
+        weight = self.weight.detach().float() * factors[:, None]
+        part = part_like(self.layer, weight.to(self.weight.dtype), bias=True)
+        part.bias = nn.Parameter(bias.to(self.layer.bias.dtype), requires_grad=False)  # type: ignore[arg-type, union-attr]
+        self.layer = part
+
     def rotate(self, group: int) -> None:
         """Keep a linear the same in float, for inputs that are rotated; whatever divides it comes before."""
         if not group:
