@@ -29,6 +29,7 @@ FREQUENCIES, LONGEST = 32, 10000.0  # of the features of t, and the longest wave
 WIDTH, LAYERS = 64, 4
 LARGEST = 1000.0  # what the greatest t becomes, so that features know its scale
 CANDIDATES = 40  # of the first scale, which learning moves
+AT_ONCE = 1 << 21  # values whose errors are found together
 ONE = math.log(math.expm1(1.0))  # whose softplus is 1
 
 
@@ -103,22 +104,42 @@ class Stacked:
             torch.stack([filled(one.mass) for one in seen]),
         )
 
+    def of_rows(self, chosen: Tensor) -> Stacked:
+        """What was seen at those steps alone."""
+        mine = chosen.to(self.rows.device)[self.rows]
+        return Stacked(self.rows[mine], *(x[mine.to(x.device)] for x in (self.centres, self.mass)))
+
+    def coarser(self, bins: int) -> Stacked:
+        """So many neighbouring bins as one."""
+        if self.mass.shape[1] % bins:
+            return self
+        mass = self.mass.unflatten(1, (-1, bins))
+        middle = (self.centres.unflatten(1, (-1, bins)) * mass).sum(2) / mass.sum(2).clamp(min=1e-30)
+        return Stacked(self.rows, middle, mass.sum(2))
+
     def one_range(self, grid: Grid, p: float) -> tuple[Tensor, Tensor]:
         """Scale and zero point of least p-norm error over all steps."""
         low, high = self.centres.min(), self.centres.max()
         fractions = torch.arange(CANDIDATES, 0, -1, device=low.device) / CANDIDATES
-        calls = low.new_ones(len(self.centres))
-        errors = [
-            lp_error(self.centres, calls * low * part, calls * high * part, grid, p, self.mass).sum()
-            for part in fractions
-        ]
-        best = fractions[torch.stack(errors).argmin()]
+        several = max(AT_ONCE // self.centres.numel(), 1)
+        errors = torch.cat([self.lp_errors(low, high, some, grid, p) for some in fractions.split(several)])
+        best = fractions[errors.argmin()]
         return scale_and_zero((low * best).reshape(1), (high * best).reshape(1), grid)
+
+    def lp_errors(self, low: Tensor, high: Tensor, fractions: Tensor, grid: Grid, p: float) -> Tensor:
+        """Of each of these fractions of a range, over all calls."""
+        parts = fractions.repeat_interleave(len(self.centres))
+        rows = [x.repeat(len(fractions), 1) for x in (self.centres, self.mass)]
+        return lp_error(rows[0], low * parts, high * parts, grid, p, rows[1]).view(len(fractions), -1).sum(1)
 
     def error(self, scales: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
         """Mean squared error of every call, for one scale each."""
-        rounded = fake_quantize_ste(self.centres, scales[:, None], zero_point, grid)
-        return ((rounded - self.centres).square() * self.mass).sum(1)
+        return self.errors(scales[:, None], zero_point, grid)
+
+    def errors(self, scales: Tensor, zero_points: Tensor, grid: Grid) -> Tensor:
+        """The same for ranges that are laid against (calls, bins)."""
+        rounded = fake_quantize_ste(self.centres, scales, zero_points, grid)
+        return ((rounded - self.centres).square() * self.mass).sum(-1)
 
 
 def features(times: Tensor) -> Tensor:
