@@ -94,16 +94,18 @@ class LayerSpec:
     balanced: bool = False  # each input channel is multiplied by a factor before it is quantized
     offset: bool = False  # a float beside each scale is added to the numbers that share it
     first: bool = False  # what every first token of a text becomes is stored, and not computed
+    input_bits: bool = False  # those of the input differ by step; its grid has the widest
 
     def to_json(self) -> dict[str, Any]:
         own = {"input": str(self.input) if self.input else None, "rotation": self.rotation, "rank": self.rank}
         own |= {"balanced": self.balanced, "offset": self.offset, "first": self.first}
+        own |= {"input_bits": self.input_bits}
         return {"weight": str(self.weight)} | {name: value for name, value in own.items() if value}
 
     @classmethod
     def from_json(cls, data: Any, where: str = "layer") -> LayerSpec:
         allowed = {"input": TEXT, "rotation": GROUP, "rank": integer(1)}
-        allowed |= dict.fromkeys(("balanced", "offset", "first"), TRUTH)
+        allowed |= dict.fromkeys(("balanced", "offset", "first", "input_bits"), TRUTH)
         found = entries(data, where, {"weight": TEXT}, allowed)
         grids = {port: stored_grid(port, found[port], where) for port in SHARED if port in found}
         by_token = "input" in grids and grids["input"].granularity == "token"
@@ -114,6 +116,14 @@ class LayerSpec:
                 where=where,
                 got=", ".join(f"{port} {grid}" for port, grid in grids.items()),
                 expected="inputs in float; or per token, and a weight with a scale per tensor or channel",
+                fix=AGAIN,
+            )
+        if found.get("input_bits") and ("input" not in grids or grids["input"].granularity != "step"):
+            raise ArtifactError(
+                f"'{where}.input_bits' stands beside an input without ranges by step",
+                where=where,
+                got=f"input {grids['input']}" if "input" in grids else "an input in float",
+                expected="a grid per step",
                 fix=AGAIN,
             )
         if found.get("offset") and "input" in grids:
@@ -233,6 +243,8 @@ def bounds_of(
         found |= {f"{path}.low_rank.{side}": FINITE for side in ("down", "up")}
         if layer.input is not None and layer.input.granularity != "token":
             found |= range_bounds(f"{path}.input", layer.input)
+            widest = layer.input.bits
+            found[f"{path}.input_bits"] = Bounds(2, widest, f"whole numbers from 2 to {widest}")
     for path, product in products.items():
         for port in OPERANDS:
             found |= range_bounds(f"{path}.product.{port}", getattr(product, port))

@@ -102,3 +102,15 @@ def test_layers_are_taken_in_the_order_of_their_calls_and_what_follows_is_not_ru
         layers[f"{piece.path}.{name}"].weight.shape[1] for name in ("conv1", "conv2")
     ]
     assert not run
+
+
+def test_records_that_weigh_as_much_as_several_are_as_several() -> None:
+    torch.manual_seed(0)
+    for layer, x in (
+        (nn.Linear(6, 4), torch.randn(3, 5, 6)),
+        (nn.Conv2d(2, 3, 3, padding=1), torch.randn(3, 2, 4, 4)),
+    ):
+        weighed, repeated = InputHessian(layer), InputHessian(layer)
+        weighed.add(x, torch.tensor([0.0, 1.0, 3.0]))
+        repeated.add(torch.cat([x[1:2], x[2:], x[2:], x[2:]]))
+        torch.testing.assert_close(weighed.total, repeated.total)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,9 +35,17 @@ class Compensation:
 
 
 def compensate_block(
-    network: Inserted, piece: Piece, sample: Sample, seed: int, settings: Compensation
+    network: Inserted,
+    piece: Piece,
+    sample: Sample,
+    seed: int,
+    settings: Compensation,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Report:
-    """Round every layer of `piece`; all of them stay at nearest where that errs less on held-out records."""
+    """Round every layer of `piece`; all of them stay at nearest where that errs less on held-out records.
+
+    `weights` of all records, for each layer: how much what it reads in them counts.
+    """
     measure = Learner(network, piece, Schedule(0, settings.batch, rounding_rate=0), Generator())
     layers = {path: layer for path, layer in measure.layers.items() if layer.weight_quantizer is not None}
     with torch.no_grad():
@@ -45,7 +54,8 @@ def compensate_block(
             layer = layers[path]
             hessian = InputHessian(layer.layer)
             for rows in sample.train.split(settings.batch):
-                run_until(piece, layer, sample.quants.take(rows), hessian.add)
+                see = hessian.add if weights is None else partial(hessian.add, weights=weights[path][rows])
+                run_until(piece, layer, sample.quants.take(rows), see)
             try:
                 layer.rounding = FixedIntegers(compensated(layer, hessian.mean(), settings))
             except ValueError as error:
@@ -89,8 +99,12 @@ class InputHessian:
         self.total: Tensor | None = None
         self.count = 0
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """What some records showed, each as often as its weight says."""
         columns = unfolded(self.layer, x.float())
+        if weights is not None:
+            each = weights.to(columns).sqrt().repeat_interleave(columns.shape[1] // len(weights))
+            columns = columns * each[:, None]
         product = columns.transpose(1, 2) @ columns
         self.total = product if self.total is None else self.total + product
         self.count += columns.shape[1]

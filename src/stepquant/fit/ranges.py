@@ -105,10 +105,11 @@ def observe_part(
                 f"activations are not finite at '{quantizer.site}'",
                 fix="keep this layer, or the one before it, in float with a plan rule",
             )
-        low, high = search(values, quantizer.grid)
+        grid = quantizer.grid_at(row)
+        low, high = search(values, grid)
         lows[quantizer] = ema(lows.get(quantizer), low, momentum)
         highs[quantizer] = ema(highs.get(quantizer), high, momentum)
-        quantizer.set_range(*scale_and_zero(lows[quantizer], highs[quantizer], quantizer.grid), row)
+        quantizer.set_range(*scale_and_zero(lows[quantizer], highs[quantizer], grid), row)
 
     what = "activation ranges" if row is None else f"activation ranges {row + 1}"
     observe_all(network, data, quantizers, observe, batch, progress, what)

@@ -53,6 +53,7 @@ def freeze(
             rank=rank,
             balanced=layer.factors is not None,
             first=layer.first is not None,
+            input_bits=layer.input_quantizer is not None and bool(layer.input_quantizer.bits),
         )
         tensors |= {f"{path}.{name}": value for name, value in packed_tensors(layer).items()}
         if network.denoiser.expendable and owners[id(layer.weight)] == 1:
@@ -90,6 +91,8 @@ def packed_tensors(layer: QuantLayer) -> dict[str, Tensor]:
         out["bias"] = layer.bias.detach().float()
     if layer.input_quantizer is not None:
         out |= range_tensors("input", layer.input_quantizer)
+        if layer.input_quantizer.bits:
+            out["input_bits"] = torch.tensor(layer.input_quantizer.bits, dtype=torch.int32)
     if layer.factors is not None:
         out["input_factors"] = layer.factors.float()
     if layer.first is not None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from stepquant.core.affine import fake_quantize, scales_of_rows
+from stepquant.core.affine import fake_quantize, quantize, scales_of_rows
 from stepquant.core.grid import Grid
 from stepquant.core.slices import Slices
 from stepquant.core.steps import StepTable
@@ -99,6 +99,7 @@ class Quantizer(nn.Module):
         self.enabled = False
         self.observer: Observer | None = None
         self.stand_in: StandIn | None = None
+        self.bits: tuple[int, ...] = ()  # of every row of a per-step range, where they differ
         self.register_buffer("scale", torch.empty(0))
         self.register_buffer("zero_point", torch.empty(0))
 
@@ -128,6 +129,17 @@ class Quantizer(nn.Module):
             shape = (2, self.clock.table.groups)
             self.scale, self.zero_point = torch.full(shape, torch.nan, device=scale.device)
         self.scale[row], self.zero_point[row] = scale.item(), zero_point.item()
+
+    def set_bits(self, bits: Sequence[int]) -> None:
+        """Of every row of a per-step range; the grid becomes that of the widest."""
+        assert self.clock is not None, "only per-step ranges have rows"
+        assert len(bits) == self.clock.table.groups, "as many as rows"
+        self.grid = replace(self.grid, bits=max(bits))
+        self.bits = tuple(bits) if len(set(bits)) > 1 else ()
+
+    def grid_at(self, row: int | None) -> Grid:
+        """The grid of one row."""
+        return self.grid if row is None or not self.bits else replace(self.grid, bits=self.bits[row])
 
     def range(self) -> tuple[Tensor, Tensor]:
         if not self.scale.numel():
@@ -163,6 +175,12 @@ class Quantizer(nn.Module):
         scale, zero_point = self.range()
         if self.clock is not None:
             scale, zero_point = (self.clock.spread(values, x, part, total) for values in (scale, zero_point))
+        if self.clock is not None and self.bits:
+            grids = [self.grid_at(row) for row in range(len(self.bits))]
+            ends = (torch.tensor([one.qmin for one in grids]), torch.tensor([one.qmax for one in grids]))
+            low, high = (self.clock.spread(end.to(scale), x, part, total) for end in ends)
+            q = quantize(x, scale, zero_point, self.grid).clamp(low, high)
+            return q.sub_(zero_point).mul_(scale).to(x.dtype)
         return fake_quantize(x, scale, zero_point, self.grid)
 
     def extra_repr(self) -> str:

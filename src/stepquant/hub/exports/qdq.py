@@ -37,7 +37,10 @@ class Rounded(nn.Module):
     def __init__(self, codes: tuple[Code, ...], place: Place) -> None:
         super().__init__()
         self.place = place
-        self.low, self.high = codes[0].low, codes[0].high
+        self.ends = sorted({(code.low, code.high) for code in codes})
+        if len(self.ends) > 1:  # bits differ by step
+            self.register_buffer("low", torch.tensor([float(code.low) for code in codes]))
+            self.register_buffer("high", torch.tensor([float(code.high) for code in codes]))
         self.register_buffer("scale", torch.tensor([code.scale for code in codes]))
         zero_points = torch.tensor([code.zero_point for code in codes], dtype=torch.uint8)
         self.register_buffer("zero_point", zero_points)
@@ -45,9 +48,11 @@ class Rounded(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale, zero_point = self.place.of(self.scale), self.place.of(self.zero_point)  # type: ignore[arg-type]
         x = x.float()
-        if (self.low, self.high) != (0, 255):
-            edges = [(edge - zero_point.float()) * scale for edge in (self.low, self.high)]
-            x = x.clamp(*edges)
+        if self.ends != [(0, 255)]:
+            ends: Any = self.ends[0]
+            if len(self.ends) > 1:
+                ends = [self.place.of(self.get_buffer(name)) for name in ("low", "high")]
+            x = x.clamp(*((end - zero_point.float()) * scale for end in ends))
         codes = node("QuantizeLinear", [x, scale, zero_point], torch.uint8, x.shape)
         return node("DequantizeLinear", [codes, scale, zero_point], torch.float32, x.shape)
 

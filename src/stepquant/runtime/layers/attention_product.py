@@ -34,9 +34,7 @@ class IntegerProduct(Ranged[PreparedProduct]):
         super().__init__()
         self.spec = spec
         for port in PORTS:
-            count = groups if getattr(spec, port).granularity == "step" else 1
-            self.register_buffer(f"{port}_scale", torch.ones(count, device=device))
-            self.register_buffer(f"{port}_zero_point", torch.zeros(count, dtype=torch.int32, device=device))
+            self.register_range(port, getattr(spec, port), groups, device)
         if spec.shifted:
             self.register_buffer("probabilities_shift", torch.zeros(1, device=device))
 
@@ -51,7 +49,7 @@ class IntegerProduct(Ranged[PreparedProduct]):
         scales, zero_points = (
             self.get_buffer(f"{port}_{name}").cpu().tolist() for name in ("scale", "zero_point")
         )
-        return tuple(Code.of_grid(getattr(self.spec, port), *found) for found in zip(scales, zero_points))
+        return Code.of_rows(getattr(self.spec, port), scales, zero_points)
 
     @property
     def codes(self) -> tuple[Code, ...]:

@@ -46,6 +46,7 @@ class IntegerLayer(Balanced[PreparedLayer]):
     bias: Tensor | None
     input_scale: Tensor
     input_zero_point: Tensor
+    input_bits: Tensor  # of each row, where they differ
     outputs_dim: int  # where the output channels are
     rows_from: int  # the first dimension of what shares a scale where inputs are quantized as they come
 
@@ -67,9 +68,7 @@ class IntegerLayer(Balanced[PreparedLayer]):
         bias = None if layer.bias is None else torch.zeros(weight.shape[0], device=device)
         self.register_buffer("bias", bias)
         if spec.input is not None and not self.dynamic:
-            count = groups if spec.input.granularity == "step" else 1
-            self.register_buffer("input_scale", torch.ones(count, device=device))
-            self.register_buffer("input_zero_point", torch.zeros(count, dtype=torch.int32, device=device))
+            self.register_range("input", spec.input, groups, device, spec.input_bits)
         self.make_factors(layer)
 
     def check_rotation(self) -> None:
@@ -157,8 +156,8 @@ class IntegerLayer(Balanced[PreparedLayer]):
             return ()
         if self.dynamic:
             return (Code.of_grid(grid, 1.0),)
-        ranges = zip(self.input_scale.cpu().tolist(), self.input_zero_point.cpu().tolist())
-        return tuple(Code.of_grid(grid, scale, zero_point) for scale, zero_point in ranges)
+        bits = self.input_bits.cpu().tolist() if self.spec.input_bits else None
+        return Code.of_rows(grid, self.input_scale.cpu().tolist(), self.input_zero_point.cpu().tolist(), bits)
 
     def stay_float(self, why: str | None) -> None:
         """Compute in float from now on, with an input that is not quantized; None: in integers again."""

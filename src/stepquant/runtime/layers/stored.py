@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.artifact import LayerSpec
-from stepquant.core.grid import GridError
+from stepquant.core.grid import Grid, GridError
 from stepquant.runtime.layers.offloaded import OFFLOADED
 
 PAGE_OUT = 21  # Linux since 5.4; Python has no name for it
@@ -110,6 +110,17 @@ class Ranged(Stored[P]):
         super().__init__()
         self.row = 0
         self.in_floats = False
+
+    def register_range(
+        self, port: str, grid: Grid, groups: int, device: torch.device, own_bits: bool = False
+    ) -> None:
+        """Buffers for the range of one operand, and for the bits of each row where they differ."""
+        count = groups if grid.granularity == "step" else 1
+        self.register_buffer(f"{port}_scale", torch.ones(count, device=device))
+        self.register_buffer(f"{port}_zero_point", torch.zeros(count, dtype=torch.int32, device=device))
+        if own_bits:
+            bits = torch.full((count,), grid.bits, dtype=torch.int32, device=device)
+            self.register_buffer(f"{port}_bits", bits)
 
     def select(self, row: int) -> None:
         """Read this row of the ranges from now on; what was packed serves them all."""

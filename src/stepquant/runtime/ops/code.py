@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -25,6 +27,18 @@ class Code(NamedTuple):
     def of_grid(cls, grid: Grid, scale: float, zero_point: int = 0) -> Code:
         offset = 128 if grid.signed else 0
         return cls(float(scale), int(zero_point) + offset, grid.qmin + offset, grid.qmax + offset)
+
+    @classmethod
+    def of_rows(
+        cls,
+        grid: Grid,
+        scales: Sequence[float],
+        zero_points: Sequence[int],
+        bits: Sequence[int] | None = None,
+    ) -> tuple[Code, ...]:
+        """One for each row of the ranges of a tensor, which may have bits of its own."""
+        grids = [grid] * len(scales) if bits is None else [replace(grid, bits=own) for own in bits]
+        return tuple(cls.of_grid(*one) for one in zip(grids, scales, zero_points))
 
 
 def codes(x: Tensor, code: Code) -> Tensor:
