@@ -8,9 +8,11 @@ import pytest
 
 from tests.shape.source import PACKAGE, files, part_of, shown
 
-PAPERS = r"ptq4dm|q-?diffusion|eda-?dm|tfmq|brecq|qdrop|adaround|smoothquant|svdquant|viditq|mixdq|tdq|qncd|dilatequant|quest|efficientdm"
 # One paper gave its name to a word in the files of other programs, convrot, which hub/ reads and writes.
-PAPERS = r"ptq4dm|q-?diffusion|eda-?dm|tfmq|brecq|qdrop|adaround|smoothquant|svdquant|viditq|mixdq|tdq|static_video|apqdm|adatsq"
+PAPERS = (
+    r"ptq4dm|q-?diffusion|eda-?dm|tfmq|brecq|qdrop|adaround|smoothquant|svdquant|viditq|mixdq|tdq|qncd|dilatequant|quest"
+    r"|efficientdm|static_video|apqdm|adatsq"
+)
 DEVICES = r"cuda|onednn|mkldnn|amx|avx|vnni|rocm|mps"
 MODELS = (
     r"UNet2D\w*Model|UNet2DConditionModel|DiTTransformer\w*|PixArt\w*|SD3\w*|Flux\w*|\w+Transformer[23]DModel"
