@@ -116,7 +116,7 @@ class StepquantQuantizer(Living, DiffusersQuantizer):
 
 def quantizer_for(config: StepquantConfig, **kwargs: Any) -> StepquantQuantizer:
     """What loads an artifact; float weights, where the configuration names a scheme; or a single file, where it says nothing."""
-    if config.scheme is None and config.digests:
+    if config.scheme is None and (config.digests or config.layers or config.products):
         return StepquantQuantizer(config, **kwargs)
     if config.scheme is None:
         from stepquant.hub.foreign.single_file import SingleFileQuantizer
