@@ -74,7 +74,8 @@ class IntegerLinear(IntegerLayer):
 
     @property
     def alone(self) -> bool:
-        return super().alone or bool(self.spec.rank) or self.spec.first
+        # Dynamo takes `super().alone` for true.
+        return self.dynamic or self.spec.balanced or bool(self.spec.rank) or self.spec.first
 
     def kernel_type(self) -> type[Kernel]:
         return device_for(self.weight.device).linear
