@@ -58,7 +58,7 @@ class SingleFileQuantizer(StepquantQuantizer):
         if self.found is None or state_dict is None:
             raise ModelError(
                 "StepquantConfig() without the name of a scheme is for files that are packed already",
-                expected="from_single_file(FILE), or a scheme as w8a8-dynamic",
+                fix="from_single_file(FILE) for such a file; StepquantConfig('w8a8-dynamic') for float weights",
             )
         self.made = made = packed(self.found, model, self.by_scheme)
         skeleton(model, made.specs, {}, {})
