@@ -147,7 +147,7 @@ def first_error(source: Source, artifact: Artifact) -> float:
 def test_steps_that_one_range_would_not_serve_are_found_and_get_their_own(tmp_path: Path) -> None:
     ears = Listening()
     source = replace(sdxl(tmp_path), progress=ears)
-    many = {"samples": 64, "trajectories": 4}
+    many = {"samples": 24, "trajectories": 2}
     one = made(source, "minmax", by_step="never", **many)
     assert not any("by_step" in words for words in ears.heard)
     own = made(source, "minmax", intervals=12, **many)
