@@ -15,28 +15,40 @@ BLOCK = r"^transformer_blocks\.(\d+)\."
 SINGLE = r"^single_transformer_blocks\.(\d+)\."
 EMBEDDERS = {"timestep": "time", "text": "vector", "guidance": "guidance"}
 
+FLUX_ENDS = [
+    (r"^(\w+_in)\.linear_1", r"\1.in_layer"),
+    (r"^(\w+_in)\.linear_2", r"\1.out_layer"),
+    (r"^context_embedder", "txt_in"),
+    (r"^x_embedder", "img_in"),
+    (r"^proj_out", "final_layer.linear"),
+    (r"^norm_out\.linear", "final_layer.adaLN_modulation.1"),
+]
+FLUX_NORMS = [
+    (BLOCK + r"attn\.norm_([qk])\.weight", r"double_blocks.\1.img_attn.norm.\2.scale"),
+    (SINGLE + r"attn\.norm_([qk])\.weight", r"single_blocks.\1.norm.\2.scale"),
+    (r"norm\.q\.scale", "norm.query_norm.scale"),
+    (r"norm\.k\.scale", "norm.key_norm.scale"),
+]
 
-def flux(tensors: Tensors, _: Mapping[str, Any]) -> dict[str, Tensor]:
+
+def joined_streams(tensors: Tensors) -> dict[str, Tensor]:
+    """What FLUX and FLUX.2 hold in one piece of each stream's attention."""
     made = swapped(tensors, ["norm_out.linear"])
     made = joined(made, BLOCK[1:] + r"attn\.", QKV, "qkv")
-    made = joined(made, BLOCK[1:] + r"attn\.", ADDED, "added")
+    return joined(made, BLOCK[1:] + r"attn\.", ADDED, "added")
+
+
+def flux(tensors: Tensors, _: Mapping[str, Any]) -> dict[str, Tensor]:
+    made = joined_streams(tensors)
     made = joined(made, SINGLE[1:], [*(f"attn.{part}" for part in QKV), "proj_mlp"], "linear1")
     rules = [(rf"^time_text_embed\.{mine}_embedder\.", f"{theirs}_in.") for mine, theirs in EMBEDDERS.items()]
     return replaced(
         made,
         [
             *rules,
-            (r"^(\w+_in)\.linear_1", r"\1.in_layer"),
-            (r"^(\w+_in)\.linear_2", r"\1.out_layer"),
-            (r"^context_embedder", "txt_in"),
-            (r"^x_embedder", "img_in"),
-            (r"^proj_out", "final_layer.linear"),
-            (r"^norm_out\.linear", "final_layer.adaLN_modulation.1"),
+            *FLUX_ENDS,
             (r"norm_added_([qk])\.weight", r"txt_attn.norm.\1.scale"),
-            (BLOCK + r"attn\.norm_([qk])\.weight", r"double_blocks.\1.img_attn.norm.\2.scale"),
-            (SINGLE + r"attn\.norm_([qk])\.weight", r"single_blocks.\1.norm.\2.scale"),
-            (r"norm\.q\.scale", "norm.query_norm.scale"),
-            (r"norm\.k\.scale", "norm.key_norm.scale"),
+            *FLUX_NORMS,
             (BLOCK + r"attn\.txt_attn", r"double_blocks.\1.txt_attn"),
             (BLOCK + r"attn\.qkv", r"double_blocks.\1.img_attn.qkv"),
             (BLOCK + r"attn\.added", r"double_blocks.\1.txt_attn.qkv"),
@@ -57,9 +69,7 @@ def flux(tensors: Tensors, _: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def flux2(tensors: Tensors, _: Mapping[str, Any]) -> dict[str, Tensor]:
     """Whose single blocks are fused in diffusers too, and whose modulation is the same in all blocks."""
-    made = swapped(tensors, ["norm_out.linear"])
-    made = joined(made, BLOCK[1:] + r"attn\.", QKV, "qkv")
-    made = joined(made, BLOCK[1:] + r"attn\.", ADDED, "added")
+    made = joined_streams(tensors)
     rules = [
         (rf"^time_guidance_embed\.{mine}_embedder\.", f"{theirs}_in.") for mine, theirs in EMBEDDERS.items()
     ]
@@ -78,18 +88,10 @@ def flux2(tensors: Tensors, _: Mapping[str, Any]) -> dict[str, Tensor]:
         made,
         [
             *rules,
-            (r"^(\w+_in)\.linear_1", r"\1.in_layer"),
-            (r"^(\w+_in)\.linear_2", r"\1.out_layer"),
-            (r"^context_embedder", "txt_in"),
-            (r"^x_embedder", "img_in"),
-            (r"^proj_out", "final_layer.linear"),
-            (r"^norm_out\.linear", "final_layer.adaLN_modulation.1"),
+            *FLUX_ENDS,
             (r"^(\w+_stream_modulation\w*)\.linear", r"\1.lin"),
             (BLOCK + r"attn\.norm_added_([qk])\.weight", r"double_blocks.\1.txt_attn.norm.\2.scale"),
-            (BLOCK + r"attn\.norm_([qk])\.weight", r"double_blocks.\1.img_attn.norm.\2.scale"),
-            (SINGLE + r"attn\.norm_([qk])\.weight", r"single_blocks.\1.norm.\2.scale"),
-            (r"norm\.q\.scale", "norm.query_norm.scale"),
-            (r"norm\.k\.scale", "norm.key_norm.scale"),
+            *FLUX_NORMS,
             (SINGLE + r"attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
             (SINGLE + r"attn\.to_out", r"single_blocks.\1.linear2"),
         ],
