@@ -64,15 +64,34 @@ def watched(file: Path) -> tuple[bytes, dict[str, tuple[str, str]]]:
     def reader(name: str, *kinds: str) -> Any:
         return next((one for one in model.graph.node if name in one.input and one.op_type in kinds), None)
 
+    def last(name: str, *kinds: str) -> str:
+        """What becomes of a tensor by operations of these kinds, as far as they follow."""
+        for kind in kinds:
+            one = reader(name, kind)
+            name = one.output[0] if one is not None else name
+        return name
+
+    def biased(name: str, path: str) -> str:
+        """With the bias of the layer, if it is added behind the sums."""
+        sums = reader(name, "Add")
+        added = sums is not None and any(one.endswith(f"{path}.bias") for one in sums.input)
+        return sums.output[0] if added else name
+
     found = {}
     for constant in model.graph.initializer:
         if constant.name.endswith(".weights.codes"):
             path = constant.name.removeprefix("model.").removesuffix(".weights.codes")
-            product = reader(reader(constant.name, "DequantizeLinear").output[0], "MatMul", "Conv", "Gemm")
-            reads = before(product.input[0], "DequantizeLinear", "QuantizeLinear", "Clip")
-            sums = reader(product.output[0], "Add")
-            biased = product.op_type == "MatMul" and any(one.endswith(f"{path}.bias") for one in sums.input)
-            found[path] = (reads, (sums if biased else product).output[0])
+            product = reader(constant.name, "MatMulInteger")
+            if product is not None:  # of windows
+                codes = before(product.input[0], *["Concat", "Slice"] * 3, "Pad", "Transpose")
+                out = biased(last(product.output[0], "Cast", "Mul", "Concat", "Transpose"), path)
+            else:
+                product = reader(
+                    reader(constant.name, "DequantizeLinear").output[0], "MatMul", "Conv", "Gemm"
+                )
+                codes = before(product.input[0], "DequantizeLinear")
+                out = product.output[0] if product.op_type == "Conv" else biased(product.output[0], path)
+            found[path] = (before(codes, "QuantizeLinear", "Clip"), out)
     names = sorted(
         {name for both in found.values() for name in both} - {one.name for one in model.graph.input}
     )
@@ -138,6 +157,16 @@ def test_external_engines_compute_every_layer_of_a_unet(source: Source, tmp_path
     file = written(network, given, tmp_path / "a.onnx")
     given = graphs.prepared(network, given)
     assert check_layers(network, given, file) == len(network.config.layers)
+    seen = {fate.path: fate.becomes for fate in graphs.outlook(network, given).fates}
+    convolutions = {
+        path
+        for path, one in network.layers.items()
+        if len(one.weight_shape) > 2 and one.spec.input is not None
+    }
+    assert {path for path, becomes in seen.items() if becomes == graphs.WINDOWS} == convolutions
+    kinds = [one.op_type for one in onnx.load(file).graph.node]
+    assert kinds.count("Conv") == 1  # the first, whose input is a float
+    assert kinds.count("MatMulInteger") == len(convolutions) > 5
     told = {one.key: one.value for one in onnx.load(file).metadata_props}
     assert told["artifact"] == network.config.digest
     stored = {one.name: one.data_type for one in onnx.load(file).graph.initializer}
@@ -206,7 +235,8 @@ def test_external_runtime_quantizes_rows_as_they_come(
     assert b"site-packages" not in file.read_bytes()
     kinds = [one.op_type for one in onnx.load(file).graph.node]
     seen = graphs.outlook(network, given)
-    assert kinds.count("MatMulInteger") == sum(fate.becomes == graphs.BY_ROW for fate in seen.fates) > 5
+    integers = [fate for fate in seen.fates if fate.becomes in (graphs.BY_ROW, graphs.WINDOWS)]
+    assert kinds.count("MatMulInteger") == len(integers) > 5
     session = onnxruntime.InferenceSession(file)
     given = graphs.prepared(network, given)
     assert apart(session.run(None, feeds(session, given))[0], ours_in_float32(folder)(given)) < 0.01

@@ -1,7 +1,8 @@
 """An ONNX graph of a network, with its integers, their scales and the ranges of its activations in it.
 
 Weights are constants of one byte with DequantizeLinear behind them, inputs pass QuantizeLinear and DequantizeLinear:
-what ONNX Runtime, OpenVINO and others turn into integer products of their own.
+what ONNX Runtime, OpenVINO and others turn into integer products of their own. Convolutions are written as such products,
+because ONNX Runtime would not turn them into one.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from torch.utils._pytree import tree_flatten_with_path, tree_map
 
 from stepquant.errors import RuntimeSupportError, StepquantError
 from stepquant.hub.exports.at_rest import Network
+from stepquant.hub.exports.nodes import OPSET
 from stepquant.hub.exports.outlook import Fate, Outlook, check_float_form, left_of_steps
-from stepquant.hub.exports.qdq import OPSET, Place, swap
+from stepquant.hub.exports.qdq import Place, by_windows, swap
+from stepquant.hub.exports.windows import why_not, write_out
 from stepquant.models.denoiser import Denoiser, prediction_of
 from stepquant.progress import Progress
+from stepquant.runtime.layers.convolution import IntegerConv2d
+from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.steps import StepTensors
 
 ENDS = ".onnx"
@@ -31,13 +36,14 @@ NEEDED = ("onnx", "onnxscript")
 OUTPUT = "prediction"
 LARGEST = 1 << 30  # bytes of one file: beyond 2 GiB protobuf cannot go
 STATIC, WEIGHTS, BY_ROW, FLOAT_ROW = "QDQ", "DequantizeLinear", "MatMulInteger", "round and multiply"
+WINDOWS = "MatMulInteger of windows"
 UNKNOWN_T = "a t that the artifact has no entry for gives NaN"
 
 
 class Graph(nn.Module):
     """The network as one function of its tensors: their names are those of its arguments."""
 
-    def __init__(self, network: Network, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, network: Network, arguments: Mapping[str, Any], windows: bool) -> None:
         super().__init__()
         self.model = nn.Module.float(network.model)  # numbers of 16 bits too, as its inputs are
         self.fixed = {name: value for name, value in arguments.items() if not tensors_in(value)}
@@ -54,7 +60,7 @@ class Graph(nn.Module):
             self.register_buffer("rows", known.rows)
             self.register_buffer("factor", None if correction is None else correction.scale)
             self.register_buffer("offset", None if correction is None else correction.bias)
-        self.layers = tuple(swap(network.model, self.place).values())
+        self.layers = tuple(swap(network.model, self.place, windows).values())
 
     def forward(self, given: dict[str, Any]) -> Tensor:
         if not self.steps:
@@ -76,27 +82,42 @@ class Graph(nn.Module):
         return prediction_of(self.model(**given, **self.fixed, return_dict=False))
 
 
-def outlook(network: Network, arguments: Mapping[str, Any]) -> Outlook:
+def outlook(network: Network, arguments: Mapping[str, Any], windows: bool = True) -> Outlook:
     check_float_form(network, "a graph")
     if not isinstance(arguments[Denoiser(network.model).family.x], Tensor):
         raise RuntimeSupportError(
             f"no graph is made of {network.kind}: it takes a list of samples",
             fix="export its weights alone: --to gguf, sdnq or comfyui",
         )
-    fates = []
-    for path, layer in network.layers.items():
-        if not layer.dynamic:
-            becomes = WEIGHTS if layer.spec.input is None else STATIC
-        else:
-            integers = len(layer.weight_shape) == 2 and layer.fits_signed_bytes()
-            becomes = BY_ROW if integers and layer.spec.weight.granularity != "group" else FLOAT_ROW
-        fates.append(Fate(path, becomes))
+    fates = [Fate(path, becomes(layer, windows)) for path, layer in network.layers.items()]
     steps = network.config.artifact.steps
     notes, left = [f"the graph takes {shapes_text(network, arguments)}"], [*left_of_steps(network)]
     if steps is not None:
         notes.append(f"one t for all samples of a call; {UNKNOWN_T}")
         left += ["what the correction does to the noise of the sampler"] * (steps.noise != "none")
+    notes += notes_on_convolutions(network) if windows else []
     return Outlook(tuple(fates), tuple(left), tuple(notes))
+
+
+def becomes(layer: IntegerLayer, windows: bool) -> str:
+    """The operation that multiplies, or what stands around it."""
+    if windows and by_windows(layer):
+        return WINDOWS
+    if not layer.dynamic:
+        return WEIGHTS if layer.spec.input is None else STATIC
+    integers = len(layer.weight_shape) == 2 and layer.fits_signed_bytes()
+    return BY_ROW if integers and layer.spec.weight.granularity != "group" else FLOAT_ROW
+
+
+def notes_on_convolutions(network: Network) -> list[str]:
+    """Those that stay convolutions."""
+    convolutions = {path: one for path, one in network.layers.items() if isinstance(one, IntegerConv2d)}
+    left = {path: why_not(one) for path, one in convolutions.items() if one.spec.input is not None}
+    return [
+        f"'{path}' stays a convolution, which ONNX Runtime computes in float: {why}"
+        for path, why in left.items()
+        if why
+    ]
 
 
 def check_installed(needed: Sequence[str] = NEEDED) -> None:
@@ -143,10 +164,15 @@ def prepared(network: Network, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(
-    network: Network, seen: Outlook, file: Path, progress: Progress, arguments: Mapping[str, Any]
+    network: Network,
+    seen: Outlook,
+    file: Path,
+    progress: Progress,
+    arguments: Mapping[str, Any],
+    windows: bool = True,
 ) -> None:
     given = prepared(network, arguments)
-    graph = Graph(network, arguments).eval()
+    graph = Graph(network, arguments, windows).eval()
     stages = progress.track(("tracing", "translating", "writing"), "exporting", 3)
     try:
         with silence(), torch.no_grad():
@@ -168,6 +194,7 @@ def write(
             fix="export its weights alone: --to gguf, sdnq or comfyui",
         ) from error
     next(stages)
+    write_out(program.model)
     for one in (program.model.graph, *program.model.graph.all_nodes()):
         one.metadata_props.clear()  # which lines of which files on this machine it was made by
     program.model.metadata_props.update({"made by": "stepquant", "artifact": network.config.digest})

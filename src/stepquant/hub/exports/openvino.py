@@ -1,4 +1,7 @@
-"""OpenVINO's own files, .xml and .bin, converted from the ONNX graph; weights stay bytes in them."""
+"""OpenVINO's own files, .xml and .bin, converted from an ONNX graph; weights stay bytes in them.
+
+Convolutions stay what they are in that graph: OpenVINO multiplies them in integers.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from stepquant.progress import Progress
 
 ENDS = ".xml"
 NEEDED = (*onnx.NEEDED, "openvino")
-outlook = onnx.outlook
+
+
+def outlook(network: Network, arguments: Mapping[str, Any]) -> Outlook:
+    return onnx.outlook(network, arguments, windows=False)
 
 
 def check_installed() -> None:
@@ -26,7 +32,7 @@ def write(
     import openvino
 
     graph = file.with_suffix(onnx.ENDS)
-    onnx.write(network, seen, graph, progress, arguments)
+    onnx.write(network, seen, graph, progress, arguments, windows=False)
     for _ in progress.track(("converting",), "converting", 1):
         openvino.save_model(openvino.convert_model(graph), file, compress_to_fp16=False)
     for one in file.parent.glob(f"{graph.name}*"):

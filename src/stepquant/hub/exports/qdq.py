@@ -1,12 +1,12 @@
 """Layers and products of an artifact in the words of ONNX: QuantizeLinear and DequantizeLinear around float operations.
 
 The integers of weights are constants of the graph, with their scales beside them. Numbers are those of the plain-torch
-runtime, but for ties: ONNX divides by the scale where the runtime multiplies by its reciprocal.
+runtime, but for ties: ONNX divides by the scale where the runtime multiplies by its reciprocal. Convolutions may be written
+as products of integers, for engines that would sum them in float.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,21 +14,15 @@ from torch import Tensor, nn
 
 from stepquant.core.affine import scales_of_rows
 from stepquant.core.rotation import rotate
+from stepquant.hub.exports.nodes import node
+from stepquant.hub.exports.windows import Windows, why_not
 from stepquant.models.attention import given, rebind
 from stepquant.models.families.roles import bordered
 from stepquant.runtime.layers.attention_product import PORTS, IntegerProduct
-from stepquant.runtime.layers.convolution import IntegerConv3d
+from stepquant.runtime.layers.convolution import IntegerConv2d, IntegerConv3d
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.linear import IntegerLinear
 from stepquant.runtime.ops.code import Code
-
-OPSET = 21  # the first in which a zero point may stand for a block
-
-
-def node(name: str, inputs: list[Tensor], dtype: torch.dtype, shape: Any, **attributes: Any) -> Tensor:
-    """An operation of ONNX in a graph that is being traced."""
-    symbolic: Callable[..., Tensor] = torch.onnx.ops.symbolic
-    return symbolic(name, inputs, attributes, dtype=dtype, shape=shape, version=OPSET)
 
 
 class Rounded(nn.Module):
@@ -46,6 +40,11 @@ class Rounded(nn.Module):
         self.register_buffer("zero_point", zero_points)
 
     def forward(self, x: Tensor) -> Tensor:
+        codes, *ends = self.codes(x)
+        return node("DequantizeLinear", [codes, *ends], torch.float32, x.shape)
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """With the scale and the zero point that they have."""
         scale, zero_point = self.place.of(self.scale), self.place.of(self.zero_point)  # type: ignore[arg-type]
         x = x.float()
         if self.ends != [(0, 255)]:
@@ -53,8 +52,7 @@ class Rounded(nn.Module):
             if len(self.ends) > 1:
                 ends = [self.place.of(self.get_buffer(name)) for name in ("low", "high")]
             x = x.clamp(*((end - zero_point.float()) * scale for end in ends))
-        codes = node("QuantizeLinear", [x, scale, zero_point], torch.uint8, x.shape)
-        return node("DequantizeLinear", [codes, scale, zero_point], torch.float32, x.shape)
+        return node("QuantizeLinear", [x, scale, zero_point], torch.uint8, x.shape), scale, zero_point
 
 
 class Place:
@@ -71,16 +69,17 @@ class Place:
 class Weight(nn.Module):
     """The integers of a weight and their scales, as the graph holds them.
 
-    Those of a linear lie as the product reads them, (inputs, outputs), so that engines find constants there.
+    Those of a linear, and of a convolution by `windows`, lie as the product reads them, (inputs, outputs), so that engines
+    find constants there.
     """
 
-    def __init__(self, layer: IntegerLayer) -> None:
+    def __init__(self, layer: IntegerLayer, windows: bool = False) -> None:
         super().__init__()
         integers, zeros = layer.rows()
         self.shape = layer.weight_shape
         outputs = self.shape[0]
         by_output = len(integers) in (1, outputs)
-        self.turned = isinstance(layer, IntegerLinear) and by_output
+        self.turned = windows or (isinstance(layer, IntegerLinear) and by_output)
         if layer.fits_signed_bytes():
             codes, found = (integers - zeros).to(torch.int8), [layer.weight_scale]
         else:  # as they are stored
@@ -89,7 +88,7 @@ class Weight(nn.Module):
             found = [layer.weight_scale, (zeros.flatten() - least).to(torch.uint8)]
         if by_output:
             codes, found = codes.reshape(self.shape), [one.expand(outputs) for one in found]
-        codes = codes.t() if self.turned else codes
+        codes = codes.movedim(1, -1).flatten(1).t() if self.turned else codes
         self.codes: Tensor
         self.scale: Tensor
         # A zero point that is 0 is left out: some engines would subtract it every time.
@@ -110,18 +109,26 @@ class Weight(nn.Module):
         values = values if self.offset is None else values + self.offset
         return values if self.codes.dim() != 2 or self.turned else values.reshape(self.shape)
 
+    def integers(self) -> list[Tensor]:
+        """The codes, and their zero points where these are not 0."""
+        return [value for name, value in self.named_buffers() if name in ("codes", "zero_point")]
+
 
 class ExportedLayer(nn.Module):
-    """A layer with a static range of its inputs, or with none: float operations on dequantized numbers."""
+    """A layer with a static range of its inputs, or with none: float operations on dequantized numbers, or windows of codes."""
 
-    def __init__(self, layer: Any, place: Place) -> None:
+    def __init__(self, layer: Any, place: Place, windows: bool = False) -> None:
         super().__init__()
         self.layer = (layer,)  # in a tuple: its tensors are none of the graph
         spec = layer.spec
         self.rotation = spec.rotation
-        self.weights = Weight(layer)
+        self.weights = Weight(layer, windows)
+        self.windows = Windows(layer) if windows else None
         self.bias: Tensor | None
-        self.register_buffer("bias", layer.bias)
+        sides = (
+            [1] * (len(layer.weight_shape) - 2) if windows else []
+        )  # behind a sum, channels come before places
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.reshape(-1, *sides))
         static = spec.input is not None and not layer.dynamic
         self.rounded = Rounded(layer.input_codes(), place) if static else None
         self.factors: Tensor | None
@@ -147,6 +154,10 @@ class ExportedLayer(nn.Module):
         return y + (x @ self.down) @ self.up if self.rank else y
 
     def product(self, layer: Any, x: Tensor) -> Tensor:
+        if self.windows is not None and self.rounded is not None:
+            codes, scale, zero = self.rounded.codes(x)
+            y = self.windows(codes, zero, self.weights.scale * scale, self.weights.integers())
+            return y if self.bias is None else y + self.bias
         x = x if self.rounded is None else self.rounded(x)
         weight = self.weights()
         if not self.weights.turned:
@@ -165,11 +176,18 @@ class DynamicLayer(ExportedLayer):
         if not self.weights.turned or self.weights.codes.dtype != torch.int8:
             sums = layer.multiply(codes, self.unscaled(), None)
         else:
-            inputs = [codes.to(torch.int8), self.weights.codes]
-            shape = (*x.shape[:-1], self.weights.codes.shape[1])
-            sums = node("MatMulInteger", inputs, torch.int32, shape).float() * self.weights.scale
+            sums = self.summed(codes.to(torch.int8))
         sums = sums * scales
         return sums if self.bias is None else sums + self.bias.reshape(layer.bias_shape(sums))
+
+    def summed(self, codes: Tensor) -> Tensor:
+        """Products of integers, with the scales of the weight."""
+        if self.windows is not None:
+            zero = torch.zeros((), dtype=codes.dtype)
+            return self.windows(codes, zero, self.weights.scale, self.weights.integers())  # type: ignore[no-any-return]
+        shape = (*codes.shape[:-1], self.weights.codes.shape[1])
+        made = node("MatMulInteger", [codes, *self.weights.integers()], torch.int32, shape)
+        return made.float() * self.weights.scale
 
     def unscaled(self) -> Tensor:
         """The weight in float, with its scales: what no integer operation of ONNX multiplies."""
@@ -204,16 +222,20 @@ class ExportedProduct(nn.Module):
         return out.to(q.dtype)
 
 
-def exported(layer: IntegerLayer, place: Place) -> ExportedLayer:
-    return (DynamicLayer if layer.dynamic else ExportedLayer)(layer, place)
+def by_windows(layer: IntegerLayer) -> bool:
+    return isinstance(layer, IntegerConv2d) and layer.spec.input is not None and not why_not(layer)
 
 
-def swap(model: Any, place: Place) -> dict[str, nn.Module]:
+def exported(layer: IntegerLayer, place: Place, windows: bool) -> ExportedLayer:
+    return (DynamicLayer if layer.dynamic else ExportedLayer)(layer, place, windows and by_windows(layer))
+
+
+def swap(model: Any, place: Place, windows: bool) -> dict[str, nn.Module]:
     """Put such modules in the places of a network's layers and products, in place."""
     made: dict[str, nn.Module] = {}
     for path, module in list(model.named_modules()):
         if isinstance(module, IntegerLayer):
-            made[path] = exported(module, place)
+            made[path] = exported(module, place, windows)
             model.set_submodule(path, made[path])
         elif isinstance(module, IntegerProduct):
             made[path] = ExportedProduct(module, place)
