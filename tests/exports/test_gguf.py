@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,12 @@ def test_external_names_and_architecture_are_original(name: str, rounded: Make, 
     architecture, ending = ARCHITECTURES[name]
     assert reader.get_field("general.architecture").contents() == architecture
     most = gguf.LlamaFileType(reader.get_field("general.file_type").contents())
-    assert most.name in ("MOSTLY_Q8_0", "ALL_F32")  # the narrowest of these networks have few rows of blocks
+    counts: Counter[str] = Counter()
+    for one in reader.tensors:
+        counts[one.tensor_type.name] += one.n_elements
+    # the narrowest of these networks have few rows of blocks, and others many convolutions
+    usual = counts.most_common(1)[0][0]
+    assert most.name == ("ALL_F32" if usual == "F32" else f"MOSTLY_{usual}")
     assert name != "z_image" or most.name == "MOSTLY_Q8_0"
     assert any(one.name.endswith(ending) for one in reader.tensors)
 
