@@ -52,6 +52,8 @@ def test_a_damaged_file_is_one_error(source: Path, capsys: pytest.CaptureFixture
     source.write_bytes(source.read_bytes()[:-1])
     assert main(["inspect", str(source)]) == USER
     assert "no intact safetensors file" in capsys.readouterr().err
+    assert main(["inspect", str(source.rename(source.with_suffix(".bin")))]) == USER
+    assert "only safetensors and GGUF files are read" in capsys.readouterr().err
 
 
 SHOWN = {  # what stands in the file, whether in its metadata, and what is said of it

@@ -36,5 +36,5 @@ def packed_by(folder: Path) -> str:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether another program wrote it."""
-    return packed_by(path) == SDNQ if path.is_dir() else path.suffix in FILES
+    """Whether another program wrote it: every file, because stepquant writes folders."""
+    return packed_by(path) == SDNQ if path.is_dir() else path.suffix in FILES or path.is_file()
