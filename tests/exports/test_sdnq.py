@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepquant.core.grid import Grid
+from stepquant.core.pack import pack
 from stepquant.hub.exports import comfy, gguf, sdnq
-from stepquant.hub.exports.at_rest import at_rest
+from stepquant.hub.exports.at_rest import Network, at_rest
 from stepquant.hub.exports.outlook import float_value
 from stepquant.job.export import export
 from stepquant.job.foreign import convert
@@ -50,6 +52,16 @@ def numbers(written: dict[str, Tensor], path: str, shape: torch.Size) -> tuple[s
     if f"{path}.zero_point" in written:
         return "uint4", codes * scale + written.pop(f"{path}.zero_point")
     return "int4", (codes - 8) * scale
+
+
+def computed(name: str, given: dict[str, Any], place: Path) -> tuple[Tensor, set[str]]:
+    """What SDNQ predicts with the folder `out`, and by which layers of its own."""
+    save_file({key: value.contiguous() for key, value in given.items()}, place / "given.safetensors")
+    made = place / "made.safetensors"
+    words = [name, place / "out", place / "given.safetensors", made]
+    subprocess.run([sys.executable, "-c", READ, *map(str, words)], check=True, timeout=300)
+    with safe_open(made, framework="pt") as file:
+        return file.get_tensor("predicted"), set(file.metadata())
 
 
 @pytest.mark.parametrize(
@@ -100,15 +112,7 @@ def test_external_sdnq_computes_with_the_folder(
 ) -> None:
     model, given, folder = rounded(name, scheme)
     done = export(folder, tmp_path / "out", to="sdnq")
-    save_file({key: value.contiguous() for key, value in given.items()}, tmp_path / "given.safetensors")
-    made = tmp_path / "made.safetensors"
-    words = [type(model).__name__, tmp_path / "out", tmp_path / "given.safetensors", made]
-    subprocess.run([sys.executable, "-c", READ, *map(str, words)], check=True, timeout=300)
-    from safetensors import safe_open
-
-    with safe_open(made, framework="pt") as file:
-        ran = set(file.metadata())
-        got = file.get_tensor("predicted")
+    got, ran = computed(type(model).__name__, given, tmp_path)
     assert ran == {fate.path for fate in done.outlook.fates if fate.kept}
     assert relative(got, predicted(model.dequantize(), given)) < 2e-3
 
@@ -141,3 +145,42 @@ def test_integers_of_four_bits_are_read_back(rounded: Make, tmp_path: Path) -> N
         torch.testing.assert_close(
             back[f"{one}.weight"], own.dequantized(torch.float32), rtol=1e-6, atol=1e-6
         )
+
+
+def grouped(folder: Path, out: Path) -> Network:
+    """A network whose layers have rows, and groups of 4 and 8 bits, written for SDNQ."""
+    network = at_rest(folder)
+    for name, grid in {"to_q": "int4/group16", "to_k": "uint4/group8/asym", "to_v": "int8/group16"}.items():
+        layer: Any = network.layers[f"transformer_blocks.0.attn.{name}"]
+        scales = layer.weight_shape.numel() // Grid.parse(grid).group
+        layer.spec = replace(layer.spec, weight=Grid.parse(grid))
+        layer.weight_scale = torch.rand(scales) + 0.01
+        integers = torch.randint(layer.spec.weight.qmin, layer.spec.weight.qmax + 1, layer.weight_shape)
+        layer.weight = pack(integers, layer.spec.weight)
+        if not layer.spec.weight.symmetric:
+            layer.register_buffer("weight_zero_point", torch.arange(scales).to(torch.int16) % 16)
+    seen = sdnq.outlook(network)
+    assert all(fate.kept for fate in seen.fates if ".to_" in fate.path)
+    sdnq.write(network, seen, out, Silent())
+    return network
+
+
+def test_groups_within_rows_are_read_back(rounded: Make, tmp_path: Path) -> None:
+    model, _, folder = rounded("sd3", "w4a16")
+    network = grouped(folder, tmp_path / "out")
+    convert(tmp_path / "out", tmp_path / "back")
+    back = type(model).from_pretrained(tmp_path / "back").dequantize().state_dict()
+    for one, own in network.layers.items():
+        want = own.dequantized(torch.float32)
+        torch.testing.assert_close(back[f"{one}.weight"], want, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.skipif(find_spec("sdnq") is None, reason="the outside reader is sdnq")
+def test_external_sdnq_reads_groups_within_rows(rounded: Make, tmp_path: Path) -> None:
+    model, given, folder = rounded("sd3", "w4a16")
+    grouped(folder, tmp_path / "out")
+    convert(tmp_path / "out", tmp_path / "back")
+    back = type(model).from_pretrained(tmp_path / "back").dequantize()
+    got, ran = computed(type(model).__name__, given, tmp_path)
+    assert len(ran) > 5
+    assert relative(got, predicted(back, given)) < 2e-3

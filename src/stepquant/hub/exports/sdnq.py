@@ -1,4 +1,4 @@
-"""A folder of diffusers whose weights SDNQ dequantizes: integers of 8 or 4 bits with a scale for each row.
+"""A folder of diffusers whose weights SDNQ dequantizes: integers of 8 or 4 bits with a scale for each row, or group within it.
 
 Codes of 4 bits lie two in a byte, the first in its lower half; signed ones have 8 added, others a float zero point beside the scale.
 Every layer is told of one by one: what SDNQ would leave in float by rules of its own is written in integers where these are.
@@ -35,7 +35,7 @@ VERSION = "0.2.8"  # whose settings these are
 SETTINGS = {
     "quant_method": "sdnq",
     "sdnq_version": VERSION,
-    "group_size": -1,  # a scale for each row
+    "group_size": -1,  # a scale for each row, where a layer is not told otherwise
     "use_quantized_matmul": False,
     "dequantize_fp32": True,
     "add_skip_keys": False,
@@ -61,8 +61,8 @@ def why_float(network: Network, path: str, layer: IntegerLayer) -> str:
         return "convolutions over one or three dimensions are not written"
     if path.rpartition(".")[0] in network.split:
         return "the halves of the layer have scales of their own"
-    if spec.weight.granularity == "group":
-        return "groups within rows are not written"
+    if spec.weight.granularity == "group" and len(layer.weight_shape) > 2:
+        return "groups within the rows of a convolution are not written"
     if spec.rank or spec.balanced or spec.rotation or spec.offset:
         return (
             "only scales are written beside the integers: no rotation, branch, factors of inputs or offsets"
@@ -99,22 +99,28 @@ def write(network: Network, seen: Outlook, file: Path, progress: Progress) -> No
 
 def integers(path: str, layer: IntegerLayer, kind: str) -> dict[str, Later]:
     """SDNQ shares scales over input channels alone: those of a row are said again at every tap."""
-    shape = tuple(layer.weight_shape)
-    sides = (shape[0], 1, *shape[2:])
+    shape, groups = tuple(layer.weight_shape), groups_in(layer)
+    shape = (shape[0], groups, shape[1] // groups) if groups > 1 else shape
+    sides = (*shape[:-1], 1) if groups > 1 else (shape[0], 1, *shape[2:])
 
-    def at_taps(values: Tensor) -> Tensor:
-        return values.reshape(-1, *[1] * (len(sides) - 1)).expand(sides)
+    def shared(values: Tensor) -> Tensor:
+        return values.reshape(-1, groups, *[1] * (len(sides) - 2)).expand(sides)
 
     def zero_points() -> Tensor:
         return (layer.spec.weight.qmin - layer.rows()[1].flatten()).float() * layer.weight_scale
 
-    made = {f"{path}.scale": Later(torch.float32, sides, lambda: at_taps(layer.weight_scale))}
+    made = {f"{path}.scale": Later(torch.float32, sides, lambda: shared(layer.weight_scale))}
     if kind == UINT4:
-        made[f"{path}.zero_point"] = Later(torch.float32, sides, lambda: at_taps(zero_points()))
+        made[f"{path}.zero_point"] = Later(torch.float32, sides, lambda: shared(zero_points()))
     if kind == INT8:
         return made | {f"{path}.weight": Later(torch.int8, shape, layer.signed_bytes)}
     halves = (layer.weight_shape.numel() // 2,)
     return made | {f"{path}.weight": Later(torch.uint8, halves, lambda: two_in_a_byte(layer, kind))}
+
+
+def groups_in(layer: IntegerLayer) -> int:
+    """How many scales a row has."""
+    return max(1, layer.weight_scale.numel() // layer.weight_shape[0])
 
 
 def two_in_a_byte(layer: IntegerLayer, kind: str) -> Tensor:
@@ -135,10 +141,16 @@ def settings_of(network: Network, kept: Mapping[str, str]) -> dict[str, Any]:
     (usual, _), *others = Counter(kept.values()).most_common() or [(INT8, 0)]
     told = {"weights_dtype": usual, "quant_conv": convolutions, "modules_to_not_convert": floats}
     other = {kind: [f"{path}.weight" for path in kept if kept[path] == kind] for kind, _ in others}
-    return {
-        **network.settings,
-        "quantization_config": SETTINGS | told | ({"modules_dtype_dict": other} if other else {}),
+    groups = {
+        f"{path}.weight": {
+            "group_size": network.layers[path].weight_shape[1] // groups_in(network.layers[path])
+        }
+        for path in kept
+        if groups_in(network.layers[path]) > 1
     }
+    told |= {"modules_dtype_dict": other} if other else {}
+    told |= {"modules_quant_config": groups} if groups else {}
+    return {**network.settings, "quantization_config": SETTINGS | told}
 
 
 def value_of(network: Network, name: str) -> Callable[[], Tensor]:

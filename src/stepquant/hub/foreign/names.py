@@ -120,7 +120,9 @@ def renamed(given: Mapping[str, Tensor], model: Any, found: ForeignFile) -> dict
             return made
         if len(expected & set(made)) >= len(expected & set(most)):
             most = made
-    known = 2 * len(expected & set(most)) > len(expected)  # then a converter for other names says nothing of these
+    known = 2 * len(expected & set(most)) > len(
+        expected
+    )  # then a converter for other names says nothing of these
     raise nameless(found, model, expected, set(most), "" if known else "; ".join(dict.fromkeys(reasons)))
 
 

@@ -47,7 +47,8 @@ WHERE = (
     "quantization_device",
     "return_device",
     "non_blocking",
-)  # of a module's own settings: where SDNQ computes
+    "group_size",
+)  # of a module's own settings: where SDNQ computes, and what the shapes of its tensors say too
 INTEGERS = {"I8": "int8", "U8": "uint8"}
 BRANCH = ("svd_down", "svd_up")
 OWN = ("weight", "scale", "zero_point", *BRANCH)
