@@ -26,7 +26,7 @@ from stepquant.models.generate import sample
 from stepquant.models.sampling import Sampling
 from stepquant.runtime.lower import lower
 
-POLICIES = (None, StepPolicy(0, 1), StepPolicy(1, 1), StepPolicy(3, 3))
+POLICIES = (None, *(StepPolicy(*ends) for ends in ((0, 1), (1, 1), (0, 3), (3, 0), (3, 3))))
 IMAGES, TIMED, TURNS, FIRST_SEED = 16, 2, 5, 9000
 
 
