@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ class Bench:
             "network": network,
             "prepare": prepare,
             "subject": str(self.subject),
-            "folder": str(self.folder / engine.folder),
+            "folder": str(self.folder / engine.name),
             "threads": self.options.threads,
         }
 
@@ -74,17 +75,14 @@ class Bench:
 
     def prepare(self, engine: Engine, case: str) -> None:
         """The networks of a case in the engine's own files, as far as they are not there."""
-        engine = next(one for one in ENGINES if one.name == engine.folder)
-        networks = NETWORKS if case == PICTURE and not engine.draws else (case,)
-        for network in networks:
-            done = self.folder / engine.folder / f"{network}.done"
+        for network in networks_of(engine, case):
+            done = self.folder / engine.name / f"{network}.done"
             if done.is_file():
                 continue
             shutil.rmtree(done.with_suffix(""), ignore_errors=True)
             print(f"preparing {engine.name}: {network}", file=sys.stderr, flush=True)
             with Process(self.job(engine, case, True, network), self.python(engine)) as process:
-                process.heard()
-            done.touch()
+                done.write_text(json.dumps(process.heard()))
 
     def together(self, case: str, engines: Sequence[Engine]) -> None:
         """The reference and these engines in turns."""
@@ -115,6 +113,7 @@ class Bench:
             "peak": max(told["peak"], played.peaks[name]),
             "peak_of_calls": played.peaks[name],
             "size": self.size(engine, case),
+            "prepared": self.prepared(engine, case),
             **self.circumstances(),
         }
 
@@ -127,11 +126,18 @@ class Bench:
         }
 
     def size(self, engine: Engine, case: str) -> int:
-        folder = self.folder / engine.folder
-        networks = NETWORKS if case == PICTURE and not engine.draws else (case,)
+        folder = self.folder / engine.name
         return sum(
-            one.stat().st_size for name in networks for one in (folder / name).rglob("*") if one.is_file()
+            one.stat().st_size
+            for name in networks_of(engine, case)
+            for one in (folder / name).rglob("*")
+            if one.is_file()
         )
+
+    def prepared(self, engine: Engine, case: str) -> Row:
+        """Seconds and memory that it took to make the engine's files, by network."""
+        done = {name: self.folder / engine.name / f"{name}.done" for name in networks_of(engine, case)}
+        return {name: json.loads(file.read_text()) for name, file in done.items()}
 
     def failed(self, case: str, engine: Engine, why: EngineError | str) -> None:
         print(f"{case} / {engine.name}: {why}", file=sys.stderr, flush=True)
@@ -156,6 +162,10 @@ class Bench:
             self.together(case, reference + others[start : start + self.options.together])
 
 
+def networks_of(engine: Engine, case: str) -> Sequence[str]:
+    return NETWORKS if case == PICTURE and not engine.draws else (case,)
+
+
 def fresh(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -168,12 +178,17 @@ def processor() -> str:
 
 
 def chosen_of(words: str) -> list[Engine]:
-    """The reference, and the engines whose names hold one of these words."""
+    """The reference, and the engines of these names, or whose names hold one of these words."""
     asked = [word.strip().lower() for word in words.split(",") if word.strip()]
+    names = {one.name.lower() for one in ENGINES}
+
+    def meant(word: str, name: str) -> bool:
+        return word == name if word in names else word in name
+
     return [
         one
         for one in ENGINES
-        if one.name == REFERENCE or not asked or any(word in one.name.lower() for word in asked)
+        if one.name == REFERENCE or not asked or any(meant(word, one.name.lower()) for word in asked)
     ]
 
 

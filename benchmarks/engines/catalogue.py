@@ -19,12 +19,7 @@ class Engine:
     eight_bits: str
     module: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    files: str = ""  # of another engine, instead of its own
     missing: Mapping[str, str] = field(default_factory=dict)  # cases, and why they are
-
-    @property
-    def folder(self) -> str:
-        return self.files or self.name
 
     @property
     def draws(self) -> bool:
@@ -44,8 +39,8 @@ ENGINES = (
     Engine(REFERENCE, "", BY + "eager", {"dtype": "float32"}),
     Engine("stepquant", ALL, BY + "stepquant"),
     Engine("torch bf16", "", BY + "eager", {"dtype": "bfloat16"}),
-    Engine("torch fp32 compiled", "", BY + "eager", {"dtype": "float32", "compiled": True}, REFERENCE),
-    Engine("torch bf16 compiled", "", BY + "eager", {"dtype": "bfloat16", "compiled": True}, "torch bf16"),
+    Engine("torch fp32 compiled", "", BY + "eager", {"dtype": "float32", "compiled": True}),
+    Engine("torch bf16 compiled", "", BY + "eager", {"dtype": "bfloat16", "compiled": True}),
     Engine("OpenVINO float", "", BY + "openvino", {"mode": "float"}),
     Engine("OpenVINO INT8", STATIC, BY + "openvino", {"mode": "int8"}),
     Engine("OpenVINO hybrid", "weights, inputs of convolutions", BY + "openvino", {"mode": "hybrid"}),

@@ -73,7 +73,6 @@ def test_every_engine_has_its_own_name_and_a_file() -> None:
     root = Path(engines.__file__).parents[2]
     for one in ENGINES:
         assert (root / f"{one.module.replace('.', '/')}.py").is_file()
-        assert not one.files or one.files in {other.name for other in ENGINES}
 
 
 def test_the_decoder_in_float_and_in_integers(tmp_path: Path) -> None:

@@ -1,10 +1,16 @@
-"""torch itself: eager, and compiled with frozen weights."""
+"""torch itself: eager, and compiled with frozen weights.
+
+Compiling is part of the preparation: what it made lies in a cache beside the files, from which an interrupted one goes on
+and a later process takes it.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
+from torch import nn
 
 from benchmarks.engines.given import Given
 from benchmarks.engines.subject import Network, Run, read, running, save
@@ -13,11 +19,15 @@ LAYOUTS = {"channels-first": torch.contiguous_format, "channels-last": torch.cha
 CHOICE = "layout"
 
 
-def prepare(given: Given, dtype: str) -> None:
-    """Its files in that type, and the layout in which a second call takes less time."""
+def prepare(given: Given, dtype: str, compiled: bool = False) -> None:
+    """Its files in that type; eager in the layout in which a second call takes less time, the compiler chooses its own."""
     kind = getattr(torch, dtype)
     model = read(given.model, given.network, kind)
     save(model, given.own)
+    if compiled:
+        del model
+        load(given, dtype, compiled)(given.calls()[0])
+        return
     taken = {}
     for name, layout in LAYOUTS.items():
         run = running(Network(model.to(memory_format=layout), given.network), kind)
@@ -30,8 +40,18 @@ def prepare(given: Given, dtype: str) -> None:
 
 def load(given: Given, dtype: str, compiled: bool = False) -> Run:
     torch.set_num_threads(given.threads)
-    kind, layout = getattr(torch, dtype), LAYOUTS[(given.own / CHOICE).read_text()]
-    model = Network(read(given.own, given.network, kind).to(memory_format=layout), given.network)
-    if not compiled:
-        return running(model, kind)
-    return running(torch.compile(model, dynamic=False, options={"freezing": True}), kind)
+    kind = getattr(torch, dtype)
+    model = read(given.own, given.network, kind)
+    if compiled:
+        return running(frozen(given, Network(model, given.network)), kind)
+    layout = LAYOUTS[(given.own / CHOICE).read_text()]
+    return running(Network(model.to(memory_format=layout), given.network), kind)
+
+
+def frozen(given: Given, model: nn.Module) -> nn.Module:
+    """A network as inductor compiles it in this one process, its weights constants."""
+    cache = f"{given.folder.name}-{given.network}.cache".replace(
+        " ", "-"
+    )  # it is not quoted for the compiler
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(given.folder.with_name(cache))
+    return torch.compile(model, dynamic=False, options={"freezing": True, "compile_threads": 1})
