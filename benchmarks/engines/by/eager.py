@@ -11,6 +11,7 @@ import time
 
 import torch
 from torch import nn
+from torch._inductor import config
 
 from benchmarks.engines.given import Given
 from benchmarks.engines.subject import Network, Run, read, running, save
@@ -54,4 +55,8 @@ def frozen(given: Given, model: nn.Module) -> nn.Module:
         " ", "-"
     )  # it is not quoted for the compiler
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(given.folder.with_name(cache))
-    return torch.compile(model, dynamic=False, options={"freezing": True, "compile_threads": 1})
+    config.freezing = (
+        True  # as an option of torch.compile it comes too late for Dynamo, and nothing is frozen
+    )
+    config.compile_threads = 1
+    return torch.compile(model, dynamic=False)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,20 @@ def test_a_first_call_that_finds_the_traces_of_another_contender_is_not_timed(
 def test_time_is_that_of_the_call() -> None:
     rounds = interleave({"slow": lambda: time.sleep(0.02), "none": lambda: None}, seconds=0, fewest=3)
     assert all(taken["slow"] >= 20 > taken["none"] for taken in rounds)
+
+
+def test_the_compiler_gets_weights_as_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs: list[str] = []
+
+    def seen(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        inputs.extend(node.name for node in graph.graph.nodes if node.op == "placeholder")
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=seen))
+    model, x = torch.nn.Linear(3, 2).requires_grad_(False), torch.ones(1, 3)
+    with torch.no_grad():
+        assert speed.frozen(model)(x).equal(model(x))
+    assert len(inputs) == 1
 
 
 def test_ratio_is_taken_within_rounds() -> None:

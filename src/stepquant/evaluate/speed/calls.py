@@ -102,10 +102,25 @@ def compiled_in_layouts(
     out = []
     for layout in (torch.contiguous_format, torch.channels_last):
         twin = twin_of(model, dtype, layout)
-        compiled = torch.compile(twin, dynamic=False, options={"freezing": True})
         name = "channels-last" if layout == torch.channels_last else "channels-first"
-        out.append(Contender(name, calling(compiled, cast(arguments, dtype, layout)), name))
+        out.append(Contender(name, calling(frozen(twin), cast(arguments, dtype, layout)), name))
     return out
+
+
+def frozen(model: nn.Module) -> Callable[..., Any]:
+    """A model as torch.compile makes it when its weights are constants.
+
+    Dynamo asks the configuration itself: as an option of torch.compile it comes too late, and nothing is frozen.
+    """
+    from torch._inductor import config
+
+    compiled = torch.compile(model, dynamic=False)
+
+    def call(*given: Any, **arguments: Any) -> Any:
+        with config.patch(freezing=True):
+            return compiled(*given, **arguments)
+
+    return call
 
 
 def best(name: str, make: Callable[[], list[Contender]]) -> Contender:
