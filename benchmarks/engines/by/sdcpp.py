@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from safetensors.torch import load_file, save_file
 
 from benchmarks.engines.given import Given
 from benchmarks.engines.subject import PROMPT, STEPS
@@ -18,11 +22,22 @@ def prepare(given: Given, wtype: str) -> None:
     from stable_diffusion_cpp import StableDiffusion
 
     given.own.mkdir(parents=True)
-    made = StableDiffusion().convert(
-        str(given.model.parent), output_path=str(given.own / FILE), output_type=wtype
-    )
+    with TemporaryDirectory(dir=given.folder) as folder:
+        place = Path(folder)
+        named_as_before(given.subject / "pipeline", place)
+        made = StableDiffusion().convert(str(place), output_path=str(given.own / FILE), output_type=wtype)
     if not made:
         raise ValueError("it cannot convert the folder")
+
+
+def named_as_before(pipeline: Path, place: Path) -> None:
+    """The pipeline with the names that text encoders had before transformers 5: by them it tells which model it reads."""
+    for name in ("unet", "vae"):
+        (place / name).symlink_to(pipeline / name)
+    text = Path("text_encoder") / "model.safetensors"
+    (place / text).parent.mkdir()
+    tensors = load_file(pipeline / text)
+    save_file({f"text_model.{name}": tensor for name, tensor in tensors.items()}, place / text)
 
 
 def load_picture(given: Given, wtype: str) -> Callable[[], None]:
