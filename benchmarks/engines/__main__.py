@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks.engines.catalogue import CASES, ENGINES, REFERENCE, Engine
 from benchmarks.engines.given import NETWORKS, PICTURE
-from benchmarks.engines.store import TITLES, Row, Store, table
+from benchmarks.engines.store import TITLES, Row, Store, key, table
 from benchmarks.engines.turns import EngineError, Played, Process, rounds, spread
 
 SUBJECT = "benchmarks.engines.subject"
@@ -98,18 +98,20 @@ class Bench:
                 except EngineError as error:
                     self.failed(case, engine, error)
             played = rounds(running, self.options.rounds)
+        known = {self.options.against} - {REFERENCE}
         for engine in engines:
             if engine.name in played.lost:
                 self.failed(case, engine, played.lost[engine.name])
-            elif engine.name in running:
+            elif engine.name in running and engine.name not in known:
                 self.store.put(case, engine.name, self.row(case, engine, told[engine.name], played))
 
     def row(self, case: str, engine: Engine, told: Row, played: Played) -> Row:
-        name = engine.name
+        name, against = engine.name, self.options.against
+        known = 1.0 if against == REFERENCE else self.store.rows()[key(case, against)]["ratio"][0]
         return {
             **told,
             "seconds": spread([turn[name] for turn in played.taken]),
-            "ratio": spread([turn[REFERENCE] / turn[name] for turn in played.taken]),
+            "ratio": spread([known * turn[against] / turn[name] for turn in played.taken]),
             "peak": max(told["peak"], played.peaks[name]),
             "peak_of_calls": played.peaks[name],
             "size": self.size(engine, case),
@@ -120,6 +122,7 @@ class Bench:
     def circumstances(self) -> Row:
         return {
             "rounds": self.options.rounds,
+            "against": self.options.against,
             "threads": self.options.threads,
             "date": datetime.date.today().isoformat(),
             "processor": processor(),
@@ -148,7 +151,7 @@ class Bench:
         for engine in chosen:
             if case in engine.missing:
                 self.failed(case, engine, engine.missing[case])
-            elif not self.store.has(case, engine.name) or engine.name == REFERENCE:
+            elif not self.store.has(case, engine.name) or engine.name == self.options.against:
                 try:
                     self.prepare(engine, case)
                     ready.append(engine)
@@ -156,8 +159,8 @@ class Bench:
                     self.failed(case, engine, error)
         if self.options.prepare:
             return
-        reference = [one for one in ready if one.name == REFERENCE]
-        others = [one for one in ready if one.name != REFERENCE]
+        reference = [one for one in ready if one.name == self.options.against]
+        others = [one for one in ready if one.name != self.options.against]
         for start in range(0, len(others), self.options.together):
             self.together(case, reference + others[start : start + self.options.together])
 
@@ -177,8 +180,8 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def chosen_of(words: str) -> list[Engine]:
-    """The reference, and the engines of these names, or whose names hold one of these words."""
+def chosen_of(words: str, against: str) -> list[Engine]:
+    """What is compared against, and the engines of these names, or whose names hold one of these words."""
     asked = [word.strip().lower() for word in words.split(",") if word.strip()]
     names = {one.name.lower() for one in ENGINES}
 
@@ -188,7 +191,7 @@ def chosen_of(words: str) -> list[Engine]:
     return [
         one
         for one in ENGINES
-        if one.name == REFERENCE or not asked or any(meant(word, one.name.lower()) for word in asked)
+        if one.name == against or not asked or any(meant(word, one.name.lower()) for word in asked)
     ]
 
 
@@ -203,6 +206,12 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=3)
     add("--together", type=int, default=3, help="engines that are in memory beside the reference")
     add("--threads", type=int, default=1)
+    add(
+        "--against",
+        default=REFERENCE,
+        choices=[one.name for one in ENGINES],
+        help="takes part in all turns; another than fp32, which must have been measured, where memory is short",
+    )
     add("--folder", type=Path, default=Path("runs/engines"))
     add("--python", action="append", default=[], metavar="ENGINE=PATH", help="an interpreter that has it")
     add("--prepare", action="store_true", help="what engines make of the networks, and no times")
@@ -216,7 +225,7 @@ def main(options: argparse.Namespace) -> None:
     if not options.table:
         bench.make_subject()
         for case in cases:
-            bench.run(case, chosen_of(options.engines))
+            bench.run(case, chosen_of(options.engines, options.against))
     rows, engines = bench.store.rows(), [(one.name, one.eight_bits) for one in ENGINES]
     for case in cases:
         print(f"\n{TITLES[case]}\n\n{table(rows, case, engines)}")

@@ -59,6 +59,14 @@ def test_rows_are_measured_once_and_failures_say_why(
     engines.main(options)  # nothing is left to do but what failed
     assert Store(folder / "smoke" / "figures.json").rows() == rows
 
+    late = Engine("late", "", PRETENDED, {"share": 0.01})
+    monkeypatch.setattr(engines, "ENGINES", (*THREE[:2], late))
+    options.against = "off"  # memory is short: its own ratio is known
+    engines.main(options)
+    found = Store(folder / "smoke" / "figures.json").rows()
+    assert found.pop("unet / late")["against"] == "off"
+    assert found == rows
+
 
 def test_a_failure_does_not_take_the_place_of_a_figure(tmp_path: Path) -> None:
     store = Store(tmp_path / "figures.json")
