@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from stepquant.errors import EvaluationError
+from stepquant.evaluate.speed.calls import settle
 from stepquant.job.memory import peak_bytes
 from stepquant.job.pipelines import load
 from stepquant.models.call import Asked, Call
@@ -71,7 +72,9 @@ def measure(
     pipeline = load(Path(model) if Path(model).exists() else model)
     network, target = Denoiser.of(pipeline).model, DTYPES[dtype]
     if target is not None:
-        nn.Module.to(network, dtype=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                settle(part, target, torch.channels_last if part is network else torch.contiguous_format)
     loaded = time.perf_counter()
     asked = tuple(Call.unpacked(one) if isinstance(one, dict) else one for one in prompts)
     run(pipeline, list(range(batch)), Sampling(steps, prompts=asked))

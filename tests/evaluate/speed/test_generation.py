@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from diffusers import DDIMPipeline
+from diffusers import DDIMPipeline, StableDiffusionPipeline
 
 from stepquant.evaluate.speed import calls
 from stepquant.evaluate.speed.breakdown import breakdown
@@ -31,6 +31,16 @@ def test_generations_have_a_row_for_everyone(
     assert all(row["milliseconds"] > 0 for row in found["rows"])
     assert [row["ratio"] for row in found["rows"] if row["name"] == "fp32 eager"] == [1.0, 1.0]
     assert next(pipeline.unet.parameters()).dtype == torch.float32
+
+
+def test_every_part_of_a_text_pipeline_is_in_the_type_of_its_row(
+    text_pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "multiplies_bf16", lambda _: True)
+    sampling = Sampling(1, "ddim", ("a hat",))
+    found = generation(Twins(text_pipeline, text_pipeline), sampling, batches=(1,), seconds=0.0, count=1)
+    assert [row["name"] for row in found["rows"]] == ["fp32 eager", "bf16 eager", "stepquant"]
+    assert {text_pipeline.text_encoder.dtype, text_pipeline.unet.dtype} == {torch.float32}
 
 
 def test_a_breakdown_names_what_ran(pipeline: DDIMPipeline) -> None:

@@ -78,11 +78,16 @@ def calling(model: Callable[..., Any], arguments: Mapping[str, Any]) -> Call:
 
 
 def twin_of(model: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> nn.Module:
+    return settle(copy.deepcopy(model), dtype, layout).eval().requires_grad_(False)
+
+
+def settle(model: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> nn.Module:
+    """The model itself in `dtype` and `layout`."""
     # Not `model.to`: that of diffusers warns at every change of type.
-    twin = nn.Module.to(copy.deepcopy(model), dtype=dtype)
-    for own in chain(twin.parameters(), twin.buffers()):
+    nn.Module.to(model, dtype=dtype)
+    for own in chain(model.parameters(), model.buffers()):
         own.data = laid_out(own.data, layout)
-    return twin.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return model
 
 
 def in_layouts(model: nn.Module, arguments: Mapping[str, Any], dtype: torch.dtype) -> list[Contender]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from stepquant.evaluate.speed.calls import (
     QUANTIZED,
@@ -63,12 +65,16 @@ def generation(
 
 
 def in_better_layout(pipeline: Any, dtype: torch.dtype, batch: int, prompts: Sequence[Asked]) -> Any:
-    """The pipeline with its denoiser in `dtype`, in the memory layout in which one call is faster."""
+    """The pipeline in `dtype`, its denoiser in the memory layout in which one call is faster."""
     denoiser = Denoiser.of(pipeline)
     ways = in_layouts(denoiser.model, first_arguments(pipeline, batch, prompts), dtype)
     calls = {way.name: way.call for way in ways if way.call is not None}
     rounds = interleave(calls, seconds=0.0, fewest=3)
     fastest = min(calls, key=lambda name: min(taken[name] for taken in rounds))
     layout = torch.channels_last if fastest == "channels-last" else torch.contiguous_format
-    parts = pipeline.components | {denoiser.component: twin_of(denoiser.model, dtype, layout)}
-    return type(pipeline)(**parts)
+    other = copy.copy(pipeline)
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            own = layout if name == denoiser.component else torch.contiguous_format
+            setattr(other, name, twin_of(part, dtype, own))
+    return other
