@@ -55,6 +55,7 @@ from stepquant.runtime.lower import lower
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHOWN = 8  # operations
+LONG = 1.0  # seconds of a call
 
 
 class Decoding(nn.Module):
@@ -108,6 +109,7 @@ def read_options() -> argparse.Namespace:
     add("--seconds", type=float, default=20.0, help="for each batch size")
     add("--dtype", choices=DTYPES, default="bf16", help="of what runs between the quantized network's layers")
     add("--threads", type=int, default=torch.get_num_threads())
+    add("--rounds", type=int, default=5, help="at least so many turns")
     add("--peak", action="store_true", help="memory of one call instead of its time")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     return parser.parse_args()
@@ -136,10 +138,13 @@ def main(options: argparse.Namespace) -> None:
             entered += peers(model, arguments, [one.arguments(batch, size, seed) for seed in (1, 2)])
         calls = {entry.name: entry.call for entry in entered if entry.call is not None}
         calls[QUANTIZED] = calling(lowered, arguments)
-        for call in calls.values():
-            call(), call(), call()
         clock = time.process_time if options.threads == 1 else time.perf_counter
-        rounds = interleave(calls, options.seconds, clock=clock)
+        begin = clock()
+        for call in calls.values():
+            call()
+        long = clock() - begin > LONG * len(calls)  # whose caches hold nothing of the call before
+        calls[QUANTIZED](), calls[QUANTIZED]()
+        rounds = interleave(calls, options.seconds, options.rounds, untimed=0 if long else 1, clock=clock)
         for name in calls:
             found = summarize(rounds, name, REFERENCE)
             print(

@@ -68,6 +68,12 @@ STEPQUANT_INLINE void encode_row(const T* x, int64_t width, const Code& code, in
   }
 }
 
+// Codes that were made before.
+template <class Element>
+STEPQUANT_INLINE void encode_row(const uint8_t* x, int64_t width, const Code&, int32_t center, Element* to) {
+  for (int64_t i = 0; i < width; ++i) to[i] = static_cast<Element>(x[i] - center);
+}
+
 template <class Dot, class T>
 void pack_keys(
     const AttentionTask& task, int64_t batch, int64_t head, const Left& left, const Layout<Dot>& layout,
@@ -127,11 +133,14 @@ void pack(const AttentionTask& task, int64_t begin, int64_t end) {
     const Left left(task, item);
     const Layout<Dot> layout(left.count, task.width);
     uint8_t* packed = task.packed + item * task.packed_bytes;
-    if (task.type == Type::bf16) {
-      pack_keys<Dot, bf16>(task, batch, head, left, layout, packed);
+    switch (task.key.type) {
+      case Type::code: pack_keys<Dot, uint8_t>(task, batch, head, left, layout, packed); break;
+      case Type::bf16: pack_keys<Dot, bf16>(task, batch, head, left, layout, packed); break;
+      case Type::f32: pack_keys<Dot, float>(task, batch, head, left, layout, packed); break;
+    }
+    if (task.value.type == Type::bf16) {
       pack_values<Dot, bf16>(task, batch, head, left, layout, packed);
     } else {
-      pack_keys<Dot, float>(task, batch, head, left, layout, packed);
       pack_values<Dot, float>(task, batch, head, left, layout, packed);
     }
     correct_keys(task, left, layout, packed);
@@ -237,6 +246,15 @@ void pack_queries(Block<Dot>& block) {
 }
 
 template <class Dot>
+void pack_queries(Block<Dot>& block) {
+  switch (block.task.query.type) {
+    case Type::code: return pack_queries<Dot, uint8_t>(block);
+    case Type::bf16: return pack_queries<Dot, bf16>(block);
+    case Type::f32: return pack_queries<Dot, float>(block);
+  }
+}
+
+template <class Dot>
 void softmax(Block<Dot>& block) {
   const int64_t keys = block.layout.keys;
   for (int64_t row = 0; row < block.rows; ++row) {
@@ -276,7 +294,7 @@ void attend_blocks(const AttentionTask& task, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     block.move_to(item);
     const int64_t rows = round_up(block.rows, Dot::rows);
-    pack_queries<Dot, T>(block);
+    pack_queries(block);
     Dot::scores(
         block.query, layout.score_words, block.keys(), block.correction(), layout.keys, rows, block.scores,
         block.largest);

@@ -19,7 +19,8 @@ Tensor operand_tensor(const char* name, const Tensor& x, at::ScalarType type) {
 }
 
 Operand operand_of(const Tensor& x, const Code& code) {
-  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), code};
+  const Type type = x.scalar_type() == at::kByte ? Type::code : type_of(x);
+  return {x.const_data_ptr(), type, x.stride(0), x.stride(1), x.stride(2), code};
 }
 
 // A bias this low leaves a key out: no float32 holds its share beside one without bias.
@@ -64,8 +65,11 @@ Tensor attention(
     int64_t probabilities_zero, int64_t probabilities_low, int64_t probabilities_high,
     const std::optional<Tensor>& mask) {
   const at::AutoDispatchBelowAutograd guard;
-  const at::ScalarType type = query.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
-  const Tensor q = operand_tensor("query", query, type), k = operand_tensor("key", key, type);
+  const at::ScalarType given = query.scalar_type() == at::kByte ? value.scalar_type() : query.scalar_type();
+  const at::ScalarType type = given == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
+  const auto read = [&](const Tensor& x) { return x.scalar_type() == at::kByte ? at::kByte : type; };
+  TORCH_CHECK(value.scalar_type() != at::kByte, "attention: value is expected as numbers, got bytes");
+  const Tensor q = operand_tensor("query", query, read(query)), k = operand_tensor("key", key, read(key));
   const Tensor v = operand_tensor("value", value, type);
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2), width = q.size(3);
   TORCH_CHECK(
@@ -77,7 +81,7 @@ Tensor attention(
   task.query = operand_of(q, to_code("attention", query_scale, query_zero, query_low, query_high));
   task.key = operand_of(k, to_code("attention", key_scale, key_zero, key_low, key_high));
   task.value = operand_of(v, to_code("attention", value_scale, value_zero, value_low, value_high));
-  task.type = type_of(q);
+  task.type = type_of(v);
   task.heads = heads;
   task.queries = queries;
   task.keys = keys;
@@ -88,7 +92,7 @@ Tensor attention(
   const AttentionKernels& kernel = kernels().attention;
   task.block = kernel.block;
   const Tensor out = at::detail::empty_cpu({batch, queries, heads, width}, type);
-  if (out.numel() == 0) return out.to(query.scalar_type()).transpose(1, 2);
+  if (out.numel() == 0) return out.to(given).transpose(1, 2);
   std::optional<Kept> kept;
   if (mask.has_value()) {
     kept.emplace(*mask, batch, heads, keys, single(query_scale) * single(key_scale) * single(scale));
@@ -106,7 +110,7 @@ Tensor attention(
   for_items(batch * heads * blocks, kernel.block * keys * (width + 32) / 32, [&](int64_t begin, int64_t end) {
     kernel.attend(task, begin, end);
   });
-  return (type == query.scalar_type() ? out : out.to(query.scalar_type())).transpose(1, 2);
+  return (type == given ? out : out.to(given)).transpose(1, 2);
 }
 
 TORCH_LIBRARY_IMPL(stepquant, CPU, library) {

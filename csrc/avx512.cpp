@@ -4,6 +4,7 @@
 #include "layer_norm.h"
 #include "pointwise.h"
 #include "quantize.h"
+#include "rotary.h"
 #include "rotate.h"
 #include "stored.h"
 #include "upsample.h"
@@ -18,6 +19,7 @@ extern const Kernels avx512_kernels = {
     layer_norm,
     upsample,
     rotate,
+    rotary,
     stored_linear,
     {packed_bytes<VectorDot<Shorts>>, pack<VectorDot<Shorts>>, attend<VectorDot<Shorts>>, VectorDot<Shorts>::block},
     {2, groups_per_block, least_patches, convolve, convolve_rows, patches_scratch, convolve_patches},

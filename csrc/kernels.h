@@ -77,9 +77,28 @@ struct LayerNormTask {
   const float* bias;
   const float* scale;  // per sample and channel, or null
   const float* shift;
+  const float* gate;  // per sample and channel, in place of 1 + scale, or null
+  Rows add;  // of the result's type, joined behind the norm; without data there are none
   Code code;  // its inverse is 1 where floats come out
   void* out;
   bool centred;  // a layer norm; otherwise RMS norm
+};
+
+// Queries or keys: rows of whole heads, each channel normed with its head or with all, pairs of channels turned.
+struct RotaryTask {
+  Rows x;
+  Type type;
+  int64_t tokens;  // of a sample
+  int64_t head_width;
+  bool across;  // all heads share one norm
+  float eps;
+  const float* weight;  // per channel of what shares a norm, or null
+  const float* cosines;  // per sample, token and pair, or null
+  const float* sines;
+  int64_t angle_strides[3];
+  bool halves;  // pairs lie half a head apart, not beside each other
+  Code code;
+  uint8_t* out;
 };
 
 struct UpsampleTask {
@@ -92,6 +111,7 @@ struct UpsampleTask {
 // Token rows of one operand of attention: (batch, heads, tokens, width) with dense width.
 struct Operand {
   const void* data;
+  Type type;  // codes are only queries and keys
   int64_t batch_stride;
   int64_t head_stride;
   int64_t token_stride;
@@ -102,7 +122,7 @@ struct AttentionTask {
   Operand query;
   Operand key;
   Operand value;
-  Type type;
+  Type type;  // of the result
   int64_t heads;
   int64_t queries;
   int64_t keys;
@@ -224,6 +244,7 @@ struct Kernels {
   void (*layer_norm)(const LayerNormTask& task, int64_t begin, int64_t end);  // items are rows
   void (*upsample)(const UpsampleTask& task, int64_t begin, int64_t end);  // items are input rows of all images
   void (*rotate)(const RotateTask& task, int64_t begin, int64_t end);  // items are rows
+  void (*rotary)(const RotaryTask& task, int64_t begin, int64_t end);  // items are tokens
   void (*stored_linear)(const StoredTask& task, int64_t begin, int64_t end);  // items are outputs
   AttentionKernels attention;  // integer products of AVX-512 come from files of their own
   ConvolveKernel convolve;

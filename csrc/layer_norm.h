@@ -25,6 +25,20 @@ STEPQUANT_INLINE float row_sum(const T* x, int64_t width, float center) {
   return total((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
 }
 
+// A row that is normed and joins another one.
+template <class T, class Out>
+void normalize_onto(
+    const T* x, int64_t width, float mean, float inverse, const float* slope, const Out* add, Out* out) {
+  int64_t i = 0;
+  for (; i + lanes <= width; i += lanes) {
+    store(out + i, (load(x + i) - mean) * inverse * load(slope + i) + load(add + i));
+  }
+  if (i < width) {
+    const Floats x_rest = (load_first(x + i, width - i) - mean) * inverse;
+    store_first(out + i, x_rest * load(slope + i) + load_first(add + i, width - i), width - i);
+  }
+}
+
 template <class T, class Out>
 void normalize_row(
     const T* x, int64_t width, float mean, float inverse, const float* slope, const float* offset, const Code& code,
@@ -50,8 +64,9 @@ void normalize_row(
 // The affine map after the norm, with the scale of the code.
 void fold_modulation(const LayerNormTask& task, int64_t sample, float* slope, float* offset) {
   for (int64_t c = 0; c < task.x.width; ++c) {
-    const float gain = task.scale ? 1.0f + task.scale[sample * task.x.width + c] : 1.0f;
-    const float shift = task.shift ? task.shift[sample * task.x.width + c] : 0.0f;
+    const int64_t at = sample * task.x.width + c;
+    const float gain = task.gate ? task.gate[at] : task.scale ? 1.0f + task.scale[at] : 1.0f;
+    const float shift = task.shift ? task.shift[at] : 0.0f;
     slope[c] = (task.weight ? task.weight[c] : 1.0f) * gain * task.code.inverse;
     offset[c] = ((task.bias ? task.bias[c] : 0.0f) * gain + shift) * task.code.inverse;
   }
@@ -72,7 +87,14 @@ void layer_norm_rows(const LayerNormTask& task, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(task.x.data) + row * task.x.stride;
     const float mean = task.centred ? row_sum<false>(x, width, 0.0f) * share : 0.0f;
     const float inverse = 1.0f / std::sqrt(row_sum<true>(x, width, mean) * share + task.eps);
-    normalize_row(x, width, mean, inverse, slope, offset, task.code, static_cast<Out*>(task.out) + row * width);
+    Out* out = static_cast<Out*>(task.out) + row * width;
+    if constexpr (sizeof(Out) > 1) {
+      if (task.add.data) {
+        normalize_onto(x, width, mean, inverse, slope, static_cast<const Out*>(task.add.data) + row * task.add.stride, out);
+        continue;
+      }
+    }
+    normalize_row(x, width, mean, inverse, slope, offset, task.code, out);
   }
 }
 

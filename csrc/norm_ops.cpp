@@ -94,26 +94,35 @@ Tensor group_norm_quantize(
 
 Tensor run_layer_norm(
     const char* name, const Tensor& x, const Optional& weight, const Optional& bias, double eps, const Code& code,
-    const Optional& scale, const Optional& shift, bool centred, at::ScalarType type = at::kByte) {
+    const Optional& scale, const Optional& shift, bool centred, at::ScalarType type = at::kByte,
+    const Optional& gate = {}, const Optional& add = {}) {
   const at::AutoDispatchBelowAutograd guard;
   TORCH_CHECK(x.dim() >= 2, name, ": x is expected as (batch, ..., width), got ", x.sizes());
   const RowView rows = rows_of(x, -1);
   const int64_t width = rows.rows.width, samples = x.size(0);
   const Numbers weights(name, "weight", weight, 1, width), biases(name, "bias", bias, 1, width);
   const Numbers scales(name, "scale", scale, samples, width), shifts(name, "shift", shift, samples, width);
+  const Numbers gates(name, "gate", gate, samples, width);
   Tensor out = at::detail::empty_cpu(x.sizes(), type);
   if (out.numel() == 0) return out;
   LayerNormTask task{};
   task.x = rows.rows;
   task.type = type_of(rows.kept);
   task.out_type = type == at::kByte ? Type::code : type_of(out);
-  const bool modulated = scale.has_value() || shift.has_value();
+  std::optional<RowView> added;
+  if (add.has_value()) {
+    TORCH_CHECK(add->sizes() == x.sizes() && !add->is_complex(), name, ": add is expected as x, got ", add->sizes());
+    added.emplace(rows_of(add->to(type), -1));
+    task.add = added->rows;
+  }
+  const bool modulated = scale.has_value() || shift.has_value() || gate.has_value();
   task.rows_per_sample = modulated ? rows.count / samples : rows.count;  // one affine map for all rows
   task.eps = static_cast<float>(eps);
   task.weight = weights.data();
   task.bias = biases.data();
   task.scale = scales.data();
   task.shift = shifts.data();
+  task.gate = gates.data();
   task.code = code;
   task.out = out.mutable_data_ptr();
   task.centred = centred;
@@ -129,9 +138,11 @@ Tensor layer_norm_quantize(
   return run_layer_norm(name, x, weight, bias, eps, code, scale, shift, true);
 }
 
-Tensor rms_norm(const Tensor& x, const Optional& weight, double eps, at::ScalarType type) {
+Tensor rms_norm(
+    const Tensor& x, const Optional& weight, double eps, at::ScalarType type, const Optional& gate,
+    const Optional& add) {
   TORCH_CHECK(type == at::kBFloat16 || type == at::kFloat, "rms_norm: dtype is bfloat16 or float32, got ", type);
-  return run_layer_norm("rms_norm", x, weight, {}, eps, {1.0f, 0.0f, 0.0f, 0}, {}, {}, false, type);
+  return run_layer_norm("rms_norm", x, weight, {}, eps, {1.0f, 0.0f, 0.0f, 0}, {}, {}, false, type, gate, add);
 }
 
 Tensor rms_norm_quantize(

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from stepquant.core.precision import multiplies_bf16
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.speed.peers import openvino_calls, peers_installed
+from stepquant.evaluate.speed.peers import convolves, openvino_calls, peers_installed
 from stepquant.evaluate.speed.turns import Call, interleave, summarize
 from stepquant.models.call import Asked
 from stepquant.models.denoiser import Denoiser
@@ -90,10 +90,15 @@ def settle(model: nn.Module, dtype: torch.dtype, layout: torch.memory_format) ->
     return model
 
 
+def layouts_of(model: nn.Module) -> tuple[torch.memory_format, ...]:
+    """Both where images are convolved; linears know one."""
+    return (torch.contiguous_format, torch.channels_last) if convolves(model) else (torch.contiguous_format,)
+
+
 def in_layouts(model: nn.Module, arguments: Mapping[str, Any], dtype: torch.dtype) -> list[Contender]:
     """A copy of the model in `dtype`, with its weights as they are and channels-last."""
     out = []
-    for layout in (torch.contiguous_format, torch.channels_last):
+    for layout in layouts_of(model):
         twin = twin_of(model, dtype, layout)
         name = "channels-last" if layout == torch.channels_last else "channels-first"
         out.append(Contender(name, calling(twin, cast(arguments, dtype, layout)), name))
@@ -105,7 +110,7 @@ def compiled_in_layouts(
 ) -> list[Contender]:
     """The model in `dtype` through torch.compile with frozen weights, in both layouts."""
     out = []
-    for layout in (torch.contiguous_format, torch.channels_last):
+    for layout in layouts_of(model):
         twin = twin_of(model, dtype, layout)
         name = "channels-last" if layout == torch.channels_last else "channels-first"
         out.append(Contender(name, calling(frozen(twin), cast(arguments, dtype, layout)), name))
@@ -139,10 +144,11 @@ def best(name: str, make: Callable[[], list[Contender]]) -> Contender:
             for call in calls.values():
                 call()
                 call()
-        rounds = interleave(calls, seconds=0.5, fewest=3, most=20)
+        # Where there is one, nothing is to be chosen.
+        rounds = interleave(calls, seconds=0.5, fewest=3, most=20) if len(calls) > 1 else []
     except Exception as error:  # a compiler or a type that this machine lacks is a result, not a failure
         return Contender(name, None, unavailable=reason(error))
-    fastest = min(calls, key=lambda key: statistics.median(taken[key] for taken in rounds))
+    fastest = min(calls, key=lambda key: statistics.median([taken[key] for taken in rounds] or [0.0]))
     return replace(ways[fastest], name=name)
 
 

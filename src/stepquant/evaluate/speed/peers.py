@@ -32,6 +32,11 @@ class ByPosition(nn.Module):
         return out
 
 
+def convolves(model: nn.Module) -> bool:
+    """Whether images are convolved, by more than the one layer that makes tokens of patches."""
+    return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1
+
+
 def peers_installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("openvino", "nncf"))
 
@@ -58,13 +63,15 @@ def convert(model: nn.Module, arguments: Arguments) -> Any:
         )
 
 
-def quantized(converted: Any, data: Sequence[Arguments]) -> Any:
-    """NNCF's static INT8 of a converted model, calibrated on recorded calls of the same shapes."""
+def quantized(converted: Any, data: Sequence[Arguments], transformer: bool) -> Any:
+    """NNCF's static INT8 of a converted model, calibrated on recorded calls of the same shapes, by its preset for
+    transformers where it is one."""
     calls = [[value.numpy() for value in flatten(arguments).values()] for arguments in data]
     with hushed():
         nncf = importlib.import_module("nncf")
         logging.getLogger("nncf").setLevel(logging.ERROR)
-        return nncf.quantize(converted, nncf.Dataset(calls), subset_size=len(calls))
+        preset = {"model_type": nncf.ModelType.TRANSFORMER} if transformer else {}
+        return nncf.quantize(converted, nncf.Dataset(calls), subset_size=len(calls), **preset)
 
 
 def caller(converted: Any, arguments: Arguments, dtype: torch.dtype, threads: int, hint: str) -> Call:
@@ -90,7 +97,7 @@ def openvino_calls(
     """Ways to run the float model (no data) or its INT8 form, by performance hint."""
     converted = convert(model, arguments)
     if data is not None:
-        converted = quantized(converted, data)
+        converted = quantized(converted, data, transformer=not convolves(model))
     return {hint.lower(): caller(converted, arguments, dtype, threads, hint) for hint in HINTS}
 
 

@@ -10,12 +10,14 @@ from torch import nn
 
 from stepquant.models.attention import given
 
-Flux, Wan = networks.transformer_flux, networks.transformer_wan
+Flux, Wan, Qwen = networks.transformer_flux, networks.transformer_wan, networks.transformer_qwenimage
+ZImage, Lumina2 = networks.transformer_z_image, networks.transformer_lumina2
 
 
 @dataclass(frozen=True)
 class ModulatedBlock:
-    """Kinds: 'zero' (DiT), 'single' (PixArt), 'joint' (SD3, FLUX), 'wide' (FLUX's other blocks), 'float32' (Wan).
+    """Kinds: 'zero' (DiT), 'single' (PixArt), 'joint' (SD3, FLUX), 'named' (Qwen-Image), 'wide' (FLUX's other blocks),
+    'float32' (Wan), 'sandwich' (Z-Image), 'zero_sandwich' (Lumina 2).
 
     `attentions` run inside by themselves.
     """
@@ -23,7 +25,7 @@ class ModulatedBlock:
     path: str
     kind: str
     attentions: tuple[str, ...]
-    feeds: int  # how many
+    feeds: tuple[str, ...]
     unless: tuple[str, ...] = ("_chunk_size",)  # attributes that change what the block computes
 
 
@@ -33,7 +35,19 @@ PLAIN = (
     attention_processor.JointAttnProcessor2_0,
     Flux.FluxAttnProcessor,
     Wan.WanAttnProcessor,
+    Qwen.QwenDoubleStreamAttnProcessor2_0,
+    ZImage.ZSingleStreamAttnProcessor,
+    Lumina2.Lumina2AttnProcessor2_0,
 )
+ATTENTIONS = ("attn", "attn1", "attn2", "attention")
+FEEDS = ("ff", "ff_context", "ffn", "img_mlp", "txt_mlp", "feed_forward")
+KINDS: dict[type[nn.Module], str] = {
+    Flux.FluxTransformerBlock: "joint",
+    Flux.FluxSingleTransformerBlock: "wide",
+    Qwen.QwenImageTransformerBlock: "named",
+    ZImage.ZImageTransformerBlock: "sandwich",
+    Lumina2.Lumina2TransformerBlock: "zero_sandwich",
+}
 
 
 def modulated_block(path: str, module: nn.Module) -> ModulatedBlock | None:
@@ -41,8 +55,8 @@ def modulated_block(path: str, module: nn.Module) -> ModulatedBlock | None:
     kind = kind_of(module)
     if kind is None:
         return None
-    names = tuple(name for name in ("attn", "attn1", "attn2") if getattr(module, name, None) is not None)
-    feeds = sum(getattr(module, name, None) is not None for name in ("ff", "ff_context", "ffn"))
+    names = tuple(name for name in ATTENTIONS if getattr(module, name, None) is not None)
+    feeds = tuple(name for name in FEEDS if getattr(module, name, None) is not None)
     return (
         ModulatedBlock(path, kind, names, feeds)
         if all(is_open(getattr(module, name)) for name in names)
@@ -65,7 +79,7 @@ def kind_of(module: nn.Module) -> str | None:
         return "joint" if isinstance(module.norm1_context, known) else None
     if type(module) is Wan.WanTransformerBlock:
         return "float32" if module.attn2.add_k_proj is None else None
-    return {Flux.FluxTransformerBlock: "joint", Flux.FluxSingleTransformerBlock: "wide"}.get(type(module))
+    return KINDS.get(type(module))
 
 
 def is_open(attention: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from stepquant.models.blocks.modulated import ModulatedBlock, modulated_block
 from stepquant.models.blocks.resampling import Resampler, is_plain_resampler, resampler
 from stepquant.models.blocks.residual import ResidualBlock, is_plain_residual, residual_block
 from stepquant.models.blocks.root_norm import RootNorm, is_plain_root_norm, root_norm
+from stepquant.models.blocks.rotary import rotary_attention
 from stepquant.models.blocks.text_feed import TextFeed, is_text_feed, text_feed
 from stepquant.models.blocks.transformer import (
     ImageTransformer,
@@ -72,7 +73,9 @@ def structure(model: nn.Module) -> Structure:
         text_blocks=text_blocks,
         resamplers=tuple(resampler(p, m) for p, m in named if is_plain_resampler(m)),
         up_blocks=tuple(up_block(p, m) for p, m in named if is_plain_up_block(m)),
-        joined=tuple(filter(None, (joined_attention(p, m) for p, m in parts))),
+        joined=tuple(
+            rotary_attention(m, one) or one for p, m in parts if (one := joined_attention(p, m)) is not None
+        ),
         feeds=tuple(filter(None, (feed(p, m) for p, m in parts))),
         text_feeds=tuple(text_feed(p, m) for p, m in named if is_text_feed(m)),
         modulated=tuple(filter(None, (modulated_block(p, m) for p, m in parts))),

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from stepquant.models.blocks.rotary import RotaryAttention
 from stepquant.models.blocks.structure import Structure, structure
 from stepquant.runtime.adapters.present import adapters_in
 from stepquant.runtime.blocks.attention import Attention, Readers
@@ -17,6 +18,8 @@ from stepquant.runtime.blocks.modulated import KINDS
 from stepquant.runtime.blocks.resampling import Resample
 from stepquant.runtime.blocks.residual import Residual
 from stepquant.runtime.blocks.root_norm import RootNormed
+from stepquant.runtime.blocks.rotary import Turned
+from stepquant.runtime.blocks.sandwich import SANDWICHES
 from stepquant.runtime.blocks.tail import Done, NormOut
 from stepquant.runtime.blocks.text_feed import TextFeedForward
 from stepquant.runtime.blocks.texts import Texts
@@ -78,9 +81,13 @@ def transformer_chains(model: nn.Module, chains: Structure) -> dict[str, Chain]:
     def plain(path: str) -> bool:
         return not adapters_in(model.get_submodule(path))
 
-    joined = {
-        one.path: Joined(model.get_submodule(one.path), one) for one in chains.joined if plain(one.path)
-    }
+    joined: dict[str, Joined] = {}
+    for one in chains.joined:
+        if plain(one.path):
+            module: Any = model.get_submodule(one.path)
+            joined[one.path] = (
+                Turned(module, one) if isinstance(one, RotaryAttention) else Joined(module, one)
+            )
     feeds = {
         one.path: FeedForward(model.get_submodule(one.path), one) for one in chains.feeds if plain(one.path)
     }
@@ -91,12 +98,10 @@ def transformer_chains(model: nn.Module, chains: Structure) -> dict[str, Chain]:
     for block in chains.modulated:
         paths = [f"{block.path}.{name}" for name in block.attentions]
         attentions = [joined[path] for path in paths if path in joined]
-        inner = [
-            feeds[path] for name in ("ff", "ff_context", "ffn") if (path := f"{block.path}.{name}") in feeds
-        ]
+        inner = [feeds[path] for name in block.feeds if (path := f"{block.path}.{name}") in feeds]
         ready = len(attentions) == len(paths) and all(one.ready() for one in attentions)
-        if ready and len(inner) == block.feeds and plain(block.path):
-            kind = KINDS[block.kind]
+        if ready and len(inner) == len(block.feeds) and plain(block.path):
+            kind = (KINDS | SANDWICHES)[block.kind]
             found[block.path] = kind(model.get_submodule(block.path), block, attentions, inner)
     return found
 

@@ -18,9 +18,9 @@ from stepquant.runtime.ops.code import Code
 class Joined(Chain):
     """Inside its call the projections and the last layers know of each other; outside, each runs by itself."""
 
-    def __init__(self, module: Any, declared: JoinedAttention) -> None:
+    def __init__(self, module: Any, declared: JoinedAttention, *swallowed: Any) -> None:
         layers = [[module.get_submodule(name) for name in group] for group in declared.groups]
-        super().__init__(module, *(layer for group in layers for layer in group))
+        super().__init__(module, *(layer for group in layers for layer in group), *swallowed)
         self.shared = [Shared(*group) for group in layers]
         self.ends = {name: End(module.get_submodule(name)) for name in declared.ends}
         self.joints = [one.readers for one in self.shared]
@@ -31,12 +31,15 @@ class Joined(Chain):
         for one in self.shared:
             one.open = True
         try:
-            return self.unfused(*args, **kwargs)
+            return self.inside(*args, **kwargs)
         finally:
             for one in self.shared:
                 one.close()
             for end in self.ends.values():
                 end.onto = None
+
+    def inside(self, *args: Any, **kwargs: Any) -> Any:
+        return self.unfused(*args, **kwargs)
 
     def ready(self) -> bool:
         """Whether its last layers take a gate."""

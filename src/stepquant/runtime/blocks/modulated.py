@@ -129,30 +129,69 @@ class Joint(Modulated):
         if extra or x.dim() != 3 or x.dtype == torch.float16 or self.changed():
             return self.unfused(x, text, temb, *args, **kwargs)  # type: ignore[no-any-return]
         rotary = {name: value for name, value in kwargs.items() if name == "image_rotary_emb"}
-        joint, *dual = self.attentions
+        dual = self.attentions[1:]
         of_image = self.modulation(block.norm1, temb, 9 if dual else 6)
         last = bool(getattr(block, "context_pre_only", False))
-        of_text = None if last else self.modulation(block.norm1_context, temb, 6)
+        norms = block.norm1.norm, block.norm2, None if last else block.norm1_context.norm
+        if last:
+            return self.streams(x, block.norm1_context(text, temb), of_image, None, norms, **rotary)
+        of_text = self.modulation(block.norm1_context, temb, 6)
+        return self.streams(x, text, of_image, of_text, (*norms, block.norm2_context), **rotary)
+
+    def streams(
+        self,
+        x: Tensor,
+        text: Tensor,
+        of_image: tuple[Tensor, ...],
+        of_text: tuple[Tensor, ...] | None,
+        norms: tuple[Any, ...],
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Both behind attention and feed-forward; a text that nothing follows from any more is normed already."""
+        joint, *dual = self.attentions
         shift, scale, gate = of_image[:3]
-        rows = normed(x, block.norm1.norm, joint.code(), scale, shift)
-        again = normed(x, block.norm1.norm, dual[0].code(), of_image[7], of_image[6]) if dual else None
-        if of_text is None:
-            words = block.norm1_context(text, temb)
-        else:
-            words = normed(text, block.norm1_context.norm, joint.code(1), of_text[1], of_text[0])
+        rows = normed(x, norms[0], joint.code(), scale, shift)
+        again = normed(x, norms[0], dual[0].code(), of_image[7], of_image[6]) if dual else None
+        words = text
+        if of_text is not None:
+            words = normed(text, norms[2], joint.code(1), of_text[1], of_text[0])
             joint.ends["to_add_out"].onto = text, of_text[2]
         joint.shared[-1].dtype = text.dtype
-        x, text = self.attended(joint, rows, x, gate, encoder_hidden_states=words, **rotary)
+        x, text = self.attended(joint, rows, x, gate, encoder_hidden_states=words, **kwargs)
         if again is not None:
             x = self.attended(dual[0], again, x, of_image[8])
-        x = self.fed(self.feeds[0], block.norm2, x, of_image[4], of_image[3], of_image[5])
+        x = self.fed(self.feeds[0], norms[1], x, of_image[4], of_image[3], of_image[5])
         if of_text is None:
             return None, x
-        return self.fed(self.feeds[1], block.norm2_context, text, of_text[4], of_text[3], of_text[5]), x
+        return self.fed(self.feeds[1], norms[3], text, of_text[4], of_text[3], of_text[5]), x
 
     @staticmethod
     def modulation(norm: Any, temb: Tensor, count: int) -> tuple[Tensor, ...]:
         return norm.linear(norm.silu(temb)).chunk(count, dim=1)  # type: ignore[no-any-return]
+
+
+class Named(Joint):
+    """The same with names of its own."""
+
+    def fused(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None,
+        temb: Tensor,
+        image_rotary_emb: Any = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        modulate_index: Any = None,
+    ) -> tuple[Tensor | None, Tensor]:
+        x, text, block, mask = hidden_states, encoder_hidden_states, self.module, encoder_hidden_states_mask
+        extra = joint_attention_kwargs or modulate_index is not None or block.zero_cond_t
+        if extra or x.dim() != 3 or x.dtype == torch.float16 or self.changed():
+            others = joint_attention_kwargs, modulate_index
+            return self.unfused(x, text, mask, temb, image_rotary_emb, *others)  # type: ignore[no-any-return]
+        of_image, of_text = (modulate(temb).chunk(6, dim=1) for modulate in (block.img_mod, block.txt_mod))
+        norms = block.img_norm1, block.img_norm2, block.txt_norm1, block.txt_norm2
+        given = {"encoder_hidden_states_mask": mask, "image_rotary_emb": image_rotary_emb}
+        return self.streams(x, text, of_image, of_text, norms, **given)
 
 
 class Wide(Modulated):
@@ -211,6 +250,7 @@ KINDS: dict[str, type[Modulated]] = {
     "zero": Zero,
     "single": Single,
     "joint": Joint,
+    "named": Named,
     "wide": Wide,
     "float32": Float32,
 }

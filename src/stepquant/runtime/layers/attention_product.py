@@ -28,7 +28,7 @@ class PreparedProduct(Prepared):
 
 
 class IntegerProduct(Ranged[PreparedProduct]):
-    """softmax(Q K^T) V over (batch, heads, tokens, width)."""
+    """softmax(Q K^T) V over (batch, heads, tokens, width); queries and keys of bytes are codes already."""
 
     def __init__(self, spec: ProductSpec, device: torch.device, groups: int = 1) -> None:
         super().__init__()
@@ -131,8 +131,9 @@ def product_in_float32(
         if mask is not None and mask.dtype == torch.bool:  # a query that reads nothing returns 0
             shares = shares.masked_fill(~mask[part].any(-1, keepdim=True), 0.0)
         out[part] = centred(shares, probabilities) @ values[part[:2]]
-    return (out * (probabilities.scale * value.scale)).to(q.dtype)
+    return (out * (probabilities.scale * value.scale)).to(v.dtype if q.dtype == torch.uint8 else q.dtype)
 
 
 def centred(x: Tensor, code: Code) -> Tensor:
-    return ops.quantize(x, code).float() - code.zero_point
+    """The integers that the codes of `x` stand for, or those that `x` holds."""
+    return (x if x.dtype == torch.uint8 else ops.quantize(x, code)).float() - code.zero_point

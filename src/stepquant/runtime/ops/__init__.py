@@ -33,6 +33,7 @@ from stepquant.runtime.ops.norms import (
     layer_norm_quantize,
     rms_norm,
     rms_norm_quantize,
+    rms_norm_rotary_quantize,
 )
 from stepquant.runtime.ops.operation import Operation
 from stepquant.runtime.ops.products import Product, convolve, linear, pack_weight, stored_linear
@@ -56,6 +57,7 @@ __all__ = [
     "quantize_rows",
     "rms_norm",
     "rms_norm_quantize",
+    "rms_norm_rotary_quantize",
     "rotate_quantize_rows",
     "row_scales",
     "scale_rows",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stepquant.runtime.ops.code import Code, centred, single
+from stepquant.runtime.ops.code import Code, centred, exact, single
 from stepquant.runtime.ops.operation import Operation
 
 OUT_OF_REACH = -5000.0  # a bias: no float32 holds the share of its key beside that of one without
@@ -26,12 +26,13 @@ def attention(
 ) -> Tensor:
     """softmax(query key^T * scale + mask) value in integers, for (batch, heads, tokens, width) of any strides.
 
-    The result has the dtype of `query` and the memory of (batch, tokens, heads, width), so that
-    `.transpose(1, 2).flatten(2)` is a view. The probabilities' zero point must be 0.
+    A query or a key of bytes is codes already. The result has the dtype of `query`, or of `value` where that is codes, and
+    the memory of (batch, tokens, heads, width), so that `.transpose(1, 2).flatten(2)` is a view. The probabilities' zero
+    point must be 0.
     A mask of keys (batch or 1, heads or 1, 1, keys) says which of them a query reads, or what is added to their scores,
     in whole steps of these; one of at most OUT_OF_REACH leaves a key out. A query that reads none returns 0.
     """
-    scores = centred(query, query_code) @ centred(key, key_code).transpose(-1, -2)
+    scores = integers(query, query_code) @ integers(key, key_code).transpose(-1, -2)
     factor = single(query_code.scale) * single(key_code.scale) * single(scale)
     left = None if mask is None else mask if mask.dtype == torch.bool else mask > OUT_OF_REACH
     if mask is not None and left is not mask:
@@ -47,4 +48,10 @@ def attention(
     products = centred(shares, probabilities_code) @ centred(value, value_code)
     result = products.float() * (single(probabilities_code.scale) * single(value_code.scale))
     batch, heads, tokens, width = query.shape
-    return query.new_empty((batch, tokens, heads, width)).transpose(1, 2).copy_(result)
+    like = value if query.dtype == torch.uint8 else query
+    return like.new_empty((batch, tokens, heads, width)).transpose(1, 2).copy_(result)
+
+
+def integers(x: Tensor, code: Code) -> Tensor:
+    """The integers that the codes of `x` stand for, or those that `x` holds."""
+    return exact(x) - code.zero_point if x.dtype == torch.uint8 else centred(x, code)

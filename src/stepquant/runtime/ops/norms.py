@@ -70,9 +70,18 @@ def layer_norm_quantize(
 
 
 @Operation
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, times `weight`."""
-    return affine(root_normed(x, eps), weight, None, (1,) * (x.dim() - 1) + (-1,)).to(dtype).contiguous()
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    gate: Tensor | None = None,
+    add: Tensor | None = None,
+) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, times `weight`, times `gate` (batch, width), plus `add`."""
+    y = affine(root_normed(x, eps), weight, None, (1,) * (x.dim() - 1) + (-1,))
+    y = y if gate is None else y * gate.float().reshape((-1,) + (1,) * (x.dim() - 2) + (x.shape[-1],))
+    return (y if add is None else y + add.to(dtype).float()).to(dtype).contiguous()
 
 
 @Operation
@@ -88,6 +97,34 @@ def rms_norm_quantize(
     y = affine(root_normed(x, eps), weight, None, (1,) * (x.dim() - 1) + (-1,))
     rows = (-1,) + (1,) * (x.dim() - 2) + (x.shape[-1],)
     return codes(modulated(y, scale, shift, rows), code).contiguous()
+
+
+@Operation
+def rms_norm_rotary_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    across: bool,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    halves: bool,
+    code: Code,
+) -> Tensor:
+    """The codes of queries or keys (batch, tokens, heads, width): the RMS norm of each head, or `across` all of a token,
+    times `weight`; then every pair of channels turned by an angle, (batch or 1, tokens, width / 2).
+
+    The channels of a pair are neighbours, or lie half a head apart where `halves`.
+    """
+    rows = x.flatten(2) if across else x
+    y = affine(root_normed(rows, eps), weight, None, (1,) * (rows.dim() - 1) + (-1,)).reshape(x.shape)
+    return codes(y if cos is None or sin is None else turned(y, cos, sin, halves), code).contiguous()
+
+
+def turned(y: Tensor, cos: Tensor, sin: Tensor, halves: bool) -> Tensor:
+    cos, sin = (angles.float()[:, :, None] for angles in (cos, sin))
+    first, second = y.chunk(2, -1) if halves else (y[..., ::2], y[..., 1::2])
+    pair = first * cos - second * sin, second * cos + first * sin
+    return torch.cat(pair, -1) if halves else torch.stack(pair, -1).flatten(-2)
 
 
 def normed(

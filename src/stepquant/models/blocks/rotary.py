@@ -1,0 +1,65 @@
+"""Attention whose queries and keys are normed, and turned by the angles of their places, before they are multiplied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffusers.models import attention_processor
+from diffusers.models import transformers as networks
+from torch import nn
+
+from stepquant.models.attention import given
+from stepquant.models.blocks.joined import JoinedAttention, has
+from stepquant.models.blocks.root_norm import is_plain_root_norm
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How a processor turns and joins: `angles` is its argument, which holds pairs of cosines and sines, or complex numbers.
+
+    The channels of a pair are neighbours, or lie half a head apart where `halves`. `joint`: a text is joined before the
+    product, behind the image or in front of it; `apart`: which comes with angles of its own. `text_mask` is an argument,
+    too: which tokens of the text there are.
+    """
+
+    angles: str | None
+    halves: bool = False
+    joint: str = ""  # "", "front" or "behind"
+    apart: bool = False
+    text_mask: str | None = None
+    across: bool = False  # one norm over all heads of a token
+
+
+@dataclass(frozen=True)
+class RotaryAttention(JoinedAttention):
+    rotary: Rotary
+    heads: int
+
+
+ROTARY: dict[type, Rotary] = {
+    attention_processor.JointAttnProcessor2_0: Rotary(None, joint="behind"),
+    networks.transformer_flux.FluxAttnProcessor: Rotary("image_rotary_emb", joint="front"),
+    networks.transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0: Rotary(
+        "image_rotary_emb", joint="front", apart=True, text_mask="encoder_hidden_states_mask"
+    ),
+    networks.transformer_wan.WanAttnProcessor: Rotary("rotary_emb", across=True),
+    networks.transformer_z_image.ZSingleStreamAttnProcessor: Rotary("freqs_cis"),
+    networks.transformer_cosmos.CosmosAttnProcessor2_0: Rotary("image_rotary_emb", halves=True),
+}
+ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
+
+
+def rotary_attention(module: nn.Module, joined: JoinedAttention) -> RotaryAttention | None:
+    """None for processors of another kind, and where queries or keys have no RMS norm."""
+    rotary = ROTARY.get(type(given(getattr(module, "processor", None))))
+    if rotary is None or not joined.groups:
+        return None
+    added = [name for name in ADDED if has(module, name)]
+    joint = rotary.joint and len(added) == len(ADDED)
+    norms = ["norm_q", "norm_k", *(added[3:] if joint else ())]
+    normed = all(is_plain_root_norm(getattr(module, name, None)) for name in norms)
+    complete = (not added or joint) and not getattr(module, "fused_projections", False)
+    heads = int(getattr(module, "heads", 0))
+    if not normed or not complete or not heads:
+        return None
+    return RotaryAttention(joined.path, joined.groups, joined.ends, rotary, heads)

@@ -1,0 +1,127 @@
+"""Attention whose queries and keys go from their projections to codes in one pass: normed, and turned by their places."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stepquant.models.blocks.rotary import RotaryAttention
+from stepquant.runtime import ops
+from stepquant.runtime.blocks.joined import Joined
+from stepquant.runtime.blocks.root_norm import DTYPES
+from stepquant.runtime.layers.attention_product import IntegerProduct
+from stepquant.runtime.ops.code import Code
+
+READ = (*DTYPES, torch.uint8)  # codes, where a norm in front has made them
+NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+
+
+class Angles(NamedTuple):
+    """Of every pair of channels of a head, (batch or 1, tokens, pairs); of nothing where nothing is turned."""
+
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+
+    @classmethod
+    def of(cls, given: Any, halves: bool) -> Angles:
+        """From complex numbers, or from cosines and sines that stand at both channels of a pair."""
+        if given is None:
+            return cls()
+        if isinstance(given, Tensor):
+            numbers = torch.view_as_real(given if given.dim() == 3 else given[None])
+            return cls(numbers[..., 0], numbers[..., 1])
+        cos, sin = (one[None] if one.dim() == 2 else one.squeeze(2) for one in given)
+        pairs = cos.shape[-1] // 2
+        return cls(cos[..., :pairs], sin[..., :pairs]) if halves else cls(cos[..., ::2], sin[..., 1::2])
+
+    def at(self, tokens: slice) -> Angles:
+        return Angles(*(None if one is None else one[:, tokens] for one in self))
+
+
+class Turned(Joined):
+    """Does what the processor does, with codes between the projections and the product."""
+
+    def __init__(self, module: Any, declared: RotaryAttention) -> None:
+        super().__init__(module, declared, *(getattr(module, name, None) for name in NORMS))
+        self.heads, self.rotary, self.processor = declared.heads, declared.rotary, module.processor
+
+    def inside(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        x, text, mask, rotary = hidden_states, encoder_hidden_states, attention_mask, self.rotary
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        turn, of_text = given.pop(rotary.angles, args[0] if args else None), given.pop(rotary.text_mask, None)
+        if given or len(args) > 1 or x.dim() != 3 or x.dtype not in READ or not self.multiplies_codes():
+            return super().inside(x, text, mask, *args, **kwargs)
+        if of_text is not None and text is not None:
+            mask = torch.cat([of_text, of_text.new_ones(x.shape[:2])], 1)
+        if mask is not None and mask.dim() == 2:
+            mask = mask[:, None, None]  # of keys alone
+        if text is not None and rotary.joint:
+            return self.together(x, text, turn, mask)
+        operands = self.own(x, x if text is None else text, Angles.of(turn, rotary.halves))
+        return self.ended(self.multiplied(*operands, mask))
+
+    def multiplies_codes(self) -> bool:
+        """Whether the product is of integers, of operands that nobody else asks for."""
+        product = getattr(self.module, "product", None)
+        return (
+            isinstance(product, IntegerProduct)
+            and self.module.processor is self.processor
+            and product.prepared().reason is None
+            and not product.in_floats
+            and not (product._forward_hooks or product._forward_pre_hooks)
+        )
+
+    def own(self, x: Tensor, source: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+        """Query and key as codes, and the value."""
+        module, codes = self.module, self.module.product.codes
+        query = self.coded(module.to_q(x), module.norm_q, angles, codes[0])
+        return query, self.coded(module.to_k(source), module.norm_k, angles, codes[1]), module.to_v(source)
+
+    def added(self, text: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of a text."""
+        module, codes = self.module, self.module.product.codes
+        query = self.coded(module.add_q_proj(text), module.norm_added_q, angles, codes[0])
+        key = self.coded(module.add_k_proj(text), module.norm_added_k, angles, codes[1])
+        return query, key, module.add_v_proj(text)
+
+    def coded(self, rows: Tensor, norm: Any, angles: Angles, code: Code) -> Tensor:
+        heads, across, halves = rows.unflatten(-1, (self.heads, -1)), self.rotary.across, self.rotary.halves
+        return ops.rms_norm_rotary_quantize(heads, norm.weight, norm.eps, across, *angles, halves, code)
+
+    def multiplied(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """The product, as rows of all heads."""
+        values = value.unflatten(-1, (self.heads, -1))
+        operands = (one.transpose(1, 2) for one in (query, key, values))
+        return self.module.product(*operands, mask).transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
+
+    def together(self, x: Tensor, text: Tensor, turn: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Image and text, joined in one product."""
+        front, words, halves = self.rotary.joint == "front", text.shape[1], self.rotary.halves
+        if self.rotary.apart and turn is not None:
+            of_image, of_text = (Angles.of(one, halves) for one in turn)
+        else:
+            both, split = Angles.of(turn, halves), words if front else x.shape[1]
+            of_text, of_image = both.at(slice(split)), both.at(slice(split, None))
+            of_image, of_text = (of_image, of_text) if front else (of_text, of_image)
+        own, added = self.own(x, x, of_image), self.added(text, of_text)
+        pairs = zip(added, own) if front else zip(own, added)
+        mixed = self.multiplied(*(torch.cat(pair, 1) for pair in pairs), mask)
+        image, text = (mixed[:, words:], mixed[:, :words]) if front else mixed.split([x.shape[1], words], 1)
+        return self.ended(image), self.module.to_add_out(text) if "to_add_out" in self.ends else text
+
+    def ended(self, mixed: Tensor) -> Tensor:
+        for layer in self.module.to_out if "to_out.0" in self.ends else ():
+            mixed = layer(mixed)
+        return mixed
+
+    def state(self) -> list[Any]:
+        return [*super().state(), self.module.processor]
