@@ -89,6 +89,22 @@ def test_keys_that_are_not_there_weigh_nothing_though_all_scores_are_alike(keys:
     torch.testing.assert_close(got, want, rtol=1e-2, atol=SIGNED.scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width, keys", [(40, 37), (5, 64), (128, 70)])
+def test_codes_of_queries_and_keys_are_taken_as_they_are(width: int, keys: int, dtype: torch.dtype) -> None:
+    q, k, v = (heads(2, 3, tokens, width, dtype, seed) for seed, tokens in ((1, 19), (2, keys), (3, keys)))
+    codes = (0.2, SHIFTED, SIGNED, SHIFTED, PROBABILITIES)
+    query, key = ops.quantize(q, SHIFTED), ops.quantize(k, SIGNED)
+    for mask in (None, MASKS["the first keys"](keys)):
+        want = ops.attention(q, k, v, *codes, mask)
+        for operands in ((query, key), (query, k), (q, key)):
+            got = ops.attention(*operands, v, *codes, mask)
+            assert got.dtype == dtype
+            assert torch.equal(got, want)
+        plain = reference.attention(q, k, v, *codes, mask)
+        assert torch.equal(reference.attention(query, key, v, *codes, mask), plain)
+
+
 def dropped(*shape: int) -> Tensor:
     """A mask that leaves about two of three keys."""
     return torch.rand(*shape, generator=torch.Generator().manual_seed(4)) < 0.66

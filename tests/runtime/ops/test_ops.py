@@ -190,8 +190,10 @@ def test_rms_as_layer_norm_quantize(shape: tuple[int, ...], dtype: torch.dtype) 
 def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, width = numbers(*shape, dtype=dtype) + 1.0, shape[-1]
     x = x.transpose(1, -2) if len(shape) == 4 else x  # heads before tokens
-    weight = numbers(width, seed=1)
+    weight, gate = numbers(width, seed=1), numbers(len(x), width, seed=3)
     exact = torch.nn.functional.rms_norm(x.double(), (width,), eps=1e-6)
+    add = numbers(*x.shape, seed=4, dtype=dtype)
+    gates = gate.double().view(len(x), *[1] * (len(shape) - 2), width)
     for out in (torch.float32, torch.bfloat16):
         tolerance = 1e-6 if out == torch.float32 else 2**-8
         torch.testing.assert_close(
@@ -199,6 +201,12 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         )
         torch.testing.assert_close(
             ops.rms_norm(x, None, 1e-6, out).double(), exact, rtol=tolerance, atol=1e-7
+        )
+        torch.testing.assert_close(
+            ops.rms_norm(x, weight, 1e-6, out, gate, add).double(),
+            exact * weight * gates + add.to(out).double(),
+            rtol=tolerance,
+            atol=1e-5,
         )
 
 
