@@ -19,6 +19,7 @@ from stepquant.runtime import ops
 from stepquant.runtime.blocks.chain import Chain, chains
 from stepquant.runtime.blocks.joined import Joined
 from stepquant.runtime.coverage import coverage
+from stepquant.runtime.cpu.lasting import TEXTS, Recorded, same_bits
 from stepquant.runtime.lower import lower, prepare
 from tests.models.tiny import CASES
 from tests.runtime.synthetic import quantized
@@ -123,6 +124,35 @@ def test_blocks_that_are_watched_or_changed_run_as_their_class(taken: Counter[st
     block.attn1.processor = Doubling()
     assert not torch.equal(predicted(model, arguments), plain)
     assert taken["Zero"]
+
+
+@needs_extension
+def test_calls_that_take_lists_are_recorded() -> None:
+    model, arguments = lowered("z_image")
+    replay: Any = model.__dict__["forward"]
+    for _ in range(2):
+        predicted(model, arguments)
+    (recorded,) = replay.sequences.values()
+    assert isinstance(recorded, Recorded)
+    assert recorded.sequences[TEXTS].size() > 20  # the blocks over the text alone
+    other = arguments | {"x": [one + 1 for one in arguments["x"]]}
+    with torch.no_grad():
+        assert same_bits(
+            model(**other, return_dict=False)[0], replay.own_forward(**other, return_dict=False)[0]
+        )
+
+
+@needs_extension
+def test_whoever_watches_a_norm_or_a_product_of_turned_heads_sees_floats() -> None:
+    model, arguments = lowered("wan")
+    plain, attention = predicted(model, arguments), model.blocks[0].attn1
+    seen: list[torch.dtype] = []
+    for watched in (attention.norm_q, attention.product):
+        hook = watched.register_forward_hook(lambda _, given, __: seen.append(given[0].dtype))
+        assert (predicted(model, arguments) - plain).norm() < 0.02 * plain.norm()
+        hook.remove()
+    assert seen == [torch.float32] * 2
+    assert torch.equal(predicted(model, arguments), plain)
 
 
 @needs_extension

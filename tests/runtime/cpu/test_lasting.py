@@ -15,7 +15,7 @@ from stepquant.models.denoiser import Denoiser
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import ops
 from stepquant.runtime.cpu import lasting
-from stepquant.runtime.cpu.lasting import NUMBERS, TEXTS, Lasting, Recorded, bytes_of
+from stepquant.runtime.cpu.lasting import NUMBERS, TEXTS, Lasting, Recorded, bytes_of, same_bits
 from stepquant.runtime.cpu.recording import Recording
 from stepquant.runtime.lower import lower
 from tests.models.tiny import CASES
@@ -85,6 +85,25 @@ def test_parts_of_a_call_give_its_bytes(name: str) -> None:
         same()
         given[2].mul_(1.5)
         same()
+
+
+def test_lists_are_predicted_and_places_that_are_constants_are_looked_up_once() -> None:
+    table = noise(4, 3, seed=5)
+
+    def function(x: Tensor, text: Tensor, t: Tensor) -> list[Tensor]:
+        angles = table[torch.arange(3, 1, -1)]
+        return [x * angles + text, (x + t).view(-1)]
+
+    given = [noise(2, 3, seed=1), noise(2, 3, seed=2), torch.tensor([3.0])]
+    recording = Recording(given)
+    with torch.no_grad(), recording:
+        out = function(*given)
+    call, memory = Recorded(recording, 3, out, [1], [2]), Lasting()
+    assert [torch.equal(one, table[[3, 2]]) for one in call.fixed] == [True]
+    for seed in range(2):
+        given[0] = noise(2, 3, seed=seed)
+        assert same_bits(call.run(given, memory.of(call, given)), function(*given))
+        assert not same_bits(call.run(given, memory.of(call, given)), out[:1])
 
 
 def recorded(function: Callable[..., Tensor], *given: Tensor) -> Recorded:

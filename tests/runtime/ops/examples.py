@@ -39,7 +39,14 @@ def examples() -> dict[str, tuple]:
         "group_norm": (x, None, None, 4, 1e-5, "silu", rows, None, None, skip),
         "group_norm_quantize": (x, None, None, 4, 1e-5, *CODE, "silu", rows, rows, rows, skip),
         "layer_norm_quantize": (tokens, None, None, 1e-5, *CODE),
-        "rms_norm": (tokens, rows[0, :32], 1e-5, torch.bfloat16, rows[:, :32], tokens.transpose(0, 1).reshape(2, 9, 32)),
+        "rms_norm": (
+            tokens,
+            rows[0, :32],
+            1e-5,
+            torch.bfloat16,
+            rows[:, :32],
+            tokens.transpose(0, 1).reshape(2, 9, 32),
+        ),
         "rms_norm_quantize": (tokens, None, 1e-5, *CODE, rows[:, :32], rows[:, 16:]),
         "rms_norm_rotary_quantize": (
             heads.transpose(1, 2),

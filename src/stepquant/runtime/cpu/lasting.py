@@ -29,16 +29,26 @@ class Recorded:
     """A recorded call in parts: what follows from texts alone, from a few numbers alone, and the rest."""
 
     def __init__(
-        self, recording: Recording, count: int, out: Tensor, texts: Sequence[int], numbers: Sequence[int]
+        self,
+        recording: Recording,
+        count: int,
+        out: Tensor | Sequence[Tensor],
+        texts: Sequence[int],
+        numbers: Sequence[int],
     ) -> None:
         """The first `count` slots are inputs; something may be kept of `texts` and of `numbers` among them."""
-        self.texts, self.numbers = list(texts), list(numbers)
-        calls, origins, end = recording.calls, Origins(recording.calls, count), recording.end(out)
+        self.texts, self.numbers, self.several = list(texts), list(numbers), not isinstance(out, Tensor)
+        calls, origins = recording.calls, Origins(recording.calls, count)
+        last = [recording.end(one) for one in ([out] if isinstance(out, Tensor) else out)]
         part_of = [part(origins.call(call), set(texts), set(numbers)) for call in calls]
-        if part(origins.of(end), set(texts), set(numbers)) != REST:  # a prediction is nobody else's memory
-            part_of = [REST for _ in calls]
+        fixed = folded([call for call in calls if origins.call(call) <= {CONSTANT}])
+        left = [place for place, call in enumerate(calls) if fixed.keys().isdisjoint(call.results)]
+        calls, part_of = [calls[place] for place in left], [part_of[place] for place in left]
+        self.fixed = list(fixed.values())
+        if any(part(origins.of(end), set(texts), set(numbers)) != REST for end in last):
+            part_of = [REST for _ in calls]  # a prediction is nobody else's memory
         made_in = {slot: its for call, its in zip(calls, part_of) for slot in call.results if its != ANY}
-        ends: dict[int, list[int]] = {TEXTS: [], NUMBERS: [], REST: [end]}
+        ends: dict[int, list[int]] = {TEXTS: [], NUMBERS: [], REST: last}
         chosen: dict[int, list[Call]] = {}
         for own in (REST, NUMBERS, TEXTS):  # whoever reads comes before what it reads
             chosen[own] = needed([c for c, its in zip(calls, part_of) if its in (own, ANY)], ends[own])
@@ -46,15 +56,38 @@ class Recorded:
                 its = made_in.get(slot, own)
                 if its != own and slot not in ends[its]:
                     ends[its].append(slot)
-        known = list(range(count))
+        known = [*range(count), *fixed]
         self.sequences: list[Any] = []
         for own in (TEXTS, NUMBERS, REST):
             self.sequences.append(made_of(chosen[own], known, ends[own]) if ends[own] else None)
             known += ends[own]
 
-    def run(self, inputs: Sequence[Tensor], lasting: Sequence[Tensor]) -> Tensor:
+    def run(self, inputs: Sequence[Tensor], lasting: Sequence[Tensor]) -> Any:
         """The prediction, of inputs and of what was kept for them."""
-        return self.sequences[REST].run([*inputs, *lasting])[0]  # type: ignore[no-any-return]
+        made = self.sequences[REST].run([*inputs, *self.fixed, *lasting])
+        return made if self.several else made[0]
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    """Of two predictions: a tensor each, or a list of them."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def folded(calls: Sequence[Call]) -> dict[int, Tensor]:
+    """Slots of what was looked up in constants by places that are constants: no sequence takes such places."""
+    ends = [slot for call in calls if any(map(is_places, call.arguments)) for slot in call.results]
+    known: dict[int, Any] = {}
+    with torch.no_grad():
+        for call in needed(calls, ends) if ends else ():
+            made = call.again(known)
+            known |= zip(call.results, made if isinstance(made, (tuple, list)) else [made])
+    return {slot: known[slot] for slot in ends}
+
+
+def is_places(value: Any) -> bool:
+    return isinstance(value, Slots) and value.optional
 
 
 def part(origins: set[int], texts: set[int], numbers: set[int]) -> int:
@@ -95,7 +128,7 @@ class Lasting:
         for one in self.of_texts:
             if one.call is call and one.is_of(texts):
                 return one.made
-        made: list[Tensor] = call.sequences[TEXTS].run(list(inputs))
+        made: list[Tensor] = call.sequences[TEXTS].run([*inputs, *call.fixed])
         if not any(text.is_inference() for text in texts):  # whose changes nobody counts
             self.of_texts = [OfTexts.of(call, texts, made), *self.of_texts[: KEPT_TEXTS - 1]]
         return made
@@ -105,7 +138,7 @@ class Lasting:
         found = kept.get(call, {}).get(key)
         if found is None:
             own = [x.clone() if place in call.numbers else x for place, x in enumerate(inputs)]
-            found = call.sequences[NUMBERS].run([*own, *texts])
+            found = call.sequences[NUMBERS].run([*own, *call.fixed, *texts])
             size = size_of(found)
             if (
                 size <= self.room

@@ -30,7 +30,11 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.data_dependent_output in func.tags or torch.Tag.nondeterministic_seeded in func.tags:
             raise UnrecordableError(f"{func} reads values or draws numbers")
-        arguments = [self.source(value) for value in by_schema(func._schema, args, kwargs or {})]
+        values = by_schema(func._schema, args, kwargs or {})
+        arguments = [
+            self.source(value, "Optional" in str(parameter.type))
+            for value, parameter in zip(values, func._schema.arguments)
+        ]
         out = func(*args, **(kwargs or {}))
         results = out if isinstance(out, (tuple, list)) else [out]
         if not all(isinstance(result, Tensor) for result in results):
@@ -38,7 +42,7 @@ class Recording(TorchDispatchMode):
         self.calls.append(Call(func, arguments, [self.target(result) for result in results]))
         return out
 
-    def source(self, value: Any) -> Any:
+    def source(self, value: Any, optional: bool = False) -> Any:
         if isinstance(value, Tensor):
             slot = self.slots.get(value)
             return Slots((slot,)) if slot is not None else value
@@ -46,7 +50,7 @@ class Recording(TorchDispatchMode):
             slots = tuple(self.slots.get(tensor, -1) for tensor in value)
             if -1 in slots:
                 raise UnrecordableError("a list holds a constant")
-            return Slots(slots, several=True)
+            return Slots(slots, several=True, optional=optional)
         return value
 
     def target(self, tensor: Tensor) -> int:
@@ -59,7 +63,7 @@ class Recording(TorchDispatchMode):
 
     def end(self, output: Tensor) -> int:
         """The slot of an output."""
-        slot = self.slots.get(output)
+        slot = self.slots.get(output) if isinstance(output, Tensor) else None
         if slot is None:
             raise UnrecordableError("an output is a constant")
         return int(slot)
@@ -81,6 +85,21 @@ class Call(NamedTuple):
         for value in self.arguments:
             if isinstance(value, Slots):
                 yield from value.slots
+
+    def again(self, known: dict[int, Any]) -> Any:
+        """What it returns for these values of slots."""
+
+        def of(value: Any) -> Any:
+            if not isinstance(value, Slots):
+                return value
+            found = [known[slot] for slot in value.slots]
+            return found if value.several else found[0]
+
+        values = [
+            (parameter, of(value)) for parameter, value in zip(self.func._schema.arguments, self.arguments)
+        ]
+        named = {parameter.name: value for parameter, value in values if parameter.kwarg_only}
+        return self.func(*(value for parameter, value in values if not parameter.kwarg_only), **named)
 
     def writes(self) -> Iterator[int]:
         """Slots of what it changes in place."""
@@ -117,12 +136,13 @@ def made_of(calls: Sequence[Call], inputs: Iterable[int], ends: Iterable[int]) -
 class Slots:
     """Where the tensors of an argument come from."""
 
-    def __init__(self, slots: tuple[int, ...], several: bool = False) -> None:
-        self.slots, self.several = slots, several
+    def __init__(self, slots: tuple[int, ...], several: bool = False, optional: bool = False) -> None:
+        """`optional`: some of several might be left out, as the places by which a tensor is indexed."""
+        self.slots, self.several, self.optional = slots, several, optional
 
     def at(self, places: dict[int, int]) -> Slots:
         """The same where slots have these places."""
-        return Slots(tuple(places[slot] for slot in self.slots), self.several)
+        return Slots(tuple(places[slot] for slot in self.slots), self.several, self.optional)
 
 
 def by_schema(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Any]:

@@ -28,7 +28,7 @@ from stepquant.runtime.blocks.chain import Chain, chains
 from stepquant.runtime.blocks.install import Install
 from stepquant.runtime.blocks.texts import Texts
 from stepquant.runtime.blocks.time_rows import Row, TimeRows
-from stepquant.runtime.cpu.lasting import Lasting, Recorded, places
+from stepquant.runtime.cpu.lasting import Lasting, Recorded, places, same_bits
 from stepquant.runtime.cpu.recording import Recording, UnrecordableError
 from stepquant.runtime.finite import NotFinite
 from stepquant.runtime.layers.offloaded import OFFLOADED, on_disk
@@ -78,7 +78,7 @@ class Replay:
 
     def begin(
         self, arguments: dict[str, Any], wrapped: bool, forward: Callable[[], Any]
-    ) -> tuple[Callable[[], Tensor] | None, Any]:
+    ) -> tuple[Callable[[], Any] | None, Any]:
         """What makes the prediction, in any thread; or None, and what the model's own forward made."""
         prediction = None if wrapped and self.output is None else self.predict(arguments)
         made = forward() if prediction is None else None
@@ -105,17 +105,16 @@ class Replay:
     def own_forward(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.model).forward(self.model, *args, **kwargs)
 
-    def predict(self, arguments: dict[str, Any]) -> Callable[[], Tensor] | None:
+    def predict(self, arguments: dict[str, Any]) -> Callable[[], Any] | None:
         """What makes the prediction by a sequence, in any thread; None where the model's own forward must."""
         family, watch = self.family, self.watch
         if not ops.compiled() or torch.is_grad_enabled() or watched() or any(watch.hooks):
             return None
         # What becomes of a float t is the model's own affair.
-        if not isinstance(arguments.get(family.x), Tensor) or not isinstance(
-            arguments.get(family.t), (int, Tensor)
-        ):
+        x, t = arguments.get(family.x), arguments.get(family.t)
+        if not isinstance(x, Tensor | list) or not isinstance(t, (int, Tensor)):
             return None
-        arguments = arguments | {family.t: torch.as_tensor(arguments[family.t])}
+        arguments = arguments | {family.t: torch.as_tensor(t)}
         owners, tensors, kind = kind_of(arguments)
         if kind is None:
             return None
@@ -163,9 +162,7 @@ class Replay:
     def row_of(self, t: Tensor, unchanged: bool) -> Row | None:
         return None if self.times is None else self.times.row_of(t.reshape(-1), unchanged)
 
-    def record(
-        self, key: Any, arguments: dict[str, Any], inputs: list[Tensor], owners: list[str]
-    ) -> Tensor | None:
+    def record(self, key: Any, arguments: dict[str, Any], inputs: list[Tensor], owners: list[str]) -> Any:
         """Run the model's own forward and remember what it did, if that can be done again."""
         recording = Recording(inputs)
         # Every step would keep its own where each has its own ranges.
@@ -177,12 +174,12 @@ class Replay:
             sequence = Recorded(recording, len(inputs), out, *stays)
         except UnrecordableError:
             return None
-        if torch.equal(sequence.run(inputs, self.lasting.of(sequence, inputs)), out):
+        if same_bits(sequence.run(inputs, self.lasting.of(sequence, inputs)), out):
             self.keep(key, sequence)
             self.rests_on = State(self.watch)
         else:
             self.lasting.drop(sequence)
-        return out  # type: ignore[no-any-return]
+        return out
 
     def forget(self) -> None:
         self.sequences.clear()
