@@ -90,7 +90,8 @@ void layer_norm_rows(const LayerNormTask& task, int64_t begin, int64_t end) {
     Out* out = static_cast<Out*>(task.out) + row * width;
     if constexpr (sizeof(Out) > 1) {
       if (task.add.data) {
-        normalize_onto(x, width, mean, inverse, slope, static_cast<const Out*>(task.add.data) + row * task.add.stride, out);
+        normalize_onto(
+            x, width, mean, inverse, slope, static_cast<const Out*>(task.add.data) + row * task.add.stride, out);
         continue;
       }
     }

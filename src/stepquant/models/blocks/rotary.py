@@ -57,7 +57,7 @@ def rotary_attention(module: nn.Module, joined: JoinedAttention) -> RotaryAttent
     added = [name for name in ADDED if has(module, name)]
     joint = rotary.joint and len(added) == len(ADDED)
     norms = ["norm_q", "norm_k", *(added[3:] if joint else ())]
-    normed = all(is_plain_root_norm(getattr(module, name, None)) for name in norms)
+    normed = all(has(module, name) and is_plain_root_norm(module.get_submodule(name)) for name in norms)
     complete = (not added or joint) and not getattr(module, "fused_projections", False)
     heads = int(getattr(module, "heads", 0))
     if not normed or not complete or not heads:

@@ -173,7 +173,7 @@ class Joint(Modulated):
 class Named(Joint):
     """The same with names of its own."""
 
-    def fused(
+    def fused(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,

@@ -56,7 +56,7 @@ class Turned(Joined):
         **kwargs: Any,
     ) -> Any:
         x, text, mask, rotary = hidden_states, encoder_hidden_states, attention_mask, self.rotary
-        given = {name: value for name, value in kwargs.items() if value is not None}
+        given: dict[str | None, Any] = {name: value for name, value in kwargs.items() if value is not None}
         turn, of_text = given.pop(rotary.angles, args[0] if args else None), given.pop(rotary.text_mask, None)
         if given or len(args) > 1 or x.dim() != 3 or x.dtype not in READ or not self.multiplies_codes():
             return super().inside(x, text, mask, *args, **kwargs)
@@ -114,7 +114,8 @@ class Turned(Joined):
             of_image, of_text = (of_image, of_text) if front else (of_text, of_image)
         own, added = self.own(x, x, of_image), self.added(text, of_text)
         pairs = zip(added, own) if front else zip(own, added)
-        mixed = self.multiplied(*(torch.cat(pair, 1) for pair in pairs), mask)
+        query, key, value = (torch.cat(pair, 1) for pair in pairs)
+        mixed = self.multiplied(query, key, value, mask)
         image, text = (mixed[:, words:], mixed[:, :words]) if front else mixed.split([x.shape[1], words], 1)
         return self.ended(image), self.module.to_add_out(text) if "to_add_out" in self.ends else text
 
