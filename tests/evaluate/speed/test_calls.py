@@ -161,6 +161,11 @@ def test_baselines_come_in_the_type_that_the_machine_multiplies(
 def test_models_of_films_are_timed_in_both_layouts() -> None:
     """Their convolutions have five dimensions."""
     model, arguments, _ = CASES["wan"]()
+    (only,) = speed.in_layouts(
+        model, arguments, torch.float32
+    )  # where patches alone are convolved, one will do
+    assert best("fp32 eager", lambda: [only]).layout == "channels-first"
+    model.also = torch.nn.Conv3d(2, 2, 3)
     want = speed.calling(model, arguments)()
     first, last = speed.in_layouts(model, arguments, torch.float32)
     assert first.call is not None

@@ -18,17 +18,20 @@ def test_what_a_peer_prints_does_not_reach_our_output(
 ) -> None:
     seen: list[Any] = []
 
-    def quantize(model: Any, data: Any, subset_size: int) -> str:
+    def quantize(model: Any, data: Any, subset_size: int, **preset: str) -> str:
         print("Statistics collection 100%")
         logging.getLogger("nncf").warning("a remark")
-        seen.append((model, data, subset_size))
+        seen.append((model, data, subset_size, preset))
         return "int8"
 
-    noisy = SimpleNamespace(quantize=quantize, Dataset=list)
+    kinds = SimpleNamespace(TRANSFORMER="transformer")
+    noisy = SimpleNamespace(quantize=quantize, Dataset=list, ModelType=kinds)
     monkeypatch.setitem(sys.modules, "nncf", noisy)  # type: ignore[arg-type]
     assert quantized("model", [{"x": torch.ones(2)}]) == "int8"
     assert seen[0][0] == "model"
-    assert seen[0][2] == 1
+    assert seen[0][2:] == (1, {})
+    quantized("model", [], transformer=True)
+    assert seen[1][3] == {"model_type": "transformer"}
     said = capfd.readouterr()
     assert said.out == said.err == ""
     print("heard again")

@@ -33,8 +33,8 @@ class ByPosition(nn.Module):
 
 
 def convolves(model: nn.Module) -> bool:
-    """Whether images are convolved, by more than the one layer that makes tokens of patches."""
-    return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1
+    """Whether images or frames are convolved, by more than the one layer that makes tokens of patches."""
+    return sum(isinstance(module, nn.Conv2d | nn.Conv3d) for module in model.modules()) > 1
 
 
 def peers_installed() -> bool:
@@ -63,7 +63,7 @@ def convert(model: nn.Module, arguments: Arguments) -> Any:
         )
 
 
-def quantized(converted: Any, data: Sequence[Arguments], transformer: bool) -> Any:
+def quantized(converted: Any, data: Sequence[Arguments], transformer: bool = False) -> Any:
     """NNCF's static INT8 of a converted model, calibrated on recorded calls of the same shapes, by its preset for
     transformers where it is one."""
     calls = [[value.numpy() for value in flatten(arguments).values()] for arguments in data]
