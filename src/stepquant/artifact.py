@@ -56,11 +56,12 @@ GROUP = Kind("a power of four from 4 on", lambda value: type(value) is int and i
 OPERANDS = ("query", "key", "value", "probabilities")
 # Over what scales are shared; elsewhere over tensors and steps.
 SHARED = {"weight": ("tensor", "channel", "group"), "input": ("tensor", "step", "token")}
+OF_OPERANDS = {"probabilities": ("tensor", "step", "log")}
 
 
 def stored_grid(port: str, text: str, where: str) -> Grid:
     """A grid that this port can be stored on."""
-    allowed = SHARED.get(port, ("tensor", "step"))
+    allowed = {**SHARED, **OF_OPERANDS}.get(port, ("tensor", "step"))
     try:
         grid = Grid.parse(text)
     except GridError as error:
@@ -146,16 +147,31 @@ class ProductSpec:
     value: Grid
     probabilities: Grid
     shifted: bool = False  # a constant is added to the quantized probabilities
+    first: bool = False  # those of the first key are floats, and the others powers of two
 
     def to_json(self) -> dict[str, Any]:
         grids = {port: str(getattr(self, port)) for port in OPERANDS}
-        return grids | ({"shifted": True} if self.shifted else {})
+        return grids | {name: True for name in ("shifted", "first") if getattr(self, name)}
+
+    def ranged(self) -> tuple[str, ...]:
+        """The operands that have a range."""
+        return tuple(port for port in OPERANDS if getattr(self, port).granularity != "log")
 
     @classmethod
     def from_json(cls, data: Any, where: str = "product") -> ProductSpec:
-        found = entries(data, where, dict.fromkeys(OPERANDS, TEXT), {"shifted": TRUTH})
+        found = entries(
+            data, where, dict.fromkeys(OPERANDS, TEXT), dict.fromkeys(("shifted", "first"), TRUTH)
+        )
         grids = {port: stored_grid(port, found[port], where) for port in OPERANDS}
-        return cls(**grids, shifted=found.get("shifted", False))
+        if found.get("first") and grids["probabilities"].granularity != "log":
+            raise ArtifactError(
+                f"'{where}.first' stands beside probabilities that are no powers of two",
+                where=where,
+                got=f"probabilities {grids['probabilities']}",
+                expected="a grid as uint8/log",
+                fix=AGAIN,
+            )
+        return cls(**found | grids)
 
 
 @dataclass(frozen=True)
@@ -246,7 +262,7 @@ def bounds_of(
             widest = layer.input.bits
             found[f"{path}.input_bits"] = Bounds(2, widest, f"whole numbers from 2 to {widest}")
     for path, product in products.items():
-        for port in OPERANDS:
+        for port in product.ranged():
             found |= range_bounds(f"{path}.product.{port}", getattr(product, port))
         found[f"{path}.product.probabilities_shift"] = FINITE
     if steps is not None:

@@ -2,6 +2,7 @@
 
 q = clamp(round(x * (1 / scale)) + zero_point, qmin, qmax),  x ~ (q - zero_point) * scale.
 For activations as they come: scale = max |x| / qmax over each row of a linear's input or image of a convolution's, zero_point = 0.
+For probabilities by powers of two: q = clamp(round(-log2(x / s)), qmin, qmax),  x ~ s 2^-q,  s = max x of each row.
 Rounding is half to even and the reciprocal is taken once in float32, so that vector kernels reproduce it bit for bit.
 """
 
@@ -27,6 +28,13 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
     """The number nearest to `x` that the grid can hold, in the dtype of `x`."""
     return quantize(x, scale, zero_point, grid).sub_(zero_point).mul_(scale).to(x.dtype)
+
+
+def fake_quantize_log(x: Tensor, grid: Grid) -> Tensor:
+    """The power of two of its row's greatest number that is nearest to each by its logarithm; nothing is negative."""
+    most = x.float().amax(-1, keepdim=True)
+    shares = x.float() / torch.where(most > 0, most, torch.ones_like(most))
+    return (torch.exp2(shares.log2().round().clamp(-grid.qmax, -grid.qmin)) * most).to(x.dtype)
 
 
 def fake_quantize_ste(

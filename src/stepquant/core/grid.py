@@ -8,9 +8,10 @@ from typing import Literal, cast
 
 from stepquant.errors import StepquantError
 
-Granularity = Literal["tensor", "channel", "group", "token", "step"]
-GRAMMAR = "[u]int<2..8>/<tensor|channel|group<N>|token|step>[/sym|/asym], for example int8/channel, uint8/tensor, int4/group32"
-PATTERN = re.compile(r"(u?)int([0-9]{1,9})/(tensor|channel|token|step|group([0-9]{1,9}))(?:/(sym|asym))?")
+Granularity = Literal["tensor", "channel", "group", "token", "step", "log"]
+AS_THEY_COME = ("token", "log")  # whose scales are found with the numbers, and have no range
+GRAMMAR = "[u]int<2..8>/<tensor|channel|group<N>|token|step|log>[/sym|/asym], for example int8/channel, uint8/tensor, int4/group32"
+PATTERN = re.compile(r"(u?)int([0-9]{1,9})/(tensor|channel|token|step|log|group([0-9]{1,9}))(?:/(sym|asym))?")
 
 
 class GridError(StepquantError):
@@ -23,6 +24,7 @@ class Grid:
 
     `step` shares a scale over a tensor too, but has one for every step of the sampler, or group of steps.
     `token` has one for every row that a linear reads, or image that a convolution reads: found as they come, never stored.
+    `log` has powers of two of the greatest number of each row, of numbers that are never negative: found as they come, too.
     A symmetric grid has zero point 0 and drops the lowest signed value, so that -q exists for every q.
     """
 
@@ -37,6 +39,8 @@ class Grid:
             raise GridError(f"a grid has 2 to 8 bits, not {self.bits}", expected=GRAMMAR)
         if (self.granularity == "group") != (self.group > 0):
             raise GridError(f"a group grid names its group size, not {self.group}", expected=GRAMMAR)
+        if self.granularity == "log" and (self.signed or self.symmetric):
+            raise GridError("powers of two have no sign", expected="uint8/log, for example")
 
     @property
     def qmin(self) -> int:

@@ -52,7 +52,8 @@ def correct_products(
     Most probabilities of a wide softmax are below half of the scale and become 0, so that their sum is no longer 1.
     """
     measure = Learner(network, piece, Schedule(0, batch, rounding_rate=0), Generator())
-    products = inside(network.products, piece.path)
+    found = inside(network.products, piece.path).items()
+    products = {path: product for path, product in found if not product.probabilities.dynamic}
     with torch.no_grad():
         before = measure.held_loss(sample)
         for product in products.values():

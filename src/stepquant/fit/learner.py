@@ -232,7 +232,7 @@ def inside(modules: Mapping[str, T], *paths: str) -> dict[str, T]:
 def activation_quantizers(network: Inserted, *paths: str) -> list[Quantizer]:
     inputs = [layer.input_quantizer for layer in inside(network.layers, *paths).values()]
     products = [q for product in inside(network.products, *paths).values() for q in product.ports().values()]
-    return [q for q in inputs if q is not None and not q.dynamic] + products
+    return [q for q in (*inputs, *products) if q is not None and not q.dynamic]
 
 
 def watched_layers(piece: Piece, roles: Sequence[str] = ()) -> list[nn.Module]:

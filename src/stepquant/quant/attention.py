@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepquant.core.slices import Cut, Slices, cuts
-from stepquant.quant.quantizer import Quantizer
+from stepquant.quant.quantizer import ALL, Quantizer
 
 
 class QuantProduct(nn.Module):
@@ -24,6 +24,7 @@ class QuantProduct(nn.Module):
         super().__init__()
         self.query, self.key, self.value, self.probabilities = query, key, value, probabilities
         self.correction: Tensor | None = None  # added to the probabilities where they are quantized
+        self.first = False  # those of the first key are not quantized
 
     def ports(self) -> dict[str, Quantizer]:
         return {
@@ -40,7 +41,7 @@ class QuantProduct(nn.Module):
         mask = None if mask is None else mask.expand(shape)
         parts = cuts(*shape)
         if len(parts) == 1:
-            return self.weigh(self.probabilities(softmax(q, k, mask, scale)), self.value(v))
+            return self.weigh(self.shares(softmax(q, k, mask, scale)), self.value(v))
         v = self.value(v)
         if self.probabilities.observer is not None:
 
@@ -77,7 +78,17 @@ class QuantProduct(nn.Module):
     ) -> Tensor:
         """What one slice of queries returns."""
         found = softmax(*of(part, q, k, mask), scale)
-        return self.weigh(self.probabilities.rounded(found, part[0], len(q)), v[part[:2]])
+        return self.weigh(self.rounded(found, part[0], len(q)), v[part[:2]])
+
+    def shares(self, found: Tensor) -> Tensor:
+        """What becomes of probabilities that are all there, which an observer may see where they have a range."""
+        return self.rounded(found) if self.first else self.probabilities(found)
+
+    def rounded(self, found: Tensor, part: slice = ALL, total: int | None = None) -> Tensor:
+        if not self.first:
+            return self.probabilities.rounded(found, part, total)
+        others = self.probabilities.rounded(found[..., 1:], part, total)
+        return torch.cat([found[..., :1], others], -1)
 
     def weigh(self, probabilities: Tensor, v: Tensor) -> Tensor:
         if self.correction is not None and self.probabilities.enabled:

@@ -64,7 +64,7 @@ def freeze(
                 freed = 0
     for path, product in network.products.items():
         grids = {port: quantizer.grid for port, quantizer in product.ports().items()}
-        products[path] = ProductSpec(**grids, shifted=product.correction is not None)
+        products[path] = ProductSpec(**grids, shifted=product.correction is not None, first=product.first)
         if product.correction is not None:
             tensors[f"{path}.product.probabilities_shift"] = product.correction.cpu().float().reshape(1)
         for port, quantizer in product.ports().items():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepquant.core.grid import AS_THEY_COME
 from stepquant.core.steps import StepTable
 from stepquant.errors import PlanError
 from stepquant.models.attention import rebind
@@ -84,7 +85,7 @@ def insert(
         grid, site = decisions[path, port].grid, Site(path, role, port)
         if grid is None:
             return None
-        if grid.granularity == "token":
+        if grid.granularity in AS_THEY_COME:
             first = -1 if isinstance(model.get_submodule(path), nn.Linear) else 1
             return Quantizer(grid, site, first=first).to(denoiser.device)
         if clock is None or port == "weight" or (only is not None and (path, port) not in only):

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from stepquant.core.grid import Grid, GridError
+from stepquant.core.grid import AS_THEY_COME, Grid, GridError
 from stepquant.errors import PlanError, UnknownNameError
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.quantizer import Port
@@ -18,7 +18,12 @@ PORTS: dict[str, tuple[Port, ...]] = {
     "layer": ("weight", "input"),
     "product": ("query", "key", "value", "probabilities"),
 }
-CARRIED = {"weight": ("tensor", "channel", "group"), "input": ("tensor", "token")}  # others: tensor
+# Others: tensor.
+CARRIED = {
+    "weight": ("tensor", "channel", "group"),
+    "input": ("tensor", "token"),
+    "probabilities": ("tensor", "log"),
+}
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ class Plan:
     def measures(self) -> bool:
         """Whether some rule gives activations a range that records have to show, whatever the model."""
         grids = [rule.grid for rule in self.rules if set(rule.ports) != {"weight"}]
-        return any(grid is not None and grid.granularity != "token" for grid in grids)
+        return any(grid is not None and grid.granularity not in AS_THEY_COME for grid in grids)
 
     def quantizes_activations(self) -> bool:
         """Whether some rule gives activations a grid, whatever the model."""
@@ -133,7 +138,7 @@ class Plan:
     def has_ranges(self, denoiser: Denoiser) -> bool:
         """Whether some activation gets a range that records have to show."""
         found = (decision for decision in self.resolve(denoiser).values() if decision.port != "weight")
-        return any(one.grid is not None and one.grid.granularity != "token" for one in found)
+        return any(one.grid is not None and one.grid.granularity not in AS_THEY_COME for one in found)
 
     def with_rules(self, rules: Sequence[Rule], name: str | None = None) -> Plan:
         """This plan with rules that come before its own."""
@@ -187,7 +192,8 @@ def read_patterns(data: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 
 def check_carries(denoiser: Denoiser, path: str, port: str, grid: Grid | None) -> None:
-    """Weights may have scales per channel or group; activations one per tensor, and inputs of layers one per token."""
+    """Weights may have scales per channel or group; activations one per tensor, inputs of layers one per token as well, and
+    probabilities powers of two."""
     if grid is None:
         return
     allowed = CARRIED.get(port, ("tensor",))

@@ -10,8 +10,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from stepquant.core.affine import fake_quantize, quantize, scales_of_rows
-from stepquant.core.grid import Grid
+from stepquant.core.affine import fake_quantize, fake_quantize_log, quantize, scales_of_rows
+from stepquant.core.grid import AS_THEY_COME, Grid
 from stepquant.core.slices import Slices
 from stepquant.core.steps import StepTable
 from stepquant.errors import CalibrationError, RangeError
@@ -87,7 +87,8 @@ class Clock:
 class Quantizer(nn.Module):
     """Identity until enabled; then the fake quantization of its grid. Ranges are set, never guessed.
 
-    On a grid by the token there is none to set: what lies in the dimensions from `first` on has a scale of its own.
+    On a grid by the token there is none to set: what lies in the dimensions from `first` on has a scale of its own. Nor on
+    one of powers of two.
     """
 
     scale: Tensor
@@ -106,7 +107,7 @@ class Quantizer(nn.Module):
     @property
     def dynamic(self) -> bool:
         """Whether its scales are found as numbers come, so that there is no range to set."""
-        return self.grid.granularity == "token"
+        return self.grid.granularity in AS_THEY_COME
 
     @property
     def is_set(self) -> bool:
@@ -169,6 +170,8 @@ class Quantizer(nn.Module):
             return x
         if self.stand_in is not None:
             return self.stand_in(self, x, part, total)
+        if self.grid.granularity == "log":
+            return fake_quantize_log(x, self.grid)
         if self.dynamic:
             scale = scales_of_rows(x, self.first, self.grid.qmax)
             return fake_quantize(x, scale, torch.zeros_like(scale), self.grid)

@@ -18,7 +18,7 @@ from stepquant.hub.exports.nodes import node
 from stepquant.hub.exports.windows import Windows, why_not
 from stepquant.models.attention import given, rebind
 from stepquant.models.families.roles import bordered
-from stepquant.runtime.layers.attention_product import PORTS, IntegerProduct
+from stepquant.runtime.layers.attention_product import PORTS, IntegerProduct, powers_of_two
 from stepquant.runtime.layers.convolution import IntegerConv2d, IntegerConv3d
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.linear import IntegerLinear
@@ -200,7 +200,10 @@ class ExportedProduct(nn.Module):
 
     def __init__(self, product: IntegerProduct, place: Place) -> None:
         super().__init__()
-        self.operands = nn.ModuleDict({port: Rounded(product.codes_of(port), place) for port in PORTS})
+        self.operands = nn.ModuleDict(
+            {port: Rounded(product.codes_of(port), place) for port in product.spec.ranged()}
+        )
+        self.spec = product.spec
         self.correction: Tensor | None
         shifted = product.spec.shifted
         self.register_buffer("correction", product.get_buffer("probabilities_shift") if shifted else None)
@@ -215,7 +218,11 @@ class ExportedProduct(nn.Module):
             scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)
         elif mask is not None:
             scores = scores + mask
-        shares = self.operands["probabilities"](scores.softmax(-1))
+        shares = scores.softmax(-1)
+        if "probabilities" in self.operands:
+            shares = self.operands["probabilities"](shares)
+        else:
+            shares = powers_of_two(shares, self.spec)
         out = torch.matmul(shares, value)
         if self.correction is not None:
             out = out + value.sum(-2, keepdim=True) * self.correction

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepquant.artifact import ProductSpec
+from stepquant.core.affine import fake_quantize_log
 from stepquant.core.slices import cuts
 from stepquant.runtime import ops
 from stepquant.runtime.device import device_for
@@ -17,6 +18,7 @@ from stepquant.runtime.layers.stored import Prepared, Ranged, Versions
 from stepquant.runtime.ops.code import Code
 
 PORTS = ("query", "key", "value", "probabilities")
+POWERS = "probabilities that are powers of two have no integer kernel: they are multiplied in float32"
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +35,7 @@ class IntegerProduct(Ranged[PreparedProduct]):
     def __init__(self, spec: ProductSpec, device: torch.device, groups: int = 1) -> None:
         super().__init__()
         self.spec = spec
-        for port in PORTS:
+        for port in spec.ranged():
             self.register_range(port, getattr(spec, port), groups, device)
         if spec.shifted:
             self.register_buffer("probabilities_shift", torch.zeros(1, device=device))
@@ -46,6 +48,8 @@ class IntegerProduct(Ranged[PreparedProduct]):
 
     def codes_of(self, port: str) -> tuple[Code, ...]:
         """Where an operand lands in a byte, for each row of the ranges. The only reader of these."""
+        if port not in self.spec.ranged():
+            return (Code.of_grid(getattr(self.spec, port), 1.0),)
         scales, zero_points = (
             self.get_buffer(f"{port}_{name}").cpu().tolist() for name in ("scale", "zero_point")
         )
@@ -66,6 +70,8 @@ class IntegerProduct(Ranged[PreparedProduct]):
         return any(getattr(self.spec, port).granularity == "step" for port in PORTS)
 
     def why_float(self, codes: tuple[tuple[Code, ...], ...]) -> str | None:
+        if "probabilities" not in self.spec.ranged():
+            return POWERS
         if any(row[3].zero_point != 0 for row in codes):
             return "probabilities with a zero point have no integer kernel"
         device = self.get_buffer("query_scale").device
@@ -94,7 +100,7 @@ class IntegerProduct(Ranged[PreparedProduct]):
             left = None if mask is None else mask[:, :, :1]
             out = ops.attention(q, k, v, scale, codes[0], codes[1], codes[2], codes[3], left)
             return self.shifted(out, v, codes)
-        return self.shifted(product_in_float32(q, k, v, mask, scale, codes), v, codes)
+        return self.shifted(product_in_float32(q, k, v, mask, scale, codes, self.spec), v, codes)
 
     def shifted(self, out: Tensor, v: Tensor, codes: tuple[Code, ...]) -> Tensor:
         """Add what a constant that is added to every probability contributes: as much of the sum of all values."""
@@ -113,7 +119,13 @@ def is_of_keys(mask: Tensor, keys: int) -> bool:
 
 
 def product_in_float32(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, codes: tuple[Code, ...]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    codes: tuple[Code, ...],
+    spec: ProductSpec,
 ) -> Tensor:
     """The same product of the same codes, as float32 numbers: their sums are exact for heads of up to 1,000 channels."""
     query, key, value, probabilities = codes
@@ -130,8 +142,22 @@ def product_in_float32(
         shares = scores.softmax(-1)
         if mask is not None and mask.dtype == torch.bool:  # a query that reads nothing returns 0
             shares = shares.masked_fill(~mask[part].any(-1, keepdim=True), 0.0)
-        out[part] = centred(shares, probabilities) @ values[part[:2]]
+        out[part] = weights_of(shares, probabilities, spec) @ values[part[:2]]
     return (out * (probabilities.scale * value.scale)).to(v.dtype if q.dtype == torch.uint8 else q.dtype)
+
+
+def weights_of(shares: Tensor, code: Code, spec: ProductSpec) -> Tensor:
+    """What values are multiplied with, in units of the code's scale."""
+    if "probabilities" in spec.ranged():
+        return centred(shares, code)
+    return powers_of_two(shares, spec)
+
+
+def powers_of_two(shares: Tensor, spec: ProductSpec) -> Tensor:
+    """Of the greatest of each query's; those of the first key stay as they are where the artifact says so."""
+    if not spec.first:
+        return fake_quantize_log(shares, spec.probabilities)
+    return torch.cat([shares[..., :1], fake_quantize_log(shares[..., 1:], spec.probabilities)], -1)
 
 
 def centred(x: Tensor, code: Code) -> Tensor:
