@@ -11,7 +11,7 @@ from tests.shape.source import PACKAGE, files, part_of, shown
 # One paper gave its name to a word in the files of other programs, convrot, which hub/ reads and writes.
 PAPERS = (
     r"ptq4dm|q-?diffusion|eda-?dm|tfmq|brecq|qdrop|adaround|smoothquant|svdquant|viditq|mixdq|tdq|qncd|dilatequant|quest"
-    r"|efficientdm|static_video|apqdm|adatsq"
+    r"|efficientdm|static_video|apqdm|adatsq|dgq"
 )
 DEVICES = r"cuda|onednn|mkldnn|amx|avx|vnni|rocm|mps"
 MODELS = (
