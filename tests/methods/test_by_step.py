@@ -88,7 +88,7 @@ def test_ranges_by_step_are_an_option_of_every_method(source: Source, name: str)
 def test_ranges_by_step_are_the_default_where_the_paper_has_them() -> None:
     default = {name: methods.build(name).by_step for name in RANGED}  # type: ignore[attr-defined]
     always = {name for name, choice in default.items() if choice == "always"}
-    assert always == {"gac", "tfmq", "dilatequant", "quest", "efficientdm"}
+    assert always == {"dgq", "gac", "tfmq", "dilatequant", "quest", "efficientdm"}
     assert set(default.values()) == {"auto", "always"}
 
 
