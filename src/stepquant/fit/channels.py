@@ -92,16 +92,19 @@ class Greatest:
         return self.most
 
     def mean(self, path: str) -> Tensor:
-        if self.total is None:
-            raise MethodError(
-                f"'{path}' never ran during calibration", fix="keep it in float with a plan rule"
-            )
-        if not self.total.isfinite().all():
-            raise CalibrationError(
-                f"the inputs of '{path}' are not finite, and cannot be balanced",
-                fix="keep this layer, or the one before it, in float with a plan rule",
-            )
-        return self.total / self.samples
+        return finite(self.total, path, "cannot be balanced") / self.samples
+
+
+def finite(found: Tensor | None, path: str, otherwise: str) -> Tensor:
+    """What was found of the inputs of a layer, which must have run, and on numbers."""
+    if found is None:
+        raise MethodError(f"'{path}' never ran during calibration", fix="keep it in float with a plan rule")
+    if not found.isfinite().all():
+        raise CalibrationError(
+            f"the inputs of '{path}' are not finite, and {otherwise}",
+            fix="keep this layer, or the one before it, in float with a plan rule",
+        )
+    return found
 
 
 def greatest_inputs(
@@ -115,25 +118,40 @@ def greatest_inputs(
 ) -> dict[str, Tensor]:
     """Of every layer, in the float model: of a record on average, or of all records."""
     seen = {path: Greatest() for path in layers}
+    show_inputs(
+        network, layers, {path: one.add for path, one in seen.items()}, data, batch, progress, "channels"
+    )
+    return {path: (found.of_all if of_all else found.mean)(path) for path, found in seen.items()}
 
-    def noting(path: str) -> Callable[..., None]:
+
+def show_inputs(
+    network: Inserted,
+    layers: Mapping[str, QuantLayer],
+    listeners: Mapping[str, Callable[[Tensor], None]],
+    data: CalibSet,
+    batch: int,
+    progress: Progress,
+    label: str,
+) -> None:
+    """What every layer reads in the float model, of all records, to the listener of its path."""
+
+    def telling(path: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[path].add(args[0] if args else kwargs["input"])
+            listeners[path](args[0] if args else kwargs["input"])
 
         return hook
 
     network.switch(weights=False, inputs=False)
     hooks = [
-        layer.register_forward_pre_hook(noting(path), with_kwargs=True) for path, layer in layers.items()
+        layer.register_forward_pre_hook(telling(path), with_kwargs=True) for path, layer in layers.items()
     ]
     try:
         with torch.no_grad():
-            for records in progress.track(data.batches(batch), "channels", -(-len(data) // batch)):
+            for records in progress.track(data.batches(batch), label, -(-len(data) // batch)):
                 network.denoiser.predict(records.arguments)
     finally:
         for hook in hooks:
             hook.remove()
-    return {path: (found.of_all if of_all else found.mean)(path) for path, found in seen.items()}
 
 
 def balance_channels(layers: Mapping[str, QuantLayer], greatest: Mapping[str, Tensor], alpha: float) -> None:

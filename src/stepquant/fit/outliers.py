@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from scipy.cluster.vq import kmeans2
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepquant.calib.calibset import CalibSet
-from stepquant.errors import CalibrationError, MethodError
+from stepquant.fit.channels import finite, show_inputs
 from stepquant.progress import Progress
 from stepquant.quant.insert import Inserted
 from stepquant.quant.layers import QuantLayer
@@ -38,16 +37,7 @@ class Ends:
 
     def of(self, path: str) -> Tensor:
         """Those of the channels."""
-        if self.channels is None:
-            raise MethodError(
-                f"'{path}' never ran during calibration", fix="keep it in float with a plan rule"
-            )
-        if not self.channels.isfinite().all():
-            raise CalibrationError(
-                f"the inputs of '{path}' are not finite, and have no outliers",
-                fix="keep this layer, or the one before it, in float with a plan rule",
-            )
-        return self.channels
+        return finite(self.channels, path, "have no outliers")
 
     @property
     def in_tokens(self) -> bool:
@@ -77,24 +67,9 @@ def ends_of_inputs(
 ) -> dict[str, Ends]:
     """Of what every layer reads, in the float model."""
     seen = {path: Ends() for path in layers}
-
-    def noting(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[path].add(args[0] if args else kwargs["input"])
-
-        return hook
-
-    network.switch(weights=False, inputs=False)
-    hooks = [
-        layer.register_forward_pre_hook(noting(path), with_kwargs=True) for path, layer in layers.items()
-    ]
-    try:
-        with torch.no_grad():
-            for records in progress.track(data.batches(batch), "outliers", -(-len(data) // batch)):
-                network.denoiser.predict(records.arguments)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    show_inputs(
+        network, layers, {path: one.add for path, one in seen.items()}, data, batch, progress, "outliers"
+    )
     return seen
 
 
