@@ -51,12 +51,10 @@ def load(given: Given, dtype: str, compiled: bool = False) -> Run:
 
 def frozen(given: Given, model: nn.Module) -> nn.Module:
     """A network as inductor compiles it in this one process, its weights constants."""
-    cache = f"{given.folder.name}-{given.network}.cache".replace(
-        " ", "-"
-    )  # it is not quoted for the compiler
+    # Without blanks: the name is not quoted for the compiler.
+    cache = f"{given.folder.name}-{given.network}.cache".replace(" ", "-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(given.folder.with_name(cache))
-    config.freezing = (
-        True  # as an option of torch.compile it comes too late for Dynamo, and nothing is frozen
-    )
+    # As an option of torch.compile it comes too late for Dynamo, and nothing is frozen.
+    config.freezing = True
     config.compile_threads = 1
     return torch.compile(model, dynamic=False)

@@ -148,7 +148,9 @@ def best(name: str, make: Callable[[], list[Contender]]) -> Contender:
         rounds = interleave(calls, seconds=0.5, fewest=3, most=20) if len(calls) > 1 else []
     except Exception as error:  # a compiler or a type that this machine lacks is a result, not a failure
         return Contender(name, None, unavailable=reason(error))
-    fastest = min(calls, key=lambda key: statistics.median([taken[key] for taken in rounds] or [0.0]))
+    fastest = next(iter(calls))
+    if rounds:
+        fastest = min(calls, key=lambda key: statistics.median(taken[key] for taken in rounds))
     return replace(ways[fastest], name=name)
 
 

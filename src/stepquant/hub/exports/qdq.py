@@ -125,9 +125,8 @@ class ExportedLayer(nn.Module):
         self.weights = Weight(layer, windows)
         self.windows = Windows(layer) if windows else None
         self.bias: Tensor | None
-        sides = (
-            [1] * (len(layer.weight_shape) - 2) if windows else []
-        )  # behind a sum, channels come before places
+        # Behind a sum, channels come before places.
+        sides = [1] * (len(layer.weight_shape) - 2) if windows else []
         self.register_buffer("bias", None if layer.bias is None else layer.bias.reshape(-1, *sides))
         static = spec.input is not None and not layer.dynamic
         self.rounded = Rounded(layer.input_codes(), place) if static else None

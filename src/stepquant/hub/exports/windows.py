@@ -20,9 +20,7 @@ from stepquant.runtime.layers.convolution import IntegerConv2d
 from stepquant.runtime.layers.layer import IntegerLayer
 
 DOMAIN = "stepquant"
-BAND = (
-    1 << 21
-)  # bytes of rows that are made before they are multiplied: these are still near the processor then
+BAND = 1 << 21  # bytes of rows that are made before they are multiplied, while they are near the processor
 MOST_BANDS = 16  # each has operations of its own in the graph
 
 
