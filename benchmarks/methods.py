@@ -5,7 +5,8 @@
     python benchmarks/methods.py --images 64 --steps 10 --set iterations=10 --methods minmax,brecq --out try.md
 
 Interrupt it whenever you like, and run it again to go on: finished cells are kept in --store, failed ones tried again, and the
-file has what there is. `--table` writes the file from the store at any time, while it runs, too.
+file has what there is. `--table` writes the file from the store at any time, while it runs, too. What the tables show of a cell
+is kept in --figures as well, and such a cell is not measured again but with --again.
 Words between `<!-- words NAME -->` and `<!-- end -->` are yours: they stay when the file is made again.
 """
 
@@ -19,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import figures
 from learnt import check_learnt
 from method_tables import step_table, table
 from rich.console import Console
@@ -28,6 +30,7 @@ from stepquant.calib.cache import atomically
 from stepquant.cli.options import read_settings
 from stepquant.cli.reporter import Reporter, clock
 from stepquant.errors import StepquantError
+from stepquant.evaluate.describe import describe_float
 from stepquant.job.compare import Cell, Evaluation, Processes, Variant, compare, grid, known
 from stepquant.job.compare.grid import check_used, shared
 from stepquant.job.pipelines import load
@@ -57,13 +60,18 @@ def main() -> int:
     stopped = False
     try:
         tables = plan_tables(options)
+        pipeline = load(options.model)
+        kept = figures.read(options.figures, describe_float(pipeline)["digest"])
         try:
             if not options.table:
-                check_learnt(Denoiser.of(load(options.model)).model, options.model)
-                run_tables(options, tables)
+                check_learnt(Denoiser.of(pipeline).model, options.model)
+                run_tables(options, tables, {} if options.again else kept)
         except KeyboardInterrupt:
             stopped = True
-        text = fill(options, read_results(options, tables))
+        found = read_results(options, tables)
+        kept |= {name: figures.compact(row) for name, row in found.items() if "error" not in row}
+        figures.write(options.figures, kept)
+        text = fill(options, rows_of(tables, found | kept))
     except StepquantError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -74,7 +82,7 @@ def main() -> int:
     return 130 if stopped else 0
 
 
-def read_options() -> argparse.Namespace:
+def read_options(typed: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -93,10 +101,12 @@ def read_options() -> argparse.Namespace:
     add("--workers", type=int, default=1)
     add("--table", action="store_true", help="write the file from what is in the store, and make nothing")
     add("--any-code", action="store_true", help="keep finished cells that other code made")
+    add("--again", action="store_true", help="measure cells again whose figures are kept")
+    add("--figures", type=Path, default=Path(__file__).with_name("methods.jsonl"))
     add("--store", type=Path, default=Path("runs/methods"))
     add("--out", type=Path, default=Path(__file__).with_name("methods.md"))
     add("--quiet", action="store_true")
-    return parser.parse_args()
+    return parser.parse_args(typed)
 
 
 def all_methods() -> list[Variant]:
@@ -143,23 +153,37 @@ def cells(options: argparse.Namespace, rows: Sequence[Variant], scheme: str) -> 
     )
 
 
-def run_tables(options: argparse.Namespace, tables: Mapping[str, list[Cell]]) -> None:
+def run_tables(options: argparse.Namespace, tables: Mapping[str, list[Cell]], kept: figures.Figures) -> None:
     """Make what is missing; the same cell in two parts is made once."""
     every = [cell for rows in tables.values() for cell in rows]
+    missing = [cell for cell in every if figures.key(cell) not in kept]
     start = time.monotonic()
     with Reporter(Console(stderr=True), options.quiet, brief=True) as reporter:
-        executor = Processes(options.workers, reporter)
-        done = compare(every, options.store, executor=executor, any_code=options.any_code, progress=reporter)
-        counts = f"{done.made} cells made, {done.found} found, {done.failed} failed"
-        reporter.say(f"{counts}, in {clock(time.monotonic() - start)}")
+        if missing:
+            executor = Processes(options.workers, reporter)
+            done = compare(
+                missing, options.store, executor=executor, any_code=options.any_code, progress=reporter
+            )
+            counts = f"{done.made} cells made, {done.found} found, {done.failed} failed"
+            reporter.say(f"{counts}, in {clock(time.monotonic() - start)}")
+        reporter.say(f"figures of {len(every) - len(missing)} more cells are kept in {options.figures}")
 
 
-def read_results(
-    options: argparse.Namespace, tables: Mapping[str, list[Cell]]
+def read_results(options: argparse.Namespace, tables: Mapping[str, list[Cell]]) -> dict[str, dict[str, Any]]:
+    """What the store knows of all cells, failures too, by key of the cell."""
+    every = [cell for rows in tables.values() for cell in rows]
+    if not options.store.exists():
+        return {}
+    found = zip(every, known(every, options.store, any_code=options.any_code))
+    return {figures.key(cell): result for cell, result in found if result is not None}
+
+
+def rows_of(
+    tables: Mapping[str, list[Cell]], found: Mapping[str, dict[str, Any]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Results of every part, as far as they are there."""
-    found = {part: known(rows, options.store, any_code=options.any_code) for part, rows in tables.items()}
-    return {part: [row for row in rows if row is not None] for part, rows in found.items()}
+    """What is known of every part, in the order of its rows."""
+    keys = {part: [figures.key(cell) for cell in rows] for part, rows in tables.items()}
+    return {part: [found[name] for name in names if name in found] for part, names in keys.items()}
 
 
 def fill(options: argparse.Namespace, made: Mapping[str, list[dict[str, Any]]]) -> str:
@@ -171,11 +195,10 @@ def fill(options: argparse.Namespace, made: Mapping[str, list[dict[str, Any]]]) 
         "eda_dm": f"EDA-DM at {MAIN}: steps and loss",
         "gac": f"Gradient-aligned calibration at {MAIN}: weights",
     }
-    typed = [word for word in sys.argv[1:] if word not in ("--table", "--quiet")]
     lines = [
         "# Methods on the embedded model",
         "",
-        f"Made by `python {' '.join(['benchmarks/methods.py', *typed])}`.",
+        f"Made by `{command(options)}`.",
         "",
     ]
     lines += [how_measured(options, made), "", *words("all", kept)]
@@ -188,6 +211,18 @@ def fill(options: argparse.Namespace, made: Mapping[str, list[dict[str, Any]]]) 
     return "\n".join(lines).rstrip() + "\n"
 
 
+def command(options: argparse.Namespace) -> str:
+    """What to type for these tables; where files lie and how the work was shared decides nothing."""
+    plain = read_options([])
+    asked = [
+        name
+        for name in ("model", "parts", "methods", "schemes", "seeds", "images", "steps", "calibration_steps")
+        if getattr(options, name) != getattr(plain, name)
+    ]
+    typed = [f"--{name.replace('_', '-')} {getattr(options, name)}" for name in asked]
+    return " ".join(["python benchmarks/methods.py", *typed, *(f"--set {one}" for one in options.set)])
+
+
 def words(name: str, kept: Mapping[str, str]) -> list[str]:
     return [f"<!-- words {name} -->", kept.get(name, "").rstrip("\n"), "<!-- end -->", ""]
 
@@ -198,12 +233,13 @@ def how_measured(options: argparse.Namespace, made: Mapping[str, list[dict[str, 
         return "No cell is finished."
     first = done[0]
     where, how = first["environment"], first["sampling"]
+    processors = ", ".join(sorted({row["environment"]["cpu"] for row in done}))
     distances = (number for number in first["quality"] if number["name"].startswith("FD"))
     extractor = next((number["extractor"] for number in distances if number["extractor"]), "none")
     return (
         f"{first['float']['name']} (digest {first['float']['digest']}), {how['images']:,} images of {how['steps']} "
         f"{how['sampler']} steps ({how['calls']} calls of the denoiser) from the same seeds in every row; calibration over "
-        f"{options.calibration_steps or options.steps} steps; features by extractor {extractor}. {where['cpu']}, {where['threads']} threads, "
+        f"{options.calibration_steps or options.steps} steps; features by extractor {extractor}. {processors}, {where['threads']} threads, "
         f"torch {where['torch']}. Seconds and peak memory are those of quantizing, in a process of its own, recording "
         "included; about half of the memory is Python with its libraries. After ±: the standard deviation over seeds "
         "(calibration and images both differ); none where there is one seed. FD falls with the number of images: compare it "
