@@ -52,7 +52,12 @@ GAC = [
     *(Variant("gac", {"validation": share}) for share in (0.02, 0.1)),
     *(Variant("gac", {"temperature": temperature}) for temperature in (0.5, 2)),
 ]
-PARTS = ("methods", "eda_dm", "gac")
+BIAS = [
+    Variant(name, settings)
+    for name in ("minmax", "ptq4dm", "mixdq", "gptq")
+    for settings in ({}, {"bias": True})
+]
+PARTS = ("methods", "eda_dm", "gac", "bias")
 
 
 def main() -> int:
@@ -123,11 +128,11 @@ def plan_tables(options: argparse.Namespace) -> dict[str, list[Cell]]:
     if unknown:
         raise StepquantError(f"unknown part '{unknown[0]}'", expected=", ".join(PARTS))
     chosen = [Variant(name) for name in options.methods.split(",") if name] or all_methods()
-    check_used(chosen + EDA_DM + GAC, read_settings(options.set))
+    check_used(chosen + EDA_DM + GAC + BIAS, read_settings(options.set))
     out: dict[str, list[Cell]] = {}
     if "methods" in parts:
         out["methods"] = [cell for scheme in schemes for cell in cells(options, chosen, scheme)]
-    for part, rows in (("eda_dm", EDA_DM), ("gac", GAC)):
+    for part, rows in (("eda_dm", EDA_DM), ("gac", GAC), ("bias", BIAS)):
         if part in parts:
             out[part] = cells(options, rows, MAIN)
     return out
@@ -194,6 +199,7 @@ def fill(options: argparse.Namespace, made: Mapping[str, list[dict[str, Any]]]) 
         "methods": "Methods",
         "eda_dm": f"EDA-DM at {MAIN}: steps and loss",
         "gac": f"Gradient-aligned calibration at {MAIN}: weights",
+        "bias": f"Nearest rounding at {MAIN}: its mean error left, and taken back",
     }
     lines = [
         "# Methods on the embedded model",

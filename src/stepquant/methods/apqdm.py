@@ -31,15 +31,14 @@ from stepquant.errors import MethodError
 from stepquant.fit.over_time import Seen, seen_by_step
 from stepquant.fit.ranges import set_weight_ranges
 from stepquant.fit.step_groups import most_uncertain, search_groups, shared_ranges, uncertainty
-from stepquant.methods.method import Method
+from stepquant.methods.method import UnbiasedMethod
 from stepquant.models.denoiser import Denoiser
-from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 from stepquant.quant.quantizer import Quantizer
 
 
-class APQDM(Method):
+class APQDM(UnbiasedMethod):
     """Each activation has a few ranges, and the search says which steps share one; it asks for records where it doubts."""
 
     samples: int = Field(
@@ -89,7 +88,7 @@ class APQDM(Method):
                 ranges = shared_ranges(seen[quantizer], quantizer.grid, weights, self.p)
                 for row, (scale, zero_point) in enumerate(zip(*ranges)):
                     quantizer.set_range(scale, zero_point, row)
-            return freeze(network)
+            return self.finish(network, data, source, self.batch)
 
     def searched(
         self, seen: Mapping[Quantizer, Sequence[Seen]], steps: StepTable, source: Source

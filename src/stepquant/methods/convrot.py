@@ -22,14 +22,13 @@ from stepquant.calib.record import Source
 from stepquant.core.ranges import lp_search_binned, minmax
 from stepquant.fit.channels import by_token, read_by_token, rotate_channels
 from stepquant.fit.ranges import set_weight_ranges
-from stepquant.methods.method import ONE_RANGE, RangedMethod
+from stepquant.methods.method import ONE_RANGE, RangedMethod, UnbiasedMethod
 from stepquant.models.denoiser import Denoiser
-from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 
 
-class ConvRot(RangedMethod):
+class ConvRot(RangedMethod, UnbiasedMethod):
     """Every linear reads rotated tokens, each with a scale of its own, and has a rotated weight, rounded to nearest."""
 
     samples: int = Field(
@@ -45,7 +44,7 @@ class ConvRot(RangedMethod):
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         # Linears need no data: their inputs have the scale of each token as it comes.
         plan, data = by_token(denoiser, plan), None
-        if plan.has_ranges(denoiser):
+        if self.bias or plan.has_ranges(denoiser):
             generator = torch.Generator().manual_seed(source.seed)
             data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
 
@@ -62,4 +61,4 @@ class ConvRot(RangedMethod):
             if data is not None:
                 search = partial(lp_search_binned, p=self.p)
                 self.measure_inputs(network, data, source, search, self.batch)
-            return freeze(network)
+            return self.finish(network, data, source, self.batch)

@@ -30,9 +30,8 @@ from stepquant.fit.channels import with_ranges
 from stepquant.fit.first_token import known_first_tokens
 from stepquant.fit.outliers import ends_of_inputs, factors_of, groups_of
 from stepquant.fit.ranges import set_weight_ranges
-from stepquant.methods.method import RangedMethod
+from stepquant.methods.method import RangedMethod, UnbiasedMethod
 from stepquant.models.denoiser import Denoiser
-from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Decision, Plan
 from stepquant.quant.schemes import ENDS, TEXTS, TIMES
@@ -43,7 +42,7 @@ PIXELS = "outliers lie in pixels, each of which has its own scale"
 WORDS = "most words have a small share of the attention, and the start token the rest"
 
 
-class DGQ(RangedMethod):
+class DGQ(RangedMethod, UnbiasedMethod):
     """Linears with a scale for each group of channels, or for each pixel; attention to words by powers of two."""
 
     samples: int = Field(256, ge=16, description="calibration records, as many of every step")
@@ -86,7 +85,7 @@ class DGQ(RangedMethod):
                     network.layers[path].divide(factors_of(found[path].of(path), labels), None)
             set_weight_ranges(network, partial(lp_search, p=self.p), source.progress)
             self.measure_inputs(network, data, source, partial(lp_search_binned, p=self.p), self.batch)
-            return freeze(network)
+            return self.finish(network, data, source, self.batch)
 
     def readers_of_text(self, denoiser: Denoiser, plan: Plan, data: CalibSet, source: Source) -> list[str]:
         """The attentions to texts that all begin with one token, of those that the plan quantizes."""

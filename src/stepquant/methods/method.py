@@ -17,7 +17,8 @@ from stepquant.calib.record import Source
 from stepquant.core.ranges import SlicedSearch, lp_search, lp_search_binned
 from stepquant.core.steps import StepTable
 from stepquant.errors import MethodError
-from stepquant.fit.blocks import reconstruct_blocks
+from stepquant.fit.blocks import fit_blocks, reconstruct_blocks
+from stepquant.fit.correct_bias import correct_block
 from stepquant.fit.journal import Journal
 from stepquant.fit.learner import Schedule
 from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
@@ -25,6 +26,7 @@ from stepquant.fit.reconstruct import Report
 from stepquant.fit.streams import Streams
 from stepquant.fit.uneven import described, uneven
 from stepquant.models.denoiser import Denoiser
+from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import Inserted, Place
 from stepquant.quant.plan import Plan
 
@@ -103,6 +105,26 @@ class RangedMethod(Method):
             momentum=self.momentum,
             progress=source.progress,
         )
+
+
+class UnbiasedMethod(Method):
+    """A method that rounds to nearest: what that does to the means of outputs can be taken back."""
+
+    bias: bool = Field(False, description="afterwards shift biases so that no layer errs on average")
+
+    def finish(self, network: Inserted, data: CalibSet | None, source: Source, batch: int = 64) -> Artifact:
+        """The artifact; before it, where that was asked for, biases behind everything else that was fitted."""
+        if self.bias:
+            assert data is not None
+            journal = Journal(
+                source.cache, network, data, {"method": type(self).__name__} | self.model_dump()
+            )
+            correct = partial(correct_block, network, batch=batch)
+            with Streams(network, data, source.cache, budget=source.memory) as streams:
+                fit_blocks(
+                    streams, correct, journal, stage="biases", activations=True, progress=source.progress
+                )
+        return freeze(network)
 
 
 class PresetMethod(RangedMethod):

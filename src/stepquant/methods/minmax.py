@@ -11,19 +11,15 @@ from stepquant.artifact import Artifact
 from stepquant.calib.pick import spread, uniform
 from stepquant.calib.record import Source
 from stepquant.core.ranges import minmax, percentile
-from stepquant.fit.blocks import fit_blocks
-from stepquant.fit.correct_bias import correct_block
-from stepquant.fit.journal import Journal
 from stepquant.fit.ranges import set_weight_ranges
-from stepquant.fit.streams import Streams
-from stepquant.methods.method import ONE_RANGE, RangedMethod
+from stepquant.methods.method import ONE_RANGE, RangedMethod, UnbiasedMethod
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 
 
-class MinMax(RangedMethod):
+class MinMax(RangedMethod, UnbiasedMethod):
     """Ranges from the least and the greatest value, averaged over batches."""
 
     samples: int = Field(1024, gt=0, description="calibration records")
@@ -31,7 +27,6 @@ class MinMax(RangedMethod):
     percent: float = Field(
         100.0, gt=50, le=100, description="share of the values that an activation range covers"
     )
-    bias: bool = Field(False, description="afterwards shift biases so that no layer errs on average")
     batch: int = Field(64, gt=0, description="records per forward pass")
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
@@ -48,15 +43,4 @@ class MinMax(RangedMethod):
                 return freeze(network)
             search = minmax if self.percent == 100 else partial(percentile, percent=self.percent)
             self.measure_inputs(network, data, source, search, self.batch)
-            if self.bias:
-                with Streams(network, data, source.cache, budget=source.memory) as streams:
-                    journal = Journal(source.cache, network, data, {"method": "minmax"} | self.model_dump())
-                    fit_blocks(
-                        streams,
-                        partial(correct_block, network, batch=self.batch),
-                        journal,
-                        stage="biases",
-                        activations=True,
-                        progress=source.progress,
-                    )
-            return freeze(network)
+            return self.finish(network, data, source, self.batch)

@@ -36,9 +36,8 @@ from stepquant.fit.alone import Measure, Noise, Question, Structure, losses_alon
 from stepquant.fit.first_token import keep_first, known_first_tokens
 from stepquant.fit.lines import Lines
 from stepquant.fit.ranges import set_weight_ranges
-from stepquant.methods.method import RangedMethod
+from stepquant.methods.method import RangedMethod, UnbiasedMethod
 from stepquant.models.denoiser import Denoiser
-from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import Place, insert
 from stepquant.quant.plan import Decision, Plan
 from stepquant.quant.quantizer import Port
@@ -51,7 +50,7 @@ FIRST_PICTURE = 950_000  # neither calibration nor evaluation comes here
 Kept = Mapping[str, Tensor]  # layer -> what it makes of a text's first token
 
 
-class MixDQ(RangedMethod):
+class MixDQ(RangedMethod, UnbiasedMethod):
     """The bits of the plan shared out anew by sensitivity, content and quality apart; a text's first token in float."""
 
     samples: int = Field(256, gt=0, description="calibration records")
@@ -85,7 +84,7 @@ class MixDQ(RangedMethod):
             keep_first(network, kept)
             set_weight_ranges(network, partial(lp_search, p=self.p), source.progress)
             self.measure_inputs(network, data, source, partial(lp_search_binned, p=self.p), self.batch)
-            return freeze(network)
+            return self.finish(network, data, source, self.batch)
 
     def shared_out(
         self, denoiser: Denoiser, plan: Plan, port: Port, data: CalibSet, source: Source, kept: Kept

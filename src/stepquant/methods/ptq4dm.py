@@ -25,14 +25,13 @@ from stepquant.calib.record import Source
 from stepquant.calib.synthetic import from_images, from_noise
 from stepquant.core.ranges import lp_search, lp_search_binned
 from stepquant.fit.ranges import set_weight_ranges
-from stepquant.methods.method import RangedMethod
+from stepquant.methods.method import RangedMethod, UnbiasedMethod
 from stepquant.models.denoiser import Denoiser
-from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 
 
-class PTQ4DM(RangedMethod):
+class PTQ4DM(RangedMethod, UnbiasedMethod):
     """Normally distributed time-step calibration and least 2.4-norm ranges."""
 
     samples: int = Field(1024, gt=0, description="N: calibration records")
@@ -73,7 +72,7 @@ class PTQ4DM(RangedMethod):
             # Activations follow, batch by batch, behind weights and inputs that are already quantized.
             search = partial(lp_search_binned, p=self.p)
             self.measure_inputs(network, data, source, search, self.batch)
-            return freeze(network)
+            return self.finish(network, data, source, self.batch)
 
     def draw_steps(self, source: Source) -> torch.Tensor:
         generator = torch.Generator().manual_seed(source.seed)

@@ -23,9 +23,8 @@ from stepquant.core.ranges import lp_search, lp_search_binned
 from stepquant.core.steps import StepTable
 from stepquant.fit.channels import balance_behind_norms, balance_channels, greatest_inputs, with_ranges
 from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
-from stepquant.methods.method import Method
+from stepquant.methods.method import UnbiasedMethod
 from stepquant.models.denoiser import Denoiser
-from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 from stepquant.quant.schemes import ENDS, TEXTS, TIMES
@@ -33,7 +32,7 @@ from stepquant.quant.schemes import ENDS, TEXTS, TIMES
 WITHOUT = (*TIMES, *TEXTS, *ENDS)
 
 
-class StaticVideo(Method):
+class StaticVideo(UnbiasedMethod):
     """Nothing is found as it comes: a range for every activation and step, channels balanced where it costs nothing."""
 
     samples: int = Field(512, ge=16, description="calibration records, as many of every step")
@@ -70,4 +69,4 @@ class StaticVideo(Method):
                 momentum=self.momentum,
                 progress=source.progress,
             )
-            return freeze(network)
+            return self.finish(network, data, source, self.batch)

@@ -28,15 +28,14 @@ from stepquant.fit.journal import Journal
 from stepquant.fit.low_rank import Division, check_divisible, divide_block
 from stepquant.fit.ranges import set_weight_ranges
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import PresetMethod
+from stepquant.methods.method import PresetMethod, UnbiasedMethod
 from stepquant.models.denoiser import Denoiser
-from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 from stepquant.quant.schemes import ENDS, NARROW, TEXTS, TIMES
 
 
-class SVDQuant(PresetMethod):
+class SVDQuant(PresetMethod, UnbiasedMethod):
     """Outliers move from activations into weights, and from there into a low-rank branch beside the integers."""
 
     paper: ClassVar[dict[str, Any]] = {"trajectories": 128, "grid": 20, "rounds": 100, "gptq": True}
@@ -69,30 +68,28 @@ class SVDQuant(PresetMethod):
         data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
 
         steps = self.by_steps(denoiser, plan, data, source)
-        with (
-            insert(denoiser, plan, **steps) as network,
-            Streams(network, data, source.cache, budget=source.memory) as streams,
-        ):
-            journal = Journal(source.cache, network, data, {"method": "svdquant"} | self.model_dump())
-            fit = partial(
-                fit_blocks,
-                streams,
-                journal=journal,
-                activations=False,
-                seed=source.seed,
-                progress=source.progress,
-            )
-            set_weight_ranges(network, quick, source.progress)
+        with insert(denoiser, plan, **steps) as network:
+            with Streams(network, data, source.cache, budget=source.memory) as streams:
+                journal = Journal(source.cache, network, data, {"method": "svdquant"} | self.model_dump())
+                fit = partial(
+                    fit_blocks,
+                    streams,
+                    journal=journal,
+                    activations=False,
+                    seed=source.seed,
+                    progress=source.progress,
+                )
+                set_weight_ranges(network, quick, source.progress)
 
-            # Section 4.2: balance the channels, X diag(1/s) diag(s) W, with the s whose output errs least beside
-            # the branch; then branch and residual in turns (appendix): L1 L2 = SVD_r(W - Q(R)), R = W - L1 L2.
-            fit(partial(divide_block, network, settings=division), stage="branches")
+                # Section 4.2: balance the channels, X diag(1/s) diag(s) W, with the s whose output errs least beside
+                # the branch; then branch and residual in turns (appendix): L1 L2 = SVD_r(W - Q(R)), R = W - L1 L2.
+                fit(partial(divide_block, network, settings=division), stage="branches")
 
-            set_weight_ranges(network, partial(lp_search, p=self.p), source.progress)
+                set_weight_ranges(network, partial(lp_search, p=self.p), source.progress)
 
-            # The residual is rounded, to nearest or by GPTQ, and activations get their ranges behind it.
-            if self.gptq:
-                settings = Compensation(batch=self.batch)
-                fit(partial(compensate_block, network, settings=settings), stage="weights")
-            self.measure_inputs(network, data, source, inputs, self.batch)
-            return freeze(network)
+                # The residual is rounded, to nearest or by GPTQ, and activations get their ranges behind it.
+                if self.gptq:
+                    settings = Compensation(batch=self.batch)
+                    fit(partial(compensate_block, network, settings=settings), stage="weights")
+                self.measure_inputs(network, data, source, inputs, self.batch)
+            return self.finish(network, data, source, self.batch)

@@ -23,14 +23,13 @@ from stepquant.core.steps import StepTable
 from stepquant.errors import MethodError
 from stepquant.fit.over_time import features, learn_scales, seen_by_step
 from stepquant.fit.ranges import set_weight_ranges
-from stepquant.methods.method import Method
+from stepquant.methods.method import UnbiasedMethod
 from stepquant.models.denoiser import Denoiser
-from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 
 
-class TDQ(Method):
+class TDQ(UnbiasedMethod):
     """Temporal dynamic quantization: a network tells the scale of each activation from t, and is tabled."""
 
     samples: int = Field(512, gt=0, description="calibration records")
@@ -65,4 +64,4 @@ class TDQ(Method):
                 # Section 4.3: the networks are done with; what they say of every t is stored.
                 for row, scale in enumerate(scales):
                     quantizer.set_range(scale, zero_point, row)
-            return freeze(network)
+            return self.finish(network, data, source, self.batch)

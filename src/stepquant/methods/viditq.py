@@ -31,9 +31,8 @@ from stepquant.fit.channels import (
     rotate_channels,
 )
 from stepquant.fit.ranges import set_weight_ranges
-from stepquant.methods.method import ONE_RANGE, RangedMethod
+from stepquant.methods.method import ONE_RANGE, RangedMethod, UnbiasedMethod
 from stepquant.models.denoiser import Denoiser
-from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 from stepquant.quant.schemes import ENDS, TEXTS, TIMES
@@ -41,7 +40,7 @@ from stepquant.quant.schemes import ENDS, TEXTS, TIMES
 WITHOUT = (*TIMES, *TEXTS, *ENDS)  # embeddings, modulation and the last layer
 
 
-class ViDiTQ(RangedMethod):
+class ViDiTQ(RangedMethod, UnbiasedMethod):
     """Scales by the token; lasting outliers of channels by factors of the first steps, the others by rotation."""
 
     samples: int = Field(
@@ -62,7 +61,7 @@ class ViDiTQ(RangedMethod):
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         # Activations of linears get the scale of each token as it comes; only the others have ranges to measure.
         plan, data = by_token(denoiser, plan, WITHOUT), None
-        if plan.has_ranges(denoiser):
+        if self.bias or plan.has_ranges(denoiser):
             generator = torch.Generator().manual_seed(source.seed)
             data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
         first = source.record(every(self.trajectories, range(min(self.initial, source.steps))))
@@ -85,4 +84,4 @@ class ViDiTQ(RangedMethod):
             if data is not None:
                 search = partial(lp_search_binned, p=self.p)
                 self.measure_inputs(network, data, source, search, self.batch)
-            return freeze(network)
+            return self.finish(network, data, source, self.batch)
