@@ -129,8 +129,7 @@ def text_pipeline() -> StableDiffusionPipeline:
     return pipe
 
 
-@pytest.fixture
-def class_pipeline() -> DiTPipeline:
+def make_class_pipeline() -> DiTPipeline:
     """A class-conditional pipeline, random and tiny; its last class stands for none."""
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2,
@@ -143,6 +142,11 @@ def class_pipeline() -> DiTPipeline:
     pipe.register_to_config(id2label=names)  # or it is not saved
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def class_pipeline() -> DiTPipeline:
+    return make_class_pipeline()
 
 
 @pytest.fixture

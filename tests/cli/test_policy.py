@@ -78,7 +78,6 @@ def follow(artifact: Path, out: Path) -> None:
         (("--policy", "3"), "which steps"),
         (("--policy", "first=2,last=2"), "no step in integers"),
         (("--policy", "last=1", "--scheme", "w8a16"), "a policy would change nothing"),
-        (("--policy", "last=1", "--scheme", "w8a8-dynamic", "--low-memory"), "t of a trajectory"),
         (("--policy", "last=1", "--method", "minmax+tac"), "spoil the steps in float"),
     ],
 )

@@ -89,7 +89,7 @@ LowMemory = Annotated[
     bool,
     typer.Option(
         "--low-memory",
-        help="For models larger than memory: weights pass from file to file. Schemes without calibration, no card.",
+        help="For models larger than memory: weights stay in their files, the result is the same. CPU, no card.",
     ),
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="Where torch computes.")]

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from stepquant.core.affine import to_groups
 from stepquant.core.compensate import round_compensated
 from stepquant.errors import MethodError
-from stepquant.fit.learnable import FixedIntegers
+from stepquant.fit.learnable import FixedIntegers, kept
 from stepquant.fit.learner import Learner, Sample, Schedule
 from stepquant.fit.reconstruct import Report
 from stepquant.fit.streams import Piece, Reached
@@ -57,7 +57,7 @@ def compensate_block(
                 see = hessian.add if weights is None else partial(hessian.add, weights=weights[path][rows])
                 run_until(piece, layer, sample.quants.take(rows), see)
             try:
-                layer.rounding = FixedIntegers(compensated(layer, hessian.mean(), settings))
+                layer.rounding = kept(FixedIntegers(compensated(layer, hessian.mean(), settings)), layer)
             except ValueError as error:
                 raise MethodError(f"'{path}' cannot be rounded: {error}") from error
         hard = measure.held_loss(sample)

@@ -17,11 +17,11 @@ from stepquant.calib.calibset import CalibSet
 from stepquant.core.digest import value_digest
 from stepquant.core.low_rank import LowRank
 from stepquant.errors import CalibrationError
-from stepquant.fit.learnable import FixedIntegers, FixedRounding
+from stepquant.fit.learnable import FixedIntegers, FixedRounding, kept
 from stepquant.fit.learner import activation_quantizers, inside
 from stepquant.fit.reconstruct import Report
 from stepquant.quant.insert import Inserted
-from stepquant.quant.layers import QuantLayer, Rounding
+from stepquant.quant.layers import QuantLayer
 
 FORMAT = 3  # raised when the same settings come to mean another result
 
@@ -90,7 +90,9 @@ class Journal:
             divide_again(layer, name, tensors)
             if f"scale|{name}" in tensors and layer.weight_quantizer is not None:
                 layer.weight_quantizer.set_range(*tensors[f"scale|{name}"])
-            layer.rounding, layer.correction = stored_rounding(tensors, name), tensors.get(f"shift|{name}")
+            rounding = stored_rounding(tensors, name)
+            layer.rounding = None if rounding is None else kept(rounding, layer)
+            layer.correction = tensors.get(f"shift|{name}")
         for name, product in inside(self.network.products, path).items():
             product.correction = tensors.get(f"shift|{name}.product")
         for quantizer in activation_quantizers(self.network, path):
@@ -120,7 +122,7 @@ def divide_again(layer: QuantLayer, name: str, tensors: Mapping[str, Tensor]) ->
     layer.weight_quantizer.set_range(*tensors[f"weight|{name}"])
 
 
-def stored_rounding(tensors: Mapping[str, Tensor], name: str) -> Rounding | None:
+def stored_rounding(tensors: Mapping[str, Tensor], name: str) -> FixedRounding | FixedIntegers | None:
     if f"up|{name}" in tensors:
         return FixedRounding(tensors[f"up|{name}"])
     return FixedIntegers(tensors[f"integers|{name}"]) if f"integers|{name}" in tensors else None

@@ -9,8 +9,9 @@ import torch
 from torch import Generator, Tensor
 
 from stepquant.core.affine import fake_quantize_ste, quantize, to_groups
+from stepquant.core.mapped import beside
 from stepquant.core.rounding import alpha_of, floor_and_fraction, hard_integers, share_up, soft_span
-from stepquant.quant.layers import QuantLayer, from_integers
+from stepquant.quant.layers import QuantLayer, Rounding, from_integers
 from stepquant.quant.quantizer import ALL, Quantizer
 
 NEAR = 0.499  # of a scale: as far from its integer a weight begins at most
@@ -43,6 +44,15 @@ class FixedIntegers:
 
     def integers(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
         return self.given.float().reshape(weight.shape)
+
+
+def kept(rounding: FixedRounding | FixedIntegers, layer: QuantLayer) -> Rounding:
+    """A rounding that stays, where the weight lies."""
+    if isinstance(rounding, FixedRounding):
+        rounding.up = beside(layer.weight, rounding.up)
+    else:
+        rounding.given = beside(layer.weight, rounding.given)
+    return rounding
 
 
 class SoftRounding:
@@ -122,7 +132,7 @@ class LearnedWeight:
         assert layer.weight_quantizer is not None
         integers = self.integers(layer.weight, layer.weight_quantizer)
         layer.weight_quantizer.set_range(self.scale, self.zero_point)
-        layer.rounding = FixedIntegers(integers)
+        layer.rounding = kept(FixedIntegers(integers), layer)
 
 
 class LearnedScale:

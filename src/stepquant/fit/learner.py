@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from stepquant.core.losses import BlockLoss, Outputs
 from stepquant.core.precision import multiplies_bf16
-from stepquant.fit.learnable import LearnedScale, LearnedWeight, SoftRounding, draw
+from stepquant.fit.learnable import LearnedScale, LearnedWeight, SoftRounding, draw, kept
 from stepquant.fit.shape import fold
 from stepquant.fit.streams import Piece, Table
 from stepquant.models.split import SplitLayer
@@ -122,7 +122,7 @@ class Learner:
         """Make what was learnt permanent: weights round up or down, scales are set."""
         self.detach()
         for path, rounding in self.roundings.items():
-            self.layers[path].rounding = rounding.fixed()
+            self.layers[path].rounding = kept(rounding.fixed(), self.layers[path])
         for path, weight in self.weights.items():
             weight.settle(self.layers[path])
         if self.schedule.scale_rate:

@@ -7,7 +7,6 @@ Each stream therefore costs one pass through the model altogether, however many 
 from __future__ import annotations
 
 import inspect
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from stepquant.calib.calibset import CalibSet
 from stepquant.calib.record import MEMORY
+from stepquant.core.mapped import on_disk
 from stepquant.errors import CalibrationError, MethodError
 from stepquant.fit.shape import PROBES, Shape, shape_of
 from stepquant.quant.insert import Inserted
@@ -88,8 +88,7 @@ class Streams:
         self.arguments = [records.arguments for records in data.batches(batch)]
         if network.clock is not None:
             network.clock.times = torch.cat([one[data.t].reshape(-1) for one in self.arguments])
-        folder.mkdir(parents=True, exist_ok=True)
-        self.scratch = tempfile.TemporaryDirectory(dir=folder, prefix="streams-")
+        self.folder = folder
         network.switch(weights=False, inputs=False)
         self.pieces = find_pieces(network, [data.take(range(size)).arguments for size in PROBES])
         self.done: dict[bool, dict[str, Table]] = {False: {}, True: {}}
@@ -101,7 +100,6 @@ class Streams:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.done = {False: {}, True: {}}
-        self.scratch.cleanup()
 
     def slices(self) -> Iterator[slice]:
         for start in range(0, self.records, self.batch):
@@ -156,15 +154,11 @@ class Streams:
         return self.network.denoiser.model.get_submodule(path)
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        size = torch.Size(shape).numel()
-        needed = size * dtype.itemsize
+        needed = torch.Size(shape).numel() * dtype.itemsize
         if needed <= self.left:
             self.left -= needed
             return torch.empty(shape, dtype=dtype)
-        file = Path(self.scratch.name) / "mapped"
-        tensor = torch.from_file(str(file), shared=True, size=size, dtype=dtype).reshape(shape)
-        file.unlink()  # the mapping keeps it alive, and lets it go with the last tensor
-        return tensor
+        return on_disk(shape, dtype, self.folder)
 
 
 class Allocation:

@@ -16,7 +16,7 @@ from stepquant.errors import ArtifactError
 from stepquant.hub.config import KEYS, SDNQ, Name, StepquantConfig, digests_of, settings_digest
 from stepquant.hub.of_diffusers import StepquantQuantizer
 from stepquant.hub.of_transformers import TransformersQuantizer, settings_of
-from stepquant.runtime.lower import lower, prepare
+from stepquant.runtime.lower import hold, lower, prepare
 from stepquant.runtime.policy import check_policy
 
 
@@ -57,10 +57,13 @@ def check_no_policy(quantized: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def attach(model: Any, artifact: Artifact) -> None:
-    """Make `model` run in the integers of `artifact`, in place, and let `save_pretrained` write it."""
+def attach(model: Any, artifact: Artifact, *, runs: bool = True) -> None:
+    """Make `model` run in the integers of `artifact`, in place, and let `save_pretrained` write it.
+
+    One that never `runs` takes no memory of its own for them.
+    """
     dtype = model.dtype
-    lower(model, artifact)
+    (lower if runs else hold)(model, artifact)
     digests, native = digests_of(model.state_dict()), isinstance(model, ConfigMixin)
     settings = settings_digest(model.config if native else settings_of(model))
     config = StepquantConfig(**artifact.to_json(), digests=digests, settings=settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,10 @@ def quantize(
     return pipeline
 
 
-def attach_all(pipeline: Any, artifacts: Mapping[str, Artifact]) -> None:
-    """Let every component run in the integers of its artifact."""
+def attach_all(pipeline: Any, artifacts: Mapping[str, Artifact], idle: Container[str] = ()) -> None:
+    """Let every component run in the integers of its artifact; the `idle` ones are only to be saved."""
     for component, artifact in artifacts.items():
-        hub.attach(getattr(pipeline, component), artifact)
+        hub.attach(getattr(pipeline, component), artifact, runs=component not in idle)
 
 
 def run_all(

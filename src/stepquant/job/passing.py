@@ -8,27 +8,23 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import torch
-from accelerate import init_empty_weights
-from diffusers import ModelMixin
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from stepquant import hub
 from stepquant.artifact import Artifact
 from stepquant.core.digest import add_tensor
-from stepquant.errors import ModelError, PlanError, StepquantError
+from stepquant.errors import ModelError
 from stepquant.hub.config import StepquantConfig, digests_of, settings_digest
 from stepquant.hub.on_load import specs_of, stored_as
+from stepquant.job.in_files import check_places, networks_in, read_index
 from stepquant.job.recipe import Recipe
-from stepquant.job.tensors import FILE, Place, Writer, weights_in
-from stepquant.models.denoiser import Denoiser, check_finite_weight, denoisers
+from stepquant.job.tensors import FILE, Writer, weights_in
+from stepquant.models.denoiser import Denoiser, check_finite_weight
 from stepquant.progress import Progress
-from stepquant.quant.schemes import SCHEMES, scheme
 from stepquant.runtime.lower import skeleton
 
 SHARD = "10GB"  # as diffusers cuts them
@@ -38,63 +34,17 @@ NOT_COPIED = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx*"
 METHOD = "minmax"
 
 
-def check_passes(recipe: Recipe) -> None:
-    """Nothing of the recipe may need the network as a whole."""
-    if recipe.method != METHOD or recipe.settings.get("bias"):
-        raise StepquantError(
-            "weights that pass through one by one are rounded to the nearest, and nothing is fitted",
-            got=f"--method {recipe.method}" + (" with bias" if recipe.settings.get("bias") else ""),
-            expected=f"--method {METHOD}",
-            fix=f"add --method {METHOD}, or leave out --low-memory",
-        )
-    if recipe.policy is not None:
-        raise StepquantError(
-            "a policy of steps needs the t of a trajectory, which a model that is never all there cannot run",
-            got=f"--policy {recipe.policy}",
-            fix="leave out --policy, or --low-memory",
-        )
-    if recipe.budget is not None or recipe.build_plan().measures():
-        raise PlanError(
-            f"scheme '{recipe.scheme or recipe.build_plan().name}' needs calls of the network, which is never all there",
-            expected=", ".join(name for name in SCHEMES if not scheme(name).measures()),
-            fix="choose one of these, or leave out --low-memory",
-        )
-
-
-def networks_in(folder: Path) -> dict[str, Any]:
-    """The denoisers of a pipeline's folder, without their weights."""
-    index, found = read_index(folder), {}
-    for name, entry in index.items():
-        kind = getattr(diffusers, str(entry[1]), None) if isinstance(entry, list) else None
-        if isinstance(kind, type) and issubclass(kind, ModelMixin):
-            with init_empty_weights():
-                found[name] = kind.from_config(kind.load_config(folder / name)).eval()
-    chosen = denoisers(SimpleNamespace(**found))
-    if not chosen:
-        raise ModelError(
-            "the pipeline has no denoiser that diffusers knows",
-            where=str(folder),
-            fix="leave out --low-memory",
-        )
-    return chosen
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    return found
+def passes(recipe: Recipe) -> bool:
+    """Whether nothing of the recipe needs a call of the network."""
+    fitted = recipe.method != METHOD or recipe.settings.get("bias") or recipe.policy is not None
+    measured = recipe.budget is not None or recipe.build_plan().measures()
+    return not (fitted or measured or recipe.components)
 
 
 def passings_of(recipe: Recipe, source: Path) -> list[Passing]:
     """One for every denoiser of a pipeline's folder."""
-    check_passes(recipe)
     hub.check_folder(source)
     sampler, networks = read_index(source)["scheduler"][1], networks_in(source)
-    beside = [one for one in recipe.components if one not in networks]
-    if beside:
-        raise StepquantError(
-            f"'{beside[0]}' is measured in calls of the pipeline, which is never all there",
-            fix="leave out --components, or --low-memory",
-        )
     return [Passing(recipe, name, model, source / name, sampler) for name, model in networks.items()]
 
 
@@ -196,16 +146,3 @@ class Passing:
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (out / f"{FILE}.index.json").write_text(text, encoding="utf-8")
         return {name: digests[name] for name in stored}
-
-
-def check_places(places: Mapping[str, Place], floats: Mapping[str, Tensor], where: Path) -> None:
-    """Every tensor of the network is in the files, in its shape."""
-    for name, value in floats.items():
-        if name not in places or places[name].shape != value.shape:
-            raise ModelError(
-                f"weight '{name}' is in no file in its shape",
-                where=str(where),
-                got=places[name].shape if name in places else None,
-                expected=tuple(value.shape),
-                fix="load the model with diffusers and save it again, or leave out --low-memory",
-            )

@@ -15,9 +15,10 @@ from stepquant import hub
 from stepquant.calib.record import MEMORY
 from stepquant.errors import ArtifactError, StepquantError
 from stepquant.job.files import is_taken, new_folder, writing
+from stepquant.job.in_files import load_in_files
 from stepquant.job.inplace import attach_all, run_all
 from stepquant.job.parts import parts_of
-from stepquant.job.passing import passings_of, quantize_files
+from stepquant.job.passing import passes, passings_of, quantize_files
 from stepquant.job.pipelines import find_folder, load, name_of, without_bars
 from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser, by_denoiser, denoisers
@@ -56,14 +57,17 @@ def quantize_to(
     With `resume`, a finished artifact of the same recipe is kept as it is, and an interrupted run goes on from the
     trajectories that it has recorded; the bytes are those of an uninterrupted run. `memory`: see `inplace.run`.
     The folder is then complete; a model card comes into it by `stepquant.write_card`, if it is to have one.
-    With `low_memory` the same bytes are written while weights pass from file to file, and the model is never all there:
-    for schemes that need no calibration.
+    With `low_memory` the same bytes are written while the weights of denoisers stay in their files; where no call of them is
+    needed they pass from file to file, and nothing else of the pipeline is loaded.
     """
     recipe.check()
-    target = Path(out)
+    target, progress = Path(out), progress or Silent()
+    if low_memory and passes(recipe):
+        return pass_to(recipe, target, resume, progress)
     if low_memory:
-        return pass_to(recipe, target, resume, progress or Silent())
-    pipeline = load(recipe.model, recipe.device)
+        pipeline = load_in_files(recipe.model, recipe.device, progress)
+    else:
+        pipeline = load(recipe.model, recipe.device)
     parts = {one.component: fp32_bytes(one.model) for one in parts_of(pipeline, recipe.components)}
     made_by, networks = [recipe.provenance(one) for one in by_denoiser(pipeline)], denoisers(pipeline)
     float_bytes = sum(fp32_bytes(network) for network in networks.values())
@@ -76,7 +80,8 @@ def quantize_to(
     if is_taken(target):
         return outcome(existing(target, made_by, resume), found=True)
     with new_folder(target) as folder:
-        attach_all(pipeline, run_all(pipeline, recipe, progress, memory=memory, made_by=made_by))
+        made = run_all(pipeline, recipe, progress, memory=memory, made_by=made_by)
+        attach_all(pipeline, made, idle=networks if low_memory else ())
         with writing(target), without_bars():
             pipeline.save_pretrained(folder)
     return outcome(made_by[0], found=False)

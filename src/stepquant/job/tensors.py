@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
+from stepquant.core.mapped import view
 from stepquant.errors import ModelError
 
 # In the order in which safetensors itself puts them into a file.
@@ -42,6 +43,10 @@ class Place:
     shape: tuple[int, ...]
     begin: int
 
+    def among(self, data: Any) -> Tensor:
+        """The tensor in the bytes of its file."""
+        return view(data, self.kind, self.shape, self.begin)
+
     def read(self) -> Tensor:
         value = torch.empty(self.shape, dtype=self.kind)
         with self.file.open("rb") as file:
@@ -66,15 +71,18 @@ def places_in(file: Path) -> dict[str, Place]:
     try:
         with file.open("rb") as opened:
             (length,) = LENGTH.unpack(opened.read(LENGTH.size))
-            if length > file.stat().st_size:
+            if length > (size := file.stat().st_size):
                 raise damaged(file, f"a header of {length} bytes")
             header = json.loads(opened.read(length))
         header.pop("__metadata__", None)
         first, found = LENGTH.size + length, {}
+        last = first + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if last > size:  # what is mapped and not there ends the process that reads it
+            raise damaged(file, f"{size} bytes, where its header tells of {last}")
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             place = Place(file, KINDS[entry["dtype"]], tuple(entry["shape"]), first + begin)
-            if math.prod(place.shape) * place.kind.itemsize != end - begin:
+            if begin < 0 or math.prod(place.shape) * place.kind.itemsize != end - begin:
                 raise damaged(file, f"{end - begin} bytes for '{name}'")
             found[name] = place
         return found

@@ -55,6 +55,8 @@ def split_layer(layer: Any, widths: tuple[int, ...], path: str) -> SplitLayer:
 
 def part_like(layer: Any, weight: Tensor, bias: bool) -> nn.Module:
     """A layer of the geometry of `layer` over the input channels of `weight`."""
+    from stepquant.core.mapped import alike  # which loading has no use for
+
     has_bias = bias and layer.bias is not None
     with torch.device("meta"):
         if isinstance(layer, nn.Linear):
@@ -63,7 +65,7 @@ def part_like(layer: Any, weight: Tensor, bias: bool) -> nn.Module:
             names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
             geometry = {name: getattr(layer, name) for name in names}
             part = type(layer)(weight.shape[1], weight.shape[0], bias=has_bias, **geometry)
-    part.weight = nn.Parameter(weight.clone(), requires_grad=layer.weight.requires_grad)  # type: ignore[union-attr, arg-type]
+    part.weight = alike(layer.weight, weight)  # type: ignore[assignment]
     if has_bias:
         part.bias = layer.bias
     return part.train(layer.training)

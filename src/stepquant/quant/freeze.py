@@ -12,6 +12,7 @@ from torch import Tensor
 from stepquant.artifact import Artifact, LayerSpec, ProductSpec, StepSpec, table_tensors
 from stepquant.core.affine import to_groups
 from stepquant.core.freed import empty, give_back
+from stepquant.core.mapped import beside
 from stepquant.core.pack import pack, pack_nearest
 from stepquant.quant.insert import Inserted
 from stepquant.quant.layers import QuantLayer
@@ -99,7 +100,8 @@ def packed_tensors(layer: QuantLayer) -> dict[str, Tensor]:
         out["first_output"] = layer.first.float()
     if layer.branch is not None:
         out |= {"low_rank.down": layer.branch.down, "low_rank.up": layer.branch.up}
-    return {name: own(value) for name, value in out.items()} | {"weight": packed_weight(layer, quantizer)}
+    packed = beside(layer.weight, packed_weight(layer, quantizer))
+    return {name: own(value) for name, value in out.items()} | {"weight": packed}
 
 
 def packed_weight(layer: QuantLayer, quantizer: Quantizer) -> Tensor:

@@ -101,14 +101,37 @@ def skeleton(
 def lower(model: nn.Module, artifact: Artifact, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """`model` in integers, in place; it holds the artifact's own tensors where they are on its device."""
     skeleton(model, artifact.layers, artifact.products, artifact.splits, artifact.steps, artifact.policy)
+    fill(model, artifact)
+    return prepare(model, dtype)
+
+
+def hold(model: nn.Module, artifact: Artifact) -> nn.Module:
+    """`model` with the artifact's tensors, in place, to be saved and not to run: no layer takes memory of its own."""
+    split_concats(model, artifact.splits)
+    floats = model.state_dict()
+    skeleton(model.to("meta"), artifact.layers, artifact.products, {}, artifact.steps, artifact.policy)
+    fill(model, artifact)
+    for name, value in model.state_dict().items():
+        if value.is_meta:
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            if leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(floats[name], requires_grad=False)
+            else:
+                module._buffers[leaf] = floats[name]
+    return model
+
+
+def fill(model: nn.Module, artifact: Artifact) -> None:
+    """Put the tensors of `artifact` into its skeleton."""
     own = own_tensors(model)
     bounds = bounds_of(artifact.layers, artifact.products, artifact.steps)
     check_tensors(artifact.tensors, own, "artifact", bounds)
     check_values(artifact.tensors, bounds, "artifact")
     for name, value in artifact.tensors.items():
         path, _, leaf = name.rpartition(".")
-        model.get_submodule(path)._buffers[leaf] = value.to(own[name])
-    return prepare(model, dtype)
+        there = value.to(own[name].dtype) if own[name].is_meta else value.to(own[name])
+        model.get_submodule(path)._buffers[leaf] = there
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:

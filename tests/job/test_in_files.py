@@ -1,0 +1,202 @@
+"""Pipelines whose denoisers stay in their files: the same folder as ever, by any method, in little memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DiTPipeline, DiTTransformer2DModel
+from safetensors.torch import load_file
+
+from stepquant.core import mapped
+from stepquant.errors import ModelError, StepquantError
+from stepquant.job import Recipe, quantize_to
+from stepquant.job.in_files import load_in_files
+from stepquant.progress import Silent
+from tests.conftest import make_class_pipeline
+from tests.contracts.smallest import Counting, Killed
+from tests.job.test_job import contents
+
+FILE = "diffusion_pytorch_model.safetensors"
+FEW: dict[str, Any] = {"samples": 16, "trajectories": 4}
+WAYS = {"minmax": ("w8a8", FEW), "brecq": ("w4a8", FEW | {"iterations": 4, "step_iterations": 2})}
+
+
+def recipe(model: Path, method: str = "minmax", **changes: Any) -> Recipe:
+    scheme, settings = WAYS[method]
+    fields = {"model": str(model), "method": method, "scheme": scheme, "settings": settings, "steps": 4}
+    return Recipe.of(**fields | changes)
+
+
+@pytest.fixture
+def saved(pipeline: DDIMPipeline, tmp_path: Path) -> Path:
+    pipeline.save_pretrained(tmp_path / "float")
+    return tmp_path / "float"
+
+
+@pytest.fixture
+def halved(class_pipeline: DiTPipeline, tmp_path: Path) -> Path:
+    """Its transformer in bfloat16, and in several files."""
+    class_pipeline.save_pretrained(tmp_path / "halved")
+    folder = tmp_path / "halved" / "transformer"
+    (folder / FILE).unlink()
+    class_pipeline.transformer.to(torch.bfloat16).save_pretrained(folder, max_shard_size="50KB")
+    return tmp_path / "halved"
+
+
+def quantized(monkeypatch: pytest.MonkeyPatch, asked: Recipe, out: Path, **options: Any) -> dict[str, bytes]:
+    """What is in the folder, made with a cache of its own."""
+    monkeypatch.setenv("STEPQUANT_CACHE", str(out.with_name(f"{out.name}-cache")))
+    return contents(quantize_to(asked, out, **options).out)
+
+
+@pytest.mark.parametrize("method", WAYS)
+@pytest.mark.parametrize("kind", ["saved", "halved"])
+def test_the_folder_is_the_same(
+    kind: str, method: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(request.getfixturevalue(kind), method)
+    usual = quantized(monkeypatch, asked, tmp_path / "usual")
+    small = quantized(monkeypatch, asked, tmp_path / "small", low_memory=True, memory=0)
+    assert small == usual
+    assert len(usual) > 3
+
+
+def test_an_interrupted_run_goes_on(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed where it learns, from files that are no float model's own; the cache keeps nothing else of it."""
+    asked = recipe(saved, "brecq")
+    whole, counting = tmp_path / "whole", Counting()
+    usual = quantized(monkeypatch, asked, whole, low_memory=True, progress=counting)
+    monkeypatch.setenv("STEPQUANT_CACHE", str(tmp_path / "again-cache"))
+    with pytest.raises(Killed):
+        quantize_to(asked, tmp_path / "again", low_memory=True, progress=Counting(counting.done * 4 // 5))
+    assert not (tmp_path / "again").exists()
+    resumed = Counting()
+    again = quantized(monkeypatch, asked, tmp_path / "again", low_memory=True, resume=True, progress=resumed)
+    assert again == usual
+    assert resumed.done < counting.done
+    assert not list((tmp_path / "again-cache").rglob("mapped-*"))
+
+
+def test_weights_of_another_type_are_said(halved: Path) -> None:
+    said: list[str] = []
+
+    class Noting(Silent):
+        def note(self, words: str) -> None:
+            said.append(words)
+
+    found = load_in_files(str(halved), "cpu", Noting()).transformer
+    assert {value.dtype for value in found.state_dict().values()} == {torch.float32}
+    assert "transformer are BF16 in their files" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("kept", "told"), [(slice(-40), "its header tells of"), (slice(40), "damaged"), (slice(0), "damaged")]
+)
+def test_files_that_end_early_are_never_mapped(saved: Path, tmp_path: Path, kept: slice, told: str) -> None:
+    file = saved / "unet" / FILE
+    file.write_bytes(file.read_bytes()[kept])
+    with pytest.raises(ModelError, match=told):
+        quantize_to(recipe(saved), tmp_path / "out", low_memory=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is mapped")
+def test_nobody_can_write_to_the_model(saved: Path) -> None:
+    file = saved / "unet" / FILE
+    found = load_in_files(str(saved), "cpu", Silent()).unet
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
+    assert lines
+    assert all(line.split()[1] == "r--s" for line in lines)
+    for name, value in load_file(file).items():
+        assert torch.equal(found.get_parameter(name), value)
+
+
+def test_what_cannot_stay_in_files_is_said(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(StepquantError, match="read by the CPU"):
+        quantize_to(recipe(saved, device="meta"), tmp_path / "out", low_memory=True)
+    quantize_to(recipe(saved), tmp_path / "out", low_memory=True)
+    with pytest.raises(ModelError, match="quantized already"):
+        quantize_to(recipe(tmp_path / "out"), tmp_path / "twice", low_memory=True)
+
+
+def test_a_full_disk_is_an_error(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mapped.os, "posix_fallocate", full)
+    with pytest.raises(StepquantError, match="No space left") as error:
+        quantize_to(recipe(saved), tmp_path / "out", low_memory=True)
+    assert "STEPQUANT_CACHE" in str(error.value)
+
+
+LIMITED = """
+import resource, sys
+import torch
+from stepquant.job import Recipe, quantize_to
+from stepquant.job.memory import status_bytes
+model, out, more, low, method, scheme, settings = sys.argv[1:]
+settings = {name: int(value) for name, value in (one.split("=") for one in settings.split(","))}
+recipe = Recipe.of(model=model, method=method, scheme=scheme, steps=2, settings=settings)
+learnt = torch.nn.Linear(4, 4)  # what libraries import when something is learnt first
+learnt(torch.ones(1, 4)).sum().backward()
+torch.optim.Adam(learnt.parameters(), fused=True).step()
+limit = status_bytes("VmData") + int(more)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+quantize_to(recipe, out, low_memory=low == "low", memory=0)
+"""
+RECORDS = "samples=16,trajectories=8,batch=4"
+RUNS = [
+    ("usual", "minmax", "w8a8", RECORDS),
+    ("low", "minmax", "w8a8", RECORDS),
+    ("low", "minmax", "w4a16", RECORDS),
+    ("low", "brecq", "w4a8", f"{RECORDS},iterations=2,step_iterations=1"),
+]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """Many narrow blocks and large tables, in 16 bits on disk, and how many bytes they are in float32."""
+    folder = tmp_path_factory.mktemp("large")
+    made: Any = make_class_pipeline()
+    with torch.device("meta"):
+        network = DiTTransformer2DModel(
+            num_attention_heads=5,
+            attention_head_dim=32,
+            in_channels=4,
+            out_channels=4,
+            num_layers=32,
+            num_embeds_ada_norm=3000,
+            sample_size=8,
+        )
+    network.to_empty(device="cpu").requires_grad_(False)
+    for value in network.state_dict().values():
+        value.fill_(0.01)
+    made.register_modules(transformer=network)
+    made.save_pretrained(folder)
+    network.to(torch.bfloat16).save_pretrained(folder / "transformer")
+    return folder, sum(4 * value.numel() for value in network.state_dict().values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a process may write to")
+@pytest.mark.parametrize(("way", "method", "scheme", "settings"), RUNS)
+def test_a_model_larger_than_what_the_process_may_take(
+    way: str, method: str, scheme: str, settings: str, large: tuple[Path, int], tmp_path: Path
+) -> None:
+    """Its float weights are 1.2 times the memory that is left to the process, which loads them in vain."""
+    folder, size = large
+    words = [sys.executable, "-W", "ignore", "-c", LIMITED, folder, tmp_path / "out", str(int(size / 1.2))]
+    # What is freed goes back to the system, and no thread has a heap of its own: the same on every machine.
+    calm = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"
+    }  # fmt: skip
+    done = subprocess.run([*words, way, method, scheme, settings], capture_output=True, text=True, env=calm)
+    works = way == "low"
+    assert (done.returncode == 0) == works, done.stderr
+    assert ("memory" in done.stderr.lower()) == (not works), done.stderr
+    assert (tmp_path / "out" / "model_index.json").exists() == works
