@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from stepquant.core import ranges
 from stepquant.core.affine import fake_quantize, scale_and_zero
 from stepquant.core.grid import Grid, GridError
 from stepquant.core.ranges import ema, lp_search, lp_search_binned, minmax, percentile
@@ -48,6 +49,14 @@ def test_lp_search_finds_the_same_whatever_it_rules_out_early(grid: Grid, outerm
     x = torch.cat([heavy_tails(6, 300), torch.zeros(1, 300), torch.randn(2, 300) + 4])
     for some, all_of_them in zip(lp_search(x, grid, outermost=outermost), lp_search(x, grid, outermost=300)):
         assert torch.equal(some, all_of_them)
+
+
+def test_lp_search_finds_the_same_however_many_rows_it_takes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = heavy_tails(9, 300)
+    whole = lp_search(x, SYMMETRIC)
+    for few in (1, 2, 4):
+        monkeypatch.setattr(ranges, "CACHED", 300 * few)
+        assert all(map(torch.equal, lp_search(x, SYMMETRIC), whole))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from stepquant.core.slices import Slices
 
 Rows = Tensor | Slices  # of slices there is a single row
 Search = Callable[[Tensor, Grid], tuple[Tensor, Tensor]]  # rows (n, elements), grid -> low (n,), high (n,)
+CACHED = 1 << 17  # elements of rows whose error is taken at once: nothing of it leaves the cache of a core
 SlicedSearch = Callable[[Slices, Grid], tuple[Tensor, Tensor]]
 
 
@@ -50,14 +51,14 @@ def lp_search(
     extremes = rows.gather(1, rows.abs().topk(min(outermost, rows.shape[1]), dim=1).indices)
     best = torch.full_like(low, torch.inf)
     chosen = torch.ones_like(low)
+    few = max(CACHED // rows.shape[1], 1)
     for index in range(candidates, 0, -1):
         fraction = index / candidates
         hopeful = (lp_error(extremes, low * fraction, high * fraction, grid, p) < best).nonzero().flatten()
-        if not len(hopeful):
-            continue
-        error = lp_error(rows[hopeful], low[hopeful] * fraction, high[hopeful] * fraction, grid, p)
-        better = error < best[hopeful]
-        best[hopeful[better]], chosen[hopeful[better]] = error[better], fraction
+        for some in hopeful.split(few):
+            error = lp_error(rows[some], low[some] * fraction, high[some] * fraction, grid, p)
+            better = error < best[some]
+            best[some[better]], chosen[some[better]] = error[better], fraction
     return low * chosen, high * chosen
 
 
@@ -66,7 +67,7 @@ def lp_error(
 ) -> Tensor:
     """Sum of |x - Q(x)|^p per row, each value counted `mass` times."""
     scale, zero_point = scale_and_zero(low, high, grid)
-    error = (rows - fake_quantize(rows, scale[:, None], zero_point[:, None], grid)).abs().pow(p)
+    error = fake_quantize(rows, scale[:, None], zero_point[:, None], grid).sub_(rows).abs_().pow_(p)
     return (error if mass is None else error * mass).sum(1)
 
 
