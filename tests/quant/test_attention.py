@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import Generator, Tensor
 
@@ -39,6 +40,17 @@ def operands(mask: bool = False) -> tuple[Any, ...]:
     generator = Generator().manual_seed(0)
     q, k, v = (torch.randn(2, tokens, 3, 8, generator=generator).transpose(1, 2) for tokens in (24, 40, 40))
     return q, k, v, torch.randn(2, 1, 24, 40, generator=generator) if mask else None, None
+
+
+def test_what_nobody_looks_at_is_the_product_of_the_float_model() -> None:
+    made, (q, k, v, *_) = product(), operands()
+    for quantizer in made.ports().values():
+        quantizer.enabled = False
+    with torch.no_grad():
+        assert torch.equal(made(q, k, v, None, None), F.scaled_dot_product_attention(q, k, v))
+        made.probabilities.observer = lambda *_: None
+        seen = made(q, k, v, None, None)
+    torch.testing.assert_close(seen, F.scaled_dot_product_attention(q, k, v))
 
 
 @pytest.mark.parametrize("at_once", [80, 1000, 2000], ids=["queries", "heads", "samples"])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -38,6 +39,8 @@ class QuantProduct(nn.Module):
         scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
         shape = *q.shape[:-1], k.shape[-2]
         q, k = self.query(q), self.key(k)
+        if mask is None and self.unseen and not torch.is_grad_enabled():
+            return F.scaled_dot_product_attention(q, k, self.value(v), scale=scale)
         mask = None if mask is None else mask.expand(shape)
         parts = cuts(*shape)
         if len(parts) == 1:
@@ -58,6 +61,11 @@ class QuantProduct(nn.Module):
             out = found.new_empty(*shape[:3], v.shape[-1]) if not out.numel() else out
             out[part] = found
         return out
+
+    @property
+    def unseen(self) -> bool:
+        """Whether probabilities are floats that nobody looks at, as in the float model."""
+        return not self.probabilities.enabled and self.probabilities.observer is None
 
     def learnable(
         self, part: Cut, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
