@@ -41,7 +41,7 @@ def percentile(rows: Rows, grid: Grid, *, percent: float = 99.99) -> tuple[Tenso
 
 
 def lp_search(
-    rows: Tensor, grid: Grid, *, p: float = 2.4, candidates: int = 100, outermost: int = 128
+    rows: Tensor, grid: Grid, *, p: float = 2.4, candidates: int = 100, outermost: int = 32
 ) -> tuple[Tensor, Tensor]:
     """Of the ranges i/candidates * [min, max], the one whose quantization error has the least p-norm.
 
