@@ -18,6 +18,7 @@ from stepquant.core.ranges import lp_search, minmax
 from stepquant.errors import CalibrationError, MethodError
 from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.sampling import Sampling
 from stepquant.progress import Silent
 from stepquant.quant.schemes import scheme
 from tests.conftest import make_one_level
@@ -136,6 +137,18 @@ def test_a_model_without_skip_concatenations_is_quantized_whole_and_that_is_said
     artifact = run(replace(source, progress=ears), "qdiffusion", iterations=0, step_iterations=0, **asked)
     assert not artifact.splits
     assert any("nothing to split" in words for words in ears.heard) == split
+
+
+@pytest.mark.parametrize(
+    ("records", "steps", "said"),
+    [(16, 10, ["few records"]), (64, 2, ["few steps"]), (16, 2, ["few records", "few steps"]), (65, 5, [])],
+)
+def test_little_to_learn_from_is_said(source: Source, records: int, steps: int, said: list[str]) -> None:
+    ears = Listening()
+    source = replace(source, sampling=Sampling(steps), progress=ears)
+    settings = {"samples": records, "trajectories": 16, "iterations": 0, "step_iterations": 0}
+    run(source, "brecq", by_step="never", **settings)
+    assert [words.split(" to learn")[0] for words in ears.heard if "to learn" in words] == said
 
 
 @pytest.mark.parametrize("name", ["qdiffusion", "gptq"])

@@ -22,7 +22,7 @@ from stepquant.calib.pick import spread, uniform
 from stepquant.calib.record import Source
 from stepquant.fit.distil import distil
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import LearningMethod
+from stepquant.methods.method import LearningMethod, say_few
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
@@ -77,6 +77,7 @@ class EfficientDM(LearningMethod):
                 weight_scale_rate=self.weight_scale_rate,
                 scale_rate=self.step_rate,
             )
+            say_few(data, source)
             journal = self.journal(streams, data, source)
             distil(streams, schedule, journal, stage="distilled", seed=source.seed, progress=source.progress)
             return freeze(network)
