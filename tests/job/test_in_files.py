@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DiTPipeline, DiTTransformer2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file
 
 from stepquant.core import mapped
@@ -18,7 +18,7 @@ from stepquant.errors import ModelError, StepquantError
 from stepquant.job import Recipe, quantize_to
 from stepquant.job.in_files import load_in_files
 from stepquant.progress import Silent
-from tests.conftest import make_class_pipeline
+from tests.conftest import make_class_pipeline, make_one_level
 from tests.contracts.smallest import Counting, Killed
 from tests.job.test_job import contents
 
@@ -65,6 +65,26 @@ def test_the_folder_is_the_same(
     small = quantized(monkeypatch, asked, tmp_path / "small", low_memory=True, memory=0)
     assert small == usual
     assert len(usual) > 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scheme": "auto-6.5", "settings": {"samples": 8}},
+        {"policy": "last=1", "settings": {"samples": 8}},
+        {"method": "minmax+tac", "scheme": "w8a8", "settings": {"minmax.samples": 8, "tac.samples": 4}},
+    ],
+    ids=["auto", "policy", "corrected"],
+)
+def test_what_asks_the_whole_network_is_the_same(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    DDIMPipeline(make_one_level(), DDIMScheduler()).save_pretrained(tmp_path / "float")
+    asked = Recipe.of(
+        **{"model": str(tmp_path / "float"), "method": "minmax", "scheme": "w8a8", "steps": 4} | changes
+    )
+    usual = quantized(monkeypatch, asked, tmp_path / "usual")
+    assert quantized(monkeypatch, asked, tmp_path / "small", low_memory=True) == usual
 
 
 def test_an_interrupted_run_goes_on(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
