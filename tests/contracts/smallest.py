@@ -39,11 +39,16 @@ class Nearest(Method):
 
 def smallest(name: str) -> Method:
     """The method of that name with few of everything, or a correction behind plain rounding."""
-    kind = methods.kind(name)
-    few = {key: max(FEW, least(field)) for key, field in kind.model_fields.items() if is_many(field)}
+    few = few_of(name)
     if methods.corrects(name):
         return Corrected(method=Nearest(), correction=methods.make(name, few))  # type: ignore[arg-type]
     return methods.build(name, few)
+
+
+def few_of(name: str) -> dict[str, int]:
+    """The least of every number that a method or a correction counts."""
+    fields = methods.kind(name).model_fields
+    return {key: max(FEW, least(field)) for key, field in fields.items() if is_many(field)}
 
 
 def is_many(field: FieldInfo) -> bool:

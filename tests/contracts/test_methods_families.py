@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
 
 from stepquant import methods
-from stepquant.artifact import Artifact
 from stepquant.calib.pick import every
 from stepquant.calib.record import Source
 from stepquant.core.ranges import minmax
@@ -24,11 +23,18 @@ from stepquant.fit.streams import Piece, Streams, replaced, replay
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.insert import insert
 from stepquant.quant.schemes import scheme
-from stepquant.runtime.lower import lower
-from tests.contracts.smallest import made, plan_for, smallest
+from tests.contracts.pairs import error_of
 from tests.models.steered import STEPS, source_of
+from tests.models.tiny import images, joint, sounds, videos
 
 # A stem that reads all samples as one list, frames and tokens folded into the batch, text beside the image.
+ALIKE = (
+    "pixart_sigma",
+    "sana_guided",
+    "two_texts",
+    "waveform",
+    "plan_of_actions",
+)  # another is of their kind, or U-Nets
 REPLAYED = ("pixart", "z_image", "sd3_dual", "flux", "cogvideox", "latte")
 
 
@@ -103,31 +109,30 @@ def test_a_joint_block_is_fitted_to_both_of_its_streams(tmp_path: Path) -> None:
         assert learner.held_loss(sample) == pytest.approx(report.hard)
 
 
-# A transformer, joint and single blocks, a video and a sound take turns; U-Nets run all methods in test_methods_bytes.py.
-KINDS = ("class_transformer", "flux", "cogvideox", "stable_audio")
-PAIRS = [(method, KINDS[number % len(KINDS)]) for number, method in enumerate(methods.names())]
-PAIRS.append(("d2dpm", "text_to_image"))
+# Methods and networks take turns, each at least once.
+NETWORKS = [case.__name__ for kind in (images, joint, videos, sounds) for case in kind.CASES]
+TURNS = [one for one in NETWORKS if one not in ALIKE]
+PAIRS = list(zip(cycle(methods.names()), TURNS))
+PAIRS += [
+    ("d2dpm", "text_to_image"),
+    ("d2dpm", "z_image"),  # a prediction for each sample, in a list
+    ("tdq", "z_image"),  # and samples at different steps in one batch
+    ("tdq", "animated"),  # of which each has several rows
+    ("gptq", "animated"),  # whose layers are called by keyword
+]
 REFUSED = {"tac": "needs an unconditional pipeline"}
 
 
 @pytest.mark.usefixtures("coarse")
-@pytest.mark.parametrize(("method", "kind"), PAIRS)
-def test_every_method_makes_what_runs(method: str, kind: str, tmp_path: Path) -> None:
-    source = source_of(kind, tmp_path)
+@pytest.mark.parametrize(("method", "network"), PAIRS)
+def test_every_method_makes_what_runs(method: str, network: str, tmp_path: Path) -> None:
     if method in REFUSED:
         with pytest.raises(MethodError, match=REFUSED[method]):
-            made(smallest(method), plan_for(method), source)
+            error_of(method, network, "w4a8", tmp_path)
         return
-    assert wrong(made(smallest(method), plan_for(method), source), source) < 0.3
+    assert error_of(method, network, "w4a8", tmp_path) < 0.3
 
 
-def wrong(artifact: Artifact, source: Source) -> float:
-    """The greatest relative error at any step of what was made, in integers."""
-    exact = source.pipeline.denoiser
-    served = Denoiser(lower(copy.deepcopy(exact.model), artifact, torch.float32))
-    errors = []
-    for records in source.record(every(1, range(STEPS))).batches(2):
-        with torch.no_grad():
-            want, found = (one.predict(records.arguments) for one in (exact, served))
-        errors.append(float((found - want).norm() / want.norm()))
-    return max(errors)
+def test_all_methods_and_transformers_have_their_turn() -> None:
+    assert {method for method, _ in PAIRS} == set(methods.names())
+    assert {network for _, network in PAIRS} >= set(TURNS)

@@ -31,6 +31,7 @@ CROSSES = {("hub.on_load", "quant.plan"), ("hub.on_load", "quant.schemes")}
 INSIDE: dict[str, Rungs] = {
     "models": (
         ("families", "split", "attention", "noise", "zoo", "call", "originals"),
+        ("samples",),
         ("denoiser", "blocks", "tables"),
         ("sampling", "part"),
         ("pipelines",),

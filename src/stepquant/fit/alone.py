@@ -19,6 +19,7 @@ from stepquant.core.slices import Slices
 from stepquant.fit.lines import Lines
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.generate import run
+from stepquant.models.hooks import read_by
 from stepquant.models.sampling import Sampling
 from stepquant.progress import Progress
 from stepquant.quant.insert import Inserted, Place, insert
@@ -87,7 +88,7 @@ def sizes_of(denoiser: Denoiser, places: Collection[Place], data: CalibSet) -> d
 
     def counting(place: Place) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            sizes[place] = sizes.get(place, 0) + (args[0] if args else kwargs["input"]).numel()
+            sizes[place] = sizes.get(place, 0) + read_by(args, kwargs).numel()
 
         return hook
 

@@ -15,6 +15,7 @@ from stepquant.errors import CalibrationError, MethodError
 from stepquant.fit.low_rank import divisible, finite_factors
 from stepquant.models.blocks.fold import folds
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.hooks import read_by
 from stepquant.progress import Progress
 from stepquant.quant.insert import Inserted
 from stepquant.quant.layers import QuantLayer
@@ -137,7 +138,7 @@ def show_inputs(
 
     def telling(path: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            listeners[path](args[0] if args else kwargs["input"])
+            listeners[path](read_by(args, kwargs))
 
         return hook
 

@@ -18,6 +18,7 @@ from stepquant.fit.learnable import FixedIntegers, kept
 from stepquant.fit.learner import Learner, Sample, Schedule
 from stepquant.fit.reconstruct import Report
 from stepquant.fit.streams import Piece, Reached
+from stepquant.models.hooks import read_by
 from stepquant.quant.insert import Inserted
 from stepquant.quant.layers import QuantLayer
 
@@ -151,11 +152,11 @@ def calls(piece: Piece, layers: dict[str, QuantLayer], sample: Sample) -> list[s
 def run_until(piece: Piece, layer: QuantLayer, columns: list[Tensor], see: See) -> None:
     """Run the piece up to this layer, and show what the layer's weight is multiplied with."""
 
-    def listen(_: nn.Module, args: tuple[Any, ...]) -> None:
-        see(layer.received(args[0]))
+    def listen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(layer.received(read_by(args, kwargs)))
         raise Reached
 
-    handle = layer.register_forward_pre_hook(listen)
+    handle = layer.register_forward_pre_hook(listen, with_kwargs=True)
     try:
         piece.run(columns)
     except Reached:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -106,6 +106,11 @@ def block_outputs(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, 
             if path in modules:
                 stack.enter_context(removing(modules[path].register_forward_hook(keep(path))))
         yield found
+
+
+def read_by(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a layer is given to read, which some models name as torch does."""
+    return args[0] if args else kwargs["input"]
 
 
 @contextmanager

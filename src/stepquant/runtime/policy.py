@@ -18,7 +18,7 @@ from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.cast import FloatLayer
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.tabled import Tabled
-from stepquant.runtime.steps import by_group
+from stepquant.runtime.steps import Prediction, by_group
 from stepquant.runtime.turns import Turns
 
 
@@ -49,10 +49,10 @@ class PolicyForward:
         if bool(chosen.all()) or not bool(chosen.any()):
             return self.run(bool(chosen[:1].any()), *args, **kwargs)
 
-        def run(group: int, some: dict[str, Any], _: Tensor) -> Tensor:
+        def run(group: int, some: dict[str, Any], _: Tensor) -> Prediction:
             return self.run(bool(group), **some, return_dict=False)[0]  # type: ignore[no-any-return]
 
-        out = by_group(arguments, chosen.long(), run)
+        out = by_group(arguments, family, chosen.long(), run)
         return self.denoiser.output(sample=out) if kwargs.get("return_dict", True) else (out,)
 
     def run(self, floats: bool, *args: Any, **kwargs: Any) -> Any:

@@ -16,12 +16,16 @@ from stepquant.core.bounds import check_values
 from stepquant.core.steps import StepCorrection, StepTable
 from stepquant.errors import RuntimeSupportError
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.families.family import Family
 from stepquant.models.noise import adds_noise, answer_of_clean, eta_of, left_of_noise, takes_eta
+from stepquant.models.samples import samples_at
 from stepquant.models.tables import StepTables
 from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.stored import Prepared, Stored, Versions
 from stepquant.runtime.turns import Turns
+
+Prediction = Tensor | list[Tensor]  # of all samples together, or of each
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,19 +119,20 @@ class StepForward:
             first = int(rows[0]) if len(rows) else 0
             out = self.run(first, arguments, places) if one else self.by_row(arguments, places, rows)
         if known.correction is not None:
-            out = known.correction(out, places, family.channels).to(out.dtype)
+            out = corrected(out, known.correction, places, family.channels)
         return self.output(sample=out) if return_dict else (out,)
 
-    def by_row(self, arguments: dict[str, Any], places: Tensor, rows: Tensor) -> Tensor:
+    def by_row(self, arguments: dict[str, Any], places: Tensor, rows: Tensor) -> Prediction:
         """The predictions of a batch whose samples read different rows, in its order."""
-        return by_group(arguments, rows, lambda row, some, mine: self.run(row, some, places[mine]))
+        family = self.denoiser.family
+        return by_group(arguments, family, rows, lambda row, some, mine: self.run(row, some, places[mine]))
 
-    def run(self, row: int, arguments: dict[str, Any], places: Tensor) -> Tensor:
+    def run(self, row: int, arguments: dict[str, Any], places: Tensor) -> Prediction:
         for module in self.stepped:
             module.select(row)
         return self.forward_at(arguments, places)
 
-    def forward_at(self, arguments: dict[str, Any], places: Tensor) -> Tensor:
+    def forward_at(self, arguments: dict[str, Any], places: Tensor) -> Prediction:
         """The model's own prediction, while tabled layers return the rows at these places."""
         tensors = self.tensors
         if tensors.spec.tabled:
@@ -135,7 +140,7 @@ class StepForward:
             assert table is not None, "what is tabled has a table"
             tensors.present = table[places.to(table.device)]
         try:
-            out: Tensor = self.forward(**arguments, return_dict=False)[0]
+            out: Prediction = self.forward(**arguments, return_dict=False)[0]
         finally:
             tensors.present = None
         return out
@@ -161,26 +166,29 @@ def stepped_modules(model: nn.Module) -> Iterable[IntegerLayer | IntegerProduct]
 
 
 def by_group(
-    arguments: Mapping[str, Any], groups: Tensor, run: Callable[[int, dict[str, Any], Tensor], Tensor]
-) -> Tensor:
+    arguments: Mapping[str, Any],
+    family: Family,
+    groups: Tensor,
+    run: Callable[[int, dict[str, Any], Tensor], Prediction],
+) -> Prediction:
     """The predictions of a batch in its order; `run` makes those of each group of samples, whose places it is told."""
-    out: Tensor | None = None
-    for group in groups.unique().tolist():
-        mine = (groups == group).nonzero().flatten()
-        some = {name: pick(value, mine, len(groups)) for name, value in arguments.items()}
-        part = run(group, some, mine)
-        out = part.new_empty((len(groups), *part.shape[1:])) if out is None else out
-        out[mine] = part
-    assert out is not None
-    return out
+    places = [(groups == group).nonzero().flatten() for group in groups.unique()]
+    parts = [run(int(groups[mine[0]]), samples_at(arguments, mine, family), mine) for mine in places]
+    order = torch.cat(places).argsort()
+    joined = [part for part in parts if isinstance(part, Tensor)]
+    if joined:
+        return torch.cat(joined)[order.to(joined[0].device)]
+    listed = [one for part in parts for one in part]
+    return [listed[place] for place in order.tolist()]
 
 
-def pick(value: Any, rows: Tensor, samples: int) -> Any:
-    """The rows of an argument that has a batch axis; nested ones too."""
-    if isinstance(value, dict):
-        return {name: pick(inner, rows, samples) for name, inner in value.items()}
-    has_rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == samples
-    return value[rows.to(value.device)] if has_rows else value
+def corrected(out: Prediction, correction: StepCorrection, places: Tensor, channels: int) -> Prediction:
+    """What a model predicts, each sample with the row at its place; `channels` is their axis."""
+    if isinstance(out, list):
+        return [
+            correction(one[None], place[None], channels)[0].to(one.dtype) for one, place in zip(out, places)
+        ]
+    return correction(out, places, channels).to(out.dtype)
 
 
 def absorb(scheduler: Any, correction: StepCorrection, table: StepTable) -> Any:

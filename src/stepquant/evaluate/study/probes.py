@@ -26,6 +26,7 @@ from stepquant.evaluate.study.allocate import Sensitivity
 from stepquant.evaluate.study.sites import StudiedSite, plan_with
 from stepquant.fit.alone import set_ranges
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.hooks import read_by
 from stepquant.progress import Progress
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
@@ -158,7 +159,7 @@ def weight_hook(key: str, told: Told) -> Callable[[Tensor], None]:
 
 def input_hook(key: str, told: Told) -> Callable[..., Any]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = args[0] if args else kwargs["input"]
+        x = read_by(args, kwargs)
         alone = (
             x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         )  # what this layer reads, no other

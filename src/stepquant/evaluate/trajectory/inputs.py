@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.hooks import read_by
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.lower import runtime_modules
 from stepquant.runtime.ops.code import Code
@@ -53,15 +54,16 @@ def watch_inputs(
     modules = dict(source.model.named_modules())
 
     def watch(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if wanted() and args and isinstance(args[0], Tensor):
-                found[path] = see(args[0], allowed.get(path))
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if wanted():
+                found[path] = see(read_by(args, kwargs), allowed.get(path))
 
         return hook
 
     with ExitStack() as stack:
         for path in source.sites():
-            stack.callback(modules[path].register_forward_pre_hook(watch(path)).remove)
+            handle = modules[path].register_forward_pre_hook(watch(path), with_kwargs=True)
+            stack.callback(handle.remove)
         yield found
 
 
