@@ -7,6 +7,7 @@
 #pragma once
 
 #include "dot.h"
+#include "row_mask.h"
 #include "scratch.h"
 
 namespace stepquant {
@@ -14,7 +15,6 @@ namespace {
 
 constexpr int64_t tile_keys = 64;
 constexpr int64_t step_keys = 4 * lanes;  // what the softmax takes at once; divides a tile
-constexpr int32_t never = -(1 << 30);  // the score of a key that only fills the last step
 
 constexpr int64_t round_up(int64_t count, int64_t multiple) {
   return (count + multiple - 1) / multiple * multiple;
@@ -148,8 +148,9 @@ void pack(const AttentionTask& task, int64_t begin, int64_t end) {
 }
 
 // 2^((score - largest) * factor) in place of the scores; returns their sum. The rounding of largest * factor is the same
-// for the whole row, so it cancels when the row is divided by its sum. Keys that pad the last step get exactly 0, however
-// small the factor is.
+// for the whole row, so it cancels when the row is divided by its sum. Keys that are left out, or pad the last step, get exactly
+// 0, however small the factor is.
+template <bool masked>
 STEPQUANT_INLINE float exponentiate(int32_t* scores, int64_t keys, int64_t filled, int32_t largest, float factor) {
   const float top = static_cast<float>(largest) * factor;
   Floats sum[4] = {};
@@ -157,7 +158,10 @@ STEPQUANT_INLINE float exponentiate(int32_t* scores, int64_t keys, int64_t fille
     for (int64_t v = 0; v < 4; ++v) {
       int32_t* at = scores + i + v * lanes;
       float* to = reinterpret_cast<float*>(at);
-      const Floats e = exp2_coarse(__builtin_convertvector(load_words(at), Floats) * factor - top);
+      const Ints score = load_words(at);
+      const Floats raised = exp2_coarse(__builtin_convertvector(score, Floats) * factor - top);
+      Floats e = raised;
+      if constexpr (masked) e = score == never ? Floats{} : raised;
       store(to, e);
       const int64_t left = filled - (i + v * lanes);
       if (left >= lanes) {
@@ -254,17 +258,30 @@ void pack_queries(Block<Dot>& block) {
   }
 }
 
+// What the mask leaves of the scores of one query; returns the largest, `never` where that is nothing.
+template <class Dot>
+int32_t apply_mask(const Block<Dot>& block, int64_t row, int32_t* scores) {
+  const RowMask& mask = block.task.mask;
+  const int64_t place =
+      block.batch * mask.batch_stride + block.head * mask.head_stride + (block.first + row) * mask.query_stride;
+  if (mask.logical) return leave_out(static_cast<const bool*>(mask.data) + place, block.filled, scores);
+  return add_bias(static_cast<const float*>(mask.data) + place, mask.step, block.filled, scores);
+}
+
 template <class Dot>
 void softmax(Block<Dot>& block) {
   const int64_t keys = block.layout.keys;
   for (int64_t row = 0; row < block.rows; ++row) {
     int32_t* scores = block.scores + row * keys;
-    if (block.filled == 0) {  // nothing to read: no shares, where 0 would be divided by 0
+    if (block.task.mask.data) block.largest[row] = apply_mask(block, row, scores);
+    if (block.filled == 0 ||
+        block.largest[row] == never) {  // nothing to read: no shares, where 0 would be divided by 0
       std::memset(block.probabilities + row * keys, 0, static_cast<size_t>(keys) * sizeof(typename Dot::Element));
       block.sums[row] = 0;
       continue;
     }
-    const float sum = exponentiate(scores, keys, block.filled, block.largest[row], block.task.factor);
+    const auto exponentials = block.task.mask.data ? exponentiate<true> : exponentiate<false>;
+    const float sum = exponentials(scores, keys, block.filled, block.largest[row], block.task.factor);
     const Code& code = block.task.probabilities;
     block.sums[row] = normalize<Dot>(scores, keys, code.inverse / sum, code, block.probabilities + row * keys);
   }

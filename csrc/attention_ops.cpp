@@ -23,38 +23,59 @@ Operand operand_of(const Tensor& x, const Code& code) {
   return {x.const_data_ptr(), type, x.stride(0), x.stride(1), x.stride(2), code};
 }
 
-// A bias this low leaves a key out: no float32 holds its share beside one without bias.
-constexpr float out_of_reach = -5000.0f;
-constexpr float most_bias = 1 << 29;  // in steps of a score
+// A mask as the kernels read it: the keys that it leaves for every (batch, head) where it is the same for all queries, or a row
+// for each of these.
+struct Shown {
+  Tensor all, places, counts, biases;
+  RowMask rows{};
 
-// The keys that a mask leaves for every (batch, head).
-struct Kept {
-  Tensor places, counts, biases;
-
-  Kept(const Tensor& mask, int64_t batch, int64_t heads, int64_t keys, float step)
-      : places(at::detail::empty_cpu({batch * heads * keys}, at::kInt)),
-        counts(at::detail::empty_cpu({batch * heads}, at::kInt)),
-        biases(at::detail::empty_cpu({batch * heads * keys}, at::kInt)) {
+  Shown(const Tensor& mask, int64_t batch, int64_t heads, int64_t queries, int64_t keys, float step) {
+    const auto fits = [&](int64_t axis, int64_t size) { return mask.size(axis) == 1 || mask.size(axis) == size; };
     TORCH_CHECK(
-        mask.dim() == 4 && mask.size(2) == 1 && mask.size(3) == keys && (mask.size(0) == 1 || mask.size(0) == batch) &&
-            (mask.size(1) == 1 || mask.size(1) == heads),
-        "attention: a mask is expected as (batch or 1, heads or 1, 1, keys), got ", mask.sizes());
+        mask.dim() == 4 && mask.size(3) == keys && fits(0, batch) && fits(1, heads) && fits(2, queries),
+        "attention: a mask is expected as (batch or 1, heads or 1, queries or 1, keys), got ", mask.sizes());
     const bool logical = mask.scalar_type() == at::kBool;
-    const Tensor all = (logical ? mask : mask.to(at::kFloat)).expand({batch, heads, 1, keys}).contiguous();
-    int32_t* place = places.mutable_data_ptr<int32_t>();
-    int32_t* bias = biases.mutable_data_ptr<int32_t>();
-    int32_t* count = counts.mutable_data_ptr<int32_t>();
-    for (int64_t item = 0; item < batch * heads; ++item, place += keys, bias += keys) {
-      const int64_t from = item * keys;
-      count[item] = 0;
-      for (int64_t key = 0; key < keys; ++key) {
-        const float added = logical ? 0.0f : all.const_data_ptr<float>()[from + key];
-        if (logical ? !all.const_data_ptr<bool>()[from + key] : !(added > out_of_reach)) continue;
-        const float steps = std::nearbyint(added / step);
-        place[count[item]] = static_cast<int32_t>(key);
-        bias[count[item]++] = static_cast<int32_t>(std::min(std::max(steps, -most_bias), most_bias));
-      }
+    all = logical || mask.scalar_type() == at::kFloat ? mask : mask.to(at::kFloat);
+    if (keys > 1 && all.stride(3) != 1) all = all.contiguous();
+    if (mask.size(2) > 1 || (!logical && is_far())) {
+      const auto stride = [&](int64_t axis) { return all.size(axis) == 1 ? 0 : all.stride(axis); };
+      rows = {all.const_data_ptr(), logical, stride(0), stride(1), stride(2), step};
+      return;
     }
+    all = all.expand({batch, heads, 1, keys}).contiguous();
+    places = at::detail::empty_cpu({batch * heads * keys}, at::kInt);
+    counts = at::detail::empty_cpu({batch * heads}, at::kInt);
+    biases = at::detail::empty_cpu({logical ? 0 : batch * heads * keys}, at::kInt);
+    for (int64_t item = 0; item < batch * heads; ++item) keep(item, keys, logical, step);
+  }
+
+  // Whether all that is added to the scores of some (batch, head) is out of reach, and finite.
+  bool is_far() const {
+    const Tensor dense = all.contiguous();
+    const float* row = dense.const_data_ptr<float>();
+    const int64_t keys = dense.size(3);
+    for (const float* end = row + dense.numel(); row < end; row += keys) {
+      const float top = *std::max_element(row, row + keys);
+      if (top <= out_of_reach && top > -INFINITY) return true;
+    }
+    return false;
+  }
+
+  // The keys that are left of one (batch, head).
+  void keep(int64_t item, int64_t keys, bool logical, float step) {
+    int32_t* place = places.mutable_data_ptr<int32_t>() + item * keys;
+    int32_t count = 0;
+    for (int64_t key = 0; key < keys; ++key) {
+      const int64_t at = item * keys + key;
+      const float added = logical ? 0.0f : all.const_data_ptr<float>()[at];
+      if (logical ? !all.const_data_ptr<bool>()[at] : !(added > out_of_reach)) continue;
+      if (!logical) {
+        const float steps = std::min(std::max(std::nearbyint(added / step), -most_bias), most_bias);
+        biases.mutable_data_ptr<int32_t>()[item * keys + count] = static_cast<int32_t>(steps);
+      }
+      place[count++] = static_cast<int32_t>(key);
+    }
+    counts.mutable_data_ptr<int32_t>()[item] = count;
   }
 };
 
@@ -93,12 +114,16 @@ Tensor attention(
   task.block = kernel.block;
   const Tensor out = at::detail::empty_cpu({batch, queries, heads, width}, type);
   if (out.numel() == 0) return out.to(given).transpose(1, 2);
-  std::optional<Kept> kept;
+  std::optional<Shown> shown;
   if (mask.has_value()) {
-    kept.emplace(*mask, batch, heads, keys, single(query_scale) * single(key_scale) * single(scale));
-    task.places = kept->places.const_data_ptr<int32_t>();
-    task.counts = kept->counts.const_data_ptr<int32_t>();
-    task.biases = mask->scalar_type() == at::kBool ? nullptr : kept->biases.const_data_ptr<int32_t>();
+    const float step = single(query_scale) * single(key_scale) * single(scale);
+    shown.emplace(*mask, batch, heads, queries, keys, step);
+    task.mask = shown->rows;
+  }
+  if (shown && !task.mask.data) {
+    task.places = shown->places.const_data_ptr<int32_t>();
+    task.counts = shown->counts.const_data_ptr<int32_t>();
+    task.biases = shown->biases.numel() ? shown->biases.const_data_ptr<int32_t>() : nullptr;
   }
   task.packed_bytes = kernel.packed_bytes(keys, width);
   const Tensor packed = at::detail::empty_cpu({batch * heads * task.packed_bytes}, at::kByte);

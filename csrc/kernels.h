@@ -118,6 +118,22 @@ struct Operand {
   Code code;
 };
 
+// A bias this low leaves a key out of an attention: no float32 holds its share beside one without bias. Where all biases of a
+// query are that low, they count from the greatest of them.
+constexpr float out_of_reach = -5000.0f;
+constexpr float most_bias = 1 << 29;  // in steps of a score
+
+// A mask that has a row for every query, or one for all of them: its strides, in elements, and what it says of the keys of a
+// row, as bools (whether a query reads them) or floats (what is added to their scores).
+struct RowMask {
+  const void* data;  // null: no such mask
+  bool logical;
+  int64_t batch_stride;
+  int64_t head_stride;
+  int64_t query_stride;
+  float step;  // of a score
+};
+
 struct AttentionTask {
   Operand query;
   Operand key;
@@ -136,6 +152,7 @@ struct AttentionTask {
   const int32_t* places;
   const int32_t* counts;
   const int32_t* biases;
+  RowMask mask;  // beside which all keys are left
   uint8_t* packed;  // the packed key and value of every (batch, head), packed_bytes each
   int64_t packed_bytes;
   void* out;  // (batch, queries, heads, width)

@@ -75,6 +75,21 @@ def test_slices_return_what_all_at_once_returns(
         assert (found - exact).abs().max() <= (expected - exact).abs().max() + rounding
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_masks_mean_what_they_mean_to_torch(added: bool) -> None:
+    """Also to a query that may read nothing."""
+    q, k, v, *_ = operands()
+    made = product()
+    for quantizer in made.ports().values():
+        quantizer.enabled = False
+    left = torch.rand(2, 1, 24, 40, generator=Generator().manual_seed(1)) < 0.5
+    left[:, :, 3] = False
+    mask = torch.where(left, torch.randn(2, 1, 24, 40), -torch.inf) if added else left
+    found = made(q, k, v, mask, None)
+    torch.testing.assert_close(found, torch.nn.functional.scaled_dot_product_attention(q, k, v, mask))
+    assert not found[:, :, 3].any()
+
+
 def test_observers_see_every_probability_once(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, *rest = operands()
     seen: list[Tensor] = []

@@ -60,6 +60,17 @@ class Case:
             return channels_last(self.numbers(*shape[:2], 2 * shape[2], shape[3]))[:, :, ::2]
         return channels_last(self.numbers(*shape))
 
+    def mask(self, *shape: int) -> Tensor | None:
+        """Of (batch, heads, queries, keys), of any of which but the last there may be one for all."""
+        if self.draw.random() < 0.3:
+            return None
+        shape = *(self.draw.choice((1, size)) for size in shape[:3]), shape[3]
+        left = torch.rand(shape, generator=self.generator) < self.draw.random()
+        if self.draw.random() < 0.5:
+            return left
+        least = self.draw.choice((-1e4, -torch.inf, torch.finfo(torch.float32).min))
+        return torch.where(left, torch.randn(shape, generator=self.generator), least)
+
     def codes(self, *shape: int) -> Tensor:
         if self.draw.random() < 0.15:
             return torch.full(shape, self.draw.choice((0, 255)), dtype=torch.uint8)
@@ -181,7 +192,7 @@ def attention(case: Case) -> None:
     )
     codes = (*[Code(10 ** case.draw.uniform(-2.5, -1), case.draw.randint(0, 255)) for _ in range(3)],
              Code(case.draw.choice((1 / 255, 0.3 / 255)), 0))  # fmt: skip
-    check_attention(q, k, v, codes, most_doubtful=1.0)
+    check_attention(q, k, v, codes, most_doubtful=1.0, mask=case.mask(batch, heads, *counts[:2]))
 
 
 OPERATIONS: tuple[Callable[[Case], None], ...] = (

@@ -108,10 +108,10 @@ def softmax(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     scores = (q @ k.transpose(-1, -2)).mul_(scale)
     if mask is None:
         return scores.softmax(-1)
-    if mask.dtype != torch.bool:
-        return (scores + mask).softmax(-1)
+    left = mask if mask.dtype == torch.bool else mask > -torch.inf
+    scores = scores.masked_fill(~mask, -torch.inf) if left is mask else scores + mask
     # A query that may read nothing reads nothing: its probabilities are 0, where softmax would divide 0 by 0.
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return scores.softmax(-1).masked_fill(~left.any(-1, keepdim=True), 0.0)
 
 
 def of(part: Cut, q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

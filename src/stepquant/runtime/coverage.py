@@ -130,7 +130,7 @@ class Trace(TorchDispatchMode):
             finally:
                 self.working.pop()
                 if isinstance(module, IntegerProduct):
-                    self.reasons[path] = module.why_not(*args, **kwargs)
+                    self.reasons[path] = module.reason
 
         call.goes_along = True  # type: ignore[attr-defined]  # whatever way the module is gone by
         setattr(module, name, call)

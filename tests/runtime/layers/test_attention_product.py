@@ -2,16 +2,41 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from stepquant.artifact import ProductSpec
 from stepquant.core.affine import scale_and_zero
 from stepquant.core.grid import Grid
 from stepquant.quant.attention import QuantProduct
 from stepquant.quant.quantizer import Quantizer, Site
-from stepquant.runtime.layers.attention_product import IntegerProduct
+from stepquant.runtime import ops
+from stepquant.runtime.layers.attention_product import IntegerProduct, product_in_float32, with_axes
 
 GRIDS = {port: Grid.parse("int8/tensor") for port in ("query", "key", "value")}
 GRIDS["probabilities"] = Grid.parse("uint8/tensor/sym")
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(20, 20, dtype=torch.bool).tril(),
+        torch.zeros(2, 1, 1, 20).index_fill(3, torch.arange(12, 20), -torch.inf).expand(2, 3, 20, 20),
+        torch.randn(3, 20, 20, generator=torch.Generator().manual_seed(1)),
+    ],
+    ids=["causal", "of keys, repeated", "a bias of places"],
+)
+def test_a_mask_is_multiplied_with_in_integers_as_in_float32(mask: Tensor) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 20, 8, generator=generator) for _ in range(3))
+    lowered = IntegerProduct(ProductSpec(**GRIDS), torch.device("cpu"))
+    for port in ("query", "key", "value", "probabilities"):
+        lowered.get_buffer(f"{port}_scale").fill_(1 / 255 if port == "probabilities" else 0.025)
+    lowered.prepared()
+    codes = lowered.codes
+    want = product_in_float32(q, k, v, with_axes(mask, 20), 8**-0.5, codes, lowered.spec)
+    assert (lowered.reason is None) == ops.compiled()
+    # A probability that lies on the edge between two integers may go either way.
+    torch.testing.assert_close(lowered(q, k, v, mask), want, atol=4e-3 * float(v.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("masked", [False, True])

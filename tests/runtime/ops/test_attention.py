@@ -31,7 +31,9 @@ def doubtful_rows(
     if mask is not None:
         step = query.scale * key.scale * scale
         added = (
-            torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else (mask / step).round() * step
+            torch.where(mask, 0.0, -torch.inf)
+            if mask.dtype == torch.bool
+            else (mask.double() / step).round() * step
         )
         scores = scores + added
     scaled = torch.softmax(scores, -1).nan_to_num() / probabilities.scale
@@ -137,20 +139,98 @@ def test_masks_of_keys(name: str, keys: int, dtype: torch.dtype) -> None:
         assert torch.equal(ops.attention(q, k, v, *codes, mask), alone)
 
 
+def causal(queries: int, keys: int) -> Tensor:
+    return torch.ones(1, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
+
+
+def added(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
+
+
+LEAST = torch.finfo(torch.float32).min
+OF_QUERIES = {
+    "causal": causal,
+    "causal, of few keys": lambda queries, keys: causal(queries, keys).flip(2),
+    "blocks": lambda queries, keys: (torch.arange(queries)[:, None] // 5 == torch.arange(keys) // 5)[None, None],
+    "of every sample": lambda queries, keys: dropped(2, 1, queries, keys),
+    "of every head": lambda queries, keys: dropped(2, 3, queries, keys),
+    "of heads alone": lambda queries, keys: dropped(1, 3, queries, keys),
+    "a view": lambda queries, keys: dropped(2, 1, keys, queries).transpose(2, 3).expand(2, 3, queries, keys),
+    "nothing of some queries": lambda queries, keys: dropped(2, 1, queries, keys) & dropped(2, 1, queries, 1),
+    "added": lambda queries, keys: added(1, 3, queries, keys) * 3,
+    "added in bfloat16": lambda queries, keys: added(1, 3, queries, keys).bfloat16(),
+    "added, and causal": lambda queries, keys: added(1, 3, queries, keys).masked_fill(~causal(queries, keys), LEAST),
+    "added, far away": lambda queries, keys: dropped(2, 1, queries, keys).float() * 1e4 - 1e4,
+    "added, endlessly": lambda queries, keys: torch.where(dropped(2, 1, queries, keys), 0.0, -torch.inf),
+    "added, nothing of some": lambda queries, keys: torch.where(dropped(2, 1, queries, 1), added(2, 1, queries, keys), -torch.inf),
+    "far away of all keys": lambda queries, keys: torch.where(dropped(1, 1, queries, 1), added(1, 1, queries, keys), -1e4),
+    "the least number of all keys": lambda queries, keys: torch.where(dropped(1, 1, queries, 1), added(1, 1, queries, keys), LEAST),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("queries, keys", [(1, 7), (19, 33), (33, 64), (70, 77)])
+@pytest.mark.parametrize("name", OF_QUERIES)
+def test_masks_of_queries(name: str, queries: int, keys: int) -> None:
+    mask = OF_QUERIES[name](queries, keys)
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k, v = (
+            heads(2, 3, tokens, 40, dtype, seed) for seed, tokens in ((1, queries), (2, keys), (3, keys))
+        )
+        check(q, k, v, (SHIFTED, SIGNED, SHIFTED, PROBABILITIES), 0.4, mask)
+    codes = ops.quantize(q, SHIFTED), ops.quantize(k, SIGNED)
+    given = (v, 0.2, SHIFTED, SIGNED, SHIFTED, PROBABILITIES, mask)
+    assert torch.equal(ops.attention(*codes, *given), ops.attention(q, k, *given))
+
+
+@pytest.mark.parametrize("name", OF_QUERIES)
+def test_masks_mean_what_they_mean_to_torch(name: str) -> None:
+    """Fine grids leave little but the mask: a query without keys, too, returns what torch returns."""
+    queries, keys = 19, 33
+    q, k, v = (
+        heads(2, 3, tokens, 16, torch.float32, seed) for seed, tokens in ((1, queries), (2, keys), (3, keys))
+    )
+    mask = OF_QUERIES[name](queries, keys)
+    fine = Code(3.5 / 127, 128, 0, 255)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        *(q, k, v), mask if mask.dtype == torch.bool else mask.float(), scale=0.25
+    )
+    for attend in (ops.attention, reference.attention):
+        found = attend(q, k, v, 0.25, fine, fine, fine, PROBABILITIES, mask)
+        assert float((found - want).norm() / want.norm()) < 0.03
+
+
+@pytest.mark.parametrize("name", ["of every sample", "nothing of one sample", "added"])
+def test_a_mask_of_keys_gives_the_same_bytes_as_one_that_repeats_it_for_every_query(name: str) -> None:
+    q, k, v = (heads(2, 3, tokens, 40, torch.float32, seed) for seed, tokens in ((1, 19), (2, 77), (3, 77)))
+    mask, codes = MASKS[name](77), (0.2, SHIFTED, SIGNED, SHIFTED, PROBABILITIES)
+    repeated = mask.repeat(1, 1, 19, 1)
+    assert torch.equal(ops.attention(q, k, v, *codes, repeated), ops.attention(q, k, v, *codes, mask))
+
+
 def test_a_query_that_may_read_nothing_returns_nothing() -> None:
     q, k, v = (heads(1, 2, 9, 16, torch.float32, seed) for seed in (1, 2, 3))
     codes = (0.2, SIGNED, SIGNED, SIGNED, PROBABILITIES)
-    for nothing in (torch.zeros(1, 1, 1, 9, dtype=torch.bool), torch.full((1, 1, 1, 9), -1e4)):
+    for nothing in (torch.zeros(1, 1, 1, 9, dtype=torch.bool), torch.full((1, 1, 1, 9), -torch.inf)):
         assert not ops.attention(q, k, v, *codes, nothing).any()
         assert not reference.attention(q, k, v, *codes, nothing).any()
 
 
+def test_what_is_added_to_all_keys_alike_changes_nothing_though_it_is_far_away() -> None:
+    """As those masks are that count what is left out as -10,000, of a sample without anything left."""
+    q, k, v = (heads(1, 2, 9, 16, torch.float32, seed) for seed in (1, 2, 3))
+    codes = (0.2, SIGNED, SIGNED, SIGNED, PROBABILITIES)
+    want = ops.attention(q, k, v, *codes)
+    for shape in ((1, 1, 1, 9), (1, 1, 9, 9)):
+        assert torch.equal(ops.attention(q, k, v, *codes, torch.full(shape, -1e4)), want)
+
+
 def test_a_mask_that_does_not_fit_is_refused() -> None:
     q = heads(1, 2, 9, 16, torch.float32, 1)
-    with pytest.raises(RuntimeError, match="a mask is expected"):
-        ops.attention(
-            q, q, q, 0.2, SIGNED, SIGNED, SIGNED, PROBABILITIES, torch.ones(1, 1, 9, 9, dtype=torch.bool)
-        )
+    for shape in ((1, 1, 8, 9), (1, 3, 9, 9), (2, 1, 1, 9), (1, 1, 9, 8), (9, 9)):
+        with pytest.raises(RuntimeError, match="a mask is expected"):
+            ops.attention(
+                *(q, q, q, 0.2, SIGNED, SIGNED, SIGNED, PROBABILITIES), torch.ones(shape, dtype=torch.bool)
+            )
 
 
 @pytest.mark.parametrize("zero_points", [(0, 0, 0), (255, 255, 255), (0, 255, 128), (255, 0, 3)])

@@ -77,14 +77,6 @@ class IntegerProduct(Ranged[PreparedProduct]):
         device = self.get_buffer("query_scale").device
         return device_for(device).why_no_attention(device)
 
-    def why_not(
-        self, _q: Tensor, k: Tensor, _v: Tensor, mask: Tensor | None = None, *_: object
-    ) -> str | None:
-        """Why these operands are not multiplied as integers; None if they are."""
-        if self.reason is None and mask is not None and not is_of_keys(mask, k.shape[2]):
-            return "no integer kernel takes a mask that differs by query: the codes are multiplied in float32"
-        return self.reason
-
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
@@ -96,9 +88,9 @@ class IntegerProduct(Ranged[PreparedProduct]):
             return (through + (y - through.detach())).to(q.dtype)  # straight through the rounding
         codes = self.codes
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        if self.why_not(q, k, v, mask) is None:
-            left = None if mask is None else mask[:, :, :1]
-            out = ops.attention(q, k, v, scale, codes[0], codes[1], codes[2], codes[3], left)
+        mask = None if mask is None else with_axes(mask, k.shape[2])
+        if self.reason is None:
+            out = ops.attention(q, k, v, scale, codes[0], codes[1], codes[2], codes[3], mask)
             return self.shifted(out, v, codes)
         return self.shifted(product_in_float32(q, k, v, mask, scale, codes, self.spec), v, codes)
 
@@ -113,9 +105,10 @@ class IntegerProduct(Ranged[PreparedProduct]):
         return out + total.to(out.dtype)
 
 
-def is_of_keys(mask: Tensor, keys: int) -> bool:
-    """Whether a mask (batch or 1, heads or 1, ..., keys) says the same to every query."""
-    return mask.ndim == 4 and mask.shape[3] == keys and (mask.shape[2] == 1 or mask.stride(2) == 0)
+def with_axes(mask: Tensor, keys: int) -> Tensor:
+    """A mask as (batch or 1, heads or 1, queries or 1, keys)."""
+    mask = mask[(None,) * (4 - mask.ndim)].expand(-1, -1, -1, keys)
+    return mask[:, :, :1] if mask.stride(2) == 0 else mask  # the same for every query
 
 
 def product_in_float32(
@@ -138,10 +131,11 @@ def product_in_float32(
         scores = (scores - scores.amax(-1, keepdim=True)) * (query.scale * key.scale * scale)
         if mask is not None:
             there = mask[part]
-            scores = scores.masked_fill(~there, -torch.inf) if mask.dtype == torch.bool else scores + there
+            left = there if mask.dtype == torch.bool else there > -torch.inf
+            scores = scores.masked_fill(~left, -torch.inf) if left is there else scores + there
         shares = scores.softmax(-1)
-        if mask is not None and mask.dtype == torch.bool:  # a query that reads nothing returns 0
-            shares = shares.masked_fill(~mask[part].any(-1, keepdim=True), 0.0)
+        if mask is not None:  # a query that reads nothing returns 0
+            shares = shares.masked_fill(~left.any(-1, keepdim=True), 0.0)
         out[part] = weights_of(shares, probabilities, spec) @ values[part[:2]]
     return (out * (probabilities.scale * value.scale)).to(v.dtype if q.dtype == torch.uint8 else q.dtype)
 

@@ -9,6 +9,7 @@ from stepquant.runtime.ops.code import Code, centred, exact, single
 from stepquant.runtime.ops.operation import Operation
 
 OUT_OF_REACH = -5000.0  # a bias: no float32 holds the share of its key beside that of one without
+SWALLOWING = -1e30  # a greatest bias, beside which no score of a float counts
 MOST_BIAS = 2.0**29  # in steps of a score
 
 
@@ -29,14 +30,15 @@ def attention(
     A query or a key of bytes is codes already. The result has the dtype of `query`, or of `value` where that is codes, and
     the memory of (batch, tokens, heads, width), so that `.transpose(1, 2).flatten(2)` is a view. The probabilities' zero
     point must be 0.
-    A mask of keys (batch or 1, heads or 1, 1, keys) says which of them a query reads, or what is added to their scores,
-    in whole steps of these; one of at most OUT_OF_REACH leaves a key out. A query that reads none returns 0.
+    A mask (batch or 1, heads or 1, queries or 1, keys) says which keys a query reads, or what is added to their scores, in
+    whole steps of these; one of at most OUT_OF_REACH leaves a key out. A query that reads none returns 0. Where all that is
+    added for a query is out of reach and finite, it counts from the greatest of it.
     """
     scores = integers(query, query_code) @ integers(key, key_code).transpose(-1, -2)
     factor = single(query_code.scale) * single(key_code.scale) * single(scale)
-    left = None if mask is None else mask if mask.dtype == torch.bool else mask > OUT_OF_REACH
-    if mask is not None and left is not mask:
-        scores = scores + (mask.float() / factor).round().clamp(-MOST_BIAS, MOST_BIAS).to(scores.dtype)
+    left = mask
+    if mask is not None and mask.dtype != torch.bool:
+        scores, left = biased(scores, mask.float(), factor)
     if left is not None:
         scores = scores.masked_fill(~left, -2 * MOST_BIAS)
     # The distance to the row's maximum is taken on integers, where it is exact.
@@ -50,6 +52,16 @@ def attention(
     batch, heads, tokens, width = query.shape
     like = value if query.dtype == torch.uint8 else query
     return like.new_empty((batch, tokens, heads, width)).transpose(1, 2).copy_(result)
+
+
+def biased(scores: Tensor, bias: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores with what a mask adds to them, and which of the keys it leaves."""
+    top = bias.amax(-1, keepdim=True)
+    far = (top <= OUT_OF_REACH) & (top > -torch.inf)
+    bias = torch.where(far, bias - top, bias)
+    kept = torch.where(top <= SWALLOWING, torch.zeros_like(scores), scores)
+    added = (bias / step).round().clamp(-MOST_BIAS, MOST_BIAS).nan_to_num(-MOST_BIAS)
+    return kept + added.to(scores.dtype), bias > OUT_OF_REACH
 
 
 def integers(x: Tensor, code: Code) -> Tensor:
