@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
 import stepquant as sq
@@ -24,6 +26,7 @@ from stepquant.models.generate import run
 from stepquant.models.part import NOT_CALLED, Part, Received, seen_by
 from stepquant.models.sampling import Sampling
 from stepquant.quant.schemes import scheme
+from stepquant.runtime import ops
 from stepquant.runtime.coverage import traced
 
 ALL = ("unet", "text_encoder", "vae")
@@ -83,9 +86,9 @@ def test_parts_run_in_integers_and_are_told(pipeline, folder: Path) -> None:  # 
     layers = [row for row in rows["text_encoder"]["coverage"] if row["role"] == "layer"]
     assert layers
     assert all(row["integer"] for row in layers)
-    assert any(
-        not row["integer"] and row["macs"] for row in rows["text_encoder"]["coverage"]
-    )  # its attention
+    products = [row for row in rows["text_encoder"]["coverage"] if row["role"] == "product"]
+    assert len(products) == pipeline.text_encoder.config.num_hidden_layers
+    assert all(row["integer"] and row["macs"] for row in products)
     assert rows["text_encoder"]["size"]["ratio"] < 0.5
 
 
@@ -119,6 +122,16 @@ def test_t5_runs_in_integers(feed: str, tmp_path: Path) -> None:
         again = T5EncoderModel.from_pretrained(tmp_path)(ids).last_hidden_state
     assert (got - wanted).norm() < 0.05 * wanted.norm()
     assert torch.equal(again, got)
+    check_products(model, (ids,), 2)
+
+
+def check_products(model: nn.Module, args: tuple[Any, ...], count: int) -> None:
+    """As many attentions multiply integers, and nothing is multiplied between layers."""
+    seen = traced(model, lambda: model(*args))
+    products = [line for line in seen.lines if line.kind == "product"]
+    assert len(products) == count
+    assert all(line.integer and line.macs for line in products) == ops.compiled()
+    assert seen.share_of_planned == 1 or not ops.compiled()
 
 
 def test_a_causal_autoencoder_runs_in_integers(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from stepquant.errors import ModelError
-from stepquant.models.attention import rebind
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.products import give_back, rebind
 from tests.models.tiny import CASES
 
 
@@ -24,11 +24,17 @@ def test_rebinding_changes_nothing_but_the_product(name: str) -> None:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
     keys = set(model.state_dict())
-    former = {path: rebind(model.get_submodule(path), product, path) for path in denoiser.products()}
+    attentions = [model.get_submodule(path) for path in denoiser.products()]
+    former = [one.processor for one in attentions]
+    for path, one in zip(denoiser.products(), attentions):
+        rebind(one, product, path)
     assert torch.equal(denoiser.predict(arguments), before)
-    assert len(calls) == len(former) > 0
+    assert len(calls) == len(attentions) > 0
     assert set(model.state_dict()) == keys
     assert torch.equal(Denoiser(copy.deepcopy(model)).predict(arguments), before)
+    for one in attentions:
+        give_back(one)
+    assert [one.processor for one in attentions] == former
 
 
 def test_an_inline_product_is_refused() -> None:

@@ -31,13 +31,15 @@ CROSSES = {("hub.on_load", "quant.plan"), ("hub.on_load", "quant.schemes")}
 INSIDE: dict[str, Rungs] = {
     "models": (
         ("families", "split", "attention", "noise", "zoo", "call", "originals"),
-        ("samples",),
+        ("interface", "samples"),
+        ("products",),
         ("denoiser", "blocks", "tables"),
-        ("sampling", "part"),
+        ("sampling",),
         ("pipelines",),
         ("generate",),
         ("hooks",),
         ("observe",),
+        ("part",),
     ),
     "runtime": (
         ("ops", "finite", "moving", "turns"),

@@ -13,8 +13,9 @@ from itertools import count
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepquant.errors import ModelError, ProductError
 
@@ -22,14 +23,8 @@ Product = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor
 serial = count()  # torch.compile caches globals by module name, so that none may be used twice
 
 
-def rebind(attention: nn.Module, product: Product, site: str) -> Any:
-    """Give `attention` the product `product(query, key, value, mask, scale)`; returns the former processor."""
-    former = getattr(attention, "processor", None)
-    attention.processor = rebound(former, product, site)
-    return former
-
-
 def rebound(processor: Any, product: Product, site: str) -> Any:
+    """`processor` with the product `product(query, key, value, mask, scale)`."""
     call = type(processor).__call__
     if not computes_by_function(processor):
         raise ProductError(
@@ -50,12 +45,14 @@ def rebound(processor: Any, product: Product, site: str) -> Any:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if is_causal or dropout_p:
+        if dropout_p:
             raise ProductError(
-                f"attention '{site}' is causal or uses dropout", where=site, fix="keep its product in float"
+                f"attention '{site}' uses dropout", where=site, fix="keep its product in float"
             )
-        if enable_gqa:  # heads of queries share those of keys and values
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        if is_causal:
+            attn_mask = causal(query, key)
+        if enable_gqa:
+            key, value = spread(key, query), spread(value, query)
         return product(query, key, value, attn_mask, scale)
 
     def dispatch(
@@ -79,6 +76,16 @@ def rebound(processor: Any, product: Product, site: str) -> Any:
     new = kind.__new__(kind)
     new.__dict__.update(processor.__dict__ | {"former": processor, "product": product, "site": site})
     return new
+
+
+def causal(query: Tensor, key: Tensor) -> Tensor:
+    """The mask in which a query reads the keys up to its own place."""
+    return torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+
+
+def spread(x: Tensor, query: Tensor) -> Tensor:
+    """A head of keys or values for every head of queries, which share them."""
+    return x if x.shape[1] == query.shape[1] else x.repeat_interleave(query.shape[1] // x.shape[1], 1)
 
 
 class Rebound:

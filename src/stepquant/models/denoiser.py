@@ -20,7 +20,8 @@ from stepquant.core.digest import tensors_digest, value_digest
 from stepquant.errors import ModelError
 from stepquant.models.families.family import matches
 from stepquant.models.families.registry import family_of, is_declared, is_generic
-from stepquant.models.families.roles import FLOAT, LEAVES, PRODUCTS, part_roles
+from stepquant.models.families.roles import FLOAT, LEAVES, part_roles
+from stepquant.models.products import multiplies
 from stepquant.models.split import SplitLayer
 
 COMPONENTS = ("unet", "transformer")  # of a pipeline, the usual ones that denoise
@@ -138,14 +139,14 @@ class Denoiser:
 
     def products(self) -> list[str]:
         """Paths of modules that multiply query, key, value and probabilities."""
-        return [name for name, module in self.model.named_modules() if isinstance(module, PRODUCTS)]
+        return [name for name, module in self.model.named_modules() if multiplies(module)]
 
     def stays_float(self) -> dict[str, str]:
         """Path -> why, of the layers and attention products that no plan can quantize."""
         kinds = {
             name: (type(module), type(getattr(module, "processor", None)))
             for name, module in self.model.named_modules()
-            if isinstance(module, (*LEAVES, *PRODUCTS))
+            if isinstance(module, LEAVES) or multiplies(module)
         }
         known = {name: FLOAT[kind] for name, both in kinds.items() for kind in both if kind in FLOAT}
         return known if self.seen is None else {**known, **self.seen.in_float}

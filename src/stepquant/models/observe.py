@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_map
 
 from stepquant.core.digest import tensors_digest
 from stepquant.errors import ProductError
-from stepquant.models.attention import rebind
 from stepquant.models.call import Asked
 from stepquant.models.denoiser import Denoiser, Seen
 from stepquant.models.families.family import Family
 from stepquant.models.families.roles import LEAVES
 from stepquant.models.hooks import first_arguments
+from stepquant.models.products import give_back, rebind
 
 IDLE = "was not called"
 Prints = dict[str, list[str]]  # leaf -> digest of every input that it saw, in the order of first calls
@@ -50,7 +50,7 @@ def observed(denoiser: Denoiser, arguments: Mapping[str, Any]) -> Denoiser:
     blocks = ordered_blocks(denoiser, order)
     idle = {leaf: IDLE for leaf in denoiser.sites() if leaf not in reached}
     return denoiser.having(
-        Seen(roles_of(reached, blocks), blocks, idle | fixed_products(denoiser, arguments))
+        Seen(roles_of(reached, blocks), blocks, idle | fixed_products(denoiser, [arguments]))
     )
 
 
@@ -145,13 +145,13 @@ def role_for(reached_by: set[str], inside: bool) -> str | None:
     return "cond"
 
 
-def fixed_products(denoiser: Denoiser, arguments: Mapping[str, Any]) -> dict[str, str]:
+def fixed_products(denoiser: Denoiser, calls: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Attentions whose product cannot be exchanged, is called in a way that integers do not know, or is not called."""
     known = denoiser.stays_float()
     tried = {p: denoiser.model.get_submodule(p) for p in denoiser.products() if p not in known}
     fixed: dict[str, str] = {}
     while tried:
-        called, error = with_products(denoiser, arguments, tried)
+        called, error = with_products(denoiser, calls, tried)
         if error is None:
             return fixed | {path: IDLE for path in tried if path not in called}
         failed = tried[str(error.where)]
@@ -162,10 +162,10 @@ def fixed_products(denoiser: Denoiser, arguments: Mapping[str, Any]) -> dict[str
 
 
 def with_products(
-    denoiser: Denoiser, arguments: Mapping[str, Any], attentions: Mapping[str, Any]
+    denoiser: Denoiser, calls: Sequence[Mapping[str, Any]], attentions: Mapping[str, Any]
 ) -> tuple[set[str], ProductError | None]:
     """Which of these attentions call a product of ours, and the first that does not work with one."""
-    former: dict[str, Any] = {}
+    bound: list[Any] = []
     called: set[str] = set()
 
     def product(path: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: Any) -> Tensor:
@@ -178,16 +178,19 @@ def with_products(
 
     try:
         for path, attention in attentions.items():
-            former[path] = rebind(attention, partial(product, path), path)
+            rebind(attention, partial(product, path), path)
+            bound.append(attention)
         with torch.no_grad():
-            denoiser.predict(arguments)
+            for arguments in calls:
+                denoiser.predict(arguments)
         return called, None
     except ProductError as error:
         return called, error
     finally:
-        for path, processor in former.items():
-            attentions[path].processor = processor
+        for attention in bound:
+            give_back(attention)
 
 
 def alike(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and type(one.processor) is type(other.processor)
+    kinds = ((type(each), type(getattr(each, "processor", None))) for each in (one, other))
+    return len(set(kinds)) == 1

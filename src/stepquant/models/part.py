@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from stepquant.errors import ModelError
 from stepquant.models.denoiser import Denoiser, Seen, prediction_of
 from stepquant.models.families.beside import beside
 from stepquant.models.families.roles import OWN_WAY, computes_its_own_way
+from stepquant.models.observe import fixed_products
 
 ENTRIES = ("encode", "decode", "forward")  # what pipelines call of a network
 NOT_CALLED = "was not called by the calls that calibrated it"
@@ -129,18 +130,21 @@ def receiving(model: nn.Module, keep: Callable[[Received], None]) -> Iterator[No
 def seen_by(part: Part, calls: Sequence[Received]) -> Part:
     """The part with what none of these calls reaches: layers whose inputs have no range, and products without any."""
     reached: set[str] = set()
+    kinds = [{"call": call} for call in {(one.entry, *sorted(one.kwargs)): one for one in calls}.values()]
     handles = [
         module.register_forward_pre_hook(lambda *_, path=path: reached.add(path))
         for path, module in part.model.named_modules()
     ]
     try:
         with torch.no_grad():
-            for call in {(one.entry, *sorted(one.kwargs)): one for one in calls}.values():
-                part.predict({"call": call})
+            for call in kinds:
+                part.predict(call)
     finally:
         for handle in handles:
             handle.remove()
     idle, apart = (
         [path for path in paths if path not in reached] for paths in (part.sites(), part.products())
     )
-    return part.having(Seen(dict.fromkeys(idle, IDLE), in_float=dict.fromkeys(apart, NOT_CALLED)))
+    seen = part.having(Seen(dict.fromkeys(idle, IDLE), in_float=dict.fromkeys(apart, NOT_CALLED)))
+    assert seen.seen is not None
+    return part.having(replace(seen.seen, in_float={**seen.seen.in_float, **fixed_products(seen, kinds)}))

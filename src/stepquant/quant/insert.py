@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from stepquant.core.grid import AS_THEY_COME
 from stepquant.core.steps import StepTable
 from stepquant.errors import PlanError
-from stepquant.models.attention import rebind
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.products import give_back, rebind
 from stepquant.models.split import split_concats
 from stepquant.quant.attention import QuantProduct
 from stepquant.quant.layers import QuantLayer
@@ -107,7 +107,7 @@ def insert(
         attention = model.get_submodule(path)
         products[path] = QuantProduct(**ports)  # type: ignore[arg-type]
         attention.product = products[path]  # type: ignore[assignment]
-        former[path] = rebind(attention, products[path], path)
+        rebind(attention, products[path], path)
 
     hook = read_clock(denoiser, clock) if clock is not None else None
     try:
@@ -119,15 +119,14 @@ def insert(
         unsplit()
 
 
-def put_back(model: nn.Module, former: Mapping[str, Any], products: Container[str]) -> None:
-    """The float layers, and the processors of attentions whose product was exchanged."""
-    for path, value in former.items():
-        if path in products:
-            attention = model.get_submodule(path)
-            attention.processor = value
-            del attention.product
-        else:
-            model.set_submodule(path, value)
+def put_back(model: nn.Module, former: Mapping[str, nn.Module], products: Iterable[str]) -> None:
+    """The float layers, and the products of attentions whose product was exchanged."""
+    for path in products:
+        attention = model.get_submodule(path)
+        give_back(attention)
+        del attention.product
+    for path, layer in former.items():
+        model.set_submodule(path, layer)
 
 
 def read_clock(denoiser: Denoiser, clock: Clock) -> Any:

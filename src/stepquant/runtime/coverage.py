@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepquant.models.families.roles import LEAVES, PRODUCTS
+from stepquant.models.families.roles import LEAVES
+from stepquant.models.products import multiplies
 from stepquant.runtime.blocks.chain import Chain, chains
 from stepquant.runtime.blocks.install import forget_kept
 from stepquant.runtime.layers.attention_product import IntegerProduct
@@ -109,7 +110,7 @@ class Trace(TorchDispatchMode):
             if isinstance(module, IntegerLayer):
                 self.stack.enter_context(self.watched(path, module, "from_codes"))
                 self.stack.enter_context(self.watched(path, module, "float_forward"))
-            if isinstance(module, (*LEAVES, IntegerProduct, LowRankBranch, *PRODUCTS)):
+            if isinstance(module, (*LEAVES, IntegerProduct, LowRankBranch)) or multiplies(module):
                 self.stack.enter_context(self.watched(path, module, "forward"))
         super().__enter__()
         return self
@@ -163,7 +164,7 @@ class Trace(TorchDispatchMode):
                 yield self.line(path, "layer", self.work[path], False, NOT_PLANNED)
             elif isinstance(module, Tabled):
                 yield Line(path, "layer", 0, False, False, "float", TABLED)
-            elif isinstance(module, PRODUCTS):
+            elif multiplies(module):
                 yield self.product(path, module)
 
     def product(self, path: str, attention: nn.Module) -> Line:

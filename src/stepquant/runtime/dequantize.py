@@ -9,7 +9,8 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from stepquant.errors import RuntimeSupportError
-from stepquant.models.attention import KeepProduct, NoFusing, given
+from stepquant.models.attention import NoFusing
+from stepquant.models.products import give_back
 from stepquant.models.split import SplitLayer
 from stepquant.runtime.adapters.present import INNER, adapters_in
 from stepquant.runtime.layers.attention_product import IntegerProduct
@@ -91,7 +92,9 @@ def dequantize(model: Any) -> Any:
         if isinstance(module, IntegerLayer):
             model.set_submodule(path, float_layer(module))
         elif isinstance(module, IntegerProduct):
-            give_product_back(model.get_submodule(path.rpartition(".")[0]))
+            attention: Any = model.get_submodule(path.rpartition(".")[0])
+            give_back(attention)
+            del attention.product
     for path, module in list(model.named_modules()):
         if isinstance(module, SplitLayer):
             model.set_submodule(path, unsplit(module))
@@ -130,15 +133,6 @@ def check_dequantizable(model: nn.Module) -> None:
             "dequantize(): adapters are loaded beside integer layers",
             fix="unload_lora() before it, and load them again behind it",
         )
-
-
-def give_product_back(attention: Any) -> None:
-    """Let an attention compute its product as diffusers does."""
-    processor = given(attention.processor)
-    if isinstance(vars(attention).get("set_processor"), KeepProduct):
-        del attention.set_processor
-    attention.processor = processor
-    del attention.product
 
 
 def unsplit(split: SplitLayer) -> nn.Module:

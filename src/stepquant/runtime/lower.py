@@ -14,11 +14,12 @@ from stepquant.core.entries import AGAIN
 from stepquant.core.grid import GridError
 from stepquant.core.policy import FloatSteps
 from stepquant.errors import ArtifactError, RuntimeSupportError
-from stepquant.models.attention import KeepProduct, NoFusing, rebind
+from stepquant.models.attention import KeepProduct, NoFusing
 from stepquant.models.blocks.structure import Structure, roles, structure
 from stepquant.models.denoiser import device_of
 from stepquant.models.families.registry import family_of, is_declared, is_generic
 from stepquant.models.families.roles import PRODUCTS
+from stepquant.models.products import multiplies, rebind
 from stepquant.models.split import find, split_concats
 from stepquant.runtime.adapters.loading import CHANGING, take_adapters
 from stepquant.runtime.adapters.present import INNER
@@ -74,13 +75,14 @@ def skeleton(
         model.set_submodule(path, integer_layer(find(model, path), spec, path, groups))
     for path, product in products.items():
         attention = find(model, path)
-        if not isinstance(attention, PRODUCTS):
+        if not multiplies(attention):
             raise ArtifactError(
                 f"'{path}' is no attention, and has no product", got=type(attention).__name__, fix=AGAIN
             )
         attention.product = IntegerProduct(product, device_of(attention), groups)
         rebind(attention, attention.product, path)
-        attention.set_processor = KeepProduct(attention)  # type: ignore[assignment]
+        if hasattr(type(attention), "set_processor"):
+            attention.set_processor = KeepProduct(attention)  # type: ignore[assignment]
     for path in {path.rpartition(".")[0] for path in (*layers, *(steps.tabled if steps else ()))}:
         owner: Any = model.get_submodule(path)
         if hasattr(type(owner), "fuse_projections"):

@@ -16,8 +16,8 @@ from stepquant.core.affine import scales_of_rows
 from stepquant.core.rotation import rotate
 from stepquant.hub.exports.nodes import node
 from stepquant.hub.exports.windows import Windows, why_not
-from stepquant.models.attention import given, rebind
 from stepquant.models.families.roles import bordered
+from stepquant.models.products import give_back, rebind
 from stepquant.runtime.layers.attention_product import PORTS, IntegerProduct, powers_of_two
 from stepquant.runtime.layers.convolution import IntegerConv2d, IntegerConv3d
 from stepquant.runtime.layers.layer import IntegerLayer
@@ -247,6 +247,6 @@ def swap(model: Any, place: Place, windows: bool) -> dict[str, nn.Module]:
             made[path] = ExportedProduct(module, place)
             attention = model.get_submodule(path.rpartition(".")[0])
             attention.product = made[path]
-            attention.processor = given(attention.processor)
+            give_back(attention)
             rebind(attention, made[path], path)
     return made
