@@ -34,8 +34,11 @@ KINDS = {
     "qwen_image": {"Named": 2, "Turned": 2},
     "wan": {"Float32": 2, "Turned": 4},
     "z_image": {"Sandwich": 4, "Turned": 4},
-    "lumina2": {"ZeroSandwich": 4, "FeedForward": 4, "Joined": 4},
+    "lumina2": {"ZeroSandwich": 4, "FeedForward": 4, "Turned": 4},
     "cosmos": {"Turned": 4},
+    "flux2": {"Turned": 1},
+    "hunyuan_video": {"Turned": 3},
+    "ltx": {"Turned": 4},
 }
 
 
@@ -82,6 +85,20 @@ def test_a_chain_gives_the_numbers_of_the_layers_alone(name: str, split: bool, t
     alone = predicted(prepare(model, torch.float32, fuse=False), arguments)
     # One rounding that falls the other way changes far more than the order of sums in float32.
     assert float((fused[0] - alone).norm() / alone.norm()) < 2e-2
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "name, kinds",
+    [("lumina2", (torch.bool, torch.int64)), ("qwen_image", (torch.bool, torch.int64, torch.float32))],
+)
+def test_masks_of_a_text_are_of_any_type(name: str, kinds: tuple[torch.dtype, ...]) -> None:
+    model, arguments = lowered(name)
+    (key,) = (one for one in arguments if one.endswith("mask"))
+    masks = [arguments | {key: arguments[key].to(kind)} for kind in kinds]
+    wanted, *others = [predicted(model, given) for given in masks]
+    assert all(torch.equal(one, wanted) for one in others)
+    assert not torch.equal(predicted(model, arguments | {key: torch.ones_like(arguments[key])}), wanted)
 
 
 @needs_extension

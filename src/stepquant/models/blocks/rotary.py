@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffusers.models import attention_processor
 from diffusers.models import transformers as networks
@@ -18,16 +18,20 @@ class Rotary:
     """How a processor turns and joins: `angles` is its argument, which holds pairs of cosines and sines, or complex numbers.
 
     The channels of a pair are neighbours, or lie half a head apart where `halves`. `joint`: a text is joined before the
-    product, behind the image or in front of it; `apart`: which comes with angles of its own. `text_mask` is an argument,
-    too: which tokens of the text there are.
+    product, behind the image or in front of it; `apart`: which comes with angles of its own, or `image`: is not turned.
+    `merged`: where it has no projections of its own, it is joined before them. `text_mask` is an argument, too: which tokens
+    of the text there are.
     """
 
     angles: str | None
     halves: bool = False
     joint: str = ""  # "", "front" or "behind"
     apart: bool = False
+    image: bool = False
+    merged: bool = False
     text_mask: str | None = None
     across: bool = False  # one norm over all heads of a token
+    wide: bool = False  # angles of all channels of a token, each head with its own
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,12 @@ class RotaryAttention(JoinedAttention):
 ROTARY: dict[type, Rotary] = {
     attention_processor.JointAttnProcessor2_0: Rotary(None, joint="behind"),
     networks.transformer_flux.FluxAttnProcessor: Rotary("image_rotary_emb", joint="front"),
+    networks.transformer_flux2.Flux2AttnProcessor: Rotary("image_rotary_emb", joint="front"),
+    networks.transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0: Rotary(
+        "image_rotary_emb", joint="behind", image=True, merged=True
+    ),
+    networks.transformer_ltx.LTXVideoAttnProcessor: Rotary("image_rotary_emb", across=True, wide=True),
+    networks.transformer_lumina2.Lumina2AttnProcessor2_0: Rotary("image_rotary_emb"),
     networks.transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0: Rotary(
         "image_rotary_emb", joint="front", apart=True, text_mask="encoder_hidden_states_mask"
     ),
@@ -62,4 +72,5 @@ def rotary_attention(module: nn.Module, joined: JoinedAttention) -> RotaryAttent
     heads = int(getattr(module, "heads", 0))
     if not normed or not complete or not heads:
         return None
-    return RotaryAttention(joined.path, joined.groups, joined.ends, rotary, heads)
+    own = replace(rotary, merged=rotary.merged and not added)
+    return RotaryAttention(joined.path, joined.groups, joined.ends, own, heads)

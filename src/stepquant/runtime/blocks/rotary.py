@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stepquant.models.attention import spread
 from stepquant.models.blocks.rotary import RotaryAttention
 from stepquant.runtime import ops
 from stepquant.runtime.blocks.joined import Joined
@@ -39,6 +40,14 @@ class Angles(NamedTuple):
     def at(self, tokens: slice) -> Angles:
         return Angles(*(None if one is None else one[:, tokens] for one in self))
 
+    def padded(self, tokens: int) -> Angles:
+        """And those of so many tokens behind, which nothing turns."""
+        if self.cos is None or self.sin is None:
+            return self
+        shape = len(self.cos), tokens, self.cos.shape[2]
+        still = self.cos.new_ones(shape), self.sin.new_zeros(shape)
+        return Angles(*(torch.cat(pair, 1) for pair in zip(self, still)))  # type: ignore[arg-type]
+
 
 class Turned(Joined):
     """Does what the processor does, with codes between the projections and the product."""
@@ -58,12 +67,17 @@ class Turned(Joined):
         x, text, mask, rotary = hidden_states, encoder_hidden_states, attention_mask, self.rotary
         given: dict[str | None, Any] = {name: value for name, value in kwargs.items() if value is not None}
         turn, of_text = given.pop(rotary.angles, args[0] if args else None), given.pop(rotary.text_mask, None)
-        if given or len(args) > 1 or x.dim() != 3 or x.dtype not in READ or not self.multiplies_codes():
+        known = not given and len(args) <= 1 and (text is not None or not rotary.image)
+        if not known or x.dim() != 3 or x.dtype not in READ or not self.multiplies_codes():
             return super().inside(x, text, mask, *args, **kwargs)
         if of_text is not None and text is not None:
             mask = torch.cat([of_text, of_text.new_ones(x.shape[:2])], 1)
         if mask is not None and mask.dim() == 2:
-            mask = mask[:, None, None]  # of keys alone
+            mask = mask.bool()[:, None, None]  # which keys there are
+        elif mask is not None and mask.dim() == 3:
+            mask = mask[:, None]  # the same for all heads
+        if text is not None and rotary.merged:
+            return self.merged(x, text, turn, mask)
         if text is not None and rotary.joint:
             return self.together(x, text, turn, mask)
         operands = self.own(x, x if text is None else text, Angles.of(turn, rotary.halves))
@@ -93,21 +107,41 @@ class Turned(Joined):
         key = self.coded(module.add_k_proj(text), module.norm_added_k, angles, codes[1])
         return query, key, module.add_v_proj(text)
 
+    @property
+    def width(self) -> int:
+        """Channels of a head, of which keys and values may have fewer than queries."""
+        return int(self.module.to_q.out_features) // self.heads
+
     def coded(self, rows: Tensor, norm: Any, angles: Angles, code: Code) -> Tensor:
-        heads, across, halves = rows.unflatten(-1, (self.heads, -1)), self.rotary.across, self.rotary.halves
-        return ops.rms_norm_rotary_quantize(heads, norm.weight, norm.eps, across, *angles, halves, code)
+        """(batch, tokens, channels) of all heads."""
+        across, halves = self.rotary.across, self.rotary.halves
+        heads = rows.unflatten(-1, (1, -1) if self.rotary.wide else (-1, self.width))
+        return ops.rms_norm_rotary_quantize(
+            heads, norm.weight, norm.eps, across, *angles, halves, code
+        ).flatten(2)
 
     def multiplied(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """The product, as rows of all heads."""
-        values = value.unflatten(-1, (self.heads, -1))
-        operands = (one.transpose(1, 2) for one in (query, key, values))
+        heads = (one.unflatten(-1, (-1, self.width)).transpose(1, 2) for one in (query, key, value))
+        query, key, value = heads
+        operands = query, spread(key, query), spread(value, query)
         return self.module.product(*operands, mask).transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
+
+    def merged(self, x: Tensor, text: Tensor, turn: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Image and text behind it, with the same projections; the image alone is turned."""
+        words, both = text.shape[1], torch.cat([x, text], 1)
+        angles = Angles.of(turn, self.rotary.halves).padded(words)
+        mixed = self.multiplied(*self.own(both, both, angles), mask)
+        image, text = mixed.split([x.shape[1], words], 1)
+        return self.ended(image), text
 
     def together(self, x: Tensor, text: Tensor, turn: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Image and text, joined in one product."""
         front, words, halves = self.rotary.joint == "front", text.shape[1], self.rotary.halves
         if self.rotary.apart and turn is not None:
             of_image, of_text = (Angles.of(one, halves) for one in turn)
+        elif self.rotary.image:
+            of_image, of_text = Angles.of(turn, halves), Angles()
         else:
             both, split = Angles.of(turn, halves), words if front else x.shape[1]
             of_text, of_image = both.at(slice(split)), both.at(slice(split, None))
