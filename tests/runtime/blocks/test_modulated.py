@@ -36,7 +36,7 @@ KINDS = {
     "z_image": {"Sandwich": 4, "Turned": 4},
     "lumina2": {"ZeroSandwich": 4, "FeedForward": 4, "Turned": 4},
     "cosmos": {"Turned": 4},
-    "flux2": {"Turned": 1},
+    "flux2": {"Turned": 1, "Parallel": 2},
     "hunyuan_video": {"Turned": 3},
     "ltx": {"Turned": 4},
 }
@@ -72,7 +72,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 @needs_extension
-@pytest.mark.parametrize("name, split", [*((name, False) for name in KINDS), ("flux", True)])
+@pytest.mark.parametrize("name, split", [*((name, False) for name in KINDS), ("flux", True), ("flux2", True)])
 def test_a_chain_gives_the_numbers_of_the_layers_alone(name: str, split: bool, taken: Counter[str]) -> None:
     model, arguments = lowered(name, split)
     found = Counter(type(chain).__name__ for chain in chains(model))

@@ -40,6 +40,13 @@ class RotaryAttention(JoinedAttention):
     heads: int
 
 
+@dataclass(frozen=True)
+class ParallelAttention:
+    """Beside a feed-forward: one layer makes queries, keys, values and what is activated, another reads both results."""
+
+    path: str
+
+
 ROTARY: dict[type, Rotary] = {
     attention_processor.JointAttnProcessor2_0: Rotary(None, joint="behind"),
     networks.transformer_flux.FluxAttnProcessor: Rotary("image_rotary_emb", joint="front"),
@@ -57,6 +64,17 @@ ROTARY: dict[type, Rotary] = {
     networks.transformer_cosmos.CosmosAttnProcessor2_0: Rotary("image_rotary_emb", halves=True),
 }
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
+
+
+PARALLEL = networks.transformer_flux2.Flux2ParallelSelfAttnProcessor
+
+
+def parallel_attention(path: str, module: nn.Module) -> ParallelAttention | None:
+    """None for everything else."""
+    if type(given(getattr(module, "processor", None))) is not PARALLEL:
+        return None
+    normed = (is_plain_root_norm(module.get_submodule(name)) for name in ("norm_q", "norm_k"))
+    return ParallelAttention(path) if all(normed) else None
 
 
 def rotary_attention(module: nn.Module, joined: JoinedAttention) -> RotaryAttention | None:

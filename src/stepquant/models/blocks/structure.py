@@ -14,7 +14,7 @@ from stepquant.models.blocks.modulated import ModulatedBlock, modulated_block
 from stepquant.models.blocks.resampling import Resampler, is_plain_resampler, resampler
 from stepquant.models.blocks.residual import ResidualBlock, is_plain_residual, residual_block
 from stepquant.models.blocks.root_norm import RootNorm, is_plain_root_norm, root_norm
-from stepquant.models.blocks.rotary import rotary_attention
+from stepquant.models.blocks.rotary import ParallelAttention, parallel_attention, rotary_attention
 from stepquant.models.blocks.text_feed import TextFeed, is_text_feed, text_feed
 from stepquant.models.blocks.transformer import (
     ImageTransformer,
@@ -44,6 +44,7 @@ class Structure:
     resamplers: tuple[Resampler, ...] = ()
     up_blocks: tuple[UpBlock, ...] = ()
     joined: tuple[JoinedAttention, ...] = ()
+    parallel: tuple[ParallelAttention, ...] = ()
     feeds: tuple[Feed, ...] = ()
     text_feeds: tuple[TextFeed, ...] = ()
     modulated: tuple[ModulatedBlock, ...] = ()
@@ -76,6 +77,7 @@ def structure(model: nn.Module) -> Structure:
         joined=tuple(
             rotary_attention(m, one) or one for p, m in parts if (one := joined_attention(p, m)) is not None
         ),
+        parallel=tuple(filter(None, (parallel_attention(p, m) for p, m in parts))),
         feeds=tuple(filter(None, (feed(p, m) for p, m in parts))),
         text_feeds=tuple(text_feed(p, m) for p, m in named if is_text_feed(m)),
         modulated=tuple(filter(None, (modulated_block(p, m) for p, m in parts))),

@@ -18,7 +18,7 @@ from stepquant.runtime.blocks.modulated import KINDS
 from stepquant.runtime.blocks.resampling import Resample
 from stepquant.runtime.blocks.residual import Residual
 from stepquant.runtime.blocks.root_norm import RootNormed
-from stepquant.runtime.blocks.rotary import Turned
+from stepquant.runtime.blocks.rotary import Parallel, Turned
 from stepquant.runtime.blocks.sandwich import SANDWICHES
 from stepquant.runtime.blocks.tail import Done, NormOut
 from stepquant.runtime.blocks.text_feed import TextFeedForward
@@ -95,6 +95,7 @@ def transformer_chains(model: nn.Module, chains: Structure) -> dict[str, Chain]:
         for layer, forward in attention.placed():
             bind(layer, forward)
     found: dict[str, Chain] = {**joined, **feeds}
+    found |= {one.path: Parallel(model.get_submodule(one.path)) for one in chains.parallel if plain(one.path)}
     for block in chains.modulated:
         paths = [f"{block.path}.{name}" for name in block.attentions]
         attentions = [joined[path] for path in paths if path in joined]

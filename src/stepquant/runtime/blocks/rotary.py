@@ -9,7 +9,9 @@ from torch import Tensor
 
 from stepquant.models.attention import spread
 from stepquant.models.blocks.rotary import RotaryAttention
+from stepquant.models.split import SplitLayer
 from stepquant.runtime import ops
+from stepquant.runtime.blocks.chain import Chain, codes_for, run
 from stepquant.runtime.blocks.joined import Joined
 from stepquant.runtime.blocks.root_norm import DTYPES
 from stepquant.runtime.layers.attention_product import IntegerProduct
@@ -49,6 +51,27 @@ class Angles(NamedTuple):
         return Angles(*(torch.cat(pair, 1) for pair in zip(self, still)))  # type: ignore[arg-type]
 
 
+def multiplies_codes(attention: Any, processor: Any) -> bool:
+    """Whether its product is of integers, of operands that nobody else asks for, and its processor is still that one."""
+    product = getattr(attention, "product", None)
+    return (
+        isinstance(product, IntegerProduct)
+        and attention.processor is processor
+        and product.prepared().reason is None
+        and not product.in_floats
+        and not (product._forward_hooks or product._forward_pre_hooks)
+    )
+
+
+def multiplied(
+    product: Any, width: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Tensor:
+    """The product of rows of all heads of so many channels, of which keys and values may have fewer."""
+    query, key, value = (one.unflatten(-1, (-1, width)).transpose(1, 2) for one in (query, key, value))
+    found: Tensor = product(query, spread(key, query), spread(value, query), mask)
+    return found.transpose(1, 2).flatten(2)
+
+
 class Turned(Joined):
     """Does what the processor does, with codes between the projections and the product."""
 
@@ -68,7 +91,12 @@ class Turned(Joined):
         given: dict[str | None, Any] = {name: value for name, value in kwargs.items() if value is not None}
         turn, of_text = given.pop(rotary.angles, args[0] if args else None), given.pop(rotary.text_mask, None)
         known = not given and len(args) <= 1 and (text is not None or not rotary.image)
-        if not known or x.dim() != 3 or x.dtype not in READ or not self.multiplies_codes():
+        if (
+            not known
+            or x.dim() != 3
+            or x.dtype not in READ
+            or not multiplies_codes(self.module, self.processor)
+        ):
             return super().inside(x, text, mask, *args, **kwargs)
         if of_text is not None and text is not None:
             mask = torch.cat([of_text, of_text.new_ones(x.shape[:2])], 1)
@@ -81,18 +109,7 @@ class Turned(Joined):
         if text is not None and rotary.joint:
             return self.together(x, text, turn, mask)
         operands = self.own(x, x if text is None else text, Angles.of(turn, rotary.halves))
-        return self.ended(self.multiplied(*operands, mask))
-
-    def multiplies_codes(self) -> bool:
-        """Whether the product is of integers, of operands that nobody else asks for."""
-        product = getattr(self.module, "product", None)
-        return (
-            isinstance(product, IntegerProduct)
-            and self.module.processor is self.processor
-            and product.prepared().reason is None
-            and not product.in_floats
-            and not (product._forward_hooks or product._forward_pre_hooks)
-        )
+        return self.ended(self.multiplied(*operands, mask=mask))
 
     def own(self, x: Tensor, source: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """Query and key as codes, and the value."""
@@ -121,17 +138,13 @@ class Turned(Joined):
         ).flatten(2)
 
     def multiplied(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """The product, as rows of all heads."""
-        heads = (one.unflatten(-1, (-1, self.width)).transpose(1, 2) for one in (query, key, value))
-        query, key, value = heads
-        operands = query, spread(key, query), spread(value, query)
-        return self.module.product(*operands, mask).transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
+        return multiplied(self.module.product, self.width, query, key, value, mask)
 
     def merged(self, x: Tensor, text: Tensor, turn: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Image and text behind it, with the same projections; the image alone is turned."""
         words, both = text.shape[1], torch.cat([x, text], 1)
         angles = Angles.of(turn, self.rotary.halves).padded(words)
-        mixed = self.multiplied(*self.own(both, both, angles), mask)
+        mixed = self.multiplied(*self.own(both, both, angles), mask=mask)
         image, text = mixed.split([x.shape[1], words], 1)
         return self.ended(image), text
 
@@ -149,7 +162,7 @@ class Turned(Joined):
         own, added = self.own(x, x, of_image), self.added(text, of_text)
         pairs = zip(added, own) if front else zip(own, added)
         query, key, value = (torch.cat(pair, 1) for pair in pairs)
-        mixed = self.multiplied(query, key, value, mask)
+        mixed = self.multiplied(query, key, value, mask=mask)
         image, text = (mixed[:, words:], mixed[:, :words]) if front else mixed.split([x.shape[1], words], 1)
         return self.ended(image), self.module.to_add_out(text) if "to_add_out" in self.ends else text
 
@@ -160,3 +173,46 @@ class Turned(Joined):
 
     def state(self) -> list[Any]:
         return [*super().state(), self.module.processor]
+
+
+class Parallel(Chain):
+    """The attention of a block whose feed-forward reads what it reads, and ends in the same layer."""
+
+    def __init__(self, module: Any) -> None:
+        inside = (module.to_qkv_mlp_proj, module.norm_q, module.norm_k, module.mlp_act_fn, module.to_out)
+        super().__init__(module, *inside)
+        self.processor = module.processor
+
+    def fused(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        x, module = hidden_states, self.module
+        if kwargs or x.dim() != 3 or x.dtype not in DTYPES or not multiplies_codes(module, self.processor):
+            return self.unfused(x, attention_mask, image_rotary_emb, **kwargs)  # type: ignore[no-any-return]
+        made, inner, angles = module.to_qkv_mlp_proj(x), module.inner_dim, Angles.of(image_rotary_emb, False)
+        query, key, value, wide = made.split([inner] * 3 + [made.shape[-1] - 3 * inner], -1)
+        query, key = (
+            ops.rms_norm_rotary_quantize(
+                one.unflatten(-1, (-1, module.head_dim)), norm.weight, norm.eps, False, *angles, False, code
+            ).flatten(2)
+            for one, norm, code in zip((query, key), (module.norm_q, module.norm_k), module.product.codes)
+        )
+        mixed = multiplied(module.product, module.head_dim, query, key, value, attention_mask)
+        return narrowed(module.to_out, mixed, module.mlp_act_fn(wide))
+
+    def state(self) -> list[Any]:
+        return [self.module.processor]
+
+
+def narrowed(layer: Any, mixed: Tensor, wide: Tensor) -> Tensor:
+    """`layer` on both, concatenated; it may have been split into two that are added."""
+    if isinstance(layer, SplitLayer):
+        first, second = layer.children()
+        return run(
+            second, codes_for(second, wide), mixed.dtype, run(first, codes_for(first, mixed), mixed.dtype)
+        )
+    return run(layer, torch.cat([codes_for(layer, one) for one in (mixed, wide)], -1), mixed.dtype)
