@@ -119,6 +119,7 @@ PAIRS += [
     ("tdq", "z_image"),  # and samples at different steps in one batch
     ("tdq", "animated"),  # of which each has several rows
     ("gptq", "animated"),  # whose layers are called by keyword
+    ("tfmq", "wan"),  # which asks a block for its dtype though a table has the place of all of its layers
 ]
 REFUSED = {"tac": "needs an unconditional pipeline"}
 

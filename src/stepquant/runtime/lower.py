@@ -83,12 +83,6 @@ def skeleton(
         rebind(attention, attention.product, path)
         if hasattr(type(attention), "set_processor"):
             attention.set_processor = KeepProduct(attention)  # type: ignore[assignment]
-    for path in {path.rpartition(".")[0] for path in (*layers, *(steps.tabled if steps else ()))}:
-        owner: Any = model.get_submodule(path)
-        if hasattr(type(owner), "fuse_projections"):
-            owner.fuse_projections = NoFusing(path)
-        if path and not any(True for _ in type(owner).parameters(owner)):
-            owner.parameters = FloatBuffers(owner)
     if steps is not None:
         check_steps(model, steps)
         if steps.table and not steps.tabled:
@@ -97,6 +91,12 @@ def skeleton(
         tensors = StepTensors(steps, device)
         put_tabled(model, steps, tensors)
         model.steps = tensors
+    for path in {path.rpartition(".")[0] for path in (*layers, *(steps.tabled if steps else ()))}:
+        owner: Any = model.get_submodule(path)
+        if hasattr(type(owner), "fuse_projections"):
+            owner.fuse_projections = NoFusing(path)
+        if path and not any(True for _ in type(owner).parameters(owner)):
+            owner.parameters = FloatBuffers(owner)
     return model
 
 
