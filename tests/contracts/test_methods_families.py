@@ -117,9 +117,9 @@ PAIRS += [
     ("d2dpm", "text_to_image"),
     ("d2dpm", "z_image"),  # a prediction for each sample, in a list
     ("tdq", "z_image"),  # and samples at different steps in one batch
-    ("tdq", "animated"),  # of which each has several rows
     ("gptq", "animated"),  # whose layers are called by keyword
     ("tfmq", "wan"),  # which asks a block for its dtype though a table has the place of all of its layers
+    ("tfmq", "skyreels"),  # which asks another way
 ]
 REFUSED = {"tac": "needs an unconditional pipeline"}
 

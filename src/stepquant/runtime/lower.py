@@ -97,6 +97,10 @@ def skeleton(
             owner.fuse_projections = NoFusing(path)
         if path and not any(True for _ in type(owner).parameters(owner)):
             owner.parameters = FloatBuffers(owner)
+            if not any(
+                True for _ in owner.buffers()
+            ):  # all in a table: diffusers looks for one to know a dtype by
+                owner.register_buffer("dtype_alone", torch.empty(0, device="cpu"), persistent=False)
     return model
 
 
