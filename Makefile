@@ -56,12 +56,13 @@ dist: setup
 	$(PIP) install --quiet --group release
 	$(BIN)/python -m build --no-isolation
 
-# Long: random kills, damaged artifacts, shared caches, random shapes. Each prints one line; see docs/torture.md.
+# Long: random kills, damaged artifacts, shared caches, random shapes, every method on every network. Each prints one line; see docs/torture.md.
 torture: setup
 	nice -n 5 $(BIN)/python -W ignore -m tests.torture.kills --count 50 --seed 0
 	nice -n 5 $(BIN)/python -W ignore -m tests.torture.mutations --count 1000 --seed 0
 	nice -n 5 $(BIN)/python -W ignore -m tests.torture.caches --count 8 --seed 0
 	nice -n 5 $(BIN)/python -W ignore -m tests.torture.shapes --count 10000 --seed 0
+	nice -n 5 $(BIN)/python -W ignore -m tests.torture.methods
 
 clean:
 	rm -rf build $(VENV)

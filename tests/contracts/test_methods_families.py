@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import cycle
@@ -26,6 +27,7 @@ from stepquant.quant.schemes import scheme
 from tests.contracts.pairs import error_of
 from tests.models.steered import STEPS, source_of
 from tests.models.tiny import images, joint, sounds, videos
+from tests.torture.methods import files
 
 # A stem that reads all samples as one list, frames and tokens folded into the batch, text beside the image.
 ALIKE = (
@@ -109,7 +111,7 @@ def test_a_joint_block_is_fitted_to_both_of_its_streams(tmp_path: Path) -> None:
         assert learner.held_loss(sample) == pytest.approx(report.hard)
 
 
-# Methods and networks take turns, each at least once.
+# Methods and networks take turns, each at least once; `tests.torture.methods` goes through all pairs of them.
 NETWORKS = [case.__name__ for kind in (images, joint, videos, sounds) for case in kind.CASES]
 TURNS = [one for one in NETWORKS if one not in ALIKE]
 PAIRS = list(zip(cycle(methods.names()), TURNS))
@@ -137,3 +139,11 @@ def test_every_method_makes_what_runs(method: str, network: str, tmp_path: Path)
 def test_all_methods_and_transformers_have_their_turn() -> None:
     assert {method for method, _ in PAIRS} == set(methods.names())
     assert {network for _, network in PAIRS} >= set(TURNS)
+
+
+def test_the_page_of_methods_by_networks_has_a_row_for_each_method_and_a_column_for_each_file() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "networks.md").read_text(encoding="utf-8")
+    heads, _, *rows = [line for line in page.splitlines() if line.startswith("|")]
+    shown = [f"+{name}" if methods.corrects(name) else name for name in methods.names()]
+    assert [row.split("`")[1] for row in rows] == shown
+    assert set(re.findall("`(.*?)`", heads)) == set(files().values())
