@@ -119,6 +119,21 @@ def test_quest_changes_the_weights_of_its_layers_alone(small: Source) -> None:
     assert any(not torch.equal(tuned.tensors[name], base.tensors[name]) for name in scales)
 
 
+def test_quest_tunes_all_weights_and_their_scales_where_that_is_asked_for(small: Source) -> None:
+    asked = {"tuned": "all", "tuning_iterations": 20, "weight_rate": 0.02, "weight_scale_rate": 1e-3}
+    tuned, base = (run(small, "quest", **asked | few) for few in (
+        {}, {"time_iterations": 0, "tuning_iterations": 0}))  # fmt: skip
+    narrow = [path for path, spec in tuned.layers.items() if spec.weight.bits == 4]
+    roles = Denoiser.of(small.pipeline).sites()
+    for leaf in ("weight", "weight_scale"):
+        changed = {
+            roles[p]
+            for p in narrow
+            if not torch.equal(tuned.tensors[f"{p}.{leaf}"], base.tensors[f"{p}.{leaf}"])
+        }
+        assert "conv" in changed - {*SENSITIVE, *TIMES}
+
+
 def test_adapters_are_rounded_with_the_weights_and_none_is_left(small: Source) -> None:
     tuned, base = run(small, "efficientdm", adapter_rate=0.02), run(small, "efficientdm", iterations=0)
     assert not any(spec.rank for spec in tuned.layers.values())
@@ -148,3 +163,4 @@ def test_models_and_schemes_that_they_are_not_for_are_refused(
         with pytest.raises(MethodError, match="no embedding of the step"):
             run(small, "qncd", **asked)
     assert not list(small.cache.rglob("*.safetensors"))
+    assert run(convolutions, "quest", tuned="all").layers

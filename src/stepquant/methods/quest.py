@@ -7,6 +7,7 @@ Differs from paper and code:
 - rates are in units of the scales, so that one fits all layers, and published ones are turned into these for scales of 0.01 of
   weights and 0.1 of activations; biases stay, and zero points.
 - records that are held out judge each of both parts: it is given up where it helps nothing.
+- `tuned=all` goes beyond the paper: convolutions, most weights of a U-Net, are tuned too, and `weight_scale_rate` tunes scales.
 - grids come from the plan: most schemes keep inputs of what depends on t in float, so that it has weights alone to learn.
 """
 
@@ -60,13 +61,19 @@ class QuEST(BlockMethod):
     tuning_iterations: int = Field(
         160, ge=0, description="of the network, for attentions, feed-forwards and scales"
     )
+    tuned: Literal["selected", "all"] = Field(
+        "selected",
+        description="which weights are tuned: attentions and feed-forwards; or those of all layers",
+    )
     weight_rate: float = Field(0.01, gt=0, le=1, description="Adam's rate for weights, in their scales")
+    weight_scale_rate: float = Field(0.0, ge=0, description="of the scales of weights, relative to each")
     step_rate: float = Field(
         2e-3, ge=0, description="Adam's rate for activation steps, relative to each step"
     )
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
-        self.check_has_sensitive(denoiser, plan)
+        if self.tuned == "selected":
+            self.check_has_sensitive(denoiser, plan)
         generator = torch.Generator().manual_seed(source.seed)
         data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
 
@@ -94,8 +101,9 @@ class QuEST(BlockMethod):
             tuned = self.through_rounding(
                 iterations=self.tuning_iterations,
                 weight_rate=self.weight_rate,
+                weight_scale_rate=self.weight_scale_rate,
                 scale_rate=self.step_rate,
-                only=SENSITIVE,
+                only=SENSITIVE if self.tuned == "selected" else (),
             )
             distil(streams, tuned, journal, stage="tuned", seed=source.seed, progress=source.progress)
             return freeze(network)
@@ -107,5 +115,5 @@ class QuEST(BlockMethod):
                 "there is no layer of an attention or a feed-forward to fine-tune",
                 where=type(denoiser.model).__name__,
                 got=f"plan '{plan.name}' on {len(roles)} layers",
-                fix="choose another method, as brecq",
+                fix="tune what there is with --set tuned=all, or choose another method, as brecq",
             )
