@@ -254,6 +254,7 @@ def bounds_of(
     for path, layer in layers.items():
         found |= {f"{path}.weight": BYTES, f"{path}.weight_scale": SCALE, f"{path}.bias": FINITE}
         found[f"{path}.weight_zero_point"] = zero_points(layer.weight)
+        found[f"{path}.weight_codebook"] = Bounds(-127, 127, "whole numbers from -127 to 127")
         found |= {f"{path}.weight_offset": FINITE, f"{path}.input_factors": SCALE}
         found[f"{path}.first_output"] = FINITE
         found |= {f"{path}.low_rank.{side}": FINITE for side in ("down", "up")}

@@ -29,6 +29,33 @@ def test_limits(text: str, low: int, high: int) -> None:
     assert (grid.qmin, grid.qmax, grid.levels) == (low, high, high - low + 1)
 
 
+def test_other_bits_keep_what_they_can() -> None:
+    def at(text: str, bits: int) -> str:
+        return str(Grid.parse(text).at(bits))
+
+    assert at("int4/channel/asym", 2) == "int2/channel/asym"
+    assert at("int4/channel/asym", 8) == "int8/channel"  # less a zero point it would be no signed byte
+    assert at("uint8/tensor", 4) == "uint4/tensor"
+    assert [at("int2/channel/codebook", bits) for bits in (3, 4, 8)] == [
+        "int3/channel/codebook",
+        "int4/channel/asym",
+        "int8/channel",
+    ]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_codebooks_name_integers_of_a_byte(bits: int) -> None:
+    grid = Grid.parse(f"int{bits}/channel/codebook")
+    assert (grid.qmin, grid.qmax, grid.levels, grid.width) == (-127, 127, 2**bits, 8)
+    assert str(grid) == f"int{bits}/channel/codebook"
+
+
+@pytest.mark.parametrize("text", ["int5/channel/codebook", "uint4/channel/codebook", "int4/tensor/codebook"])
+def test_codebooks_are_for_few_bits_of_the_weights_of_channels(text: str) -> None:
+    with pytest.raises(GridError, match="codebooks are for the weights of channels"):
+        Grid.parse(text)
+
+
 @pytest.mark.parametrize(
     "text",
     ["int9/tensor", "int1/tensor", "int8", "float8/tensor", "int8/row", "int8/group", "", "int8/group0"],

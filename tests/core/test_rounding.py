@@ -5,15 +5,7 @@ import torch
 
 from stepquant.core.affine import quantize
 from stepquant.core.grid import Grid
-from stepquant.core.rounding import (
-    alpha_of,
-    anneal,
-    floor_and_fraction,
-    hard_integers,
-    indecision,
-    share_up,
-    soft_span,
-)
+from stepquant.core.rounding import alpha_of, anneal, beside, indecision, share_up
 
 GRIDS = [Grid.parse("int4/channel"), Grid.parse("int8/channel"), Grid.parse("int4/channel/asym")]
 
@@ -28,16 +20,16 @@ def rows_and_range(grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_start_reproduces_the_weights(grid: Grid) -> None:
     rows, scale, zero_point = rows_and_range(grid)
-    floor, fraction = floor_and_fraction(rows, scale)
-    low, span = soft_span(floor, scale, zero_point, grid)
-    torch.testing.assert_close(low + share_up(alpha_of(fraction)) * span, rows, rtol=0, atol=1e-5)
+    lower, upper, fraction = beside(rows, scale, zero_point, grid)
+    soft = lower + share_up(alpha_of(fraction)) * (upper - lower)
+    torch.testing.assert_close((soft - zero_point) * scale, rows, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_rounding_by_the_fraction_is_rounding_to_nearest(grid: Grid) -> None:
     rows, scale, zero_point = rows_and_range(grid)
-    floor, fraction = floor_and_fraction(rows * 1.5, scale)
-    hard = hard_integers(floor, alpha_of(fraction) >= 0, zero_point, grid)
+    lower, upper, fraction = beside(rows * 1.5, scale, zero_point, grid)
+    hard = torch.where(alpha_of(fraction) >= 0, upper, lower)
     assert torch.equal(hard, quantize(rows * 1.5, scale, zero_point, grid))
 
 
@@ -46,11 +38,11 @@ def test_soft_weights_are_the_formula_clipped_to_the_grid(grid: Grid) -> None:
     """Eq. 22 as written: scale * clip(floor + share, low, high)."""
     generator = torch.Generator().manual_seed(1)
     floor = torch.randint(-20, 20, (3, 50), generator=generator).float()
-    share, scale = torch.rand(3, 50, generator=generator), torch.rand(3, 1, generator=generator) + 0.1
+    share, scale = torch.rand(3, 50, generator=generator), torch.tensor([[0.25], [0.5], [1.0]])
     zero_point = torch.zeros(3, 1) if grid.symmetric else torch.tensor([[-1.0], [0.0], [2.0]])
-    low, span = soft_span(floor, scale, zero_point, grid)
+    lower, upper, _ = beside(floor * scale, scale, zero_point, grid)
     expected = (floor + share).clamp(grid.qmin - zero_point, grid.qmax - zero_point) * scale
-    torch.testing.assert_close(low + share * span, expected)
+    torch.testing.assert_close((lower + share * (upper - lower) - zero_point) * scale, expected)
 
 
 def test_share_reaches_its_ends_at_finite_alpha() -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stepquant.core.affine import quantize
+from stepquant.core.codebook import nearest
 from stepquant.core.grid import Grid
 
 
@@ -19,10 +20,11 @@ def round_compensated(
     damping: float = 0.01,
     block: int = 128,
     by_importance: bool = False,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     """Integers for `weight` (rows, columns) whose output error tr(dW H dW^T) is small, H being `hessian` (columns, columns).
 
-    `scale` and `zero_point` have the shape of `weight`. `by_importance` takes the columns with the largest H_jj first.
+    `scale` and `zero_point` have the shape of `weight`; `codebook` has the integers that each row may take. `by_importance` takes the columns with the largest H_jj first.
     """
     order = torch.arange(weight.shape[1], device=weight.device)
     if by_importance:
@@ -39,7 +41,10 @@ def round_compensated(
         part = weight[:, columns].clone()
         for j in range(part.shape[1]):
             at = start + j
-            q = quantize(part[:, j], scale[:, at], zero_point[:, at], grid).to(weight.dtype)
+            if codebook is None:
+                q = quantize(part[:, j], scale[:, at], zero_point[:, at], grid).to(weight.dtype)
+            else:
+                q = nearest((part[:, j] / scale[:, at])[:, None], codebook.to(weight.dtype))[:, 0]
             integers[:, at] = q
             # Eq. 2: what this column loses is spread over the columns after it.
             errors[:, j] = (part[:, j] - (q - zero_point[:, at]) * scale[:, at]) / inner[j, j]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 from stepquant.errors import StepquantError
 
 Granularity = Literal["tensor", "channel", "group", "token", "step", "log"]
 AS_THEY_COME = ("token", "log")  # whose scales are found with the numbers, and have no range
-GRAMMAR = "[u]int<2..8>/<tensor|channel|group<N>|token|step|log>[/sym|/asym], for example int8/channel, uint8/tensor, int4/group32"
-PATTERN = re.compile(r"(u?)int([0-9]{1,9})/(tensor|channel|token|step|log|group([0-9]{1,9}))(?:/(sym|asym))?")
+GRAMMAR = "[u]int<2..8>/<tensor|channel|group<N>|token|step|log>[/sym|/asym|/codebook], for example int8/channel, uint8/tensor, int4/group32"
+MOST_CODEBOOK = 4  # bits: the integers of a codebook stand beside the weights of each channel
+PATTERN = re.compile(
+    r"(u?)int([0-9]{1,9})/(tensor|channel|token|step|log|group([0-9]{1,9}))(?:/(sym|asym|codebook))?"
+)
 
 
 class GridError(StepquantError):
@@ -26,6 +29,7 @@ class Grid:
     `token` has one for every row that a linear reads, or image that a convolution reads: found as they come, never stored.
     `log` has powers of two of the greatest number of each row, of numbers that are never negative: found as they come, too.
     A symmetric grid has zero point 0 and drops the lowest signed value, so that -q exists for every q.
+    `int4/channel/codebook` has 16 integers of a byte for each channel, chosen for its weights, and names one by 4 bits.
     """
 
     bits: int
@@ -33,6 +37,7 @@ class Grid:
     symmetric: bool = True
     granularity: Granularity = "tensor"
     group: int = 0
+    codebook: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -41,21 +46,42 @@ class Grid:
             raise GridError(f"a group grid names its group size, not {self.group}", expected=GRAMMAR)
         if self.granularity == "log" and (self.signed or self.symmetric):
             raise GridError("powers of two have no sign", expected="uint8/log, for example")
+        plain = self.signed and self.symmetric and self.granularity == "channel"
+        if self.codebook and not (plain and self.bits <= MOST_CODEBOOK):
+            raise GridError(
+                "codebooks are for the weights of channels",
+                expected=f"int2/channel/codebook to int{MOST_CODEBOOK}/channel/codebook",
+            )
+
+    @property
+    def width(self) -> int:
+        """Bits of the integers that are multiplied."""
+        return 8 if self.codebook else self.bits
 
     @property
     def qmin(self) -> int:
         if not self.signed:
             return 0
-        return -(2 ** (self.bits - 1)) + (1 if self.symmetric else 0)
+        return -(2 ** (self.width - 1)) + (1 if self.symmetric else 0)
 
     @property
     def qmax(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        return 2 ** (self.width - 1) - 1 if self.signed else 2**self.width - 1
 
     @property
     def levels(self) -> int:
         """How many integers it has."""
-        return self.qmax - self.qmin + 1
+        return 2**self.bits if self.codebook else self.qmax - self.qmin + 1
+
+    def at(self, bits: int) -> Grid:
+        """The same with another number of bits; signed bytes are symmetric, because less a zero point they would be none.
+
+        Codebooks stay up to 3 bits: the 16 bytes of 4 for each channel cost rows of hundreds of weights what they gain.
+        """
+        codebook = self.codebook and bits < MOST_CODEBOOK
+        codebook |= self.codebook and bits == self.bits
+        symmetric = self.symmetric and codebook == self.codebook
+        return replace(self, bits=bits, codebook=codebook, symmetric=symmetric or (self.signed and bits == 8))
 
     @classmethod
     def parse(cls, text: str) -> Grid:
@@ -67,12 +93,14 @@ class Grid:
         return cls(
             bits=int(bits),
             signed=not unsigned,
-            symmetric=(shape == "sym") if shape else not unsigned,
+            symmetric=(shape == "sym") if shape in ("sym", "asym") else not unsigned,
             granularity=granularity,
             group=int(group or 0),
+            codebook=shape == "codebook",
         )
 
     def __str__(self) -> str:
         shape = "" if self.symmetric == self.signed else "/sym" if self.symmetric else "/asym"
+        shape = "/codebook" if self.codebook else shape
         share = f"group{self.group}" if self.granularity == "group" else self.granularity
         return f"{'' if self.signed else 'u'}int{self.bits}/{share}{shape}"

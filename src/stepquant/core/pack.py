@@ -18,13 +18,17 @@ def packed_bytes(count: int, bits: int) -> int:
 
 def pack(q: Tensor, grid: Grid) -> Tensor:
     """Dense uint8 stream of the integers `q` (any shape, any integer or float storage)."""
-    codes = (q.reshape(-1).to(torch.int16) - grid.qmin).to(torch.uint8)
-    if grid.bits == 8:
+    return pack_codes((q.reshape(-1).to(torch.int16) - grid.qmin).to(torch.uint8), grid.bits)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """The stream of bytes that hold numbers from 0 on."""
+    if bits == 8:
         return codes
-    places = torch.arange(grid.bits, dtype=torch.uint8, device=codes.device)
-    bits = (codes[:, None] >> places & 1).reshape(-1)
-    bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).reshape(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
+    places = torch.arange(bits, dtype=torch.uint8, device=codes.device)
+    single = (codes[:, None] >> places & 1).reshape(-1)
+    single = torch.nn.functional.pad(single, (0, -single.numel() % 8)).reshape(-1, 8)
+    return (single << torch.arange(8, dtype=torch.uint8, device=single.device)).sum(1, dtype=torch.uint8)
 
 
 def pack_nearest(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
@@ -38,17 +42,24 @@ def pack_nearest(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) ->
     return packed
 
 
-def unpack(data: Tensor, grid: Grid, count: int) -> Tensor:
-    """The first `count` integers of a packed stream, as int16 (uint8 grids do not fit int8)."""
-    if data.numel() != packed_bytes(count, grid.bits):
+def unpack(data: Tensor, grid: Grid, count: int, codebook: Tensor | None = None) -> Tensor:
+    """The first `count` integers of a packed stream, as int16 (uint8 grids do not fit int8); or those that codes of rows name."""
+    codes = unpack_codes(data, grid.bits, count)
+    if codebook is None:
+        return codes + grid.qmin
+    return codebook.to(torch.int16).gather(1, codes.reshape(len(codebook), -1).long()).reshape(-1)
+
+
+def unpack_codes(data: Tensor, width: int, count: int) -> Tensor:
+    """The first `count` numbers of a stream, from 0 on."""
+    if data.numel() != packed_bytes(count, width):
         raise GridError(
-            f"{count} integers of {grid.bits} bits fill {packed_bytes(count, grid.bits)} bytes, not {data.numel()}"
+            f"{count} integers of {width} bits fill {packed_bytes(count, width)} bytes, not {data.numel()}"
         )
-    if 8 % grid.bits == 0:  # each byte holds the same number of them
-        places = torch.arange(0, 8, grid.bits, dtype=torch.uint8, device=data.device)
-        codes = (data.reshape(-1, 1) >> places).reshape(-1)[:count] & 2**grid.bits - 1
-        return codes.to(torch.int16) + grid.qmin
+    if 8 % width == 0:  # each byte holds the same number of them
+        places = torch.arange(0, 8, width, dtype=torch.uint8, device=data.device)
+        return ((data.reshape(-1, 1) >> places).reshape(-1)[:count] & 2**width - 1).to(torch.int16)
     places = torch.arange(8, device=data.device)
     bits = (data.reshape(-1)[:, None] >> places.to(torch.uint8) & 1).reshape(-1)
-    bits = bits[: count * grid.bits].reshape(count, grid.bits)
-    return (bits.to(torch.int16) << places[: grid.bits].to(torch.int16)).sum(1, dtype=torch.int16) + grid.qmin
+    bits = bits[: count * width].reshape(count, width)
+    return (bits.to(torch.int16) << places[:width].to(torch.int16)).sum(1, dtype=torch.int16)

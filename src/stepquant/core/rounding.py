@@ -27,20 +27,14 @@ def floor_and_fraction(rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return floor, scaled - floor
 
 
-def soft_span(floor: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The lower value of every weight and how far the upper one lies above it, inside the grid (Eq. 22).
+def beside(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """The integers below and above every weight, inside the grid, and how much of the way up it is (Eq. 22).
 
-    A weight that is `share` of the way up is lower + share * span; where the grid ends, the span is 0.
+    Where the grid ends, both are the same.
     """
-    low, high = grid.qmin - zero_point, grid.qmax - zero_point
-    lower = torch.maximum(torch.minimum(floor, high), low)
-    upper = torch.maximum(torch.minimum(floor + 1, high), low)
-    return lower * scale, (upper - lower) * scale
-
-
-def hard_integers(floor: Tensor, up: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """Integers of weights of which those in `up` take the upper one."""
-    return (floor + up + zero_point).clamp(grid.qmin, grid.qmax)
+    floor, fraction = floor_and_fraction(rows, scale)
+    lower, upper = ((one + zero_point).clamp(grid.qmin, grid.qmax) for one in (floor, floor + 1))
+    return lower, upper, fraction
 
 
 def indecision(share: Tensor, beta: float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,10 +116,11 @@ def set_ranges(network: Inserted, data: CalibSet, candidates: int = 100) -> None
         quantizer = layer.weight_quantizer
         if quantizer is not None:
             rows = to_groups(layer.weight.detach().float(), quantizer.grid)
-            set_range(quantizer, lp_search(rows, quantizer.grid, p=NORM, candidates=candidates))
+            quantizer.fit(rows, partial(lp_search, p=NORM, candidates=candidates))
 
     def observe(quantizer: Quantizer, values: Slices) -> None:
-        set_range(quantizer, lp_search_binned(values, quantizer.grid, p=NORM))
+        ends = lp_search_binned(values, quantizer.grid, p=NORM)
+        quantizer.set_range(*scale_and_zero(*ends, quantizer.grid))
 
     inputs = network.ranged()
     network.switch(weights=False, inputs=False)
@@ -128,10 +130,6 @@ def set_ranges(network: Inserted, data: CalibSet, candidates: int = 100) -> None
         network.denoiser.predict(next(iter(data.batches(len(data)))).arguments)
     for quantizer in inputs:
         quantizer.observer = None
-
-
-def set_range(quantizer: Quantizer, ends: tuple[Tensor, Tensor]) -> None:
-    quantizer.set_range(*scale_and_zero(*ends, quantizer.grid))
 
 
 @contextmanager

@@ -78,16 +78,22 @@ def compensated(layer: QuantLayer, hessian: Tensor, settings: Compensation) -> T
         value[:, None].expand_as(to_groups(weight, quantizer.grid)).reshape(len(weight), -1)
         for value in quantizer.range()
     )
-    rows = weight.flatten(1).chunk(len(hessian)), scale.chunk(len(hessian)), zero_point.chunk(len(hessian))
+    few = len(hessian)
+    rows = [value.chunk(few) for value in (weight.flatten(1), scale, zero_point)]
+    codebooks = quantizer.codebook.chunk(few) if quantizer.grid.codebook else [None] * few
     parts = [
         round_compensated(
-            *part,
+            w,
+            h,
+            s,
+            z,
             quantizer.grid,
             damping=settings.damping,
             block=settings.block,
             by_importance=settings.by_importance,
+            codebook=codebook,
         )
-        for part in ((w, h, s, z) for w, h, s, z in zip(rows[0], hessian, rows[1], rows[2]))
+        for w, h, s, z, codebook in zip(rows[0], hessian, rows[1], rows[2], codebooks)
     ]
     return torch.cat(parts).reshape(weight.shape)
 

@@ -9,12 +9,13 @@ import torch
 from torch import Generator, Tensor
 
 from stepquant.core.affine import fake_quantize_ste, quantize, to_groups
+from stepquant.core.codebook import ThroughCodebook, nearest
 from stepquant.core.mapped import beside
-from stepquant.core.rounding import alpha_of, floor_and_fraction, hard_integers, share_up, soft_span
+from stepquant.core.rounding import alpha_of, share_up
 from stepquant.quant.layers import QuantLayer, Rounding, from_integers
 from stepquant.quant.quantizer import ALL, Quantizer
 
-NEAR = 0.499  # of a scale: as far from its integer a weight begins at most
+NEAR = 0.499  # of a gap: as far from its integer a weight begins at most
 
 
 class FixedRounding:
@@ -27,10 +28,8 @@ class FixedRounding:
         return from_integers(self.integers(weight, quantizer), quantizer).to(weight.dtype)
 
     def integers(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
-        scale, zero_point = quantizer.range()
-        floor, _ = floor_and_fraction(to_groups(weight.detach().float(), quantizer.grid), scale[:, None])
-        up = self.up.reshape(floor.shape).to(floor.dtype)
-        return hard_integers(floor, up, zero_point[:, None], quantizer.grid).reshape(weight.shape)
+        lower, upper, _ = quantizer.neighbours(to_groups(weight.detach().float(), quantizer.grid))
+        return torch.where(self.up.reshape(lower.shape), upper, lower).reshape(weight.shape)
 
 
 class FixedIntegers:
@@ -60,9 +59,9 @@ class SoftRounding:
 
     def __init__(self, weight: Tensor, quantizer: Quantizer) -> None:
         scale, zero_point = (value[:, None] for value in quantizer.range())
-        rows = to_groups(weight.detach().float(), quantizer.grid)
-        floor, fraction = floor_and_fraction(rows, scale)
-        self.low, self.span = soft_span(floor, scale, zero_point, quantizer.grid)
+        lower, upper, fraction = quantizer.neighbours(to_groups(weight.detach().float(), quantizer.grid))
+        # Eq. 22, inside the grid: lower + share * span; where the grid ends, the span is 0.
+        self.low, self.span = (lower - zero_point) * scale, (upper - lower) * scale
         self.alpha = alpha_of(fraction).requires_grad_()
         self.hard = False
         self.share = fraction
@@ -93,12 +92,14 @@ class LearnedWeight:
         scale, zero_point = (value[:, None] for value in quantizer.range())
         weight = to_groups(layer.weight.detach().float(), quantizer.grid)
         if layer.rounding is not None:
-            chosen = to_groups(layer.weight_integers(), quantizer.grid) - zero_point
-            weight = torch.minimum(torch.maximum(weight, (chosen - NEAR) * scale), (chosen + NEAR) * scale)
+            chosen = to_groups(layer.weight_integers(), quantizer.grid)
+            low, high = ((chosen - zero_point + NEAR * gap) * scale for gap in quantizer.gaps_beside(chosen))
+            weight = torch.minimum(torch.maximum(weight, low), high)
         self.start, self.zero_point, self.weight = scale, zero_point, weight
+        self.gaps, self.codebook = quantizer.gaps()[:, None], quantizer.codebook
         self.shape, self.grid = layer.weight.shape, quantizer.grid
         self.factor = torch.ones_like(scale).requires_grad_()
-        self.typical = float(scale.mean())
+        self.typical = float(self.gaps.mean())
         if rank:
             outputs, inputs = len(layer.weight), layer.weight[0].numel()
             few = min(rank, outputs, inputs)
@@ -114,18 +115,22 @@ class LearnedWeight:
     def changed(self) -> Tensor:
         """The weight in rows of its grid, not rounded."""
         if len(self.changes) == 1:
-            return self.weight + self.changes[0] * self.start
+            return self.weight + self.changes[0] * self.gaps
         down, up = self.changes
         return self.weight + (up @ down).reshape(self.weight.shape) * self.typical
 
     def values(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
-        rounded = fake_quantize_ste(self.changed(), self.scale, self.zero_point, self.grid)
+        if self.grid.codebook:
+            rounded = ThroughCodebook.apply(self.changed(), self.scale, self.codebook)  # type: ignore[no-untyped-call]
+        else:
+            rounded = fake_quantize_ste(self.changed(), self.scale, self.zero_point, self.grid)
         return rounded.reshape(self.shape).to(weight.dtype)
 
     def integers(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
-        return quantize(self.changed().detach(), self.scale.detach(), self.zero_point, self.grid).reshape(
-            self.shape
-        )
+        changed, scale = self.changed().detach(), self.scale.detach()
+        if self.grid.codebook:
+            return nearest(changed * scale.reciprocal(), self.codebook).reshape(self.shape)
+        return quantize(changed, scale, self.zero_point, self.grid).reshape(self.shape)
 
     def settle(self, layer: QuantLayer) -> None:
         """Make it what the layer has."""

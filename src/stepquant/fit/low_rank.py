@@ -99,8 +99,7 @@ def set_range(layer: QuantLayer, search: Search) -> None:
     """Of the weight that is left for the integers."""
     quantizer = layer.weight_quantizer
     assert quantizer is not None
-    rows = to_groups(layer.weight.detach().float(), quantizer.grid)
-    quantizer.set_range(*scale_and_zero(*search(rows, quantizer.grid), quantizer.grid))
+    quantizer.fit(to_groups(layer.weight.detach().float(), quantizer.grid), search)
 
 
 class Inputs:
@@ -138,9 +137,9 @@ def best_division(
     target = F.linear(x, weight)
 
     def rounded(rest: Tensor) -> Tensor:
-        rows = to_groups(rest, quantizer.grid)
-        scale, zero_point = scale_and_zero(*settings.weight_search(rows, quantizer.grid), quantizer.grid)
-        return fake_quantize(rows, scale[:, None], zero_point[:, None], quantizer.grid).view_as(rest)
+        trial, rows = Quantizer(quantizer.grid, quantizer.site), to_groups(rest, quantizer.grid)
+        trial.fit(rows, settings.weight_search)
+        return trial.values(rows).view_as(rest)
 
     def measured(factors: Tensor | None) -> Callable[[LowRank | None, Tensor], float]:
         inputs = rounded_inputs(layer.input_quantizer, x if factors is None else x * factors, settings)

@@ -26,8 +26,7 @@ def set_weight_ranges(network: Inserted, search: Search, progress: Progress | No
     for layer in (progress or Silent()).track(layers, "weight ranges", len(layers)):
         quantizer = layer.weight_quantizer
         assert quantizer is not None
-        rows = to_groups(layer.weight.detach().float(), quantizer.grid)
-        quantizer.set_range(*scale_and_zero(*search(rows, quantizer.grid), quantizer.grid))
+        quantizer.fit(to_groups(layer.weight.detach().float(), quantizer.grid), search)
 
 
 def set_input_ranges(

@@ -156,16 +156,15 @@ def step_groups(steps: Tensor, records: Tensor, count: int) -> list[Tensor]:
 
 
 class Displaced:
-    """Weights rounded to nearest and moved from there by `displacement`, in multiples of the scale."""
+    """Weights rounded to nearest and moved from there by `displacement`, in gaps of their grid."""
 
     def __init__(self, layer: QuantLayer, quantizer: Quantizer) -> None:
-        scale, _ = quantizer.range()
         self.nearest = to_groups(from_integers(layer.weight_integers(), quantizer), quantizer.grid)
-        self.scale = scale[:, None]
+        self.gaps = quantizer.gaps()[:, None]
         self.displacement = torch.zeros_like(self.nearest)
 
     def values(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
-        return torch.addcmul(self.nearest, self.displacement, self.scale).reshape(weight.shape)
+        return torch.addcmul(self.nearest, self.displacement, self.gaps).reshape(weight.shape)
 
     def integers(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
         raise MethodError("displaced weights are for gradients: they are on no grid and cannot be packed")

@@ -148,6 +148,11 @@ def specs_of(model: nn.Module, plan: Plan, rotation: int | None = None) -> dict[
     for path in denoiser.sites():
         weight, inputs = decided[path, "weight"].grid, decided[path, "input"].grid
         if weight is not None:
+            if weight.codebook:
+                raise PlanError(
+                    f"'{path}:weight' has a codebook, which is not made while weights are loaded",
+                    fix=f"load the model in float, then quantize it with plan '{plan.name}'",
+                )
             layer: Any = model.get_submodule(path)
             turns = rotation and inputs and isinstance(layer, nn.Linear) and not layer.in_features % rotation
             found[path] = LayerSpec(weight, inputs, rotation=rotation if turns and rotation else 0)

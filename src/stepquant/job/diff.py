@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stepquant import hub
 from stepquant.artifact import LayerSpec
-from stepquant.core.pack import unpack
+from stepquant.core.pack import unpack_codes
 from stepquant.errors import ArtifactError, StepquantError
 from stepquant.evaluate.metrics.pairs import psnr
 from stepquant.job.pipelines import check_one_denoiser, find_folder, load
@@ -157,8 +157,10 @@ def integer_change(a: Side, b: Side, path: str) -> dict[str, Any]:
         return empty
     if a.tensors[name].shape != b.tensors[name].shape:
         return empty
-    form = LayerSpec.from_json(specs[0]).weight  # type: ignore[arg-type]
-    codes = [unpack(side.tensors[name], form, side.tensors[name].numel() * 8 // form.bits) for side in (a, b)]
+    bits = LayerSpec.from_json(specs[0]).weight.bits  # type: ignore[arg-type]
+    codes = [
+        unpack_codes(side.tensors[name], bits, side.tensors[name].numel() * 8 // bits) for side in (a, b)
+    ]
     change = (codes[0].int() - codes[1].int()).abs()
     return {"changed": float((change > 0).double().mean()), "largest": int(change.max())}
 

@@ -104,9 +104,7 @@ class MixDQ(RangedMethod, UnbiasedMethod):
             spent,
         )
         grids = {
-            place: replace(one.grid, bits=bits[index])
-            for (place, one), index in zip(sites.items(), chosen)
-            if one.grid
+            place: one.grid.at(bits[index]) for (place, one), index in zip(sites.items(), chosen) if one.grid
         }
         return plan.with_grids(grids, f"bits of {port}s where they count most, as many as {plan.name} has")
 

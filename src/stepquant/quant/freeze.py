@@ -11,9 +11,10 @@ from torch import Tensor
 
 from stepquant.artifact import Artifact, LayerSpec, ProductSpec, StepSpec, table_tensors
 from stepquant.core.affine import to_groups
+from stepquant.core.codebook import codes_of
 from stepquant.core.freed import empty, give_back
 from stepquant.core.mapped import beside
-from stepquant.core.pack import pack, pack_nearest
+from stepquant.core.pack import pack, pack_codes, pack_nearest
 from stepquant.quant.insert import Inserted
 from stepquant.quant.layers import QuantLayer
 from stepquant.quant.quantizer import Quantizer
@@ -88,6 +89,8 @@ def packed_tensors(layer: QuantLayer) -> dict[str, Tensor]:
     out = {"weight_scale": scale.float()}
     if not quantizer.grid.symmetric:
         out["weight_zero_point"] = zero_point.to(torch.int16)
+    if quantizer.grid.codebook:
+        out["weight_codebook"] = quantizer.codebook.to(torch.int8)
     if layer.bias is not None:
         out["bias"] = layer.bias.detach().float()
     if layer.input_quantizer is not None:
@@ -107,6 +110,9 @@ def packed_tensors(layer: QuantLayer) -> dict[str, Tensor]:
 def packed_weight(layer: QuantLayer, quantizer: Quantizer) -> Tensor:
     """The dense stream of bytes on the CPU."""
     grid = quantizer.grid
+    if grid.codebook:
+        codes = codes_of(to_groups(layer.weight_integers(), grid), quantizer.codebook)
+        return pack_codes(codes.reshape(-1).to(torch.uint8), grid.bits).cpu()
     if layer.rounding is not None:
         return pack(layer.weight_integers().cpu(), grid)
     return pack_nearest(to_groups(layer.weight.detach(), grid), *quantizer.range(), grid).cpu()

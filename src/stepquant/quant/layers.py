@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepquant.core.affine import dequantize, fake_quantize, quantize, to_groups
+from stepquant.core.affine import dequantize, to_groups
 from stepquant.core.low_rank import LowRank
 from stepquant.core.rotation import rotate
 from stepquant.models.families.roles import border_of, bordered
@@ -106,9 +106,7 @@ class QuantLayer(nn.Module):
             return self.weight
         if self.rounding is not None:
             return self.rounding.values(self.weight, quantizer)
-        scale, zero_point = quantizer.range()
-        rows = to_groups(self.weight, quantizer.grid)
-        return fake_quantize(rows, scale[:, None], zero_point[:, None], quantizer.grid).view_as(self.weight)
+        return quantizer.values(to_groups(self.weight, quantizer.grid)).view_as(self.weight)
 
     def weight_integers(self) -> Tensor:
         """The integers that are packed, in the shape of the weight."""
@@ -116,9 +114,7 @@ class QuantLayer(nn.Module):
         assert quantizer is not None, "a layer without a weight quantizer has no integers"
         if self.rounding is not None:
             return self.rounding.integers(self.weight, quantizer)
-        scale, zero_point = quantizer.range()
-        rows = to_groups(self.weight, quantizer.grid)
-        return quantize(rows, scale[:, None], zero_point[:, None], quantizer.grid).reshape(self.weight.shape)
+        return quantizer.integers(to_groups(self.weight, quantizer.grid)).reshape(self.weight.shape)
 
     def __getattr__(self, name: str) -> Any:
         """What a model asks the layer itself: its widths, for one."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calib.calibset import CalibSet
-from stepquant.core.affine import fake_quantize, to_groups
-from stepquant.core.grid import Grid
+from stepquant.core.affine import to_groups
 from stepquant.errors import EvaluationError
 from stepquant.evaluate.study.allocate import Sensitivity
 from stepquant.evaluate.study.sites import StudiedSite, plan_with
@@ -30,26 +28,20 @@ from stepquant.models.hooks import read_by
 from stepquant.progress import Progress
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
+from stepquant.quant.quantizer import Quantizer
 
 CANDIDATES = (
     20  # of the range of a weight: a finer search changes an error by less than the probes' own spread
 )
 
 
-@dataclass(frozen=True)
-class Rounded:
-    """A grid with its range: what a tensor becomes."""
-
-    grid: Grid
-    scale: Tensor
-    zero_point: Tensor
-
-    def error(self, values: Tensor) -> Tensor:
-        rows = to_groups(values, self.grid) if len(self.scale) > 1 else values.reshape(1, -1)
-        return fake_quantize(rows, self.scale[:, None], self.zero_point[:, None], self.grid).sub_(rows)
+Options = Mapping[str, Mapping[int, Quantizer]]  # site key -> bits
 
 
-Options = Mapping[str, Mapping[int, Rounded]]  # site key -> bits
+def error_of(quantizer: Quantizer, values: Tensor) -> Tensor:
+    """What a tensor loses."""
+    rows = to_groups(values, quantizer.grid) if len(quantizer.scale) > 1 else values.reshape(1, -1)
+    return quantizer.values(rows).sub_(rows)
 
 
 def estimate(
@@ -92,14 +84,14 @@ def options_of(
     denoiser: Denoiser, plan: Plan, sites: Sequence[StudiedSite], bits: Sequence[int], data: CalibSet
 ) -> Options:
     """Every grid of every site, over the range of least error."""
-    found: dict[str, dict[int, Rounded]] = {site.key: {} for site in sites}
+    found: dict[str, dict[int, Quantizer]] = {site.key: {} for site in sites}
     for width in bits:
         narrow = plan_with(f"{width} bits", plan, {site.key: width for site in sites}, sites)
         with insert(denoiser, narrow) as network:
             set_ranges(network, data, CANDIDATES)
             for quantizer in network.quantizers():
                 if str(quantizer.site) in found:
-                    found[str(quantizer.site)][width] = Rounded(quantizer.grid, *quantizer.range())
+                    found[str(quantizer.site)][width] = quantizer
     return found
 
 
@@ -113,8 +105,8 @@ class Told:
 
     def add(self, key: str, values: Tensor, gradient: Tensor) -> None:
         values, gradient = values.detach().float(), gradient.float()
-        for width, rounded in self.options[key].items():
-            error = rounded.error(values)
+        for width, quantizer in self.options[key].items():
+            error = error_of(quantizer, values)
             product = float((error * gradient.reshape(error.shape)).sum())
             self.sums[key, width] = self.sums.get((key, width), 0.0) + product
 

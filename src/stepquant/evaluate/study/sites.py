@@ -33,14 +33,15 @@ class StudiedSite:
         return f"{self.path}:{self.port}"
 
     def bytes(self, bits: int) -> int:
-        """On disk: packed weights, a scale of four bytes each, and zero points of two where the grid has them."""
-        extra = 4 if Grid.parse(self.grid).symmetric else 6
+        """On disk: packed weights, a scale of four bytes each, and zero points of two or codebooks where the grid has them."""
+        grid = self.at(bits)
+        extra = 4 + 2 * (not grid.symmetric) + grid.levels * grid.codebook
         return packed_bytes(self.weights, bits) + extra * self.scales
 
     def at(self, bits: int) -> Grid:
         """The site's grid with another number of bits."""
         try:
-            return replace(Grid.parse(self.grid), bits=bits)
+            return Grid.parse(self.grid).at(bits)
         except GridError as error:
             raise EvaluationError(f"'{self.key}' cannot have {bits} bits", expected="2 to 8") from error
 

@@ -74,7 +74,7 @@ def why_float(network: Network, path: str, layer: IntegerLayer) -> str:
         return (
             "only scales are written beside the integers: no rotation, branch, factors of inputs or offsets"
         )
-    if spec.weight.bits > 4 and not layer.fits_signed_bytes():
+    if spec.weight.width > 4 and not layer.fits_signed_bytes():
         return "weights minus their zero point need more than a signed byte"
     errors = layer.weight_scale.half().float() / layer.weight_scale - 1
     if not bool(errors.abs().max() <= MOST_ERROR):
@@ -84,7 +84,7 @@ def why_float(network: Network, path: str, layer: IntegerLayer) -> str:
 
 def block_of(layer: IntegerLayer) -> Block:
     """The smallest blocks that hold the layer's integers."""
-    if layer.spec.weight.bits > 4:
+    if layer.spec.weight.width > 4:
         return Q8_0
     centred = layer.signed_bytes()
     return Q4_0 if int(centred.min()) >= -8 and int(centred.max()) <= 7 else Q4_1

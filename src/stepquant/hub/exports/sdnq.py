@@ -74,7 +74,7 @@ def why_float(network: Network, path: str, layer: IntegerLayer) -> str:
 
 def kind_of(layer: IntegerLayer) -> str:
     """The type in which a layer's integers are written."""
-    if layer.spec.weight.bits > 4 or layer.weight_shape.numel() % 2:
+    if layer.spec.weight.width > 4 or layer.weight_shape.numel() % 2:
         return INT8
     least, most = torch.sub(*layer.rows()).aminmax()
     return INT4 if least >= -8 and most <= 7 else UINT4

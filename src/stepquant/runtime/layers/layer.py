@@ -42,6 +42,7 @@ class IntegerLayer(Balanced[PreparedLayer]):
 
     weight: Tensor
     weight_scale: Tensor
+    weight_codebook: Tensor | None  # the integers that each row may take
     weight_offset: Tensor | None
     bias: Tensor | None
     input_scale: Tensor
@@ -64,6 +65,8 @@ class IntegerLayer(Balanced[PreparedLayer]):
         self.register_buffer("weight_scale", torch.ones(rows, device=device))
         if not spec.weight.symmetric:
             self.register_buffer("weight_zero_point", torch.zeros(rows, dtype=torch.int16, device=device))
+        codebook = torch.zeros((rows, spec.weight.levels) if spec.weight.codebook else 0, dtype=torch.int8)
+        self.register_buffer("weight_codebook", codebook.to(device) if spec.weight.codebook else None)
         self.register_buffer("weight_offset", torch.zeros(rows, device=device) if spec.offset else None)
         bias = None if layer.bias is None else torch.zeros(weight.shape[0], device=device)
         self.register_buffer("bias", bias)
@@ -116,7 +119,7 @@ class IntegerLayer(Balanced[PreparedLayer]):
     def rows(self) -> tuple[Tensor, Tensor]:
         """The weight's integers and their zero points, one row per scale."""
         count, rows = self.weight_shape.numel(), self.weight_scale.numel()
-        integers = unpack(self.weight, self.spec.weight, count).reshape(rows, -1)
+        integers = unpack(self.weight, self.spec.weight, count, self.weight_codebook).reshape(rows, -1)
         zero_point = getattr(self, "weight_zero_point", None)
         return integers, torch.zeros_like(integers[:, :1]) if zero_point is None else zero_point[:, None]
 

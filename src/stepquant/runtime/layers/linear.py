@@ -144,7 +144,7 @@ class IntegerLinear(IntegerLayer):
         grid, group = self.spec.weight, self.weight_shape.numel() // self.weight_scale.numel()
         in_bytes = grid.bits == 8 or (grid.bits == 4 and min(group, self.in_features) % 2 == 0)
         kept = self.float_because or self.keeps_weight
-        plain = self.spec.input is None and not self.spec.rotation and not self.spec.offset
+        plain = self.spec.input is None and not (self.spec.rotation or self.spec.offset or grid.codebook)
         if not plain or kept or not in_bytes:
             return 0
         return device_for(self.weight.device).stored_rows
