@@ -46,7 +46,12 @@ class Budget:
         return cls(name, number, None, inputs)
 
     def base(self) -> Plan:
-        """What is allocated from: every weight alike, and in float what reads t or the prompt alone."""
-        weight = Grid(NEUTRAL if self.bits is None else int(self.bits), granularity="channel")
+        """What is allocated from: every weight alike, and in float what reads t or the prompt alone.
+
+        Weights have zero points, or codebooks where the average is below 4 bits: of 2 bits a symmetric grid has three levels.
+        """
+        bits = NEUTRAL if self.bits is None else int(self.bits)
+        few = bits < NEUTRAL
+        weight = Grid(bits, symmetric=few, granularity="channel", codebook=few).at(bits)
         kept = [rule for rule in protections(8, 8) if rule.ports != ("weight",)]
         return Plan(self.name, (*kept, *bulk(weight, int(self.inputs))))

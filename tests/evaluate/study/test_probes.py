@@ -83,6 +83,22 @@ def test_a_name_that_is_no_budget_is_one_error(name: str) -> None:
         Budget.of(name)
 
 
+@pytest.mark.parametrize(
+    "name, grid",
+    [
+        ("auto-2.5", "int2/channel/codebook"),
+        ("auto-3.9", "int3/channel/codebook"),
+        ("auto-4.5", "int4/channel/asym"),
+        ("auto-2000000bytes", "int4/channel/asym"),
+        ("auto-8", "int8/channel"),
+    ],
+)
+def test_weights_of_few_bits_leave_no_integer_idle(name: str, grid: str) -> None:
+    budget = Budget.of(name)
+    assert budget
+    assert [str(rule.grid) for rule in budget.base().rules if rule.ports == ("weight",)] == [grid]
+
+
 def test_a_budget_that_nothing_fits_names_the_least(pipeline: DDIMPipeline) -> None:
     with pytest.raises(EvaluationError, match="no choice fits the budget") as raised:
         stepquant.quantize(pipeline, method="minmax", scheme="auto-1000bytes", steps=4, samples=4)

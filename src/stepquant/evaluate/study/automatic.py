@@ -13,7 +13,7 @@ from stepquant.evaluate.study.allocate import allocate
 from stepquant.evaluate.study.probes import estimate
 from stepquant.evaluate.study.sites import StudiedSite, plan_with, studied_sites
 from stepquant.models.denoiser import Denoiser
-from stepquant.quant.auto import BITS, Budget
+from stepquant.quant.auto import BITS, NEUTRAL, Budget
 from stepquant.quant.plan import Plan
 
 TRAJECTORIES, STATES = 4, 8  # of each
@@ -38,11 +38,11 @@ def automatic(denoiser: Denoiser, budget: Budget, source: Source) -> Plan:
 
 
 def room_for(weights: Sequence[StudiedSite], budget: Budget) -> int:
-    """The bytes that weights may take, scales included."""
+    """The bytes that weights may take, scales and zero points included."""
     if budget.bytes is not None:
         return budget.bytes
     assert budget.bits is not None
-    scales = sum(site.bytes(8) - packed_bytes(site.weights, 8) for site in weights)
+    scales = sum(site.bytes(NEUTRAL) - packed_bytes(site.weights, NEUTRAL) for site in weights)
     return math.ceil(budget.bits * sum(site.weights for site in weights) / 8) + scales
 
 
