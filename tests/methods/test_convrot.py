@@ -21,8 +21,8 @@ from stepquant.evaluate.cost import coverage
 from stepquant.hub.on_load import rounded
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import Sampling
-from stepquant.quant.schemes import scheme
 from stepquant.runtime.lower import lower
+from tests.conftest import without_ends
 from tests.core.test_rotation import hadamard
 
 pytestmark = pytest.mark.usefixtures("coarse")
@@ -36,7 +36,7 @@ def of_classes(class_pipeline: DiTPipeline, source: Source) -> Source:
 
 
 def run(source: Source, plan: str = "w4a4", **settings: Any) -> Artifact:
-    return methods.build("convrot", FEW | settings)(Denoiser.of(source.pipeline), scheme(plan), source)
+    return methods.build("convrot", FEW | settings)(Denoiser.of(source.pipeline), without_ends(plan), source)
 
 
 def turned(x: Tensor, group: int) -> Tensor:

@@ -17,12 +17,12 @@ from stepquant.errors import MethodError, UnknownNameError
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.pipelines.unconditional import denoise, last
 from stepquant.models.sampling import Sampling
-from stepquant.quant.schemes import scheme
 from stepquant.runtime.lower import lower
+from tests.conftest import without_ends
 
 
 def made(source: Source, name: str, **settings: Any) -> Artifact:
-    return methods.build(name, settings)(Denoiser.of(source.pipeline), scheme("w4a4"), source)
+    return methods.build(name, settings)(Denoiser.of(source.pipeline), without_ends("w4a4"), source)
 
 
 def errors(source: Source, artifact: Artifact) -> list[float]:

@@ -16,8 +16,8 @@ from stepquant.errors import MethodError
 from stepquant.evaluate.cost import coverage
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import Sampling
-from stepquant.quant.schemes import scheme
 from stepquant.runtime.lower import lower
+from tests.conftest import without_ends
 
 pytestmark = pytest.mark.usefixtures("coarse")
 FEW = {"samples": 8, "trajectories": 3, "initial": 2}
@@ -30,7 +30,7 @@ def of_classes(class_pipeline: DiTPipeline, source: Source) -> Source:
 
 
 def run(source: Source, plan: str = "w4a4", **settings: Any) -> Artifact:
-    return methods.build("viditq", FEW | settings)(Denoiser.of(source.pipeline), scheme(plan), source)
+    return methods.build("viditq", FEW | settings)(Denoiser.of(source.pipeline), without_ends(plan), source)
 
 
 def test_the_linears_of_blocks_read_balanced_and_rotated_tokens_and_run_in_integers(

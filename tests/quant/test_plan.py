@@ -7,7 +7,7 @@ from stepquant.core.grid import Grid
 from stepquant.errors import PlanError, UnknownNameError
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.plan import Plan, Rule, all_sites
-from stepquant.quant.schemes import SCHEMES, scheme
+from stepquant.quant.schemes import INNER, SCHEMES, scheme
 from tests.models.tiny import CASES
 
 REST = Rule(None, "everything else")
@@ -43,6 +43,33 @@ def test_what_has_no_integer_form_stays_float_and_says_why(
     decision = scheme("w8a8").resolve(Denoiser(CASES[name]()[0]))[path, port]
     assert decision.grid is None
     assert words in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("plain", ("down_blocks.0", "up_blocks.1")),
+        ("class_transformer", ("transformer_blocks.0", "transformer_blocks.2")),
+        ("flux", ("transformer_blocks.0", "single_transformer_blocks.1")),
+    ],
+)
+def test_named_schemes_keep_the_first_and_the_last_block_in_eight_bits(
+    name: str, ends: tuple[str, str]
+) -> None:
+    denoiser = Denoiser(CASES[name]()[0])
+    assert denoiser.ends() == ends
+    decisions = [one for one in scheme("w4a4").resolve(denoiser).values() if one.role in INNER]
+    assert decisions
+    for one in decisions:
+        assert one.grid
+        assert (one.grid.bits == 8) == one.path.startswith(tuple(f"{block}." for block in ends)), one.path
+    assert all(one.grid is None or one.grid.bits == 8 for one in scheme("w8a8").resolve(denoiser).values())
+
+
+def test_a_rule_for_the_ends_is_read_again_from_its_file() -> None:
+    rule = Rule(Grid.parse("int8/channel"), "mine", ports=("weight",), ends=True)
+    assert Rule.from_json(rule.to_json()) == rule
+    assert "ends" not in REST.to_json()
 
 
 def test_first_match_wins() -> None:

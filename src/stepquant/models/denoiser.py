@@ -32,6 +32,13 @@ def device_of(module: nn.Module) -> torch.device:
     return next(chain(module.parameters(), module.buffers())).device
 
 
+def outermost(path: str) -> str:
+    """`down_blocks.0` of `down_blocks.0.resnets.1`."""
+    parts = path.split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[: number + 1])
+
+
 @dataclass(frozen=True)
 class Seen:
     """What a call has shown of a model that nobody declared."""
@@ -128,6 +135,12 @@ class Denoiser:
     def blocks(self) -> list[str]:
         """Paths of the blocks that are reconstructed, in the order in which they run."""
         return list(self.family.blocks(self.model) if self.seen is None else self.seen.blocks)
+
+    def ends(self) -> tuple[str, ...]:
+        """Paths of the first and the last of its outermost blocks: of a U-Net, the levels of the largest images."""
+        beside = tuple(f"{path}." for path in self.family.prompt_blocks)
+        blocks = [path for path in self.blocks() if not path.startswith(beside)]
+        return tuple(dict.fromkeys(outermost(path) for path in (*blocks[:1], *blocks[-1:])))
 
     def deepest(self) -> str:
         """The block whose input features say most about a sample as a whole."""

@@ -36,28 +36,31 @@ class Rule:
     ports: tuple[str, ...] = ("*",)
     path: str = "*"
     optional: bool = False  # may match nothing, because not every model has such a role
+    ends: bool = False  # in the first and the last block of the network alone
 
-    def matches(self, path: str, role: str, port: str) -> bool:
+    def matches(self, path: str, role: str, port: str, ends: Sequence[str] = ()) -> bool:
         return (
             fnmatchcase(path, self.path)
+            and (not self.ends or any(path.startswith(f"{block}.") for block in ends))
             and any(fnmatchcase(role, pattern) for pattern in self.roles)
             and any(fnmatchcase(port, pattern) for pattern in self.ports)
         )
 
     def to_json(self) -> dict[str, Any]:
-        shown = {
+        shown: dict[str, Any] = {
             "path": self.path,
             "roles": list(self.roles),
             "ports": list(self.ports),
             "reason": self.reason,
         }
-        return shown | {"grid": str(self.grid) if self.grid else "float", "optional": self.optional}
+        shown |= {"grid": str(self.grid) if self.grid else "float", "optional": self.optional}
+        return shown | ({"ends": True} if self.ends else {})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Rule:
         if not isinstance(data, Mapping):
             raise PlanError("a plan rule is an object", got=data, expected='{"grid": "int8/channel", ...}')
-        unknown = sorted(set(data) - {"path", "roles", "ports", "reason", "grid", "optional"})
+        unknown = sorted(set(data) - {"path", "roles", "ports", "reason", "grid", "optional", "ends"})
         if unknown:
             raise UnknownNameError("key in a plan rule", unknown[0], cls.__dataclass_fields__)
         if "grid" not in data:
@@ -71,6 +74,7 @@ class Rule:
             ports=read_patterns(data, "ports"),
             path=str(data.get("path", "*")),
             optional=bool(data.get("optional", False)),
+            ends=bool(data.get("ends", False)),
         )
 
 
@@ -101,9 +105,10 @@ class Plan:
         """The decision for every site of the model: first match wins; what has no integer form stays float."""
         found: dict[tuple[str, Port], Decision] = {}
         used: set[int] = set()
-        float_anyway = denoiser.stays_float()
+        float_anyway, ends = denoiser.stays_float(), denoiser.ends()
         for path, role, port in all_sites(denoiser):
-            index = next((i for i, rule in enumerate(self.rules) if rule.matches(path, role, port)), None)
+            fits = (i for i, rule in enumerate(self.rules) if rule.matches(path, role, port, ends))
+            index = next(fits, None)
             if index is None:
                 raise PlanError(
                     f"no rule of plan '{self.name}' decides '{path}:{port}'",
