@@ -27,8 +27,8 @@ Figures = dict[str, dict[str, Any]]  # by key of the cell
 
 
 def key(cell: Cell) -> str:
-    """Of everything that was asked; not of the code that answered."""
-    return value_digest(cell.model_dump(mode="json") | {"scheme": cell.scheme})[:16]
+    """Of everything that was asked, with what the scheme says today; not of the code that answered."""
+    return value_digest([cell.model_dump(mode="json"), cell.recipe.build_plan().to_json()])[:16]
 
 
 def compact(result: Mapping[str, Any]) -> dict[str, Any]:
