@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from stepquant.core.affine import dequantize, to_groups
 from stepquant.core.low_rank import LowRank
+from stepquant.core.precision import loses_gradients
 from stepquant.core.rotation import rotate
 from stepquant.models.families.roles import border_of, bordered
 from stepquant.models.split import part_like
@@ -156,4 +158,9 @@ def apply_layer(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None
     """What `layer` computes, with another weight and bias."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)
-    return layer._conv_forward(x, weight, bias)  # type: ignore[operator, no-any-return, union-attr]
+    convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor] = layer._conv_forward  # type: ignore[assignment]
+    if not weight.requires_grad or not loses_gradients(x, layer.kernel_size, layer.dilation):  # type: ignore[arg-type]
+        return convolve(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        y = convolve(x.float(), weight.float(), None if bias is None else bias.float())
+    return y.to(torch.bfloat16)
