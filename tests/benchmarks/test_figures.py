@@ -3,38 +3,85 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import figures
 from stepquant.errors import StepquantError
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "methods.py"
-ASKED = "--parts methods --methods minmax --schemes w8a8 --images 4 --steps 2 --batch 4 --set samples=4 --any-code"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+ASKED = [
+    "--parts",
+    "methods",
+    "--methods",
+    "minmax,ptq4dm",
+    "--schemes",
+    "w8a8",
+    "--images",
+    "4",
+    "--steps",
+    "2",
+    "--set",
+    "samples=4",
+]
 
 
-def made(folder: Path, *more: str) -> str:
-    """The file that the script writes, its tables and words."""
-    out = folder / "methods.md"
-    where = ["--out", str(out), "--figures", str(folder / "methods.jsonl")]
-    subprocess.run([sys.executable, str(SCRIPT), *ASKED.split(), *where, *more], check=True, timeout=300)
-    return out.read_text()
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module as the program has it, whose neighbours are modules of their own."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import methods
+
+    yield methods
+    for name in ("methods", "method_tables", "figures", "learnt"):
+        sys.modules.pop(name, None)
 
 
-def test_a_cell_whose_figures_are_kept_is_not_measured_again(tmp_path: Path) -> None:
-    first = made(tmp_path, "--store", str(tmp_path / "first"))
-    kept = (tmp_path / "methods.jsonl").read_text()
-    assert "| w8a8 | minmax | 1 |" in first
-    assert "Made by `python benchmarks/methods.py --parts methods --methods minmax --schemes w8a8" in first
-    assert str(tmp_path) not in first
-    assert str(tmp_path) not in kept
-    # Nothing is made: the second store stays without a cell, and the file is the same to the byte.
-    assert made(tmp_path, "--store", str(tmp_path / "second")) == first
-    assert not (tmp_path / "second").exists()
-    assert (tmp_path / "methods.jsonl").read_text() == kept
+def result(label: str) -> dict[str, Any]:
+    """What is measured of a cell, and something that no table reads."""
+    number = {"name": "PSNR", "against": "float, same seeds", "value": 30.0, "reference": None, "floor": 10.0}
+    return {
+        "label": label,
+        "float": {"name": "stepquant:characters", "digest": "72cb1a658204", "parameters": 3},
+        "quantized": {"scheme": "w8a8", "plan": []},
+        "sampling": {"images": 4, "steps": 2, "sampler": "DDIMScheduler", "calls": 2, "seed": 0},
+        "environment": {"cpu": "one", "threads": 1, "torch": "2", "host": "away"},
+        "size": {"bytes": 10, "float_bytes": 40},
+        "making": {"seconds": 1.5, "peak_bytes": 100},
+        "quality": [number | {"extractor": "", "images": [1, 2]}],
+        "steps": [{"relative": 0.5, "t": 1}, {"relative": 0.25, "t": 0}],
+    }
+
+
+def test_a_cell_whose_figures_are_kept_is_not_measured_again(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out = tmp_path / "kept.jsonl", tmp_path / "methods.md"
+    where = ["--figures", str(file), "--out", str(out), "--store", str(tmp_path / "store"), "--quiet"]
+    options = script.read_options([*ASKED, *where])
+    kept_one, other = script.plan_tables(options)["methods"]
+    asked: list[Any] = []
+    monkeypatch.setattr(script, "read_options", lambda typed=None: options if typed is None else plain)
+    monkeypatch.setattr(script, "compare", lambda cells, *_, **__: asked.extend(cells) or Done())
+    plain = type(options)(**vars(options))
+
+    figures.write(file, {figures.key(kept_one): figures.compact(result("minmax"))})
+    before = file.read_text()
+    assert "host" not in before
+    assert script.main() == 0
+    assert asked == [other]
+    assert "| w8a8 | minmax | 1 | 30.00 | 0.3750 | 0.0 | 2 | 0 |" in out.read_text()
+    assert file.read_text() == before
+    options.again = True
+    assert script.main() == 0
+    assert asked == [other, kept_one, other]
+
+
+class Done:
+    made, found, failed = 1, 0, 0
 
 
 def test_figures_of_another_model_do_not_count(tmp_path: Path) -> None:

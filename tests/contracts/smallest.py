@@ -20,7 +20,7 @@ from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
-from stepquant.quant.schemes import scheme
+from tests.conftest import without_ends
 
 T = TypeVar("T")
 FEW = 4  # of everything that a method counts: records, trajectories, iterations
@@ -63,7 +63,7 @@ def least(field: FieldInfo) -> int:
 
 def plan_for(name: str, bits: int = 4) -> Plan:
     """Weights of so many bits; activations of 8, but behind plain rounding, which sets no ranges for them."""
-    return scheme(f"w{bits}a16" if methods.corrects(name) else f"w{bits}a8")
+    return without_ends(f"w{bits}a16" if methods.corrects(name) else f"w{bits}a8")
 
 
 def made(method: Method, plan: Plan, source: Source) -> Artifact:

@@ -29,7 +29,7 @@ from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import Sampling
 from stepquant.progress import Silent
 from stepquant.quant.insert import Inserted, insert
-from stepquant.quant.schemes import scheme
+from tests.conftest import without_ends
 
 STEPS, HEAD, NARROW = 3, "proj_out_2", "transformer_blocks.1.ff.net.2"
 QUESTION = Question((3, 8), lambda values, grid: minmax(values, grid), 2)
@@ -43,7 +43,7 @@ def of_classes(class_pipeline: DiTPipeline, source: Source) -> Source:
 @contextmanager
 def inserted(source: Source, plan: str = "w4a4") -> Iterator[tuple[Inserted, CalibSet, StepTable]]:
     data, table = source.record(every(1, range(STEPS))), StepTable.of(source.times())
-    with insert(Denoiser.of(source.pipeline), scheme(plan), steps=table) as network:
+    with insert(Denoiser.of(source.pipeline), without_ends(plan), steps=table) as network:
         yield network, data, table
 
 

@@ -13,9 +13,9 @@ from stepquant.models.denoiser import Denoiser, twin
 from stepquant.quant.schemes import scheme
 from stepquant.runtime.lower import lower
 
-FEW = {"samples": 20, "trajectories": 4, "batch": 8}
-# The embedded kind of U-Net has no text and nothing to balance: what is made of it here is what every method does.
-NAMES = ("apqdm", "convrot", "minmax", "mixdq", "ptq4dm", "static_video", "tdq", "viditq")
+FEW = {"samples": 20, "trajectories": 4, "batch": 8, "iterations": 8}
+# Of every kind one: without ranges, with one range, with ranges by step.
+NAMES = ("convrot", "minmax", "ptq4dm", "tdq")
 
 
 def few(name: str) -> dict[str, int]:

@@ -95,7 +95,7 @@ def test_the_start_token_stays_and_words_are_powers_of_the_greatest(masked: bool
     for port in ("query", "key", "value"):
         stored.get_buffer(f"{port}_scale").fill_(0.03)
     torch.testing.assert_close(stored(q, k, v, mask), want, rtol=1e-4, atol=1e-5)
-    assert stored.why_not(q, k, v, mask) == POWERS
+    assert stored.reason == POWERS
 
 
 def test_attention_to_words_alone_has_powers_of_two_and_what_is_made_runs(of_words: Source) -> None:

@@ -18,8 +18,9 @@ from stepquant.models.denoiser import Denoiser
 from stepquant.models.generate import run as draw
 from stepquant.models.sampling import Sampling
 from stepquant.quant.plan import Plan, Rule
-from stepquant.quant.schemes import CONTENT, scheme
+from stepquant.quant.schemes import CONTENT
 from stepquant.runtime.lower import lower
+from tests.conftest import without_ends
 
 pytestmark = pytest.mark.usefixtures("coarse")
 FEW = {"samples": 6, "trajectories": 2, "states": 2, "pictures": 2, "picture_steps": 1}
@@ -45,7 +46,7 @@ def once(kept: dict[str, Artifact], source: Source) -> Artifact:
 
 def plan_of(name: str) -> Plan:
     """Of the first blocks alone, so that there is less to measure."""
-    return scheme(name).with_rules(
+    return without_ends(name).with_rules(
         [Rule(None, "a test", path=f"{part}.*") for part in ("up_blocks", "mid_block")]
     )
 

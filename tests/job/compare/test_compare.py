@@ -277,7 +277,7 @@ class TestFailed:
     ) -> None:
         monkeypatch.setattr("stepquant.job.compare.meter.SECONDS_BETWEEN_NOTES", -1.0)
         with monkeypatch.context() as patch:
-            patch.setattr("stepquant.methods.minmax.freeze", interrupted)
+            patch.setattr("stepquant.methods.method.freeze", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 compare(cells(), tmp_path, executor=Inline())
         file = next(tmp_path.rglob("spent.json"))
