@@ -1,6 +1,6 @@
 """The embedded model's pictures in float and quantized, the same seeds below each other: docs/pictures.png.
 
-    python -m benchmarks.pictures --method brecq --schemes w8a8,w4a8,w4a4 --out docs/pictures.png
+    python -m benchmarks.pictures --rows w8a8=ptq4dm,w4a8=mixdq,w4a4=quest --out docs/pictures.png
 
 Artifacts that lie in --work already are drawn without being made again.
 """
@@ -45,7 +45,7 @@ def sheet(rows: dict[str, list[Image.Image]]) -> Image.Image:
     drawn, font = Image.new("RGB", (width, height), "white"), ImageFont.load_default(13)
     for row, (name, images) in enumerate(rows.items()):
         top = row * (SIDE + GAP)
-        ImageDraw.Draw(drawn).multiline_text((2, top + 14), name, "black", font)
+        ImageDraw.Draw(drawn).multiline_text((2, top + 8), name, "black", font)
         for column, image in enumerate(images):
             enlarged = image.resize((SIDE, SIDE), Image.Resampling.NEAREST)
             drawn.paste(enlarged, (MARGIN + column * (SIDE + GAP), top))
@@ -57,20 +57,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="stepquant:characters")
-    parser.add_argument("--method", default="brecq")
-    parser.add_argument("--schemes", default="w8a8,w4a8,w4a4")
+    parser.add_argument("--rows", default="w8a8=ptq4dm,w4a8=mixdq,w4a4=quest", help="SCHEME=METHOD,...")
     parser.add_argument("--work", type=Path, default=Path("runs/pictures"), help="folder of the artifacts")
     parser.add_argument("--out", type=Path, default=Path("docs/pictures.png"))
     args = parser.parse_args()
     reference = draw(load(args.model))
     rows = {"float": reference}
-    for scheme in args.schemes.split(","):
-        folder = args.work / f"{args.method}-{scheme}"
+    for row in args.rows.split(","):
+        scheme, _, method = row.partition("=")
+        folder = args.work / f"{method}-{scheme}"
         if not folder.is_dir():
-            quantize_to(Recipe.of(model=args.model, method=args.method, scheme=scheme), folder, resume=True)
+            quantize_to(Recipe.of(model=args.model, method=method, scheme=scheme), folder, resume=True)
         images = draw(load(folder))
-        rows[f"{scheme}\n{decibels(images, reference):.1f} dB"] = images
-        console.log(f"{args.method} {scheme}: {decibels(images, reference):.1f} dB to float")
+        rows[f"{scheme}\n{method}\n{decibels(images, reference):.1f} dB"] = images
+        console.log(f"{method} {scheme}: {decibels(images, reference):.1f} dB to float")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     sheet(rows).save(args.out, optimize=True)
     console.log(f"wrote {args.out}")
