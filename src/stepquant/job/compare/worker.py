@@ -41,6 +41,7 @@ class Telling:
                 self.tell({"tick": number, "count": done, "words": self.words})
                 last = time.monotonic()
         self.tell({"end": number, "count": done})
+        self.words = ""  # they are about these items
 
     def note(self, words: str) -> None:
         self.words = words
