@@ -53,14 +53,17 @@ def dit(batch: int, size: int, normal: Normal) -> Arguments:
     }
 
 
+def first(batch: int, tokens: int, used: int) -> Tensor:
+    """The mask of a prompt that leaves the tokens after the first ones empty."""
+    return (torch.arange(tokens) < used).float().expand(batch, -1)
+
+
 def pixart(batch: int, size: int, normal: Normal) -> Arguments:
-    left = torch.zeros(batch, 300)
-    left[:, :40] = 1  # tokens of a prompt of usual length
     return {
         "hidden_states": normal(batch, 4, size, size),
         "timestep": torch.full((batch,), 501),
         "encoder_hidden_states": normal(batch, 300, 4096),
-        "encoder_attention_mask": left,
+        "encoder_attention_mask": first(batch, 300, 40),
     }
 
 
@@ -92,6 +95,54 @@ def z_image(batch: int, size: int, normal: Normal) -> Arguments:
         "x": [normal(16, 1, size, size) for _ in range(batch)],
         "t": torch.full((batch,), 0.5),
         "cap_feats": [normal(96, 2560) for _ in range(batch)],
+    }
+
+
+def flux2(batch: int, size: int, normal: Normal) -> Arguments:
+    rows = size // 2
+    places = torch.cartesian_prod(
+        torch.zeros(1), torch.arange(1.0 * rows), torch.arange(1.0 * rows), torch.zeros(1)
+    )
+    words = torch.cartesian_prod(torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.arange(512.0))
+    return {
+        "hidden_states": normal(batch, rows * rows, 128),
+        "timestep": torch.full((batch,), 0.5),
+        "encoder_hidden_states": normal(batch, 512, 7680),
+        "img_ids": places,
+        "txt_ids": words,
+    }
+
+
+def lumina2(batch: int, size: int, normal: Normal) -> Arguments:
+    return {
+        "hidden_states": normal(batch, 16, size, size),
+        "timestep": torch.full((batch,), 0.5),
+        "encoder_hidden_states": normal(batch, 256, 2304),
+        "encoder_attention_mask": first(batch, 256, 40).bool(),
+    }
+
+
+def hunyuan_video(batch: int, size: int, normal: Normal) -> Arguments:
+    return {
+        "hidden_states": normal(batch, 16, 9, size, size * 3 // 2),
+        "timestep": torch.full((batch,), 501.0),
+        "encoder_hidden_states": normal(batch, 256, 4096),
+        "encoder_attention_mask": first(batch, 256, 40),
+        "pooled_projections": normal(batch, 768),
+        "guidance": torch.full((batch,), 6000.0),
+    }
+
+
+def ltx(batch: int, size: int, normal: Normal) -> Arguments:
+    frames, rows, columns = 9, size // 2, size * 3 // 4
+    return {
+        "hidden_states": normal(batch, frames * rows * columns, 128),
+        "timestep": torch.full((batch,), 501.0),
+        "encoder_hidden_states": normal(batch, 128, 4096),
+        "encoder_attention_mask": first(batch, 128, 40),
+        "num_frames": frames,
+        "height": rows,
+        "width": columns,
     }
 
 
@@ -185,6 +236,33 @@ ARCHITECTURES = {
         64,
         z_image,
     ),
+    # black-forest-labs/FLUX.2-klein-4B
+    "flux2-klein": Architecture(
+        "Flux2Transformer2DModel",
+        {
+            "num_attention_heads": 24,
+            "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+            "num_layers": 1,
+            "num_single_layers": 3,
+        },
+        64,
+        flux2,
+    ),
+    # Alpha-VLLM/Lumina-Image-2.0
+    "lumina2": Architecture(
+        "Lumina2Transformer2DModel",
+        {"cap_feat_dim": 2304, "num_layers": 3, "num_refiner_layers": 1},
+        64,
+        lumina2,
+    ),
+    "hunyuan-video": Architecture(
+        "HunyuanVideoTransformer3DModel",
+        {"num_layers": 1, "num_single_layers": 2, "num_refiner_layers": 1},
+        20,
+        hunyuan_video,
+    ),
+    "ltx": Architecture("LTXVideoTransformer3DModel", {"num_layers": 4}, 20, ltx),
     "wan-1.3b": Architecture(
         "WanTransformer3DModel", {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 2}, 32, wan
     ),
