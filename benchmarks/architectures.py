@@ -3,6 +3,7 @@
     python -m benchmarks.architectures ddpm --batch 1,8,32
     python -m benchmarks.architectures dit-xl --batch 1,2 --threads 1 --dtype fp32
     python -m benchmarks.architectures vae --batch 1 --size 64
+    python -m benchmarks.architectures latent --threads 1 --schemes w8a8,w8a8-dynamic
 
 Ranges come from two random calls. Contenders take turns; ratios are to fp32 eager in its better layout. With one thread
 the clock is processor time, which a busy machine disturbs least. The last lines say which operations the quantized
@@ -77,8 +78,8 @@ def decoding_in_integers(coder: Any, calls: list[dict[str, Any]]) -> Decoding:
     return Decoding(lower(copy.deepcopy(coder), artifact))
 
 
-def calibrated(model: Any, calls: list[dict[str, Any]]) -> Artifact:
-    """w8a8 with the extremes of these calls as ranges."""
+def calibrated(model: Any, calls: list[dict[str, Any]], name: str = "w8a8") -> Artifact:
+    """A scheme with the extremes of these calls as ranges, where it has any."""
     ends: dict[Quantizer, tuple[Tensor, Tensor]] = {}
 
     def observe(quantizer: Quantizer, seen: Slices) -> None:
@@ -86,14 +87,14 @@ def calibrated(model: Any, calls: list[dict[str, Any]]) -> Artifact:
         ends[quantizer] = low, high = torch.minimum(low, seen.ends[0]), torch.maximum(high, seen.ends[1])
         quantizer.set_range(*scale_and_zero(low, high, quantizer.grid))
 
-    with torch.no_grad(), insert(Denoiser(model), scheme("w8a8"), split=False) as network:
+    with torch.no_grad(), insert(Denoiser(model), scheme(name), split=False) as network:
         set_weight_ranges(network, minmax)
-        for quantizer in network.quantizers():
-            quantizer.observer = observe if quantizer.site.port != "weight" else None
+        for quantizer in network.ranged():
+            quantizer.observer = observe
         network.switch(weights=True, inputs=True)
-        for arguments in calls:
+        for arguments in calls if network.ranged() else ():
             model(**arguments)
-        for quantizer in network.quantizers():
+        for quantizer in network.ranged():
             quantizer.observer = None
         return freeze(network)
 
@@ -108,6 +109,7 @@ def read_options() -> argparse.Namespace:
     add("--size", type=int, help="pixels or latents of a side; its own by default")
     add("--seconds", type=float, default=20.0, help="for each batch size")
     add("--dtype", choices=DTYPES, default="bf16", help="of what runs between the quantized network's layers")
+    add("--schemes", default="w8a8", help="several in turns; autoencoders have w8a8 alone")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--rounds", type=int, default=5, help="at least so many turns")
     add("--peak", action="store_true", help="memory of one call instead of its time")
@@ -122,42 +124,53 @@ def main(options: argparse.Namespace) -> None:
     size = options.size or one.size
     model = one.make()
     seen = [one.arguments(1, size, seed) for seed in (1, 2)]
+    made: dict[str, Any] = {}
     if one.kind == "AutoencoderKL":
-        lowered: Any = decoding_in_integers(model, [cut(given) for given in seen])
+        made[QUANTIZED] = decoding_in_integers(model, [cut(given) for given in seen])
         model = Decoding(model)
     else:
-        lowered = lower(copy.deepcopy(model), calibrated(model, seen), DTYPES[options.dtype])
+        for name in options.schemes.split(","):
+            artifact = calibrated(model, seen, name)
+            label = f"{QUANTIZED}, {name}" if made else QUANTIZED
+            made[label] = lower(copy.deepcopy(model), artifact, DTYPES[options.dtype])
     if options.peak:
-        return show_peaks({REFERENCE: model, QUANTIZED: lowered}, one.arguments(1, size))
-    covered = coverage(lowered, one.arguments(1, size))
-    print(f"{covered.macs / 1e9:.2f} G multiplications, {covered.share_of_all:.1%} of them in integers")
+        return show_peaks({REFERENCE: model} | made, one.arguments(1, size))
+    for name, lowered in made.items():
+        covered = coverage(lowered, one.arguments(1, size))
+        print(f"{name}: {covered.macs / 1e9:.2f} G multiplications, {covered.share_of_all:.1%} in integers")
     for batch in map(int, options.batch.split(",")):
         arguments = one.arguments(batch, size)
         entered = baselines(model, arguments, options.compile)
         if peers_installed():
             entered += peers(model, arguments, [one.arguments(batch, size, seed) for seed in (1, 2)])
         calls = {entry.name: entry.call for entry in entered if entry.call is not None}
-        calls[QUANTIZED] = calling(lowered, arguments)
+        quantized = {name: calling(lowered, arguments) for name, lowered in made.items()}
+        calls |= quantized
         clock = time.process_time if options.threads == 1 else time.perf_counter
         begin = clock()
         for call in calls.values():
             call()
         long = clock() - begin > LONG * len(calls)  # whose caches hold nothing of the call before
-        calls[QUANTIZED](), calls[QUANTIZED]()
+        for call in (*quantized.values(), *quantized.values()):
+            call()
         rounds = interleave(calls, options.seconds, options.rounds, untimed=0 if long else 1, clock=clock)
         for name in calls:
             found = summarize(rounds, name, REFERENCE)
             print(
-                f"batch {batch}  {name:14s} {found['milliseconds']:9.1f} ms  "
+                f"batch {batch}  {name:24s} {found['milliseconds']:9.1f} ms  "
                 f"{found['ratio']:5.2f} ({found['ratio_low']:.2f} to {found['ratio_high']:.2f}) times fp32"
             )
         for entry in entered:
             if entry.call is None:
                 print(f"batch {batch}  {entry.name}: {entry.unavailable}")
-        for row in breakdown(calls[QUANTIZED])["rows"][:SHOWN]:
-            rate = row["tera_operations_per_second"]
-            rate = "" if rate is None else f"{rate:6.3f} TOPS"
-            print(f"batch {batch}  {row['share']:6.1%}  {row['milliseconds']:9.1f} ms  {row['name']}  {rate}")
+        for name, call in quantized.items():
+            print(f"batch {batch}  {name}:")
+            for row in breakdown(call)["rows"][:SHOWN]:
+                rate = row["tera_operations_per_second"]
+                rate = "" if rate is None else f"{rate:6.3f} TOPS"
+                print(
+                    f"batch {batch}  {row['share']:6.1%}  {row['milliseconds']:9.1f} ms  {row['name']}  {rate}"
+                )
 
 
 def cut(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,9 @@
 // which the softmax cancels. The products are corrected by (zv - 128) sum p.
 #pragma once
 
+#include <limits>
+
+#include "activation.h"
 #include "dot.h"
 #include "row_mask.h"
 #include "scratch.h"
@@ -58,6 +61,28 @@ const T* token(const Operand& operand, int64_t batch, int64_t head, int64_t inde
       index * operand.token_stride;
 }
 
+// The scale by which the greatest magnitude becomes the greatest integer.
+inline float scale_of(float most, const Code& code) {
+  const float scale = most / code.highest;
+  return scale <= std::numeric_limits<float>::min() ? 1.0f : scale;
+}
+
+inline Code scaled_by(Code code, float scale) {
+  code.inverse = 1.0f / scale;
+  return code;
+}
+
+// Of all tokens of one (batch, head).
+template <class T>
+float scale_of_tokens(const Operand& operand, int64_t batch, int64_t head, int64_t tokens, int64_t width) {
+  float most = 0;
+  for (int64_t i = 0; i < tokens; ++i) {
+    const float own = greatest(token<T>(operand, batch, head, i), width);
+    most = own > most || own != own ? own : most;
+  }
+  return scale_of(most, operand.code);
+}
+
 // The codes of one row less `center`; what lies beyond the width is left alone.
 template <class T, class Element>
 STEPQUANT_INLINE void encode_row(const T* x, int64_t width, const Code& code, int32_t center, Element* to) {
@@ -76,8 +101,8 @@ STEPQUANT_INLINE void encode_row(const uint8_t* x, int64_t width, const Code&, i
 
 template <class Dot, class T>
 void pack_keys(
-    const AttentionTask& task, int64_t batch, int64_t head, const Left& left, const Layout<Dot>& layout,
-    uint8_t* packed) {
+    const AttentionTask& task, const Code& code, int64_t batch, int64_t head, const Left& left,
+    const Layout<Dot>& layout, uint8_t* packed) {
   int32_t* words = reinterpret_cast<int32_t*>(packed);
   Scratch scratch(layout.score_words * 4);
   int32_t* row = scratch.take<int32_t>(layout.score_words);
@@ -85,7 +110,7 @@ void pack_keys(
   std::memset(words, 0, static_cast<size_t>(layout.key_bytes()));
   for (int64_t key = 0; key < left.count; ++key) {
     const T* x = token<T>(task.key, batch, head, left[key]);
-    encode_row(x, task.width, task.key.code, 0, reinterpret_cast<typename Dot::Element*>(row));
+    encode_row(x, task.width, code, 0, reinterpret_cast<typename Dot::Element*>(row));
     int32_t* to = words + key / tile_keys * layout.score_words * tile_keys + key % tile_keys;
     for (int64_t w = 0; w < layout.score_words; ++w) to[w * tile_keys] = row[w];
   }
@@ -109,8 +134,8 @@ void correct_keys(const AttentionTask& task, const Left& left, const Layout<Dot>
 
 template <class Dot, class T>
 void pack_values(
-    const AttentionTask& task, int64_t batch, int64_t head, const Left& left, const Layout<Dot>& layout,
-    uint8_t* packed) {
+    const AttentionTask& task, const Code& code, int64_t batch, int64_t head, const Left& left,
+    const Layout<Dot>& layout, uint8_t* packed) {
   int32_t* words = reinterpret_cast<int32_t*>(packed + layout.key_bytes() + layout.correction_bytes());
   for (int64_t key = 0; key < layout.keys; key += Dot::per_word) {
     for (int64_t i = 0; i < layout.value_words; i += lanes) {
@@ -118,12 +143,17 @@ void pack_values(
       Ints word{};
       for (int64_t k = 0; k < Dot::per_word && key + k < left.count; ++k) {
         const T* x = token<T>(task.value, batch, head, left[key + k]) + i;
-        const Floats scaled = (rest < lanes ? load_first(x, rest) : load(x)) * task.value.code.inverse;
-        word |= Dot::place(encode(scaled, task.value.code) - 128, k);
+        const Floats scaled = (rest < lanes ? load_first(x, rest) : load(x)) * code.inverse;
+        word |= Dot::place(encode(scaled, code) - 128, k);
       }
       store(words + key / Dot::per_word * layout.value_words + i, word);
     }
   }
+}
+
+inline float scale_of_operand(const Operand& operand, int64_t batch, int64_t head, int64_t tokens, int64_t width) {
+  return operand.type == Type::bf16 ? scale_of_tokens<bf16>(operand, batch, head, tokens, width)
+                                    : scale_of_tokens<float>(operand, batch, head, tokens, width);
 }
 
 template <class Dot>
@@ -133,15 +163,22 @@ void pack(const AttentionTask& task, int64_t begin, int64_t end) {
     const Left left(task, item);
     const Layout<Dot> layout(left.count, task.width);
     uint8_t* packed = task.packed + item * task.packed_bytes;
+    Code key = task.key.code, value = task.value.code;
+    if (task.by_row) {
+      float* scales = task.scales + 2 * item;
+      scales[0] = scale_of_operand(task.key, batch, head, task.keys, task.width);
+      scales[1] = scale_of_operand(task.value, batch, head, task.keys, task.width);
+      key = scaled_by(key, scales[0]), value = scaled_by(value, scales[1]);
+    }
     switch (task.key.type) {
-      case Type::code: pack_keys<Dot, uint8_t>(task, batch, head, left, layout, packed); break;
-      case Type::bf16: pack_keys<Dot, bf16>(task, batch, head, left, layout, packed); break;
-      case Type::f32: pack_keys<Dot, float>(task, batch, head, left, layout, packed); break;
+      case Type::code: pack_keys<Dot, uint8_t>(task, key, batch, head, left, layout, packed); break;
+      case Type::bf16: pack_keys<Dot, bf16>(task, key, batch, head, left, layout, packed); break;
+      case Type::f32: pack_keys<Dot, float>(task, key, batch, head, left, layout, packed); break;
     }
     if (task.value.type == Type::bf16) {
-      pack_values<Dot, bf16>(task, batch, head, left, layout, packed);
+      pack_values<Dot, bf16>(task, value, batch, head, left, layout, packed);
     } else {
-      pack_values<Dot, float>(task, batch, head, left, layout, packed);
+      pack_values<Dot, float>(task, value, batch, head, left, layout, packed);
     }
     correct_keys(task, left, layout, packed);
   }
@@ -203,8 +240,11 @@ struct Block {
   int32_t* products;
   int32_t* largest;  // score of each row
   int32_t* sums;  // of the codes of each row's probabilities
+  float* steps;  // of the scores of each row
+  float* result_scales;  // of each row
   int64_t batch = 0, head = 0, first = 0, rows = 0, filled = 0;
   const uint8_t* packed = nullptr;
+  float key_scale = 1.0f, value_scale = 1.0f;  // where they were found with the numbers
 
   explicit Block(const AttentionTask& attention)
       : task(attention), layout(attention.keys, attention.width), scratch(bytes()) {
@@ -214,12 +254,14 @@ struct Block {
     products = scratch.template take<int32_t>(task.block * layout.value_words);
     largest = scratch.template take<int32_t>(task.block);
     sums = scratch.template take<int32_t>(task.block);
+    steps = scratch.template take<float>(task.block);
+    result_scales = scratch.template take<float>(task.block);
     for (int64_t i = 0; i < task.block * layout.score_words; ++i) query[i] = 0;
   }
 
   int64_t bytes() const {
-    const int64_t row = layout.score_words * 4 + layout.keys * (4 + 4 / Dot::per_word) + layout.value_words * 4 + 8;
-    return task.block * row + 7 * 64;
+    const int64_t row = layout.score_words * 4 + layout.keys * (4 + 4 / Dot::per_word) + layout.value_words * 4 + 16;
+    return task.block * row + 9 * 64;
   }
   const int32_t* keys() const { return reinterpret_cast<const int32_t*>(packed); }
   const int32_t* correction() const { return reinterpret_cast<const int32_t*>(packed + layout.key_bytes()); }
@@ -234,6 +276,7 @@ struct Block {
     first = item % blocks * task.block;
     rows = task.queries - first < task.block ? task.queries - first : task.block;
     packed = task.packed + slab * task.packed_bytes;
+    if (task.by_row) key_scale = task.scales[2 * slab], value_scale = task.scales[2 * slab + 1];
     filled = Left(task, slab).count;
     layout = Layout<Dot>(filled, task.width);
   }
@@ -245,7 +288,16 @@ void pack_queries(Block<Dot>& block) {
   for (int64_t row = 0; row < block.rows; ++row) {
     const T* x = token<T>(task.query, block.batch, block.head, block.first + row);
     auto* to = reinterpret_cast<typename Dot::Element*>(block.query + row * block.layout.score_words);
-    encode_row(x, task.width, task.query.code, 128, to);
+    block.steps[row] = task.step, block.result_scales[row] = task.result_scale;
+    Code code = task.query.code;
+    if constexpr (sizeof(T) > 1) {  // codes have their scale
+      if (task.by_row) {
+        const float scale = scale_of(greatest(x, task.width), code);
+        code = scaled_by(code, scale);
+        block.steps[row] = scale * block.key_scale * task.step;
+      }
+    }
+    encode_row(x, task.width, code, 128, to);
   }
 }
 
@@ -265,7 +317,7 @@ int32_t apply_mask(const Block<Dot>& block, int64_t row, int32_t* scores) {
   const int64_t place =
       block.batch * mask.batch_stride + block.head * mask.head_stride + (block.first + row) * mask.query_stride;
   if (mask.logical) return leave_out(static_cast<const bool*>(mask.data) + place, block.filled, scores);
-  return add_bias(static_cast<const float*>(mask.data) + place, mask.step, block.filled, scores);
+  return add_bias(static_cast<const float*>(mask.data) + place, block.steps[row], block.filled, scores);
 }
 
 template <class Dot>
@@ -278,12 +330,15 @@ void softmax(Block<Dot>& block) {
         block.largest[row] == never) {  // nothing to read: no shares, where 0 would be divided by 0
       std::memset(block.probabilities + row * keys, 0, static_cast<size_t>(keys) * sizeof(typename Dot::Element));
       block.sums[row] = 0;
+      if (block.task.by_row) block.result_scales[row] = 0;
       continue;
     }
     const auto exponentials = block.task.mask.data ? exponentiate<true> : exponentiate<false>;
-    const float sum = exponentials(scores, keys, block.filled, block.largest[row], block.task.factor);
+    const float sum = exponentials(scores, keys, block.filled, block.largest[row], block.steps[row] * log2_of_e);
     const Code& code = block.task.probabilities;
-    block.sums[row] = normalize<Dot>(scores, keys, code.inverse / sum, code, block.probabilities + row * keys);
+    const float gain = block.task.by_row ? code.highest : code.inverse / sum;
+    if (block.task.by_row) block.result_scales[row] = block.value_scale / (code.highest * sum);
+    block.sums[row] = normalize<Dot>(scores, keys, gain, code, block.probabilities + row * keys);
   }
 }
 
@@ -296,7 +351,8 @@ void write_result(const Block<Dot>& block) {
     const int32_t* products = block.products + row * block.layout.value_words;
     const int32_t offset = (task.value.code.zero_point - 128) * block.sums[row];
     for (int64_t i = 0; i < task.width; i += lanes) {
-      const Floats result = __builtin_convertvector(load_words(products + i) - offset, Floats) * task.result_scale;
+      const Floats result =
+          __builtin_convertvector(load_words(products + i) - offset, Floats) * block.result_scales[row];
       const int64_t rest = task.width - i;
       rest < lanes ? store_first(out + i, result, rest) : store(out + i, result);
     }

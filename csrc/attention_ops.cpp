@@ -10,6 +10,8 @@
 namespace stepquant {
 namespace {
 
+constexpr int64_t most_keys_by_row = 65536;  // as many probabilities of 255 times values of 127
+
 Tensor operand_tensor(const char* name, const Tensor& x, at::ScalarType type) {
   TORCH_CHECK(
       x.dim() == 4 && !x.is_complex(), "attention: ", name, " is expected as (batch, heads, tokens, width), got ",
@@ -29,6 +31,7 @@ struct Shown {
   Tensor all, places, counts, biases;
   RowMask rows{};
 
+  // Where every query has a step of its own, `step` is 0, and what is added is told as floats.
   Shown(const Tensor& mask, int64_t batch, int64_t heads, int64_t queries, int64_t keys, float step) {
     const auto fits = [&](int64_t axis, int64_t size) { return mask.size(axis) == 1 || mask.size(axis) == size; };
     TORCH_CHECK(
@@ -37,9 +40,9 @@ struct Shown {
     const bool logical = mask.scalar_type() == at::kBool;
     all = logical || mask.scalar_type() == at::kFloat ? mask : mask.to(at::kFloat);
     if (keys > 1 && all.stride(3) != 1) all = all.contiguous();
-    if (mask.size(2) > 1 || (!logical && is_far())) {
+    if (mask.size(2) > 1 || (!logical && (step == 0 || is_far()))) {
       const auto stride = [&](int64_t axis) { return all.size(axis) == 1 ? 0 : all.stride(axis); };
-      rows = {all.const_data_ptr(), logical, stride(0), stride(1), stride(2), step};
+      rows = {all.const_data_ptr(), logical, stride(0), stride(1), stride(2)};
       return;
     }
     all = all.expand({batch, heads, 1, keys}).contiguous();
@@ -79,13 +82,10 @@ struct Shown {
   }
 };
 
-Tensor attention(
-    const Tensor& query, const Tensor& key, const Tensor& value, double scale, double query_scale, int64_t query_zero,
-    int64_t query_low, int64_t query_high, double key_scale, int64_t key_zero, int64_t key_low, int64_t key_high,
-    double value_scale, int64_t value_zero, int64_t value_low, int64_t value_high, double probabilities_scale,
-    int64_t probabilities_zero, int64_t probabilities_low, int64_t probabilities_high,
+// All but the codes and scales of the operands is in `task`, which the numbers are added to.
+Tensor attend(
+    AttentionTask& task, const Tensor& query, const Tensor& key, const Tensor& value,
     const std::optional<Tensor>& mask) {
-  const at::AutoDispatchBelowAutograd guard;
   const at::ScalarType given = query.scalar_type() == at::kByte ? value.scalar_type() : query.scalar_type();
   const at::ScalarType type = given == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
   const auto read = [&](const Tensor& x) { return x.scalar_type() == at::kByte ? at::kByte : type; };
@@ -96,28 +96,21 @@ Tensor attention(
   TORCH_CHECK(
       k.sizes() == v.sizes() && k.size(0) == batch && k.size(1) == heads && k.size(3) == width && keys > 0,
       "attention: query, key and value do not fit: ", q.sizes(), ", ", k.sizes(), ", ", v.sizes());
-  TORCH_CHECK(probabilities_zero == 0 && probabilities_low == 0, "attention: probabilities have zero point 0");
-  const auto single = [](double x) { return static_cast<float>(x); };
-  AttentionTask task{};
-  task.query = operand_of(q, to_code("attention", query_scale, query_zero, query_low, query_high));
-  task.key = operand_of(k, to_code("attention", key_scale, key_zero, key_low, key_high));
-  task.value = operand_of(v, to_code("attention", value_scale, value_zero, value_low, value_high));
+  task.query = operand_of(q, task.query.code);
+  task.key = operand_of(k, task.key.code);
+  task.value = operand_of(v, task.value.code);
   task.type = type_of(v);
   task.heads = heads;
   task.queries = queries;
   task.keys = keys;
   task.width = width;
-  task.factor = single(query_scale) * single(key_scale) * single(scale) * 1.4426950408889634f;
-  task.result_scale = single(probabilities_scale) * single(value_scale);
-  task.probabilities = to_code("attention", probabilities_scale, 0, 0, probabilities_high);
   const AttentionKernels& kernel = kernels().attention;
   task.block = kernel.block;
   const Tensor out = at::detail::empty_cpu({batch, queries, heads, width}, type);
   if (out.numel() == 0) return out.to(given).transpose(1, 2);
   std::optional<Shown> shown;
   if (mask.has_value()) {
-    const float step = single(query_scale) * single(key_scale) * single(scale);
-    shown.emplace(*mask, batch, heads, queries, keys, step);
+    shown.emplace(*mask, batch, heads, queries, keys, task.by_row ? 0.0f : task.step);
     task.mask = shown->rows;
   }
   if (shown && !task.mask.data) {
@@ -125,6 +118,8 @@ Tensor attention(
     task.counts = shown->counts.const_data_ptr<int32_t>();
     task.biases = shown->biases.numel() ? shown->biases.const_data_ptr<int32_t>() : nullptr;
   }
+  const Tensor scales = at::detail::empty_cpu({task.by_row ? 2 * batch * heads : 0}, at::kFloat);
+  task.scales = scales.mutable_data_ptr<float>();
   task.packed_bytes = kernel.packed_bytes(keys, width);
   const Tensor packed = at::detail::empty_cpu({batch * heads * task.packed_bytes}, at::kByte);
   task.packed = packed.mutable_data_ptr<uint8_t>();
@@ -138,8 +133,48 @@ Tensor attention(
   return (type == given ? out : out.to(given)).transpose(1, 2);
 }
 
+Tensor attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, double scale, double query_scale, int64_t query_zero,
+    int64_t query_low, int64_t query_high, double key_scale, int64_t key_zero, int64_t key_low, int64_t key_high,
+    double value_scale, int64_t value_zero, int64_t value_low, int64_t value_high, double probabilities_scale,
+    int64_t probabilities_zero, int64_t probabilities_low, int64_t probabilities_high,
+    const std::optional<Tensor>& mask) {
+  const at::AutoDispatchBelowAutograd guard;
+  TORCH_CHECK(probabilities_zero == 0 && probabilities_low == 0, "attention: probabilities have zero point 0");
+  const auto single = [](double x) { return static_cast<float>(x); };
+  AttentionTask task{};
+  task.query.code = to_code("attention", query_scale, query_zero, query_low, query_high);
+  task.key.code = to_code("attention", key_scale, key_zero, key_low, key_high);
+  task.value.code = to_code("attention", value_scale, value_zero, value_low, value_high);
+  task.step = single(query_scale) * single(key_scale) * single(scale);
+  task.result_scale = single(probabilities_scale) * single(value_scale);
+  task.probabilities = to_code("attention", probabilities_scale, 0, 0, probabilities_high);
+  return attend(task, query, key, value, mask);
+}
+
+Tensor attention_by_row(
+    const Tensor& query, const Tensor& key, const Tensor& value, double scale, int64_t most, int64_t most_probability,
+    const std::optional<Tensor>& mask) {
+  const at::AutoDispatchBelowAutograd guard;
+  TORCH_CHECK(
+      query.scalar_type() != at::kByte && key.scalar_type() != at::kByte && 0 < most && most < 128 &&
+          0 < most_probability && most_probability < 256,
+      "attention_by_row: numbers are expected, and integers of a byte for them, got ", query.scalar_type(), ", ",
+      key.scalar_type(), ", ", most, ", ", most_probability);
+  TORCH_CHECK(
+      key.dim() != 4 || key.size(2) <= most_keys_by_row, "attention_by_row: sums over more than ", most_keys_by_row,
+      " keys do not fit 32 bits, got ", key.sizes());
+  AttentionTask task{};
+  task.by_row = true;
+  task.query.code = task.key.code = task.value.code = to_code("attention_by_row", 1.0, 128, 128 - most, 128 + most);
+  task.step = static_cast<float>(scale);
+  task.probabilities = to_code("attention_by_row", 1.0, 0, 0, most_probability);
+  return attend(task, query, key, value, mask);
+}
+
 TORCH_LIBRARY_IMPL(stepquant, CPU, library) {
   library.impl("attention", attention);
+  library.impl("attention_by_row", attention_by_row);
 }
 
 }  // namespace

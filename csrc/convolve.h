@@ -102,7 +102,8 @@ STEPQUANT_INLINE void accumulate(
   }
 }
 
-// The epilogue: sums minus zero point times the weight's sum, times the scales, plus bias, plus the added tensor.
+// The epilogue: sums minus zero point times the weight's sum, times the scales, plus bias, times the gate, plus the added
+// tensor.
 template <class T, int64_t rows>
 STEPQUANT_INLINE void emit_sums(const ConvolveTask& task, int64_t pixel, int64_t channel, const Ints* sums) {
   const int64_t rest = task.out_channels - channel, width = task.out_channels;
@@ -117,7 +118,9 @@ STEPQUANT_INLINE void emit_sums(const ConvolveTask& task, int64_t pixel, int64_t
   Floats y[rows];
 #pragma GCC unroll 8
   for (int64_t r = 0; r < rows; ++r) {
-    y[r] = rounded(__builtin_convertvector(sums[r] - share, Floats) * factor) + bias;
+    y[r] = rounded(__builtin_convertvector(sums[r] - share, Floats) * factor);
+    if (task.row_scale) y[r] = rounded(y[r] * splat(task.row_scale[(pixel + r) / task.row_pixels]));
+    y[r] += bias;
   }
   if (task.gate) {
 #pragma GCC unroll 8

@@ -194,7 +194,8 @@ void run(
 Tensor convolve(
     const Tensor& codes, double scale, int64_t zero_point, const Tensor& weight, const Tensor& weight_scale,
     const Tensor& weight_sum, const Optional& bias, at::IntArrayRef kernel, at::IntArrayRef stride,
-    at::IntArrayRef sides, at::IntArrayRef dilation, bool doubled, at::ScalarType type, const Optional& add) {
+    at::IntArrayRef sides, at::IntArrayRef dilation, bool doubled, at::ScalarType type, const Optional& add,
+    const Optional& row_scale) {
   const at::AutoDispatchBelowAutograd guard;
   TORCH_CHECK(
       codes.dim() == 4 && codes.scalar_type() == at::kByte && (codes.size(0) == 0 || codes.numel() > 0),
@@ -231,13 +232,16 @@ Tensor convolve(
     added = to_add("convolve", *add, out).contiguous(at::MemoryFormat::ChannelsLast);
     task.add = added.const_data_ptr(), task.add_stride = task.out_channels;
   }
+  const Numbers rows("convolve", "row_scale", row_scale, 1, x.size(0));
+  task.row_scale = rows.data(), task.row_pixels = task.out_height * task.out_width;
   run("convolve", task, product, x.size(0), type, out);
   return out;
 }
 
 Tensor linear(
     const Tensor& codes, double scale, int64_t zero_point, const Tensor& weight, const Tensor& weight_scale,
-    const Tensor& weight_sum, const Optional& bias, at::ScalarType type, const Optional& add, const Optional& gate) {
+    const Tensor& weight_sum, const Optional& bias, at::ScalarType type, const Optional& add, const Optional& gate,
+    const Optional& row_scale) {
   const at::AutoDispatchBelowAutograd guard;
   TORCH_CHECK(
       codes.dim() == 2 && codes.scalar_type() == at::kByte, "linear: codes are expected as bytes (rows, inputs), got ",
@@ -268,6 +272,8 @@ Tensor linear(
       " for ", task.pixels, " rows");
   const Numbers gates("linear", "gate", gate, samples, task.out_channels);
   task.gate = gates.data(), task.gate_pixels = task.pixels / samples;
+  const Numbers rows("linear", "row_scale", row_scale, 1, task.pixels);
+  task.row_scale = rows.data(), task.row_pixels = 1;
   run("linear", task, product, 1, type, out);
   return out;
 }

@@ -131,7 +131,6 @@ struct RowMask {
   int64_t batch_stride;
   int64_t head_stride;
   int64_t query_stride;
-  float step;  // of a score
 };
 
 struct AttentionTask {
@@ -144,9 +143,13 @@ struct AttentionTask {
   int64_t keys;
   int64_t width;
   int64_t block;  // queries per item, as the kernels say
-  float factor;  // from integer scores to the exponent of 2
+  float step;  // what a score of 1 stands for
   float result_scale;
   Code probabilities;
+  // Scales that are found with the numbers: of every query of a head, of its keys and its values, and of the probabilities of a
+  // query, whose greatest becomes the greatest code. `step` and `result_scale` then lack them.
+  bool by_row;
+  float* scales;  // of the keys and the values of every (batch, head)
   // What a mask leaves of the keys of every (batch, head): their places, how many, and what is added to their scores, in
   // whole steps. Without a mask there are none of the three, and all keys are left.
   const int32_t* places;
@@ -186,6 +189,8 @@ struct ConvolveTask {
   const int32_t* weight_sum;  // per output channel, padded with zeros to whole groups
   const float* bias;  // per output channel, or null
   float scale;
+  const float* row_scale;  // per so many pixels, or null
+  int64_t row_pixels;
   int32_t zero_point;
   Type type;  // of what is added and of the result
   const void* add;  // or null

@@ -60,17 +60,6 @@ STEPQUANT_INLINE void copy_row(const T* x, int64_t width, float* out) {
   if (i < width) store(out + i, load_first(x + i, width - i));
 }
 
-// The bits of the greatest magnitude, which are ordered as magnitudes are; what is not a number lies above infinity.
-STEPQUANT_INLINE float greatest(const float* x, int64_t width) {
-  Ints most = {};
-  for (int64_t i = 0; i < width; i += lanes) most = larger(most, bits_of(load(x + i)) & 0x7fffffff);
-  int32_t bits = 0;
-  for (int64_t i = 0; i < lanes; ++i) bits = bits < most[i] ? most[i] : bits;
-  float magnitude;
-  std::memcpy(&magnitude, &bits, sizeof magnitude);
-  return magnitude;
-}
-
 STEPQUANT_INLINE void encode_row(const float* x, int64_t width, float factor, const Code& code, uint8_t* out) {
   int64_t i = 0;
   for (; i + 4 * lanes <= width; i += 4 * lanes) {

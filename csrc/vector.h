@@ -204,6 +204,20 @@ STEPQUANT_INLINE void store_first(T* to, Vector x, int64_t count) {
   std::memcpy(to, part, static_cast<size_t>(count) * sizeof(T));
 }
 
+// The greatest magnitude: bits of magnitudes are ordered as these are, and what is not a number lies above infinity.
+template <class T>
+STEPQUANT_INLINE float greatest(const T* x, int64_t width) {
+  Ints most = {};
+  int64_t i = 0;
+  for (; i + lanes <= width; i += lanes) most = larger(most, bits_of(load(x + i)) & 0x7fffffff);
+  if (i < width) most = larger(most, bits_of(load_first(x + i, width - i)) & 0x7fffffff);
+  int32_t bits = 0;
+  for (int64_t k = 0; k < lanes; ++k) bits = bits < most[k] ? most[k] : bits;
+  float magnitude;
+  std::memcpy(&magnitude, &bits, sizeof magnitude);
+  return magnitude;
+}
+
 // 2^x to 8e-8 relative for x from -126 to 127.
 STEPQUANT_INLINE Floats exp2_inside(Floats x) {
 #if defined(__AVX512F__)

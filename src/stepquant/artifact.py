@@ -24,7 +24,7 @@ from stepquant.core.entries import (
     optional,
     table_of,
 )
-from stepquant.core.grid import Grid, GridError
+from stepquant.core.grid import AS_THEY_COME, Grid, GridError
 from stepquant.core.policy import FloatSteps
 from stepquant.core.rotation import is_group
 from stepquant.core.steps import StepCorrection, StepTable
@@ -56,12 +56,12 @@ GROUP = Kind("a power of four from 4 on", lambda value: type(value) is int and i
 OPERANDS = ("query", "key", "value", "probabilities")
 # Over what scales are shared; elsewhere over tensors and steps.
 SHARED = {"weight": ("tensor", "channel", "group"), "input": ("tensor", "step", "token")}
-OF_OPERANDS = {"probabilities": ("tensor", "step", "log")}
+OF_OPERANDS = {"probabilities": ("tensor", "step", "token", "log")}
 
 
 def stored_grid(port: str, text: str, where: str) -> Grid:
     """A grid that this port can be stored on."""
-    allowed = {**SHARED, **OF_OPERANDS}.get(port, ("tensor", "step"))
+    allowed = {**SHARED, **OF_OPERANDS}.get(port, ("tensor", "step", "token"))
     try:
         grid = Grid.parse(text)
     except GridError as error:
@@ -71,13 +71,18 @@ def stored_grid(port: str, text: str, where: str) -> Grid:
             expected=error.expected,
             fix=AGAIN,
         ) from error
-    bare = grid.granularity == "token" and not (grid.signed and grid.symmetric)  # no zero point is stored
+    signed = port != "probabilities"  # which are never negative
+    bare = grid.granularity == "token" and not (
+        grid.signed == signed and grid.symmetric
+    )  # no zero point is stored
     if grid.granularity not in allowed or bare:
         raise ArtifactError(
             f"'{where}.{port}' cannot carry its grid",
             where=where,
             got=grid,
-            expected="a signed symmetric one" if bare else f"a grid per {' or '.join(allowed)}",
+            expected=f"{'a signed' if signed else 'an unsigned'} symmetric one"
+            if bare
+            else f"a grid per {' or '.join(allowed)}",
             fix=AGAIN,
         )
     return grid
@@ -155,7 +160,12 @@ class ProductSpec:
 
     def ranged(self) -> tuple[str, ...]:
         """The operands that have a range."""
-        return tuple(port for port in OPERANDS if getattr(self, port).granularity != "log")
+        return tuple(port for port in OPERANDS if getattr(self, port).granularity not in AS_THEY_COME)
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether all four operands have scales that are found as they come."""
+        return self.query.granularity == "token"
 
     @classmethod
     def from_json(cls, data: Any, where: str = "product") -> ProductSpec:
@@ -169,6 +179,14 @@ class ProductSpec:
                 where=where,
                 got=f"probabilities {grids['probabilities']}",
                 expected="a grid as uint8/log",
+                fix=AGAIN,
+            )
+        by_token = [grid.granularity == "token" for grid in grids.values()]
+        if any(by_token) and ("shifted" in found or not all(by_token)):
+            raise ArtifactError(
+                f"'{where}' has scales by the token for a part of its operands",
+                got=", ".join(map(str, grids.values())),
+                expected="all four by the token and no shift, or none",
                 fix=AGAIN,
             )
         return cls(**found | grids)

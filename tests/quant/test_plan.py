@@ -109,6 +109,17 @@ def test_activations_carry_one_scale_per_tensor() -> None:
         plan.resolve(Denoiser(CASES["plain"]()[0]))
 
 
+def test_operands_of_attention_have_scales_by_the_token_together() -> None:
+    denoiser = Denoiser(CASES["text_to_image"]()[0])
+    part = Rule(Grid.parse("int8/token"), "a part", ("product",), ("query", "key"))
+    others = Rule(Grid.parse("uint8/tensor/sym"), "the others", ("product",))
+    with pytest.raises(PlanError, match="a part of the operands"):
+        Plan("mine", (part, others, REST)).resolve(denoiser)
+    signed = Rule(Grid.parse("int8/token"), "signed", ("product",), ("probabilities",))
+    with pytest.raises(PlanError, match="cannot carry int8/token"):
+        Plan("mine", (signed, others, REST)).resolve(denoiser)
+
+
 def test_plan_files(tmp_path: Path) -> None:
     plan = scheme("w4a8")
     file = tmp_path / "plan.json"

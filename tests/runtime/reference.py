@@ -39,11 +39,12 @@ def convolve(
     sides: Sequence[int] = (0, 0, 0, 0),
     dilation: Sequence[int] = (1, 1),
     doubled: bool = False,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     packed, sums = ops.pack_weight.plain(weight), weight.sum((1, 2, 3), dtype=torch.int32)
     return ops.convolve.plain(
         codes, code_scale, zero_point, packed, weight_scale, sums, bias,
-        weight.shape[2:], stride, sides, dilation, doubled, dtype, add,
+        weight.shape[2:], stride, sides, dilation, doubled, dtype, add, row_scale,
     )  # fmt: skip
 
 
@@ -57,6 +58,9 @@ def linear(
     dtype: torch.dtype,
     add: Tensor | None = None,
     gate: Tensor | None = None,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     packed, sums = ops.pack_weight.plain(weight[:, :, None, None]), weight.sum(1, dtype=torch.int32)
-    return ops.linear.plain(codes, code_scale, zero_point, packed, weight_scale, sums, bias, dtype, add, gate)
+    return ops.linear.plain(
+        codes, code_scale, zero_point, packed, weight_scale, sums, bias, dtype, add, gate, row_scale
+    )

@@ -154,6 +154,9 @@ def test_its_linears_are_exact(rows: int, ins: int, outs: int, zero_point: int) 
     into = torch.ones(rows, outs)
     assert torch.equal(kernel(codes, torch.float32, into).double(), want + 1)
     assert (into == 1).all()
+    by_row = torch.arange(1.0, rows + 1)
+    want = (want - bias) * by_row[:, None] + bias
+    assert torch.equal(kernel(codes, torch.float32, None, None, by_row[:, None]).double(), want)
 
 
 def test_an_operation_that_torch_lacks_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

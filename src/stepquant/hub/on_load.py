@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.artifact import LayerSpec
+from stepquant.artifact import LayerSpec, ProductSpec
 from stepquant.core.affine import scale_and_zero, to_groups
 from stepquant.core.pack import pack_nearest
 from stepquant.core.ranges import minmax
@@ -17,7 +17,7 @@ from stepquant.errors import ModelError, PlanError
 from stepquant.hub.config import StepquantConfig, digests_of, settings_digest
 from stepquant.hub.of_diffusers import StepquantQuantizer
 from stepquant.models.denoiser import Denoiser, check_finite_weight
-from stepquant.quant.plan import Plan
+from stepquant.quant.plan import PORTS, Plan
 from stepquant.quant.schemes import SCHEMES, scheme
 from stepquant.runtime.lower import prepare, skeleton
 from stepquant.runtime.moving import bytes_of, room_for
@@ -38,7 +38,8 @@ class OnLoadQuantizer(StepquantQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.floats = set(model.state_dict())
         self.specs = specs_of(model, self.plan, self.quantization_config.rotation)
-        skeleton(model, self.specs, {}, {})
+        self.products = products_of(model, self.plan)
+        skeleton(model, self.specs, self.products, {})
         self.size = bytes_of(model.state_dict().values())
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
@@ -90,6 +91,7 @@ class OnLoadQuantizer(StepquantQuantizer):
         self.follow(model)
         self.quantization_config = StepquantConfig(
             layers={path: spec.to_json() for path, spec in self.specs.items()},
+            products={path: spec.to_json() for path, spec in self.products.items()},
             recipe=recipe_of(model, self.plan, self.quantization_config.rotation),
             digests=digests_of(model.state_dict()),
             settings=settings_digest(model.config),
@@ -157,6 +159,16 @@ def specs_of(model: nn.Module, plan: Plan, rotation: int | None = None) -> dict[
             turns = rotation and inputs and isinstance(layer, nn.Linear) and not layer.in_features % rotation
             found[path] = LayerSpec(weight, inputs, rotation=rotation if turns and rotation else 0)
     return found
+
+
+def products_of(model: nn.Module, plan: Plan) -> dict[str, ProductSpec]:
+    """The grids that the plan gives to the operands of attention."""
+    denoiser = Denoiser(model)
+    decided = plan.resolve(denoiser)
+    found = {
+        path: {port: decided[path, port].grid for port in PORTS["product"]} for path in denoiser.products()
+    }
+    return {path: ProductSpec(**grids) for path, grids in found.items() if all(grids.values())}  # type: ignore[arg-type]
 
 
 def stored_as(leaf: str, value: Tensor, spec: LayerSpec | None) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from stepquant.artifact import Artifact
 from stepquant.core.digest import add_tensor
 from stepquant.errors import ModelError
 from stepquant.hub.config import StepquantConfig, digests_of, settings_digest
-from stepquant.hub.on_load import specs_of, stored_as
+from stepquant.hub.on_load import products_of, specs_of, stored_as
 from stepquant.job.in_files import check_places, networks_in, read_index
 from stepquant.job.recipe import Recipe
 from stepquant.job.tensors import FILE, Writer, weights_in
@@ -84,7 +84,8 @@ class Passing:
     def __init__(self, recipe: Recipe, component: str, model: Any, source: Path, sampler: str) -> None:
         self.recipe, self.component, self.model, self.sampler = recipe, component, model, sampler
         self.denoiser = Denoiser(model, component=component)
-        self.specs = specs_of(model, recipe.build_plan())
+        plan = recipe.build_plan()
+        self.specs, self.products = specs_of(model, plan), products_of(model, plan)
         self.floats: dict[str, Tensor] = model.state_dict()
         self.places = weights_in(source)
         check_places(self.places, self.floats, source)
@@ -112,12 +113,14 @@ class Passing:
         """Write the network into a folder; returns the provenance."""
         total = hashlib.sha256()
         out.mkdir(parents=True)
-        skeleton(self.model, self.specs, {}, {})
+        skeleton(self.model, self.specs, self.products, {})
         digests = self.write(self.model.state_dict(), out, total, progress)
         made = self.provenance(total)
         settings = settings_digest(self.model.config)
         config = StepquantConfig(
-            **Artifact(self.specs, {}, {}, recipe=made).to_json(), digests=digests, settings=settings
+            **Artifact(self.specs, self.products, {}, recipe=made).to_json(),
+            digests=digests,
+            settings=settings,
         )
         self.model.register_to_config(quantization_config=config, _pre_quantization_dtype=torch.float32)
         self.model.save_config(out)

@@ -57,6 +57,10 @@ class Inserted:
             quantizer.enabled = weights if quantizer.site.port == "weight" else inputs
 
 
+# From which dimension on operands of attention share a scale as it comes: a query has its own, all keys of a head have one.
+FIRST = {"query": -1, "key": -2, "value": -2, "probabilities": -1}
+
+
 @contextmanager
 def insert(
     denoiser: Denoiser,
@@ -86,7 +90,7 @@ def insert(
         if grid is None:
             return None
         if grid.granularity in AS_THEY_COME:
-            first = -1 if isinstance(model.get_submodule(path), nn.Linear) else 1
+            first = FIRST.get(port, -1 if isinstance(model.get_submodule(path), nn.Linear) else 1)
             return Quantizer(grid, site, first=first).to(denoiser.device)
         if clock is None or port == "weight" or (only is not None and (path, port) not in only):
             return Quantizer(grid, site).to(denoiser.device)

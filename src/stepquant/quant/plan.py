@@ -22,7 +22,10 @@ PORTS: dict[str, tuple[Port, ...]] = {
 CARRIED = {
     "weight": ("tensor", "channel", "group"),
     "input": ("tensor", "token"),
-    "probabilities": ("tensor", "log"),
+    "query": ("tensor", "token"),
+    "key": ("tensor", "token"),
+    "value": ("tensor", "token"),
+    "probabilities": ("tensor", "token", "log"),
 }
 
 
@@ -129,6 +132,8 @@ class Plan:
                     got=json.dumps(rule.to_json()),
                     fix="its pattern matches no site, or earlier rules take them all; see --explain",
                 )
+        for path in denoiser.products():
+            check_together(path, [found[path, port].grid for port in PORTS["product"]])
         return found
 
     def measures(self) -> bool:
@@ -196,17 +201,32 @@ def read_patterns(data: Mapping[str, Any], key: str) -> tuple[str, ...]:
     return tuple(found)
 
 
+def check_together(path: str, grids: Sequence[Grid | None]) -> None:
+    """Integers of operands that have a scale as it comes are multiplied by those of operands that have one, too."""
+    by_token = {grid.granularity == "token" for grid in grids if grid is not None}
+    if len(by_token) > 1:
+        raise PlanError(
+            f"the plan gives scales by the token to a part of the operands of '{path}'",
+            got=", ".join(map(str, grids)),
+            expected="query, key, value and probabilities by the token, or none of them",
+        )
+
+
 def check_carries(denoiser: Denoiser, path: str, port: str, grid: Grid | None) -> None:
-    """Weights may have scales per channel or group; activations one per tensor, inputs of layers one per token as well, and
-    probabilities powers of two."""
+    """Weights may have scales per channel or group; activations one per tensor or per token, and probabilities powers of two."""
     if grid is None:
         return
     allowed = CARRIED.get(port, ("tensor",))
     if grid.granularity not in allowed:
         raise PlanError(f"'{path}:{port}' cannot carry {grid}", expected=f"a grid per {' or '.join(allowed)}")
-    if grid.granularity == "token" and not (grid.signed and grid.symmetric):
+    if grid.granularity == "token" and not (grid.signed == (port != "probabilities") and grid.symmetric):
+        wanted = (
+            "an unsigned one, as uint8/token/sym"
+            if port == "probabilities"
+            else "a signed one, as int8/token"
+        )
         raise PlanError(
-            f"'{path}:{port}' cannot carry {grid}", expected="a signed symmetric grid, as int8/token"
+            f"'{path}:{port}' cannot carry {grid}", expected=f"zeros that stay zeros, and {wanted}"
         )
     if grid.group:
         inputs = denoiser.model.get_submodule(path).weight[0].numel()  # type: ignore[index]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from stepquant.core.grid import Grid
 from stepquant.errors import UnknownNameError
 from stepquant.quant.plan import Plan, Rule
@@ -135,9 +137,20 @@ def bulk(weight: Grid, activation_bits: int) -> tuple[Rule, ...]:
 
 
 def by_token(weight: Grid, inputs: Grid) -> tuple[Rule, ...]:
+    probabilities = replace(inputs, signed=False)
     return (
         Rule(
-            None, "products of attention have no kernel with scales by the token", ("product",), optional=True
+            probabilities,
+            "probabilities, with the scale of each query as it comes",
+            ("product",),
+            ("probabilities",),
+            optional=True,
+        ),
+        Rule(
+            inputs,
+            "operands of attention, with the scale of each query, and of the keys and values of a head, as they come",
+            ("product",),
+            optional=True,
         ),
         Rule(weight, "weights of the scheme", ports=("weight",)),
         Rule(inputs, "activations of the scheme, with the scale of each token as it comes", ports=("input",)),

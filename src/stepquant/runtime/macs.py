@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stepquant.runtime.cpu.products import ConvKernel, LinearKernel
 from stepquant.runtime.device import operations
 
-ATTENTION = "stepquant::attention"
+ATTENTION = ("stepquant::attention", "stepquant::attention_by_row")
 INTEGER_OPS = operations()
 
 
@@ -86,5 +86,5 @@ COUNTS: Mapping[str, Count] = {
     LinearKernel.name: packed,
     LinearKernel.own_name: rows_of(0),
     "stepquant::stored_linear": rows_of(0),
-    ATTENTION: attention,
+    **dict.fromkeys(ATTENTION, attention),
 }

@@ -76,6 +76,7 @@ def examples() -> dict[str, tuple]:
             torch.float32,
         ),
         "scale_rows": (rows, rows[:, :1].abs(), rows[0], -1, torch.bfloat16),
+        "attention_by_row": (heads, heads, heads, 0.3, 127, 255),
         "attention": (heads, heads, heads, 0.3, *CODE, *CODE, *CODE, 1 / 255, 0, 0, 255),
     }
 

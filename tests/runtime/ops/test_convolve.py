@@ -88,6 +88,9 @@ def test_convolve_gives_the_bytes_of_the_specification(
     former = add.clone()
     assert torch.equal(product.convolve(channels_last(codes), code, dtype, add, **walk), want)
     assert torch.equal(add, former)
+    walk["row_scale"] = torch.rand(batch, generator=generator(3))
+    want = reference.convolve(codes, code.scale, zero_point, weight, scale, bias, dtype, add, **walk)
+    assert torch.equal(product.convolve(channels_last(codes), code, dtype, add, **walk), want)
 
 
 @pytest.mark.parametrize("taps", [1, 3])
@@ -131,7 +134,16 @@ def test_linear_gives_the_bytes_of_the_specification(
     product = Product.of(weight[:, :, None, None], scale, bias)
     add, gate = (torch.randn(rows, outputs, generator=generator(seed)) for seed in (2, 3))
     samples = next((n for n in range(2, rows + 1) if rows % n == 0), 1)
-    around = (0, None, None), (255, add, None), (9, add, gate), (7, add, gate[:1]), (3, None, gate[:samples])
+    own = torch.rand(rows, generator=generator(4))
+    around = (
+        (0, None, None),
+        (255, add, None),
+        (9, add, gate),
+        (7, add, gate[:1]),
+        (3, None, gate[:samples]),
+        (128, None, None, own),
+        (128, add, gate, own[:, None]),
+    )
     for zero_point, *ends in around:
         want = reference.linear(codes, 0.5, zero_point, weight, scale, bias, dtype, *ends)
         assert torch.equal(product.linear(codes, Code(0.5, zero_point), dtype, *ends), want)
@@ -194,6 +206,11 @@ def test_operations_refuse_what_would_read_beyond_memory() -> None:
         product.convolve(random_bytes(1, 8, 4, 4), Code(1.0), torch.float32, torch.zeros(1, 16, 4, 4))
     with pytest.raises(RuntimeError, match="larger than"):
         product.convolve(random_bytes(1, 8, 2, 2), Code(1.0), torch.float32)
+    with pytest.raises(RuntimeError, match="row_scale"):
+        product.convolve(random_bytes(2, 8, 4, 4), Code(1.0), torch.float32, row_scale=torch.ones(3))
+    rows = Product.of(random_weight(16, 8, 1, 1), torch.ones(16), None)
+    with pytest.raises(RuntimeError, match="row_scale"):
+        rows.linear(random_bytes(4, 8), Code(1.0), torch.float32, row_scale=torch.ones(1))
 
 
 def test_fake_tensors_have_the_true_shapes_and_strides() -> None:
@@ -220,10 +237,18 @@ def test_the_kernel_and_onednn_agree(doubled: bool) -> None:
     into = channels_last(torch.randn(2, 48, size // 2, size // 2, generator=generator()))
     conv = ConvKernel(lambda: weight, scale, bias, code, Geometry((2, 2)))
     rows = LinearKernel(lambda: weight[:, :, 0, 0].contiguous(), scale, bias, code, Geometry())
+    scales = torch.rand(9, generator=generator(5))
 
-    def outs() -> tuple[Tensor, Tensor]:
-        image = conv(codes, torch.float32, into.clone(), (0, 1, 0, 1), doubled)
-        return image, rows(random_bytes(9, 32), torch.float32)
+    def outs() -> tuple[Tensor, ...]:
+        walk, flat = ((0, 1, 0, 1), doubled), random_bytes(9, 32)
+        return (
+            conv(codes, torch.float32, into.clone(), None, *walk),
+            conv(codes, torch.float32, into.clone(), scales[:2], *walk),
+            conv(codes, torch.float32, None, scales[:2, None, None, None], *walk),
+            rows(flat, torch.float32),
+            rows(flat, torch.float32, torch.ones(9, 48), None, scales),
+            rows(flat, torch.float32, None, torch.full((1, 48), 0.5), scales[:, None]),
+        )
 
     assert conv.product is not None
     assert rows.product is not None

@@ -65,7 +65,7 @@ def test_lesser_processors_keep_the_contract(capability: str, kernels: str) -> N
     script = BARE + (
         "import pytest; from stepquant.runtime import ops\n"
         f"assert ops.capability() == {kernels!r}, ops.capability()\n"
-        "files = ['test_ops.py', 'test_attention.py', 'test_convolve.py', 'test_rotate.py']\n"
+        "files = ['test_ops.py', 'test_attention.py', 'test_attention_by_row.py', 'test_convolve.py', 'test_rotate.py']\n"
         f"sys.exit(pytest.main(['-q', '-x', '--noconftest', '-p', 'no:cacheprovider', '-k', {chosen!r}, *files]))\n"
     )
     environment = os.environ | {

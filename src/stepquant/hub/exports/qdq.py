@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.core.affine import scales_of_rows
@@ -211,6 +212,8 @@ class ExportedProduct(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if self.spec.dynamic:  # the format has no scales by the token
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         query, key, value = (self.operands[port](x) for port, x in zip(PORTS, (q, k, v)))
         scores = torch.matmul(query, key.transpose(-1, -2)) * scale
         if mask is not None and mask.dtype == torch.bool:

@@ -58,6 +58,7 @@ def multiplies_codes(attention: Any, processor: Any) -> bool:
         isinstance(product, IntegerProduct)
         and attention.processor is processor
         and product.prepared().reason is None
+        and not product.spec.dynamic
         and not product.in_floats
         and not (product._forward_hooks or product._forward_pre_hooks)
     )

@@ -34,6 +34,6 @@ DEVICE = Device(
     why_no_convolution,
     why_no_linear,
     why_no_attention,
-    (*OPERATIONS, "stepquant::attention"),
+    (*OPERATIONS, "stepquant::attention", "stepquant::attention_by_row"),
     STORED_ROWS if ops.compiled() else 0,
 )

@@ -114,10 +114,10 @@ def listening(layer: IntegerLayer, path: str, readings: dict[str, Reading]) -> I
     former: Any = layer.from_codes
 
     def from_codes(
-        codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, *walk: Any, **gate: Tensor
+        codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, *walk: Any, **named: Tensor | None
     ) -> Tensor:
         readings[path] = Reading(codes.shape, dtype, into is not None, *walk)
-        return former(codes, dtype, into, *walk, **gate)  # type: ignore[no-any-return]
+        return former(codes, dtype, into, *walk, **named)  # type: ignore[no-any-return]
 
     layer.from_codes = from_codes  # type: ignore[method-assign]
     try:

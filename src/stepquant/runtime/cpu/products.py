@@ -6,10 +6,11 @@ in oneDNN's, if those give the same sums on this processor.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,12 @@ class PackedKernel(Kernel):
         image = weight if weight.dim() == 4 else weight[:, :, None, None]
         return ops.Product.of(image, self.scales, self.bias)
 
+    def without_bias(self) -> Self:
+        """The same weight in the same packed copies."""
+        twin = copy.copy(self)
+        twin.bias = None
+        return twin
+
     @abstractmethod
     def pack(self, shape: torch.Size) -> Tensor: ...
 
@@ -91,19 +98,26 @@ class ConvKernel(PackedKernel):
         codes: Tensor,
         dtype: torch.dtype,
         into: Tensor | None = None,
+        row_scale: Tensor | None = None,
         border: Sequence[int] | None = None,
         doubled: bool = False,
     ) -> Tensor:
-        """The convolution plus `into`, after doubling every pixel and adding a border (left, right, top, bottom)."""
+        """The convolution, each image times its scale, plus `into`, after doubling every pixel and adding a border
+        (left, right, top, bottom)."""
         g, product = self.geometry, self.product
         high, wide = g.padding
         left, right, top, bottom = border or (0, 0, 0, 0)
         if product is not None and not better_with_tiles(codes, product):
             sides = (left + wide, right + wide, top + high, bottom + high)
-            return product.convolve(codes, self.code, dtype, into, g.stride, sides, g.dilation, doubled)
+            return product.convolve(
+                codes, self.code, dtype, into, g.stride, sides, g.dilation, doubled, row_scale
+            )
         codes = ops.upsample_nearest2x(codes) if doubled else codes
         codes = codes if border is None else F.pad(codes, list(border), value=self.code.zero_point)
         codes = codes.contiguous(memory_format=torch.channels_last)
+        if row_scale is not None:
+            sums = self.without_bias().onednn(codes, torch.float32, None)
+            return scaled(sums, row_scale.reshape(-1, 1, 1, 1), self.bias, 1, into, dtype)
         if into is not None:
             into = into.contiguous(memory_format=torch.channels_last)
             into = into if product is None else into.clone()  # oneDNN writes into it
@@ -131,14 +145,22 @@ class LinearKernel(PackedKernel):
         return torch.ops.onednn.qlinear_prepack(self.weight(), shape)
 
     def __call__(
-        self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, gate: Tensor | None = None
+        self,
+        codes: Tensor,
+        dtype: torch.dtype,
+        into: Tensor | None = None,
+        gate: Tensor | None = None,
+        row_scale: Tensor | None = None,
     ) -> Tensor:
-        """The product, times `gate`, plus `into`, which stays as it is."""
+        """The product, each row times its scale, times `gate`, plus `into`, which stays as it is."""
         product = self.product
         if product is not None and not better_with_tiles(codes, product):
-            return product.linear(codes, self.code, dtype, into, gate)
+            return product.linear(codes, self.code, dtype, into, gate, row_scale)
         if gate is not None:
-            return gated(self(codes, torch.float32), gate, into, dtype)
+            return gated(self(codes, torch.float32, None, None, row_scale), gate, into, dtype)
+        if row_scale is not None:
+            sums = self.without_bias()(codes, torch.float32)
+            return scaled(sums, row_scale.reshape(-1, 1), self.bias, -1, into, dtype)
         code, weight = self.code, self.packed_for(codes.shape)
         if into is None:
             return torch.ops.onednn.qlinear_pointwise.default(
@@ -149,6 +171,15 @@ class LinearKernel(PackedKernel):
             codes, code.scale, code.zero_point, weight, self.scales, self.zeros, into, self.bias,
             1.0, 0, dtype, 1.0, 0, "add", 1.0, "none", [], "",
         )  # fmt: skip
+
+
+def scaled(
+    sums: Tensor, scales: Tensor, bias: Tensor | None, channels: int, into: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What products do in their epilogue, where that is oneDNN's."""
+    if into is None:
+        return ops.scale_rows(sums, scales, bias, channels, dtype)
+    return (ops.scale_rows(sums, scales, bias, channels, torch.float32) + into.to(dtype).float()).to(dtype)
 
 
 def better_with_tiles(codes: Tensor, product: ops.Product) -> bool:

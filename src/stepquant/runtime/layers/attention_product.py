@@ -41,6 +41,8 @@ class IntegerProduct(Ranged[PreparedProduct]):
             self.register_buffer("probabilities_shift", torch.zeros(1, device=device))
 
     def prepare(self, versions: Versions) -> PreparedProduct:
+        if self.spec.dynamic:
+            return PreparedProduct(versions, None, ())
         ports = [self.codes_of(port) for port in PORTS]
         rows = max(map(len, ports))
         codes = tuple(zip(*(port if len(port) == rows else port * rows for port in ports)))
@@ -86,9 +88,11 @@ class IntegerProduct(Ranged[PreparedProduct]):
             y = self(*(operand.detach().float() for operand in (q, k, v)), mask, scale)
             through = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
             return (through + (y - through.detach())).to(q.dtype)  # straight through the rounding
-        codes = self.codes
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         mask = None if mask is None else with_axes(mask, k.shape[2])
+        if self.spec.dynamic:
+            return by_row(q, k, v, mask, scale, self.spec)
+        codes = self.codes
         if self.reason is None:
             out = ops.attention(q, k, v, scale, codes[0], codes[1], codes[2], codes[3], mask)
             return self.shifted(out, v, codes)
@@ -103,6 +107,20 @@ class IntegerProduct(Ranged[PreparedProduct]):
             value.scale * self.get_buffer("probabilities_shift")
         )
         return out + total.to(out.dtype)
+
+
+def by_row(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, spec: ProductSpec) -> Tensor:
+    """With scales that are found as the operands come; slice by slice where no kernel does it."""
+    ends = spec.query.qmax, spec.probabilities.qmax
+    if k.shape[2] <= ops.MOST_KEYS and device_for(q.device).why_no_attention(q.device) is None:
+        return ops.attention_by_row(q, k, v, scale, *ends, mask)
+    shape = *q.shape[:-1], k.shape[-2]
+    mask = None if mask is None else mask.expand(shape)
+    out = torch.empty_like(q)
+    for part in cuts(*shape):
+        there = None if mask is None else mask[part]
+        out[part] = ops.attention_by_row.plain(q[part], k[part[:2]], v[part[:2]], scale, *ends, there)
+    return out
 
 
 def with_axes(mask: Tensor, keys: int) -> Tensor:

@@ -43,9 +43,16 @@ class IntegerConv2d(IntegerLayer):
         padding = self.sides[::-2] if self.even else (0,) * len(self.stride)
         return Geometry(plane(self.stride, 1), plane(padding, 0), plane(self.dilation, 1), self.groups)
 
-    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, *walk: Any) -> Tensor:
+    def from_codes(
+        self,
+        codes: Tensor,
+        dtype: torch.dtype,
+        into: Tensor | None = None,
+        *walk: Any,
+        row_scale: Tensor | None = None,
+    ) -> Tensor:
         kernel = self.kernel_for_codes()
-        return kernel(codes, dtype, into, *(walk if self.even else ((*self.sides, 0, 0)[:4],)))
+        return kernel(codes, dtype, into, row_scale, *(walk if self.even else ((*self.sides, 0, 0)[:4],)))
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = channels_last(x)
@@ -66,9 +73,16 @@ class IntegerConv1d(IntegerConv2d):
     def kernel_weight(self) -> Tensor:
         return super().kernel_weight().unsqueeze(2)
 
-    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, *_: Any) -> Tensor:
-        rows = None if into is None else into.unsqueeze(2)
-        return super().from_codes(codes.unsqueeze(2), dtype, rows).squeeze(2)
+    def from_codes(
+        self,
+        codes: Tensor,
+        dtype: torch.dtype,
+        into: Tensor | None = None,
+        *_: Any,
+        row_scale: Tensor | None = None,
+    ) -> Tensor:
+        lines = None if into is None else into.unsqueeze(2)
+        return super().from_codes(codes.unsqueeze(2), dtype, lines, row_scale=row_scale).squeeze(2)
 
     def convolve(self, *args: Any) -> Tensor:
         return F.conv1d(*args)
@@ -96,11 +110,19 @@ class IntegerConv3d(IntegerConv2d):
         padding = (self.sides[2], self.sides[0]) if self.even else (0, 0)
         return Geometry(self.stride[1:], padding, self.dilation[1:], self.groups)  # type: ignore[arg-type]
 
-    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, *_: Any) -> Tensor:
-        frames, batch = self.gathered(codes), len(codes)
+    def from_codes(
+        self,
+        codes: Tensor,
+        dtype: torch.dtype,
+        into: Tensor | None = None,
+        *_: Any,
+        row_scale: Tensor | None = None,
+    ) -> Tensor:
+        images, batch = self.gathered(codes), len(codes)
         added = None if into is None else into.transpose(1, 2).flatten(0, 1)
-        kernel = self.kernel_for_codes()
-        out = kernel(frames, dtype, added, *(() if self.even else (self.sides[:4],)))
+        if row_scale is not None:  # of a video, and so of each of its images
+            row_scale = row_scale.flatten().repeat_interleave(len(images) // max(batch, 1))
+        out = super().from_codes(images, dtype, added, row_scale=row_scale)
         return out.unflatten(0, (batch, -1)).transpose(1, 2)
 
     def gathered(self, codes: Tensor) -> Tensor:

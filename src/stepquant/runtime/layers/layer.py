@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +14,11 @@ from stepquant.core.pack import packed_bytes, unpack
 from stepquant.core.rotation import rotate
 from stepquant.runtime import ops
 from stepquant.runtime.kernel import Geometry, Kernel
-from stepquant.runtime.layers.stored import Balanced, Prepared, Versions, not_needed_soon
+from stepquant.runtime.layers.stored import Balanced, PreparedLayer, Versions, not_needed_soon
 from stepquant.runtime.ops.code import Code
 
 WEIGHT_ONLY = "weight-only: its input is not quantized, and it multiplies floats"
 DEQUANTIZED_ONCE = "weight-only: dequantized once, because it is small and often read"
-
-
-@dataclass(frozen=True, eq=False)
-class PreparedLayer(Prepared):
-    """How a layer computes; there are as many codes as rows of input ranges, and as many kernels or none."""
-
-    reason: str | None  # why it does not multiply integers
-    codes: tuple[Code, ...]
-    kernels: tuple[Kernel, ...]
-    weights: dict[torch.dtype, Tensor]  # dequantized, by the dtype of the first input that needed it
-    stored_rows: int = 0  # as many rows of floats at most meet the weight as it is stored
 
 
 class IntegerLayer(Balanced[PreparedLayer]):
@@ -188,8 +176,7 @@ class IntegerLayer(Balanced[PreparedLayer]):
 
     def make_kernel(self, code: Code) -> Kernel:
         scales = self.weight_scale.expand(self.weight_shape[0]).contiguous()
-        bias = None if self.dynamic else self.bias  # which comes after the scales of the rows
-        return self.kernel_type()(self.kernel_weight, scales, bias, code, self.geometry())
+        return self.kernel_type()(self.kernel_weight, scales, self.bias, code, self.geometry())
 
     def kernel_weight(self) -> Tensor:
         """The signed bytes in the shape that the kernel takes, which keeps them in its own order."""
@@ -216,16 +203,18 @@ class IntegerLayer(Balanced[PreparedLayer]):
 
     def of_floats(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The output where nobody else may make codes."""
-        x = self.balanced(x)
+        into, x = self.of_branch(x, dtype), self.balanced(x)
         if not self.prepared().kernels:
-            return self.float_forward(x, dtype)
-        return self.by_row(x, dtype) if self.dynamic else self.from_codes(ops.quantize(x, self.code), dtype)
+            y = self.float_forward(x, dtype if into is None else torch.float32)
+            return y if into is None else (y + into).to(dtype)
+        if self.dynamic:
+            codes, scales = self.codes_of_rows(x)
+            return self.from_codes(codes, dtype, into, row_scale=scales)
+        return self.from_codes(ops.quantize(x, self.code), dtype, into)
 
-    def by_row(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The product of codes of scales that are found here."""
-        codes, scales = self.codes_of_rows(x)
-        sums = self.from_codes(codes, torch.float32)
-        return ops.scale_rows(sums, scales, self.bias, self.outputs_dim, dtype)
+    def of_branch(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """What a float branch adds to the product of integers."""
+        return None
 
     def codes_of_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """And the scales of the rows."""
@@ -287,8 +276,16 @@ class IntegerLayer(Balanced[PreparedLayer]):
         """What stands in the way of integers on that device."""
 
     @abstractmethod
-    def from_codes(self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        """The output for codes of the input; with `into`, added to that tensor, which may be consumed."""
+    def from_codes(
+        self,
+        codes: Tensor,
+        dtype: torch.dtype,
+        into: Tensor | None = None,
+        *,
+        row_scale: Tensor | None = None,
+    ) -> Tensor:
+        """The output for codes of the input, of which each row, or image, may have a scale of its own; with `into`, added to
+        that tensor, which may be consumed."""
 
     @abstractmethod
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...

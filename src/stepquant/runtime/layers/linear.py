@@ -14,8 +14,8 @@ from stepquant.errors import ArtifactError
 from stepquant.runtime import ops
 from stepquant.runtime.device import device_for
 from stepquant.runtime.kernel import Kernel
-from stepquant.runtime.layers.layer import IntegerLayer, PreparedLayer
-from stepquant.runtime.layers.stored import Prepared, Stored, Versions
+from stepquant.runtime.layers.layer import IntegerLayer
+from stepquant.runtime.layers.stored import Prepared, PreparedLayer, Stored, Versions
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,14 +85,12 @@ class IntegerLinear(IntegerLayer):
 
     def of_floats(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.spec.first:
-            return self.of_tokens(x, dtype)
-        others = self.of_tokens(x[:, 1:], dtype)
+            return super().of_floats(x, dtype)
+        others = super().of_floats(x[:, 1:], dtype)
         return torch.cat([self.first_output.to(dtype).expand(len(others), 1, -1), others], 1)
 
-    def of_tokens(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        if not self.spec.rank:
-            return super().of_floats(x, dtype)
-        return (super().of_floats(x, torch.float32) + self.low_rank(x)).to(dtype)
+    def of_branch(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        return self.low_rank(x).to(dtype) if self.spec.rank else None
 
     def as_float(self, x: Tensor) -> Tensor:
         y = super().as_float(x)
@@ -103,10 +101,17 @@ class IntegerLinear(IntegerLayer):
         return (weight + self.low_rank.dense()).to(dtype) if self.spec.rank else weight
 
     def from_codes(
-        self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, gate: Tensor | None = None
+        self,
+        codes: Tensor,
+        dtype: torch.dtype,
+        into: Tensor | None = None,
+        gate: Tensor | None = None,
+        *,
+        row_scale: Tensor | None = None,
     ) -> Tensor:
         """`gate` (samples, outputs) multiplies before `into` is added."""
-        kernel, given = self.kernel_for_codes(), () if gate is None else (gate,)
+        kernel, rows = self.kernel_for_codes(), None if row_scale is None else row_scale.flatten()
+        given = () if gate is None and rows is None else (gate, rows)
         if codes.dim() == 2:
             return kernel(codes, dtype, into, *given)
         flat = None if into is None else into.reshape(-1, self.out_features)

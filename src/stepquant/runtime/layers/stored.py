@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from stepquant.artifact import LayerSpec
 from stepquant.core.grid import Grid, GridError
+from stepquant.runtime.kernel import Kernel
 from stepquant.runtime.layers.offloaded import OFFLOADED
+from stepquant.runtime.ops.code import Code
 
 PAGE_OUT = 21  # Linux since 5.4; Python has no name for it
 
@@ -54,6 +56,17 @@ class Prepared:
     """
 
     versions: Versions  # of the buffers
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedLayer(Prepared):
+    """How a layer computes; there are as many codes as rows of input ranges, and as many kernels or none."""
+
+    reason: str | None  # why it does not multiply integers
+    codes: tuple[Code, ...]
+    kernels: tuple[Kernel, ...]
+    weights: dict[torch.dtype, Tensor]  # dequantized, by the dtype of the first input that needed it
+    stored_rows: int = 0  # as many rows of floats at most meet the weight as it is stored
 
 
 P = TypeVar("P", bound=Prepared)

@@ -26,7 +26,7 @@ from stepquant.runtime.ops.elementwise import (
     scale_rows,
     upsample_nearest2x,
 )
-from stepquant.runtime.ops.fused_attention import attention
+from stepquant.runtime.ops.fused_attention import MOST_KEYS, attention, attention_by_row
 from stepquant.runtime.ops.norms import (
     group_norm,
     group_norm_quantize,
@@ -39,12 +39,14 @@ from stepquant.runtime.ops.operation import Operation
 from stepquant.runtime.ops.products import Product, convolve, linear, pack_weight, stored_linear
 
 __all__ = [
+    "MOST_KEYS",
     "Code",
     "Operation",
     "Product",
     "activate",
     "activation_quantize",
     "attention",
+    "attention_by_row",
     "compiled",
     "convolve",
     "group_norm",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stepquant.core.affine import scales_of_rows
 from stepquant.runtime.ops.code import Code, centred, exact, single
 from stepquant.runtime.ops.operation import Operation
 
 OUT_OF_REACH = -5000.0  # a bias: no float32 holds the share of its key beside that of one without
 SWALLOWING = -1e30  # a greatest bias, beside which no score of a float counts
 MOST_BIAS = 2.0**29  # in steps of a score
+MOST_KEYS = 65536  # as many products of a byte and a signed byte fit 32 bits
 
 
 @Operation
@@ -36,6 +38,45 @@ def attention(
     """
     scores = integers(query, query_code) @ integers(key, key_code).transpose(-1, -2)
     factor = single(query_code.scale) * single(key_code.scale) * single(scale)
+    distance, left = distances(scores, factor, mask)
+    shares = torch.softmax(distance, dim=-1)
+    if left is not None:  # where nothing is left the softmax is 0 / 0
+        shares = shares.masked_fill(~left, 0.0)
+    products = centred(shares, probabilities_code) @ centred(value, value_code)
+    result = products.float() * (single(probabilities_code.scale) * single(value_code.scale))
+    return tokens_first(result, value if query.dtype == torch.uint8 else query)
+
+
+@Operation
+def attention_by_row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    most: int,
+    most_probability: int,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The same with scales that are found here: of every query of a head, of the keys and of the values of a head, and of the
+    probabilities of every query; the greatest magnitude becomes `most`, the greatest probability `most_probability`.
+
+    There are at most MOST_KEYS keys.
+    """
+    (q, of_query), (k, of_keys), (v, of_values) = (
+        by_scale(x, first, most) for x, first in ((query, -1), (key, -2), (value, -2))
+    )
+    distance, left = distances(q @ k.transpose(-1, -2), of_query * of_keys * single(scale), mask)
+    raised = torch.exp(distance)
+    if left is not None:
+        raised = raised.masked_fill(~left, 0.0)
+    products = exact((raised * most_probability).round()) @ v
+    total = raised.sum(-1, keepdim=True)
+    result = products.float() * torch.where(total > 0, of_values / (most_probability * total), 0.0)
+    return tokens_first(result, query)
+
+
+def distances(scores: Tensor, factor: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Of integer scores, times `factor`, to the greatest that each query reads, and which keys these are; all without a mask."""
     left = mask
     if mask is not None and mask.dtype != torch.bool:
         scores, left = biased(scores, mask.float(), factor)
@@ -43,14 +84,17 @@ def attention(
         scores = scores.masked_fill(~left, -2 * MOST_BIAS)
     # The distance to the row's maximum is taken on integers, where it is exact.
     distance = (scores - scores.amax(-1, keepdim=True)).float() * factor
-    if left is None:
-        shares = torch.softmax(distance, dim=-1)
-    else:  # where nothing is left the softmax is 0 / 0
-        shares = torch.softmax(distance.masked_fill(~left, -torch.inf), dim=-1).masked_fill(~left, 0.0)
-    products = centred(shares, probabilities_code) @ centred(value, value_code)
-    result = products.float() * (single(probabilities_code.scale) * single(value_code.scale))
-    batch, heads, tokens, width = query.shape
-    like = value if query.dtype == torch.uint8 else query
+    return distance if left is None else distance.masked_fill(~left, -torch.inf), left
+
+
+def by_scale(x: Tensor, first: int, most: int) -> tuple[Tensor, Tensor]:
+    """Integers, and the scales of what lies in the dimensions from `first` on."""
+    scales = scales_of_rows(x, first, most)
+    return exact(torch.round(x.float() * scales.reciprocal()).clamp(-most, most)), scales
+
+
+def tokens_first(result: Tensor, like: Tensor) -> Tensor:
+    batch, heads, tokens, width = result.shape
     return like.new_empty((batch, tokens, heads, width)).transpose(1, 2).copy_(result)
 
 

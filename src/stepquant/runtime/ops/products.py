@@ -42,17 +42,21 @@ def convolve(
     doubled: bool,
     dtype: torch.dtype,
     add: Tensor | None = None,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
-    """The convolution of an image of codes, times both scales, plus bias, plus `add`, channels densest.
+    """The convolution of images of codes, times the scales, plus bias, plus `add`, channels densest.
 
     `sides` (left, right, top, bottom) are padded with the zero point; `doubled` counts every pixel twice in both
-    directions first. `weight` is packed, `weight_sum` the sum of each output's bytes.
+    directions first. `weight` is packed, `weight_sum` the sum of each output's bytes. `row_scale` has one number for each image.
     """
     bytes_of = unpacked(weight, weight_scale.shape[0], codes.shape[1], kernel)
     x = exact(codes) - zero_point
     x = x.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2) if doubled else x
     sums = F.conv2d(F.pad(x, list(sides)), exact(bytes_of), None, tuple(stride), 0, tuple(dilation))
-    return channels_last(epilogue(sums, code_scale, weight_scale, bias, dtype, add, (1, -1, 1, 1)))
+    images = row_scale if row_scale is None else row_scale.reshape(-1, 1, 1, 1)
+    return channels_last(
+        epilogue(sums, code_scale, weight_scale, bias, dtype, add, (1, -1, 1, 1), None, images)
+    )
 
 
 @Operation
@@ -67,15 +71,17 @@ def linear(
     dtype: torch.dtype,
     add: Tensor | None = None,
     gate: Tensor | None = None,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
-    """Rows of codes times the packed weight, times both scales, plus bias, times `gate`, plus `add`.
+    """Rows of codes times the packed weight, times the scales, plus bias, times `gate`, plus `add`.
 
-    `gate` is (samples, outputs), and every sample has as many rows.
+    `gate` is (samples, outputs), and every sample has as many rows; `row_scale` has one number for each row.
     """
     bytes_of = unpacked(weight, weight_scale.shape[0], codes.shape[1], (1, 1))
     sums = (exact(codes) - zero_point) @ exact(bytes_of.flatten(1)).T
-    rows = gate if gate is None else gate.repeat_interleave(codes.shape[0] // max(gate.shape[0], 1), 0)
-    return epilogue(sums, code_scale, weight_scale, bias, dtype, add, (1, -1), rows)
+    gates = gate if gate is None else gate.repeat_interleave(codes.shape[0] // max(gate.shape[0], 1), 0)
+    rows = row_scale if row_scale is None else row_scale.reshape(-1, 1)
+    return epilogue(sums, code_scale, weight_scale, bias, dtype, add, (1, -1), gates, rows)
 
 
 @Operation
@@ -114,9 +120,11 @@ def epilogue(
     add: Tensor | None,
     shape: tuple[int, ...],
     gate: Tensor | None = None,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
-    """Both scales, bias, `gate` and `add`, in float32, with one rounding to `dtype` at the end."""
+    """The scales, bias, `gate` and `add`, in float32, with one rounding to `dtype` at the end."""
     y = sums.float() * (weight_scale.float() * single(code_scale)).reshape(shape)
+    y = y if row_scale is None else y * row_scale.float()
     y = y if bias is None else y + bias.float().reshape(shape)
     y = y if gate is None else y * gate.float()
     return (y if add is None else y + add.to(dtype).float()).to(dtype)
@@ -148,11 +156,12 @@ class Product(NamedTuple):
         sides: Sequence[int] = (0, 0, 0, 0),
         dilation: Sequence[int] = (1, 1),
         doubled: bool = False,
+        row_scale: Tensor | None = None,
     ) -> Tensor:
         weight, scale, sums, bias, kernel = self
         return convolve(
             codes, code.scale, code.zero_point, weight, scale, sums, bias,
-            kernel, stride, sides, dilation, doubled, dtype, add,
+            kernel, stride, sides, dilation, doubled, dtype, add, row_scale,
         )  # fmt: skip
 
     def linear(
@@ -162,6 +171,9 @@ class Product(NamedTuple):
         dtype: torch.dtype,
         add: Tensor | None = None,
         gate: Tensor | None = None,
+        row_scale: Tensor | None = None,
     ) -> Tensor:
         weight, scale, sums, bias, _ = self
-        return linear(codes, code.scale, code.zero_point, weight, scale, sums, bias, dtype, add, gate)
+        return linear(
+            codes, code.scale, code.zero_point, weight, scale, sums, bias, dtype, add, gate, row_scale
+        )

@@ -21,16 +21,24 @@ class Linear(Kernel):
     each row of the weight, is added to the sums."""
 
     def __call__(
-        self, codes: Tensor, dtype: torch.dtype, into: Tensor | None = None, gate: Tensor | None = None
+        self,
+        codes: Tensor,
+        dtype: torch.dtype,
+        into: Tensor | None = None,
+        gate: Tensor | None = None,
+        row_scale: Tensor | None = None,
     ) -> Tensor:
         if gate is not None:
-            return gated(self(codes, torch.float32), gate, into, dtype)
+            return gated(self(codes, torch.float32, None, None, row_scale), gate, into, dtype)
         rows, outs = len(codes), len(self.scales)
         weight, sums = self.packed_once()
         signed = (codes ^ 128).view(torch.int8)
         signed = F.pad(signed, (0, -codes.shape[1] % WIDTH, 0, max(ROWS - rows, 0)))
         products = torch._int_mm(signed, weight)[:rows, :outs] + (128 - self.code.zero_point) * sums
-        return epilogue(products, self.code.scale, self.scales, self.bias, dtype, into, (1, -1))
+        rows_of = row_scale if row_scale is None else row_scale.reshape(-1, 1)
+        return epilogue(
+            products, self.code.scale, self.scales, self.bias, dtype, into, (1, -1), None, rows_of
+        )
 
     def packed_once(self) -> tuple[Tensor, Tensor]:
         if not self.packed:
