@@ -12,6 +12,7 @@ from stepquant.calib.cache import atomically
 from stepquant.core.digest import value_digest
 from stepquant.errors import StepquantError
 from stepquant.job.compare import Cell
+from stepquant.models.denoiser import Denoiser
 
 # What the tables read of a result, by its place there; the rest stays in the store.
 KEPT: Mapping[str, tuple[str, ...]] = {
@@ -27,9 +28,11 @@ SHOWN = ("recognised", "truth", "broken", "FD", "PSNR")  # how names of numbers 
 Figures = dict[str, dict[str, Any]]  # by key of the cell
 
 
-def key(cell: Cell) -> str:
-    """Of everything that was asked, with what the scheme says today; not of the code that answered."""
-    return value_digest([cell.model_dump(mode="json"), cell.recipe.build_plan().to_json()])[:16]
+def key(denoiser: Denoiser, cell: Cell) -> str:
+    """Of everything that was asked, with the grids that the scheme gives to this network today; not of the code that answered."""
+    decided = cell.recipe.build_plan().resolve(denoiser)
+    grids = {f"{path}:{port}": str(decision.grid) for (path, port), decision in decided.items()}
+    return value_digest([cell.model_dump(mode="json"), grids])[:16]
 
 
 def compact(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ BIAS = [
     for settings in ({}, {"bias": True})
 ]
 PARTS = ("methods", "eda_dm", "gac", "bias")
+Key = Callable[[Cell], str]
 
 
 def main() -> int:
@@ -67,16 +69,17 @@ def main() -> int:
         tables = plan_tables(options)
         pipeline = load(options.model)
         kept = figures.read(options.figures, describe_float(pipeline)["digest"])
+        key = partial(figures.key, Denoiser.of(pipeline))
         try:
             if not options.table:
                 check_learnt(Denoiser.of(pipeline).model, options.model)
-                run_tables(options, tables, {} if options.again else kept)
+                run_tables(options, tables, {} if options.again else kept, key)
         except KeyboardInterrupt:
             stopped = True
-        found = read_results(options, tables)
+        found = read_results(options, tables, key)
         kept |= {name: figures.compact(row) for name, row in found.items() if "error" not in row}
         figures.write(options.figures, kept)
-        text = fill(options, rows_of(tables, found | kept))
+        text = fill(options, rows_of(tables, found | kept, key))
     except StepquantError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -158,10 +161,12 @@ def cells(options: argparse.Namespace, rows: Sequence[Variant], scheme: str) -> 
     )
 
 
-def run_tables(options: argparse.Namespace, tables: Mapping[str, list[Cell]], kept: figures.Figures) -> None:
+def run_tables(
+    options: argparse.Namespace, tables: Mapping[str, list[Cell]], kept: figures.Figures, key: Key
+) -> None:
     """Make what is missing; the same cell in two parts is made once."""
     every = [cell for rows in tables.values() for cell in rows]
-    missing = [cell for cell in every if figures.key(cell) not in kept]
+    missing = [cell for cell in every if key(cell) not in kept]
     start = time.monotonic()
     with Reporter(Console(stderr=True), options.quiet, brief=True) as reporter:
         if missing:
@@ -174,20 +179,22 @@ def run_tables(options: argparse.Namespace, tables: Mapping[str, list[Cell]], ke
         reporter.say(f"figures of {len(every) - len(missing)} more cells are kept in {options.figures}")
 
 
-def read_results(options: argparse.Namespace, tables: Mapping[str, list[Cell]]) -> dict[str, dict[str, Any]]:
+def read_results(
+    options: argparse.Namespace, tables: Mapping[str, list[Cell]], key: Key
+) -> dict[str, dict[str, Any]]:
     """What the store knows of all cells, failures too, by key of the cell."""
     every = [cell for rows in tables.values() for cell in rows]
     if not options.store.exists():
         return {}
     found = zip(every, known(every, options.store, any_code=options.any_code))
-    return {figures.key(cell): result for cell, result in found if result is not None}
+    return {key(cell): result for cell, result in found if result is not None}
 
 
 def rows_of(
-    tables: Mapping[str, list[Cell]], found: Mapping[str, dict[str, Any]]
+    tables: Mapping[str, list[Cell]], found: Mapping[str, dict[str, Any]], key: Key
 ) -> dict[str, list[dict[str, Any]]]:
     """What is known of every part, in the order of its rows."""
-    keys = {part: [figures.key(cell) for cell in rows] for part, rows in tables.items()}
+    keys = {part: [key(cell) for cell in rows] for part, rows in tables.items()}
     return {part: [found[name] for name in names if name in found] for part, names in keys.items()}
 
 

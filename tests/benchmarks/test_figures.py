@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import pytest
 
 from benchmarks import figures
 from stepquant.errors import StepquantError
+from stepquant.job.pipelines import load
+from stepquant.models.denoiser import Denoiser
+from stepquant.quant.plan import Rule
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 ASKED = [
@@ -68,7 +72,8 @@ def test_a_cell_whose_figures_are_kept_is_not_measured_again(
     monkeypatch.setattr(script, "compare", lambda cells, *_, **__: asked.extend(cells) or Done())
     plain = type(options)(**vars(options))
 
-    figures.write(file, {figures.key(kept_one): figures.compact(result("minmax"))})
+    key = figures.key(Denoiser.of(load(script.MODEL)), kept_one)
+    figures.write(file, {key: figures.compact(result("minmax"))})
     before = file.read_text()
     assert "host" not in before
     assert script.main() == 0
@@ -78,6 +83,22 @@ def test_a_cell_whose_figures_are_kept_is_not_measured_again(
     options.again = True
     assert script.main() == 0
     assert asked == [other, kept_one, other]
+
+
+def test_a_key_follows_what_the_scheme_does_to_this_network(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = script.plan_tables(script.read_options(ASKED))["methods"][0]
+    denoiser, plan = Denoiser.of(load(script.MODEL)), cell.recipe.build_plan()
+    former = figures.key(denoiser, cell)
+    keys = []
+    for path in ("nothing.here", "conv_in"):
+        rule = Rule(None, "another rule", path=path, optional=True)
+        other = replace(plan, rules=(rule, *plan.rules))
+        monkeypatch.setattr(type(cell.recipe), "build_plan", lambda _, other=other: other)
+        keys.append(figures.key(denoiser, cell))
+    assert keys[0] == former
+    assert keys[1] != former
 
 
 class Done:
