@@ -62,7 +62,10 @@ def read(file: Path) -> dict[str, tuple[str, Tensor, tuple[int, ...]]]:
     return found
 
 
-@pytest.mark.parametrize(("name", "scheme"), [("z_image", "w8a8-dynamic"), ("qwen_image", "w4a8-dynamic")])
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [("z_image", "w8a8-dynamic"), ("qwen_image", "w4a8-dynamic"), ("class_transformer", "w8a8-dynamic")],
+)
 def test_external_reader_finds_the_integers(name: str, scheme: str, rounded: Make, tmp_path: Path) -> None:
     model, _, folder = rounded(name, scheme)
     done = export(folder, tmp_path / "a.gguf", to="gguf", names="diffusers")

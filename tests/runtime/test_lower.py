@@ -46,7 +46,7 @@ def test_every_layer_is_the_fake_quant_layer(variant: str, name: str) -> None:
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(network: Inserted) -> None:
-        for path, layer in network.layers.items():
+        for path, layer in network.weighted().items():
             layer.register_forward_hook(lambda _m, args, out, path=path: seen.update({path: (args[0], out)}))
 
     artifact, _ = quantized(model, scheme(name), calling(model), watch=watch)

@@ -47,7 +47,7 @@ INSIDE: dict[str, Rungs] = {
         ("device", "cpu.products"),
         ("cpu.device", "plain"),
         ("layers", "macs"),
-        ("steps", "adapters"),
+        ("steps", "adapters", "parameters"),
         ("blocks", "intact"),
         ("cpu", "policy"),
         ("lower", "coverage"),

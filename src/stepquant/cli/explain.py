@@ -64,8 +64,10 @@ def explain_layers(screen: Screen, decisions: Sequence[Decision]) -> None:
     paths = list(dict.fromkeys(d.path for d in decisions))
     rows = []
     for path in paths:
-        weight, inputs = (ports[path, port] for port in PORTS["layer"])
-        rows.append((path, weight.role, text(weight.grid), weight.rule, text(inputs.grid), inputs.rule))
+        weight, inputs = (ports.get((path, port)) for port in PORTS["layer"])
+        assert weight is not None
+        read = ("", "") if inputs is None else (text(inputs.grid), inputs.rule)  # tables read places
+        rows.append((path, weight.role, text(weight.grid), weight.rule, *read))
     screen.table(f"{len(paths)} layers", ("layer", "role", "weight", "rule", "input", "rule"), rows)
 
 

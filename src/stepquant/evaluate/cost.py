@@ -8,8 +8,10 @@ from typing import Any
 from torch import nn
 
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.families.roles import embeddings_in
 from stepquant.runtime import coverage as traced
 from stepquant.runtime.layers.attention_product import IntegerProduct
+from stepquant.runtime.layers.embedding import IntegerEmbedding
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.stored import Stored
 
@@ -32,7 +34,7 @@ def coverage(source: Denoiser, quantized: Denoiser, arguments: Mapping[str, Any]
 
     `source`, the float model, gives the roles of the layers; it is not called.
     """
-    roles = source.sites() | dict.fromkeys(source.products(), "product")
+    roles = source.sites() | embeddings_in(source.model) | dict.fromkeys(source.products(), "product")
     batch = samples(quantized, arguments)
     lines = traced.coverage(quantized.model, quantized.there(arguments)).lines
     rows = []
@@ -68,6 +70,8 @@ def grids(module: nn.Module | None) -> dict[str, Any]:
     """The grids of the two operands: weight and input, or probabilities and query."""
     if isinstance(module, IntegerProduct):
         return {"weight": str(module.spec.probabilities), "input": str(module.spec.query)}
+    if isinstance(module, IntegerEmbedding):
+        return {"weight": str(module.spec.weight), "input": "float"}
     if isinstance(module, IntegerLayer):
         found = {"weight": str(module.spec.weight), "input": str(module.spec.input or "float")}
         return found | ({"rotation": module.spec.rotation} if module.spec.rotation else {})

@@ -19,6 +19,7 @@ from stepquant.evaluate.metrics.measure import as_saved
 from stepquant.evaluate.several import text_of
 from stepquant.models import zoo
 from stepquant.models.denoiser import Denoiser, Seen, by_denoiser
+from stepquant.models.families.roles import embeddings_in
 from stepquant.quant.plan import Plan
 from stepquant.version import __version__
 
@@ -81,6 +82,7 @@ def describe_plan(source: Denoiser, quantized: Denoiser) -> list[dict[str, Any]]
     rules = config.recipe.get("allocated") or config.recipe["plan"]
     plan = Plan.from_json({"name": config.recipe.get("scheme", ""), "rules": rules})
     seen = Seen.from_json(config.recipe["seen"]) if config.recipe.get("seen") else None
+    tables = embeddings_in(source.model)  # which former versions left in float, whatever the plan says
     return [
         {
             "path": decision.path,
@@ -90,6 +92,7 @@ def describe_plan(source: Denoiser, quantized: Denoiser) -> list[dict[str, Any]]
             "reason": decision.reason,
         }
         for decision in plan.resolve(source.having(seen)).values()
+        if decision.grid is None or decision.path in config.layers or decision.path not in tables
     ]
 
 

@@ -18,7 +18,8 @@ from stepquant.models.part import Part, Received, receiving
 from stepquant.models.sampling import Sampling
 from stepquant.runtime.coverage import Coverage, Line, traced
 from stepquant.runtime.layers.attention_product import IntegerProduct
-from stepquant.runtime.layers.layer import IntegerLayer
+from stepquant.runtime.layers.packed import PackedWeight
+from stepquant.runtime.parameters import numbers_in
 
 
 def quantized_parts(pipeline: Any) -> list[Part]:
@@ -101,8 +102,8 @@ def float_bytes(model: nn.Module) -> int:
     """What its weights would take in fp32."""
     count = 0
     for module in model.modules():
-        if isinstance(module, IntegerLayer):
-            count += module.weight_shape.numel() + (0 if module.bias is None else module.bias.numel())
+        if isinstance(module, PackedWeight):
+            count += numbers_in(module)
         elif not isinstance(module, IntegerProduct):
             kept = set(module._buffers) - module._non_persistent_buffers_set
             own = [*module._parameters.values(), *(module._buffers[name] for name in kept)]

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calib.calibset import CalibSet
-from stepquant.core.affine import scale_and_zero, to_groups
+from stepquant.core.affine import scale_and_zero
 from stepquant.core.grid import Grid
 from stepquant.core.ranges import lp_search, lp_search_binned
 from stepquant.core.similarity import ssim
 from stepquant.core.slices import Slices
 from stepquant.fit.lines import Lines
+from stepquant.fit.ranges import set_weight_ranges
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.generate import run
 from stepquant.models.hooks import read_by
@@ -112,11 +113,7 @@ def key_of(place: Place, bits: int) -> str:
 
 def set_ranges(network: Inserted, data: CalibSet, candidates: int = 100) -> None:
     """Ranges of least error from the float model's own tensors: the first batch decides those of activations."""
-    for layer in network.layers.values():
-        quantizer = layer.weight_quantizer
-        if quantizer is not None:
-            rows = to_groups(layer.weight.detach().float(), quantizer.grid)
-            quantizer.fit(rows, partial(lp_search, p=NORM, candidates=candidates))
+    set_weight_ranges(network, partial(lp_search, p=NORM, candidates=candidates))
 
     def observe(quantizer: Quantizer, values: Slices) -> None:
         ends = lp_search_binned(values, quantizer.grid, p=NORM)

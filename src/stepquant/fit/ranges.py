@@ -21,7 +21,7 @@ from stepquant.quant.quantizer import Quantizer
 
 def set_weight_ranges(network: Inserted, search: Search, progress: Progress | None = None) -> None:
     """The range of every weight, from the weight alone."""
-    layers = [layer for layer in network.layers.values() if layer.weight_quantizer is not None]
+    layers = list(network.weighted().values())
     give_back()  # what recording has left
     for layer in (progress or Silent()).track(layers, "weight ranges", len(layers)):
         quantizer = layer.weight_quantizer

@@ -17,6 +17,7 @@ from stepquant.errors import ModelError, PlanError
 from stepquant.hub.config import StepquantConfig, digests_of, settings_digest
 from stepquant.hub.of_diffusers import StepquantQuantizer
 from stepquant.models.denoiser import Denoiser, check_finite_weight
+from stepquant.models.families.roles import embeddings_in
 from stepquant.quant.plan import PORTS, Plan
 from stepquant.quant.schemes import SCHEMES, scheme
 from stepquant.runtime.lower import prepare, skeleton
@@ -158,7 +159,8 @@ def specs_of(model: nn.Module, plan: Plan, rotation: int | None = None) -> dict[
             layer: Any = model.get_submodule(path)
             turns = rotation and inputs and isinstance(layer, nn.Linear) and not layer.in_features % rotation
             found[path] = LayerSpec(weight, inputs, rotation=rotation if turns and rotation else 0)
-    return found
+    tables = {path: decided[path, "weight"].grid for path in embeddings_in(model)}
+    return found | {path: LayerSpec(grid) for path, grid in tables.items() if grid is not None}
 
 
 def products_of(model: nn.Module, plan: Plan) -> dict[str, ProductSpec]:

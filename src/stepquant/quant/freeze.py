@@ -43,9 +43,8 @@ def freeze(
     for quantizer in network.quantizers():
         if not quantizer.dynamic:
             quantizer.range()  # one that is not set fails before any weight is gone
-    for path, layer in network.layers.items():
-        if layer.weight_quantizer is None:
-            continue
+    for path, layer in network.weighted().items():
+        assert layer.weight_quantizer is not None
         inputs = layer.input_quantizer.grid if layer.input_quantizer else None
         rank = 0 if layer.branch is None else len(layer.branch.down)
         layers[path] = LayerSpec(

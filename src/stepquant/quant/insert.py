@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from stepquant.core.grid import AS_THEY_COME
 from stepquant.core.steps import StepTable
 from stepquant.errors import PlanError
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.families.roles import embeddings_in
 from stepquant.models.products import give_back, rebind
 from stepquant.models.split import split_concats
 from stepquant.quant.attention import QuantProduct
@@ -34,13 +35,19 @@ class Inserted:
     products: Mapping[str, QuantProduct]
     splits: Mapping[str, tuple[int, ...]]
     clock: Clock | None = None  # where activations have a range for every step
+    tables: Mapping[str, QuantLayer] = field(default_factory=dict)  # of embeddings: weights alone
 
     def quantizers(self) -> Iterator[Quantizer]:
         """All quantizers in module order."""
-        for layer in self.layers.values():
+        for layer in (*self.layers.values(), *self.tables.values()):
             yield from (q for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None)
         for product in self.products.values():
             yield from product.ports().values()
+
+    def weighted(self) -> dict[str, QuantLayer]:
+        """The layers and tables whose weights are quantized, by path."""
+        every = {**self.layers, **self.tables}
+        return {path: layer for path, layer in every.items() if layer.weight_quantizer is not None}
 
     def ranged(self) -> list[Quantizer]:
         """The quantizers of activations that have a range to set, in module order."""
@@ -83,7 +90,7 @@ def insert(
     except PlanError:
         unsplit()
         raise
-    layers, products, former = {}, {}, {}
+    products = {}
 
     def quantizer(path: str, role: str, port: Any) -> Quantizer | None:
         grid, site = decisions[path, port].grid, Site(path, role, port)
@@ -96,14 +103,13 @@ def insert(
             return Quantizer(grid, site).to(denoiser.device)
         return Quantizer(replace(grid, granularity="step"), site, clock).to(denoiser.device)
 
-    for path, role in denoiser.sites().items():
-        weight, inputs = quantizer(path, role, "weight"), quantizer(path, role, "input")
-        if weight is None and inputs is None:
-            continue
-        layer = model.get_submodule(path)
-        layers[path] = QuantLayer(layer, role, weight, inputs)
-        former[path] = layer
-        model.set_submodule(path, layers[path])
+    def layer(path: str, role: str, *ports: str) -> QuantLayer:
+        return QuantLayer(model.get_submodule(path), role, *(quantizer(path, role, port) for port in ports))
+
+    layers = {path: layer(path, role, *PORTS["layer"]) for path, role in denoiser.sites().items()}
+    tables = {path: layer(path, role, "weight") for path, role in embeddings_in(model).items()}
+    layers, tables = put_in(model, layers), put_in(model, tables)
+    former = {path: one.layer for path, one in (layers | tables).items()}
     for path in denoiser.products():
         ports = {port: quantizer(path, "product", port) for port in PORTS["product"]}
         if any(port is None for port in ports.values()):
@@ -115,12 +121,22 @@ def insert(
 
     hook = read_clock(denoiser, clock) if clock is not None else None
     try:
-        yield Inserted(denoiser, plan, layers, products, splits, clock)
+        yield Inserted(denoiser, plan, layers, products, splits, clock, tables)
     finally:
         if hook is not None:
             hook.remove()
         put_back(model, former, products)
         unsplit()
+
+
+def put_in(model: nn.Module, layers: Mapping[str, QuantLayer]) -> dict[str, QuantLayer]:
+    """Those that have a quantizer, in the places of what they stand in for."""
+    quantized = {
+        path: layer for path, layer in layers.items() if layer.weight_quantizer or layer.input_quantizer
+    }
+    for path, layer in quantized.items():
+        model.set_submodule(path, layer)
+    return quantized
 
 
 def put_back(model: nn.Module, former: Mapping[str, nn.Module], products: Iterable[str]) -> None:

@@ -29,14 +29,14 @@ class Rounding(Protocol):
 
 
 class QuantLayer(nn.Module):
-    """Stands in for `layer`, whose float weight it keeps; both quantizers may be absent."""
+    """Stands in for `layer`, or a table of embeddings, whose float weight it keeps; both quantizers may be absent."""
 
     def __init__(
         self,
         layer: nn.Module,
         role: str,
         weight_quantizer: Quantizer | None,
-        input_quantizer: Quantizer | None,
+        input_quantizer: Quantizer | None = None,
     ) -> None:
         super().__init__()
         self.layer, self.role = layer, role
@@ -57,7 +57,7 @@ class QuantLayer(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The bias that is added and stored: that of the float layer, shifted where that was corrected."""
-        bias: Tensor | None = self.layer.bias  # type: ignore[assignment]
+        bias: Tensor | None = getattr(self.layer, "bias", None)  # which tables of embeddings lack
         return bias if bias is None or self.correction is None else bias + self.correction.to(bias.dtype)
 
     def divide(self, factors: Tensor | None, branch: LowRank | None) -> None:
@@ -133,7 +133,7 @@ class QuantLayer(nn.Module):
 
     def computed(self, x: Tensor) -> Tensor:
         quantizer = self.weight_quantizer
-        bias = self.layer.bias if quantizer is None or not quantizer.enabled else self.bias
+        bias = getattr(self.layer, "bias", None) if quantizer is None or not quantizer.enabled else self.bias
         y = apply_layer(self.layer, self.received(x), self.weight_values(), bias)  # type: ignore[arg-type]
         return y if self.branch is None else y + self.branch(x)
 
@@ -158,6 +158,8 @@ def apply_layer(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None
     """What `layer` computes, with another weight and bias."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)
+    if isinstance(layer, nn.Embedding):
+        return F.embedding(x, weight)
     convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor] = layer._conv_forward  # type: ignore[assignment]
     if not weight.requires_grad or not loses_gradients(x, layer.kernel_size, layer.dilation):  # type: ignore[arg-type]
         return convolve(x, weight, bias)

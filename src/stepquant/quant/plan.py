@@ -12,6 +12,7 @@ from typing import Any
 from stepquant.core.grid import AS_THEY_COME, Grid, GridError
 from stepquant.errors import PlanError, UnknownNameError
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.families.roles import embeddings_in
 from stepquant.quant.quantizer import Port
 
 PORTS: dict[str, tuple[Port, ...]] = {
@@ -180,6 +181,7 @@ class Plan:
 
 def all_sites(denoiser: Denoiser) -> list[tuple[str, str, Port]]:
     layers = [(path, role, port) for path, role in denoiser.sites().items() for port in PORTS["layer"]]
+    layers += [(path, role, "weight") for path, role in embeddings_in(denoiser.model).items()]
     return layers + [(path, "product", port) for path in denoiser.products() for port in PORTS["product"]]
 
 

@@ -17,6 +17,7 @@ from stepquant.models.products import multiplies
 from stepquant.runtime.blocks.chain import Chain, chains
 from stepquant.runtime.blocks.install import forget_kept
 from stepquant.runtime.layers.attention_product import IntegerProduct
+from stepquant.runtime.layers.embedding import LOOKED_UP, IntegerEmbedding
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.linear import LowRankBranch
 from stepquant.runtime.layers.tabled import Tabled
@@ -158,6 +159,8 @@ class Trace(TorchDispatchMode):
         for path, module in self.model.named_modules():
             if isinstance(module, IntegerLayer):
                 yield self.line(path, "layer", self.work[path], module.spec.input is not None, module.reason)
+            elif isinstance(module, IntegerEmbedding):
+                yield Line(path, "layer", 0, False, False, "float", LOOKED_UP)
             elif isinstance(module, LowRankBranch):
                 yield self.line(path, "layer", self.work[path], False, BESIDE)
             elif isinstance(module, LEAVES):

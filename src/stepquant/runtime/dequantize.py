@@ -14,11 +14,14 @@ from stepquant.models.products import give_back
 from stepquant.models.split import SplitLayer
 from stepquant.runtime.adapters.present import INNER, adapters_in
 from stepquant.runtime.layers.attention_product import IntegerProduct
+from stepquant.runtime.layers.embedding import IntegerEmbedding
 from stepquant.runtime.layers.floating import float_layer
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.offloaded import check_present
+from stepquant.runtime.layers.packed import PackedWeight
 from stepquant.runtime.layers.tabled import Tabled
-from stepquant.runtime.lower import OWN_METHODS, FloatBuffers, unbind
+from stepquant.runtime.lower import OWN_METHODS, unbind
+from stepquant.runtime.parameters import MARK, FloatBuffers
 
 OF_QUANTIZING = ("quantization_config", "_pre_quantization_dtype")
 
@@ -64,7 +67,7 @@ class Living:
         floats = [own for own in model.parameters() if own.is_floating_point()]
         if self.asked in (None, torch.float32) or not floats:
             return False
-        for own in floats:
+        for own in floats:  # of a network that is packed as a whole the mark of its dtype
             own.data = own.data.to(self.asked)
         return True
 
@@ -89,7 +92,7 @@ def dequantize(model: Any) -> Any:
     check_dequantizable(model)
     unbind(model)
     for path, module in list(model.named_modules()):
-        if isinstance(module, IntegerLayer):
+        if isinstance(module, IntegerLayer | IntegerEmbedding):
             model.set_submodule(path, float_layer(module))
         elif isinstance(module, IntegerProduct):
             attention: Any = model.get_submodule(path.rpartition(".")[0])
@@ -102,6 +105,7 @@ def dequantize(model: Any) -> Any:
             del module.fuse_projections
         if isinstance(vars(module).get("parameters"), FloatBuffers):
             del module.parameters
+    model._buffers.pop(MARK, None)
     if "steps" in model._modules:
         del model.steps
     for name in (*OWN_METHODS, "policy"):
@@ -122,7 +126,7 @@ def check_dequantizable(model: nn.Module) -> None:
                 where=path,
                 fix="load the float pipeline instead",
             )
-        if isinstance(module, IntegerLayer) and module.weight.is_meta:
+        if isinstance(module, PackedWeight) and module.weight.is_meta:
             raise RuntimeSupportError(
                 "dequantize(): the layers are offloaded",
                 where=path,

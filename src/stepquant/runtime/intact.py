@@ -15,7 +15,7 @@ from stepquant.models.blocks.structure import structure
 from stepquant.models.families.registry import family_of
 from stepquant.models.split import find
 from stepquant.runtime.layers.attention_product import IntegerProduct
-from stepquant.runtime.layers.layer import IntegerLayer
+from stepquant.runtime.layers.packed import PackedWeight
 from stepquant.runtime.steps import StepTensors
 
 
@@ -64,7 +64,7 @@ def check_tabled(model: nn.Module, steps: StepSpec) -> None:
 
 def own_bounds(found: Mapping[str, nn.Module]) -> dict[str, Bounds]:
     """What the values in the buffers of these runtime modules may be."""
-    layers = {path: module.spec for path, module in found.items() if isinstance(module, IntegerLayer)}
+    layers = {path: module.spec for path, module in found.items() if isinstance(module, PackedWeight)}
     ends = {path: module.spec for path, module in found.items() if isinstance(module, IntegerProduct)}
     products = {path.removesuffix(".product"): spec for path, spec in ends.items()}
     steps = next((module.spec for module in found.values() if isinstance(module, StepTensors)), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,11 +31,13 @@ from stepquant.runtime.intact import check_steps, own_bounds
 from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.cast import FloatLayer
 from stepquant.runtime.layers.convolution import IntegerConv1d, IntegerConv2d, IntegerConv3d
+from stepquant.runtime.layers.embedding import IntegerEmbedding
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.linear import IntegerLinear, LowRankBranch
 from stepquant.runtime.layers.offloaded import refuse_absent
 from stepquant.runtime.layers.tabled import Tabled
 from stepquant.runtime.moving import Move
+from stepquant.runtime.parameters import MARK, Counted, mark_packed, tell_parameters
 from stepquant.runtime.policy import PolicyForward, check_policy
 from stepquant.runtime.steps import StepForward, StepTensors
 
@@ -46,14 +48,15 @@ INTO_STREAM = ("stem", "modulate", "context", "k_text", "v_text", "k_added", "v_
 SMALL = ("stem", "time", "modulate", "cond")
 
 # What a lowered model does otherwise than its class, beside `forward`.
-OWN_METHODS = ("_apply", "num_parameters", "fuse_lora", *CHANGING)
+OWN_METHODS = ("_apply", "parameters", "num_parameters", "fuse_lora", *CHANGING)
 ORDINARY = [kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)]
 
-LAYERS: dict[type[nn.Module], type[IntegerLayer]] = {
+LAYERS: dict[type[nn.Module], Callable[..., IntegerLayer | IntegerEmbedding]] = {
     nn.Linear: IntegerLinear,
     nn.Conv1d: IntegerConv1d,
     nn.Conv2d: IntegerConv2d,
     nn.Conv3d: IntegerConv3d,
+    nn.Embedding: IntegerEmbedding,
 }
 
 
@@ -95,12 +98,9 @@ def skeleton(
         owner: Any = model.get_submodule(path)
         if hasattr(type(owner), "fuse_projections"):
             owner.fuse_projections = NoFusing(path)
-        if path and not any(True for _ in type(owner).parameters(owner)):
-            owner.parameters = FloatBuffers(owner)
-            if not any(
-                True for _ in owner.buffers()
-            ):  # all in a table: diffusers looks for one to know a dtype by
-                owner.register_buffer("dtype_alone", torch.empty(0, device="cpu"), persistent=False)
+        if path:
+            tell_parameters(owner)
+    mark_packed(model)
     return model
 
 
@@ -151,8 +151,8 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def runtime_modules(
     model: nn.Module,
-) -> dict[str, IntegerLayer | IntegerProduct | LowRankBranch | StepTensors]:
-    kinds = (IntegerLayer, IntegerProduct, LowRankBranch, StepTensors)
+) -> dict[str, IntegerLayer | IntegerEmbedding | IntegerProduct | LowRankBranch | StepTensors]:
+    kinds = (IntegerLayer, IntegerEmbedding, IntegerProduct, LowRankBranch, StepTensors)
     return {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
 
 
@@ -171,7 +171,9 @@ def prepare(model: nn.Module, dtype: torch.dtype = torch.bfloat16, fuse: bool = 
             module.emit = emit
         if isinstance(module, IntegerLayer):
             module.emit, module.keeps_weight = emit, keep and role in SMALL
-        if isinstance(module, IntegerLayer | IntegerProduct):
+        elif isinstance(module, IntegerEmbedding):
+            module.emit = own
+        if isinstance(module, IntegerLayer | IntegerEmbedding | IntegerProduct):
             module.forget()
             module.prepared()
         elif type(module).forward in ORDINARY and (emit or dtype != torch.float32):
@@ -215,7 +217,9 @@ def has_one_stream(model: nn.Module, chains: Structure) -> bool:
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     """Of the predictions of a model: bfloat16 where its float parts are, so that what follows in a pipeline meets its own."""
-    floats = (own.dtype for own in model.parameters() if own.is_floating_point())
+    mark = model._buffers.get(MARK)
+    known = model.parameters() if mark is None else [mark]
+    floats = (own.dtype for own in known if own.is_floating_point())
     return torch.bfloat16 if next(floats, None) == torch.bfloat16 else torch.float32
 
 
@@ -233,31 +237,6 @@ def unbind(model: nn.Module) -> None:
             unbind_one(module)
 
 
-class Counted:
-    """Takes the place of `num_parameters` of a model: weights count as ever, however many bytes they are packed in."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> int:
-        floats = int(type(self.model).num_parameters(self.model, *args, **kwargs))
-        layers = [module for module in self.model.modules() if isinstance(module, IntegerLayer)]
-        biases = sum(layer.bias.numel() for layer in layers if layer.bias is not None)
-        trainable = kwargs.get("only_trainable", args[0] if args else False)
-        return floats + (0 if trainable else biases + sum(one.weight_shape.numel() for one in layers))
-
-
-class FloatBuffers:
-    """Takes the place of `parameters` of a module that holds integers alone: some models ask the first one for its dtype."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, recurse: bool = True) -> Iterator[Tensor]:
-        found = [value for value in self.module.buffers(recurse) if value.is_floating_point()]
-        return iter(found or [torch.empty(0)])
-
-
 class Reload:
     """Prepares a model again after other tensors were loaded into it."""
 
@@ -269,8 +248,10 @@ class Reload:
         prepare(model, self.dtype, self.fuse)
 
 
-def integer_layer(layer: nn.Module, spec: LayerSpec, path: str, groups: int = 1) -> IntegerLayer:
-    """The runtime layer that takes the place of `layer`, with empty buffers on the same device."""
+def integer_layer(
+    layer: nn.Module, spec: LayerSpec, path: str, groups: int = 1
+) -> IntegerLayer | IntegerEmbedding:
+    """What takes the place of a layer or of a table of embeddings at runtime, with empty buffers on the same device."""
     for kind, runtime_kind in LAYERS.items():
         if isinstance(layer, kind):
             try:

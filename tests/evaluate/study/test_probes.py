@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline
+from diffusers import DDIMPipeline, DiTPipeline
 
 import stepquant
 from stepquant import hub
@@ -19,6 +19,7 @@ from stepquant.evaluate.study.sensitivity import Study, sensitivity
 from stepquant.evaluate.study.sites import studied_sites
 from stepquant.job import Recipe
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.families.roles import embeddings_in
 from stepquant.models.hooks import first_arguments
 from stepquant.models.sampling import Sampling
 from stepquant.progress import Silent
@@ -56,7 +57,7 @@ def test_probes_find_what_one_call_for_each_site_measures_and_leave_the_model_as
 
 
 def stored_bits(pipeline: Any, port: str) -> dict[str, int]:
-    rules = hub.config_of(pipeline.unet).recipe["allocated"]  # type: ignore[union-attr]
+    rules = hub.config_of(Denoiser.of(pipeline).model).recipe["allocated"]  # type: ignore[union-attr]
     return {
         rule["path"]: int(rule["grid"].split("int")[1].split("/")[0])
         for rule in rules
@@ -75,6 +76,21 @@ def test_the_averages_are_kept_and_bits_differ(pipeline: DDIMPipeline) -> None:
         average = sum(width * cost[path] for path, width in bits.items()) / sum(cost.values())
         assert wanted - 0.3 < average <= wanted + 0.01
         assert len(set(bits.values())) > 2
+
+
+def test_tables_of_classes_share_the_average(class_pipeline: DiTPipeline) -> None:
+    model = class_pipeline.transformer
+    sizes = {
+        name.removesuffix(".weight"): value.numel()
+        for name, value in model.named_parameters()
+        if name.endswith(".weight")
+    }
+    tables = embeddings_in(model)
+    stepquant.quantize(class_pipeline, method="minmax", scheme="auto-4.5", steps=4, samples=4)
+    bits = stored_bits(class_pipeline, "weight")
+    assert set(tables) < set(bits)
+    average = sum(width * sizes[path] for path, width in bits.items()) / sum(sizes[path] for path in bits)
+    assert 4.2 < average <= 4.51
 
 
 @pytest.mark.parametrize("name", ["auto", "auto-", "auto-1.5", "auto-9", "auto-4a1", "auto-4.5b"])

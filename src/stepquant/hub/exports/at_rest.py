@@ -22,6 +22,7 @@ from stepquant.core.entries import AGAIN
 from stepquant.errors import ArtifactError
 from stepquant.hub.config import Name, StepquantConfig
 from stepquant.models.split import SplitLayer
+from stepquant.runtime.layers.embedding import IntegerEmbedding
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.lower import skeleton
 
@@ -44,6 +45,10 @@ class Network:
     @cached_property
     def layers(self) -> dict[str, IntegerLayer]:
         return {path: one for path, one in self.model.named_modules() if isinstance(one, IntegerLayer)}
+
+    @cached_property
+    def tables(self) -> dict[str, IntegerEmbedding]:
+        return {path: one for path, one in self.model.named_modules() if isinstance(one, IntegerEmbedding)}
 
     @cached_property
     def split(self) -> dict[str, SplitLayer]:

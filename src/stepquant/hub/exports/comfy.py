@@ -21,6 +21,7 @@ from stepquant.hub.exports.outlook import (
     Outlook,
     check_float_form,
     dtype_of,
+    fates_of_tables,
     float_value,
     left_of_activations,
 )
@@ -56,7 +57,11 @@ def outlook(network: Network, names: str = ORIGINAL) -> Outlook:
                     reasons[path] or f"it is part of '{name}', whose other parts are multiplied differently"
                 )
     fates = tuple(Fate(path, FLOAT if why else INT8, why) for path, why in reasons.items())
-    return Outlook(fates, left_of_activations(network, AS_THEY_COME), notes_on(network, naming, names))
+    return Outlook(
+        fates + fates_of_tables(network),
+        left_of_activations(network, AS_THEY_COME),
+        notes_on(network, naming, names),
+    )
 
 
 def notes_on(network: Network, naming: Naming, names: str) -> tuple[str, ...]:

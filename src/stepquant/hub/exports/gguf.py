@@ -19,6 +19,7 @@ from stepquant.hub.exports.outlook import (
     Outlook,
     check_float_form,
     dtype_of,
+    fates_of_tables,
     float_value,
     left_of_activations,
 )
@@ -46,7 +47,9 @@ def outlook(network: Network, names: str = ORIGINAL) -> Outlook:
                 reasons[path] = f"it is part of '{name}', of which other parts are floats"
             becomes[path] = (kind or float_kind(network, name, pieces, naming)).name
     fates = tuple(Fate(path, becomes[path], why) for path, why in reasons.items())
-    return Outlook(fates, left_of_activations(network, IN_FLOAT), notes_on(network, naming))
+    return Outlook(
+        fates + fates_of_tables(network), left_of_activations(network, IN_FLOAT), notes_on(network, naming)
+    )
 
 
 def notes_on(network: Network, naming: Naming) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ OUTPUT = "prediction"
 LARGEST = 1 << 30  # bytes of one file: beyond 2 GiB protobuf cannot go
 STATIC, WEIGHTS, BY_ROW, FLOAT_ROW = "QDQ", "DequantizeLinear", "MatMulInteger", "round and multiply"
 WINDOWS = "MatMulInteger of windows"
+ROWS = "Gather, then scale"
 UNKNOWN_T = "a t that the artifact has no entry for gives NaN"
 
 
@@ -90,6 +91,7 @@ def outlook(network: Network, arguments: Mapping[str, Any], windows: bool = True
             fix="export its weights alone: --to gguf, sdnq or comfyui",
         )
     fates = [Fate(path, becomes(layer, windows)) for path, layer in network.layers.items()]
+    fates += [Fate(path, ROWS) for path in network.tables]
     steps = network.config.artifact.steps
     notes, left = [f"the graph takes {shapes_text(network, arguments)}"], [*left_of_steps(network)]
     if steps is not None:

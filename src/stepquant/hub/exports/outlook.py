@@ -10,10 +10,13 @@ from torch import Tensor
 
 from stepquant.errors import RuntimeSupportError
 from stepquant.hub.exports.at_rest import Network
-from stepquant.runtime.layers.layer import IntegerLayer
+from stepquant.runtime.layers.packed import PackedWeight
 
 # Between these scales, floats of sixteen bits keep integers of eight bits apart: near zero they lie 2^-24 from each other.
 LEAST_SCALE, MOST_SCALE = 2.0**-20, 1.0
+
+
+TABLE = "tables of embeddings are written as floats"
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def left_of_steps(network: Network) -> tuple[str, ...]:
 def dtype_of(network: Network, name: str) -> torch.dtype:
     """Of a tensor of the float network: sixteen bits where integers stand for it, if that keeps these apart."""
     path = name.rpartition(".")[0]
-    if path not in network.split and path not in network.layers:
+    if not is_packed(network, path):
         return network.tensors[name].dtype
     if name.endswith(".bias"):
         return torch.float32
@@ -92,7 +95,7 @@ def dtype_of(network: Network, name: str) -> torch.dtype:
 
 
 def half_or_float(layer: Any) -> torch.dtype:
-    if not isinstance(layer, IntegerLayer) or layer.spec.balanced or layer.spec.offset:
+    if not isinstance(layer, PackedWeight) or layer.spec.balanced or layer.spec.offset:
         return torch.float32
     low, high = layer.weight_scale.aminmax()
     return torch.float16 if low >= LEAST_SCALE and high <= MOST_SCALE else torch.float32
@@ -101,13 +104,13 @@ def half_or_float(layer: Any) -> torch.dtype:
 def float_value(network: Network, name: str) -> Tensor:
     """A tensor of the float network; where integers stand for it, what they stand for."""
     path, _, leaf = name.rpartition(".")
-    if path not in network.split and path not in network.layers:
+    if not is_packed(network, path):
         return network.tensors[name]
     parts = parts_of(network, path)
     if leaf == "bias":
         return parts[0].bias  # type: ignore[no-any-return]
     made = [
-        part.total_weight(torch.float32) if isinstance(part, IntegerLayer) else part.weight.detach()
+        part.total_weight(torch.float32) if isinstance(part, PackedWeight) else part.weight.detach()
         for part in parts
     ]
     return torch.cat(made, 1).to(dtype_of(network, name))
@@ -115,4 +118,19 @@ def float_value(network: Network, name: str) -> Tensor:
 
 def parts_of(network: Network, path: str) -> list[Any]:
     """The layers of which one of the float network is the sum."""
-    return list(network.split[path].children()) if path in network.split else [network.layers[path]]
+    if path in network.split:
+        return list(network.split[path].children())
+    return [network.tables[path] if path in network.tables else network.layers[path]]
+
+
+def is_packed(network: Network, path: str) -> bool:
+    """Whether integers stand for the weight there."""
+    return path in network.split or path in network.layers or path in network.tables
+
+
+def fates_of_tables(network: Network) -> tuple[Fate, ...]:
+    """Files of weights have tables of embeddings in float: programs that read them look rows up themselves."""
+    return tuple(
+        Fate(path, str(dtype_of(network, f"{path}.weight")).removeprefix("torch."), TABLE)
+        for path in network.tables
+    )

@@ -21,6 +21,7 @@ from stepquant.models.families.roles import bordered
 from stepquant.models.products import give_back, rebind
 from stepquant.runtime.layers.attention_product import PORTS, IntegerProduct, powers_of_two
 from stepquant.runtime.layers.convolution import IntegerConv2d, IntegerConv3d
+from stepquant.runtime.layers.embedding import IntegerEmbedding, looked_up
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.linear import IntegerLinear
 from stepquant.runtime.ops.code import Code
@@ -195,6 +196,23 @@ class DynamicLayer(ExportedLayer):
         return weight.t() if self.weights.turned else weight
 
 
+class ExportedTable(nn.Module):
+    """A table of embeddings, whose rows are looked up as bytes and dequantized behind that."""
+
+    def __init__(self, table: IntegerEmbedding) -> None:
+        super().__init__()
+        ready = table.prepared()
+        self.codes: Tensor
+        self.scale: Tensor
+        self.zero_point: Tensor
+        self.register_buffer("codes", ready.codes.contiguous())
+        self.register_buffer("scale", ready.scale.contiguous())
+        self.register_buffer("zero_point", ready.zero_point.float().contiguous())
+
+    def forward(self, input: Tensor) -> Tensor:
+        return looked_up(self.codes, self.scale, self.zero_point, input)
+
+
 class ExportedProduct(nn.Module):
     """softmax(Q K^T) V of operands that are quantized and dequantized."""
 
@@ -243,7 +261,10 @@ def swap(model: Any, place: Place, windows: bool) -> dict[str, nn.Module]:
     """Put such modules in the places of a network's layers and products, in place."""
     made: dict[str, nn.Module] = {}
     for path, module in list(model.named_modules()):
-        if isinstance(module, IntegerLayer):
+        if isinstance(module, IntegerEmbedding):
+            made[path] = ExportedTable(module)
+            model.set_submodule(path, made[path])
+        elif isinstance(module, IntegerLayer):
             made[path] = exported(module, place, windows)
             model.set_submodule(path, made[path])
         elif isinstance(module, IntegerProduct):

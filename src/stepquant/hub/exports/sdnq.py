@@ -21,6 +21,7 @@ from stepquant.hub.exports.outlook import (
     Outlook,
     check_float_form,
     dtype_of,
+    fates_of_tables,
     float_value,
     left_of_activations,
 )
@@ -51,7 +52,7 @@ def outlook(network: Network) -> Outlook:
     fates = tuple(
         Fate(path, FLOAT if why else kind_of(network.layers[path]), why) for path, why in reasons.items()
     )
-    return Outlook(fates, left_of_activations(network, IN_FLOAT))
+    return Outlook(fates + fates_of_tables(network), left_of_activations(network, IN_FLOAT))
 
 
 def why_float(network: Network, path: str, layer: IntegerLayer) -> str:

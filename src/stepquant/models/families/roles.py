@@ -10,12 +10,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models import attention, attention_processor, downsampling, normalization, resnet, upsampling
+from diffusers.models import (
+    attention,
+    attention_processor,
+    downsampling,
+    embeddings,
+    normalization,
+    resnet,
+    upsampling,
+)
 from diffusers.models import transformers as networks
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.autoencoders import autoencoder_kl_qwenimage, autoencoder_kl_wan
 from diffusers.models.transformers import transformer_2d, transformer_temporal
-from diffusers.models.unets import unet_1d_blocks, unet_motion_model
+from diffusers.models.unets import unet_1d_blocks, unet_2d, unet_2d_condition, unet_motion_model
 from torch import Tensor, nn
 
 LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d)
@@ -141,6 +149,13 @@ PARTS: dict[type[nn.Module], dict[str, str]] = {
     networks.transformer_z_image.ZImageTransformerBlock: {"adaLN_modulation.0": "modulate"},
 }
 
+# Children that may be tables, whose rows a label chooses.
+TABLES: dict[type[nn.Module], dict[str, str]] = {
+    embeddings.LabelEmbedding: {"embedding_table": "cond"},
+    unet_2d.UNet2DModel: {"class_embedding": "cond"},
+    unet_2d_condition.UNet2DConditionModel: {"class_embedding": "cond"},
+}
+
 PRODUCTS: tuple[Any, ...] = (
     attention_processor.Attention,
     AttentionModuleMixin,
@@ -182,6 +197,16 @@ def bordered(x: Tensor, border: Sequence[int] | None, kept: Tensor | None = None
         return F.pad(x, tuple(border))
     joined = torch.cat([kept.to(x), x], dim=2)
     return F.pad(joined, (*border[:4], border[4] - kept.shape[2], *border[5:]))
+
+
+def embeddings_in(model: nn.Module) -> dict[str, str]:
+    """Path -> role of the tables of a model."""
+    return {
+        f"{name}.{child}".removeprefix("."): role
+        for name, module in model.named_modules()
+        for child, role in TABLES.get(type(module), {}).items()
+        if type(getattr(module, child)) is nn.Embedding
+    }
 
 
 def part_roles(module: nn.Module) -> dict[str, str]:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import skip_init
 
 from stepquant.runtime.layers.convolution import IntegerConv1d, IntegerConv2d, IntegerConv3d
+from stepquant.runtime.layers.embedding import IntegerEmbedding
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.linear import IntegerLinear
 
@@ -36,8 +37,10 @@ def float_twin(layer: Any) -> Any:
     return skip_init(kind, layer.in_channels, layer.out_channels, **geometry, **some)
 
 
-def float_layer(layer: IntegerLayer) -> nn.Module:
-    """The layer with the numbers that its integers stand for."""
+def float_layer(layer: IntegerLayer | IntegerEmbedding) -> nn.Module:
+    """The layer, or table of embeddings, with the numbers that its integers stand for."""
+    if isinstance(layer, IntegerEmbedding):
+        return nn.Embedding.from_pretrained(layer.total_weight(torch.float32)).eval()
     twin = float_twin(layer)
     twin.weight = nn.Parameter(layer.total_weight(torch.float32), requires_grad=False)
     if layer.bias is not None:

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.artifact import LayerSpec
-from stepquant.core.affine import dequantize, to_groups
 from stepquant.core.grid import GridError
-from stepquant.core.pack import packed_bytes, unpack
 from stepquant.core.rotation import rotate
 from stepquant.runtime import ops
 from stepquant.runtime.kernel import Geometry, Kernel
+from stepquant.runtime.layers.packed import PackedWeight
 from stepquant.runtime.layers.stored import Balanced, PreparedLayer, Versions, not_needed_soon
 from stepquant.runtime.ops.code import Code
 
@@ -21,17 +20,13 @@ WEIGHT_ONLY = "weight-only: its input is not quantized, and it multiplies floats
 DEQUANTIZED_ONCE = "weight-only: dequantized once, because it is small and often read"
 
 
-class IntegerLayer(Balanced[PreparedLayer]):
+class IntegerLayer(Balanced[PreparedLayer], PackedWeight[PreparedLayer]):
     """The buffers of one quantized layer and the choice of how to compute with them.
 
     `emit` is the dtype of the output; None means that of the input. An input of unsigned bytes is taken for codes
     that some earlier operation has made.
     """
 
-    weight: Tensor
-    weight_scale: Tensor
-    weight_codebook: Tensor | None  # the integers that each row may take
-    weight_offset: Tensor | None
     bias: Tensor | None
     input_scale: Tensor
     input_zero_point: Tensor
@@ -41,22 +36,13 @@ class IntegerLayer(Balanced[PreparedLayer]):
 
     def __init__(self, layer: nn.Module, spec: LayerSpec, groups: int = 1) -> None:
         super().__init__()
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        self.spec, self.weight_shape = spec, torch.Size(weight.shape)
+        self.make_weight(layer.weight, spec)  # type: ignore[arg-type]
         self.emit: torch.dtype | None = None
         self.float_because: str | None = None  # why it computes in float although it could multiply integers
         self.keeps_weight = False  # once dequantized, where only the weight is quantized
         self.check_rotation()
-        rows = to_groups(torch.empty(weight.shape, device="meta"), spec.weight).shape[0]
-        size, device = packed_bytes(weight.numel(), spec.weight.bits), weight.device
-        self.register_buffer("weight", torch.zeros(size, dtype=torch.uint8, device=device))
-        self.register_buffer("weight_scale", torch.ones(rows, device=device))
-        if not spec.weight.symmetric:
-            self.register_buffer("weight_zero_point", torch.zeros(rows, dtype=torch.int16, device=device))
-        codebook = torch.zeros((rows, spec.weight.levels) if spec.weight.codebook else 0, dtype=torch.int8)
-        self.register_buffer("weight_codebook", codebook.to(device) if spec.weight.codebook else None)
-        self.register_buffer("weight_offset", torch.zeros(rows, device=device) if spec.offset else None)
-        bias = None if layer.bias is None else torch.zeros(weight.shape[0], device=device)
+        device, outputs = self.weight.device, self.weight_shape[0]
+        bias = None if layer.bias is None else torch.zeros(outputs, device=device)
         self.register_buffer("bias", bias)
         if spec.input is not None and not self.dynamic:
             self.register_range("input", spec.input, groups, device, spec.input_bits)
@@ -104,36 +90,10 @@ class IntegerLayer(Balanced[PreparedLayer]):
         """Whether this layer multiplies integers."""
         return self.prepared().reason is None
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """The weight's integers and their zero points, one row per scale."""
-        count, rows = self.weight_shape.numel(), self.weight_scale.numel()
-        integers = unpack(self.weight, self.spec.weight, count, self.weight_codebook).reshape(rows, -1)
-        zero_point = getattr(self, "weight_zero_point", None)
-        return integers, torch.zeros_like(integers[:, :1]) if zero_point is None else zero_point[:, None]
-
-    def signed_bytes(self) -> Tensor:
-        """q - zero_point in the shape of the weight."""
-        grid = self.spec.weight
-        if grid.signed and grid.symmetric and grid.bits == 8:  # the same without numbers of 16 bits
-            return (self.weight.view(torch.int8) + grid.qmin).reshape(self.weight_shape)
-        return torch.sub(*self.rows()).to(torch.int8).reshape(self.weight_shape)
-
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight for inputs that are not rotated."""
         stored = self.stored_weight(torch.float32 if self.spec.rotation else dtype)
         return rotate(stored, self.spec.rotation).to(dtype) if self.spec.rotation else stored
-
-    def stored_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight that the integers stand for, which is a rotated one where inputs are rotated."""
-        grid, rows = self.spec.weight, self.weight_scale.numel()
-        if grid.signed and grid.symmetric and grid.bits == 8:  # in one pass over the weight
-            values = self.signed_bytes().reshape(rows, -1) * self.weight_scale[:, None]
-        else:
-            integers, zero_point = self.rows()
-            values = dequantize(integers.float(), self.weight_scale[:, None], zero_point)
-        if self.weight_offset is not None:
-            values += self.weight_offset[:, None]
-        return values.reshape(self.weight_shape).to(dtype)
 
     def prepare(self, versions: Versions) -> PreparedLayer:
         reason, codes = self.why_float(), self.input_codes()
@@ -166,13 +126,6 @@ class IntegerLayer(Balanced[PreparedLayer]):
         if not self.fits_signed_bytes():
             return "weights minus their zero point need more than a signed byte"
         return self.why_no_kernel()
-
-    def fits_signed_bytes(self) -> bool:
-        grid = self.spec.weight
-        if grid.signed and grid.symmetric:
-            return grid.bits < 8 or bool(self.weight.max() < 255)
-        centred = torch.sub(*self.rows())
-        return bool(centred.min() >= -128 and centred.max() <= 127)
 
     def make_kernel(self, code: Code) -> Kernel:
         scales = self.weight_scale.expand(self.weight_shape[0]).contiguous()
