@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
 import stepquant as sq
 from stepquant import hub
-from stepquant.errors import ArtifactError, ModelError, StepquantError
+from stepquant.errors import ArtifactError, ModelError, RuntimeSupportError, StepquantError
 from stepquant.fit.extremes import fit_extremes
 from stepquant.job.parts import plan_for_parts
 from stepquant.job.results import describe_alone
@@ -28,6 +28,7 @@ from stepquant.models.sampling import Sampling
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import ops
 from stepquant.runtime.coverage import traced
+from stepquant.runtime.layers.embedding import IntegerEmbedding
 
 ALL = ("unet", "text_encoder", "vae")
 SAMPLED = Sampling(2, prompts=("a character",))
@@ -83,13 +84,25 @@ def test_parts_run_in_integers_and_are_told(pipeline, folder: Path) -> None:  # 
     assert (idle["integer"], idle["weight"], idle["input"]) == (False, "int8/channel", "float")
     assert NOT_CALLED in [rule["reason"] for rule in hub.config_of(pipeline.vae).recipe["plan"]]
     assert rows["vae"]["size"]["ratio"] < 0.35
-    layers = [row for row in rows["text_encoder"]["coverage"] if row["role"] == "layer"]
+    layers = [row for row in rows["text_encoder"]["coverage"] if row["role"] == "layer" and row["macs"]]
     assert layers
     assert all(row["integer"] for row in layers)
     products = [row for row in rows["text_encoder"]["coverage"] if row["role"] == "product"]
     assert len(products) == pipeline.text_encoder.config.num_hidden_layers
     assert all(row["integer"] and row["macs"] for row in products)
     assert rows["text_encoder"]["size"]["ratio"] < 0.5
+
+
+def test_tokens_are_rows_of_integers_and_take_no_others(pipeline, folder: Path) -> None:  # type: ignore[no-untyped-def]
+    path = "embeddings.token_embedding"
+    table = pipeline.text_encoder.get_submodule(path)
+    assert isinstance(table, IntegerEmbedding)
+    stored = load_file(folder / "text_encoder" / "model.safetensors")[f"{path}.weight"]
+    assert (stored.dtype, stored.numel()) == (torch.uint8, table.num_embeddings * table.embedding_dim)
+    weight = sq.load("stepquant:characters-text").text_encoder.get_input_embeddings().weight
+    assert (table.total_weight(torch.float32) - weight).abs().max() <= weight.abs().max() / 254 * 1.001
+    with pytest.raises(RuntimeSupportError, match="takes no further ones"):
+        pipeline.load_textual_inversion({"<mine>": torch.ones(table.embedding_dim)})
 
 
 def test_an_altered_text_encoder_is_refused(folder: Path, tmp_path: Path) -> None:

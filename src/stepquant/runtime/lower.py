@@ -31,7 +31,7 @@ from stepquant.runtime.intact import check_steps, own_bounds
 from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.cast import FloatLayer
 from stepquant.runtime.layers.convolution import IntegerConv1d, IntegerConv2d, IntegerConv3d
-from stepquant.runtime.layers.embedding import IntegerEmbedding
+from stepquant.runtime.layers.embedding import IntegerEmbedding, has_tokens, no_tokens
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.linear import IntegerLinear, LowRankBranch
 from stepquant.runtime.layers.offloaded import refuse_absent
@@ -48,7 +48,7 @@ INTO_STREAM = ("stem", "modulate", "context", "k_text", "v_text", "k_added", "v_
 SMALL = ("stem", "time", "modulate", "cond")
 
 # What a lowered model does otherwise than its class, beside `forward`.
-OWN_METHODS = ("_apply", "parameters", "num_parameters", "fuse_lora", *CHANGING)
+OWN_METHODS = ("_apply", "parameters", "num_parameters", "fuse_lora", "get_input_embeddings", *CHANGING)
 ORDINARY = [kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)]
 
 LAYERS: dict[type[nn.Module], Callable[..., IntegerLayer | IntegerEmbedding]] = {
@@ -101,6 +101,8 @@ def skeleton(
         if path:
             tell_parameters(owner)
     mark_packed(model)
+    if has_tokens(model):
+        model.get_input_embeddings = no_tokens  # type: ignore[assignment]
     return model
 
 

@@ -149,12 +149,14 @@ PARTS: dict[type[nn.Module], dict[str, str]] = {
     networks.transformer_z_image.ZImageTransformerBlock: {"adaLN_modulation.0": "modulate"},
 }
 
-# Children that may be tables, whose rows a label chooses.
+# Children that may be tables, whose rows a label or a token chooses.
 TABLES: dict[type[nn.Module], dict[str, str]] = {
     embeddings.LabelEmbedding: {"embedding_table": "cond"},
     unet_2d.UNet2DModel: {"class_embedding": "cond"},
     unet_2d_condition.UNet2DConditionModel: {"class_embedding": "cond"},
 }
+# Of transformers, which need not be there; T5's tokens are a table of two modules, and stay float.
+TABLES_OF_TEXTS = {"CLIPTextEmbeddings": {"token_embedding": "context"}}
 
 PRODUCTS: tuple[Any, ...] = (
     attention_processor.Attention,
@@ -204,7 +206,9 @@ def embeddings_in(model: nn.Module) -> dict[str, str]:
     return {
         f"{name}.{child}".removeprefix("."): role
         for name, module in model.named_modules()
-        for child, role in TABLES.get(type(module), {}).items()
+        for child, role in (
+            TABLES.get(type(module)) or TABLES_OF_TEXTS.get(type(module).__name__, {})
+        ).items()
         if type(getattr(module, child)) is nn.Embedding
     }
 

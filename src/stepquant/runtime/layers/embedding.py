@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from stepquant.artifact import LayerSpec
 from stepquant.core.affine import dequantize
 from stepquant.core.grid import GridError
+from stepquant.errors import RuntimeSupportError
 from stepquant.runtime.layers.packed import PackedWeight
 from stepquant.runtime.layers.stored import Prepared, Versions
 
@@ -57,6 +59,22 @@ class IntegerEmbedding(PackedWeight[PreparedTable]):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, weight {self.spec.weight}"
+
+
+def has_tokens(model: nn.Module) -> bool:
+    """Whether the table that a model of transformers would hand out is one of integers."""
+    own = getattr(type(model), "get_input_embeddings", None)
+    return own is not None and isinstance(own(model), IntegerEmbedding)
+
+
+def no_tokens() -> NoReturn:
+    """Takes the place of `get_input_embeddings` of such a model."""
+    raise RuntimeSupportError(
+        "the table of tokens is packed: it takes no further ones, and its rows are not for editing",
+        got="get_input_embeddings(), which textual inversion writes into",
+        fix="quantize with a plan rule that keeps it in float: "
+        '{"path": "*.token_embedding", "grid": "float", "optional": true}',
+    )
 
 
 def looked_up(codes: Tensor, scale: Tensor, zero_point: Tensor, places: Tensor) -> Tensor:
