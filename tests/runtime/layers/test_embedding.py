@@ -23,7 +23,7 @@ from stepquant.runtime.coverage import coverage
 from stepquant.runtime.layers.embedding import LOOKED_UP, IntegerEmbedding
 from stepquant.runtime.lower import integer_layer
 from tests.models.tiny import CASES
-from tests.runtime.synthetic import artifact_of, make, quantized, relative
+from tests.runtime.synthetic import artifact_of, make, noise, quantized, relative
 
 PATH = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table"
 GRIDS = [
@@ -112,7 +112,7 @@ def test_classes_of_unets_are_tables_too() -> None:
     served = copy.deepcopy(model)
     hub.attach(served, artifact)
     assert "class_embedding" not in artifact_of(make()).layers
-    given = {"sample": torch.randn(2, 3, 16, 16), "timestep": 5}
+    given = {"sample": noise(2, 3, 16, 16), "timestep": 5}
     one, other = (served(**given, class_labels=torch.tensor([k, k])).sample for k in (1, 3))
     assert not torch.equal(one, other)
 
@@ -141,6 +141,23 @@ def test_adapters_are_the_parameters_of_such_a_network() -> None:
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["to_q"], r=2), served)
     assert {name.rpartition("lora_")[2][0] for name, _ in served.named_parameters()} == {"A", "B"}
     assert len(list(served.parameters())) == len(list(served.named_parameters()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("called", [False, True])
+def test_rows_are_the_same_where_their_bytes_come_and_go(called: bool, tmp_path: Path) -> None:
+    """Between calls there is memory that nobody wrote in the places of its tensors."""
+    served, cpu = make(num_class_embeds=5), torch.device("cpu")
+    hub.attach(served, artifact_of(served))
+    given = {"sample": noise(2, 3, 16, 16), "timestep": 5, "class_labels": torch.tensor([1, 3])}
+    offloaded, want = copy.deepcopy(served), served(**given).sample
+    if called:
+        offloaded(**given)
+    offloaded.enable_group_offload(
+        cpu, cpu, offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=str(tmp_path)
+    )
+    for _ in range(3):
+        assert torch.equal(offloaded(**given).sample, want)
 
 
 def test_dequantizing_gives_ordinary_tables_back() -> None:
