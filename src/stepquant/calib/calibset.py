@@ -16,8 +16,10 @@ from stepquant.calib.form import put_together
 from stepquant.errors import CalibrationError
 
 META = ("step", "trajectory", "branch")
-# What all records of a shard share: tensors without rows, and in its metadata the form of the arguments.
+# What all records of a shard share: tensors without rows, and in its metadata the form of the arguments and the places
+# that its ends are of. One entry: of several the file has no order, and the same records would not be the same bytes.
 SHARED, FORM = "shared ", "form"
+ENDS = "ends"  # a column of no argument
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class CalibSet:
         form: dict[str, Any] = {}
         for shard, places in wanted.items():
             with safe_open(self.shards[shard], "pt") as file:
-                columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                form |= json.loads(file.metadata()[FORM])
+                columns = {name: file.get_tensor(name) for name in file.keys() if name != ENDS}  # noqa: SIM118
+                form |= form_of(file)["arguments"]
             for name in [name for name in columns if name.startswith(SHARED)]:
                 shared[name.removeprefix(SHARED)] = columns.pop(name)
             for place in places:
@@ -86,6 +88,19 @@ class CalibSet:
             self.shards, tuple(self.index[r] for r in records), self.x, self.t, self.origin, weights
         )
 
+    def ends(self, records: Sequence[int]) -> dict[str, Tensor]:
+        """The least and the greatest number of what was read in each of these records, by place; nothing where a shard
+        does not say them."""
+        shards = sorted({self.index[record][0] for record in records})
+        found: dict[int, dict[str, Tensor]] = {}
+        for shard in shards:
+            with safe_open(self.shards[shard], "pt") as file:
+                places = form_of(file)["places"]
+                found[shard] = dict(zip(places, file.get_tensor(ENDS).unbind(1))) if places else {}
+        places = [place for place in found[shards[0]] if all(place in one for one in found.values())]
+        rows = [self.index[record] for record in records]
+        return {place: torch.stack([found[shard][place][row] for shard, row in rows]) for place in places}
+
     def steps(self) -> Tensor:
         """The step of every record."""
         return torch.cat([batch.step for batch in self.batches(256)])
@@ -93,6 +108,17 @@ class CalibSet:
     def trajectories(self) -> Tensor:
         """The trajectory of every record."""
         return torch.cat([batch.trajectory for batch in self.batches(256)])
+
+
+def written_form(arguments: Mapping[str, Any], places: Sequence[str] = ()) -> dict[str, str]:
+    """The metadata of a shard."""
+    return {FORM: json.dumps({"arguments": arguments, "places": list(places)})}
+
+
+def form_of(file: Any) -> dict[str, Any]:
+    """What `written_form` has written."""
+    form: dict[str, Any] = json.loads(file.metadata()[FORM])
+    return form
 
 
 def check_finite(x: Tensor, steps: Tensor) -> None:

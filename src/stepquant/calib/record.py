@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stepquant.calib.cache import atomically, cache_folder
-from stepquant.calib.calibset import SHARED, CalibSet
+from stepquant.calib.calibset import ENDS, SHARED, CalibSet
+from stepquant.calib.ends import noting
 from stepquant.calib.pick import Pick, every
 from stepquant.calib.rows import Rows, Steps, check_alike, shard_of
 from stepquant.core.digest import tensors_digest, value_digest
@@ -27,7 +28,7 @@ from stepquant.models.hooks import context_names, listening
 from stepquant.models.sampling import Enough, Sampling, check_steps, scheduler_of
 from stepquant.progress import Progress, Silent
 
-FORMAT = 3
+FORMAT = 4
 MEMORY = 4 << 30
 
 
@@ -168,7 +169,7 @@ def shuffled(rows: list[tuple[int, int]], seed: int) -> tuple[tuple[int, int], .
 def first_row(shard: Path) -> dict[str, Tensor]:
     """The first record of a shard, under the names of its columns."""
     with safe_open(shard, "pt") as file:
-        names = [name for name in file.keys() if not name.startswith(SHARED)]  # noqa: SIM118
+        names = [name for name in file.keys() if not name.startswith(SHARED) and name != ENDS]  # noqa: SIM118
         return {name: file.get_slice(name)[:1] for name in names}
 
 
@@ -188,18 +189,25 @@ def follow(source: Source, denoiser: Denoiser, seeds: Sequence[int], wanted: Map
     """Run trajectories that the denoiser meets in one batch, and keep the wanted steps of each."""
     trajectories = list(wanted)
     last = max(max(steps) for steps in wanted.values())
-    counted, kept = Steps(), Rows(denoiser, trajectories)
+    counted = Steps()
 
     def listener(_: int, arguments: dict[str, Any]) -> None:
         step, turn = counted.see(arguments[denoiser.family.x], arguments[denoiser.family.t])
         if step > last:
             raise Enough
         rows = [row for row, trajectory in enumerate(trajectories) if step in wanted[trajectory]]
+        ends.of_next_call(1, ())
         if rows:
             kept.keep(arguments, rows, step, turn, names[-1] if names else "")
 
     try:
-        with context_names(denoiser.model) as names, listening(denoiser, listener), torch.no_grad():
+        with (
+            context_names(denoiser.model) as names,
+            listening(denoiser, listener),
+            noting(denoiser) as ends,
+            torch.no_grad(),
+        ):
+            kept = Rows(denoiser, trajectories, ends)
             run(source.pipeline, seeds, source.sampling, stop=last + 1)
     except Enough:
         return kept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepquant.calib.calibset import FORM, SHARED
+from stepquant.calib.calibset import ENDS, SHARED, written_form
+from stepquant.calib.ends import Ends
 from stepquant.calib.form import Parts
 from stepquant.errors import CalibrationError
 from stepquant.models.denoiser import Denoiser
@@ -44,6 +44,7 @@ class Rows:
 
     denoiser: Denoiser
     trajectories: Sequence[int]
+    ends: Ends | None = None  # what sees the calls whose rows are kept
     columns: list[dict[str, Tensor]] = field(default_factory=list)
     turns: list[tuple[int, str]] = field(default_factory=list)  # of each call in its step, and its context
     form: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +71,8 @@ class Rows:
             "trajectory": torch.tensor([self.trajectories[int(place) % count] for place in places]),
             "branch": branch,
         }
+        if self.ends is not None:
+            columns[ENDS] = self.ends.of_next_call(parts.entries, places)
         if self.columns:
             check_alike(self.columns[0], columns, f"step {step}")
         self.columns.append(columns)
@@ -138,4 +141,5 @@ def shard_of(parts: Sequence[tuple[str, Rows]]) -> tuple[dict[str, Tensor], dict
         first.share(rows.form, rows.shared, 0)
     columns = {name: torch.cat([one[name] for one in tables]).contiguous() for name in tables[0]}
     shared = {f"{SHARED}{name}": value.contiguous() for name, value in first.shared.items()}
-    return columns | shared, {FORM: json.dumps(first.form)}
+    places = () if first.ends is None else tuple(first.ends.places)
+    return columns | shared, written_form(first.form, places)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepquant.calib.cache import atomically
-from stepquant.calib.calibset import FORM, CalibSet
+from stepquant.calib.calibset import CalibSet, written_form
 from stepquant.calib.form import Parts
-from stepquant.calib.record import Source, trajectory_seed
+from stepquant.calib.record import FORMAT, Source, trajectory_seed
 from stepquant.core.digest import tensors_digest
 from stepquant.errors import CalibrationError
 from stepquant.models.denoiser import Denoiser
@@ -55,9 +54,9 @@ def stored(source: Source, x: Tensor, steps: Tensor, kind: str) -> CalibSet:
         "trajectory": torch.arange(len(steps)),
         "branch": torch.zeros(len(steps), dtype=torch.long),
     }
-    shard = source.cache / f"{kind}-{tensors_digest(columns)[:32]}" / "00000.safetensors"
+    shard = source.cache / f"{kind}-{FORMAT}-{tensors_digest(columns)[:32]}" / "00000.safetensors"
     if not shard.exists():
-        form = {FORM: json.dumps(Parts.of(arguments, family).form)}
+        form = written_form(Parts.of(arguments, family).form)
         atomically(shard, lambda temporary: save_file(columns, temporary, form))
     rows = tuple((0, row) for row in range(len(steps)))
     return CalibSet((shard,), rows, family.x, family.t, {"kind": kind, "steps": source.sampling.steps})
