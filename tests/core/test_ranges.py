@@ -5,7 +5,7 @@ import torch
 from stepquant.core import ranges
 from stepquant.core.affine import fake_quantize, scale_and_zero
 from stepquant.core.grid import Grid, GridError
-from stepquant.core.ranges import ema, lp_search, lp_search_binned, minmax, percentile
+from stepquant.core.ranges import ema, lp_error, lp_search, lp_search_binned, minmax, percentile
 
 SYMMETRIC, ASYMMETRIC = Grid.parse("int4/channel"), Grid.parse("uint8/tensor")
 
@@ -55,8 +55,31 @@ def test_lp_search_finds_the_same_however_many_rows_it_takes_at_once(monkeypatch
     x = heavy_tails(9, 300)
     whole = lp_search(x, SYMMETRIC)
     for few in (1, 2, 4):
+        monkeypatch.setattr(ranges, "AT_ONCE", 300 * 2 * few)
         monkeypatch.setattr(ranges, "CACHED", 300 * few)
         assert all(map(torch.equal, lp_search(x, SYMMETRIC), whole))
+
+
+GRIDS = ("int8/channel", "int4/channel", "uint8/channel", "uint3/channel", "int2/channel")
+
+
+@pytest.mark.parametrize("text", GRIDS)
+@pytest.mark.parametrize("p", [0.7, 2.0, 2.4, 5.0])
+def test_lp_search_chooses_what_all_errors_say(text: str, p: float) -> None:
+    """The first of the least of all errors, each taken of the whole row."""
+    grid, noise = Grid.parse(text), torch.Generator().manual_seed(1)
+    on_the_grid = torch.randint(-7, 8, (3, 900), generator=noise) * 0.5
+    x = torch.cat([heavy_tails(4, 900), torch.randn(4, 900, generator=noise) * 1e-4, on_the_grid])
+    x = torch.cat(
+        [x, torch.zeros(1, 900), torch.randn(2, 900, generator=noise) + 9, torch.full((1, 900), 0.3)]
+    )
+    low, high = minmax(x, grid)
+    fractions = torch.arange(100, 0, -1) / 100
+    errors = torch.stack([lp_error(x, low * part, high * part, grid, p) for part in fractions])
+    chosen = fractions[(errors == errors.amin(0)).long().argmax(0)]
+    found = lp_search(x, grid, p=p)
+    assert torch.equal(found[0], low * chosen)
+    assert torch.equal(found[1], high * chosen)
 
 
 @pytest.mark.parametrize(
