@@ -43,10 +43,11 @@ class Bench:
 
 
 @pytest.fixture
-def bench(source: Source) -> Iterator[Bench]:
+def bench(source: Source, request: pytest.FixtureRequest) -> Iterator[Bench]:
+    bits = getattr(request, "param", "w4a8")
     data = source.record(every(8, (0, 3, 6, 9)))
     with (
-        insert(Denoiser.of(source.pipeline), scheme("w4a8")) as network,
+        insert(Denoiser.of(source.pipeline), scheme(bits)) as network,
         Streams(network, data, source.cache, batch=12) as streams,
     ):
         set_weight_ranges(network, partial(lp_search, p=2.4))

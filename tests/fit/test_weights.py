@@ -211,15 +211,23 @@ def test_validation_records_are_as_many_of_every_step(source: Source) -> None:
     assert not set(data.trajectories()[train].tolist()) & set(data.trajectories()[kept].tolist())
 
 
-def test_a_block_gets_weights_with_mean_one(bench: Bench) -> None:
+@pytest.mark.parametrize(
+    ("bench", "path", "first"),
+    [
+        ("w4a8", "down_blocks.0.resnets.0", "conv1"),
+        ("w4a16", "mid_block.attentions.0", "to_q"),  # torch's own product, differentiated twice
+    ],
+    indirect=["bench"],
+)
+def test_a_block_gets_weights_with_mean_one(bench: Bench, path: str, first: str) -> None:
     steps = bench.data.steps()
     settings = Weighing(visits=1, batch=8, groups=3)
-    piece, sample = next((p, s) for p, s in bench.samples() if p.path == "down_blocks.0.resnets.0")
+    piece, sample = next((p, s) for p, s in bench.samples() if p.path == path)
     bench.network.switch(weights=True, inputs=False)
     found = weigh_block(bench.network, piece, sample, 0, steps=steps, settings=settings)
     assert float(found[sample.train].mean()) == pytest.approx(1, abs=1e-5)
     assert found[sample.train].std() > 0
-    assert bench.network.layers["down_blocks.0.resnets.0.conv1"].rounding is None
+    assert bench.network.layers[f"{path}.{first}"].rounding is None
 
 
 def test_without_meta_steps_the_result_is_that_of_no_weights_bit_for_bit(bench: Bench, tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepquant.core.affine import to_groups
 from stepquant.core.losses import BlockLoss
@@ -122,7 +123,9 @@ def outer_loss(
     settings: Weighing,
 ) -> Tensor:
     """Validation loss of all groups plus their misalignment, measured in the space of sample weights."""
-    each = [losses(moved, group).mean() for group in groups]
+    # For attention products that stay in float: torch differentiates no other of its kernels twice.
+    with sdpa_kernel(SDPBackend.MATH):
+        each = [losses(moved, group).mean() for group in groups]
     loss = torch.stack(each).mean()
     if not settings.alignment or len(groups) < 2:
         return loss
