@@ -48,14 +48,14 @@ def large(model: nn.Module) -> set[int]:
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of all tensors in memory that are as large as a large weight, when a method begins to pack."""
-    seen, packing, wanted = [], freed.give_back, large(tiniest())
+    seen, packing, wanted = [], freed.trim, large(tiniest())
     others = {id(one) for one in tensors()}
 
     def look() -> None:
         seen.append(in_memory([one for one in tensors() if one.numel() in wanted and id(one) not in others]))
         packing()
 
-    monkeypatch.setattr(freeze, "give_back", look)
+    monkeypatch.setattr(freeze, "trim", look)
     return seen
 
 

@@ -11,9 +11,9 @@ from stepquant.core.codebook import (
     by_mass,
     codebook_of,
     codes_of,
+    enclosing,
     lloyd_max,
     nearest,
-    neighbours,
 )
 
 # Max 1960, table 1: the least mean square error of normal numbers of variance one.
@@ -65,7 +65,7 @@ def test_codes_name_the_nearest_of_all_levels_and_neighbours_hold_a_number_betwe
     rows = rows_of(2, 300) * 100
     want = (rows[..., None] - levels[:, None]).abs().argmin(-1)
     assert torch.equal(nearest(rows, levels), levels.gather(1, want))
-    lower, upper, share = neighbours(rows, levels)
+    lower, upper, share = enclosing(rows, levels)
     inside = (rows >= levels[:, :1]) & (rows <= levels[:, -1:])
     torch.testing.assert_close((lower + share * (upper - lower))[inside], rows[inside])
     assert torch.equal(lower[~inside], upper[~inside])

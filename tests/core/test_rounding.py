@@ -5,7 +5,7 @@ import torch
 
 from stepquant.core.affine import quantize
 from stepquant.core.grid import Grid
-from stepquant.core.rounding import alpha_of, anneal, beside, indecision, share_up
+from stepquant.core.rounding import alpha_of, anneal, enclosing, indecision, share_up
 
 GRIDS = [Grid.parse("int4/channel"), Grid.parse("int8/channel"), Grid.parse("int4/channel/asym")]
 
@@ -20,7 +20,7 @@ def rows_and_range(grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_start_reproduces_the_weights(grid: Grid) -> None:
     rows, scale, zero_point = rows_and_range(grid)
-    lower, upper, fraction = beside(rows, scale, zero_point, grid)
+    lower, upper, fraction = enclosing(rows, scale, zero_point, grid)
     soft = lower + share_up(alpha_of(fraction)) * (upper - lower)
     torch.testing.assert_close((soft - zero_point) * scale, rows, rtol=0, atol=1e-5)
 
@@ -28,7 +28,7 @@ def test_start_reproduces_the_weights(grid: Grid) -> None:
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_rounding_by_the_fraction_is_rounding_to_nearest(grid: Grid) -> None:
     rows, scale, zero_point = rows_and_range(grid)
-    lower, upper, fraction = beside(rows * 1.5, scale, zero_point, grid)
+    lower, upper, fraction = enclosing(rows * 1.5, scale, zero_point, grid)
     hard = torch.where(alpha_of(fraction) >= 0, upper, lower)
     assert torch.equal(hard, quantize(rows * 1.5, scale, zero_point, grid))
 
@@ -40,7 +40,7 @@ def test_soft_weights_are_the_formula_clipped_to_the_grid(grid: Grid) -> None:
     floor = torch.randint(-20, 20, (3, 50), generator=generator).float()
     share, scale = torch.rand(3, 50, generator=generator), torch.tensor([[0.25], [0.5], [1.0]])
     zero_point = torch.zeros(3, 1) if grid.symmetric else torch.tensor([[-1.0], [0.0], [2.0]])
-    lower, upper, _ = beside(floor * scale, scale, zero_point, grid)
+    lower, upper, _ = enclosing(floor * scale, scale, zero_point, grid)
     expected = (floor + share).clamp(grid.qmin - zero_point, grid.qmax - zero_point) * scale
     torch.testing.assert_close((lower + share * (upper - lower) - zero_point) * scale, expected)
 

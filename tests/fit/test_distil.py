@@ -83,7 +83,8 @@ def test_a_weight_begins_with_the_integers_that_were_chosen_for_it() -> None:
     layer.rounding = FixedIntegers(chosen)
     learnt = LearnedWeight(layer, 0, Generator())
     assert torch.equal(learnt.integers(layer.weight, layer.weight_quantizer), chosen)
-    far = (learnt.weight - chosen * learnt.start).abs() / learnt.start
+    scale = learnt.start.scale
+    far = (learnt.weight - chosen * scale).abs() / scale
     moved = learnt.weight != layer.weight
     assert far.max() < 0.5
     assert far[moved].min() > 0.49, "and moves no further than it has to"

@@ -58,7 +58,7 @@ def nearest(rows: Tensor, levels: Tensor) -> Tensor:
     return levels.gather(1, codes_of(rows, levels))
 
 
-def neighbours(rows: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def enclosing(rows: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The levels below and above each number, and how much of the way up it is; at the ends both are the last."""
     above = torch.searchsorted(levels.contiguous(), rows.contiguous(), right=True)
     last = levels.shape[1] - 1

@@ -15,11 +15,11 @@ def empty(weight: nn.Parameter) -> None:
     weight.data = weight.new_full((), torch.nan).expand(weight.shape)
 
 
-def give_back() -> None:
+def trim() -> None:
     """Let the system have it, where the allocator can: tensors of many sizes leave holes that later ones do not fill."""
-    trim = trimming()
-    if trim is not None:
-        trim(0)
+    of_allocator = trimming()
+    if of_allocator is not None:
+        of_allocator(0)
 
 
 @cache

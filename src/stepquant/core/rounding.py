@@ -27,7 +27,7 @@ def floor_and_fraction(rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return floor, scaled - floor
 
 
-def beside(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+def enclosing(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """The integers below and above every weight, inside the grid, and how much of the way up it is (Eq. 22).
 
     Where the grid ends, both are the same.

@@ -17,7 +17,7 @@ def dilation(layer: QuantLayer) -> Tensor:
     """How far the weights of each input channel can grow before the first of them leaves its range; 1 where one is there."""
     quantizer = layer.weight_quantizer
     assert quantizer is not None
-    low, high = quantizer.ends()
+    low, high = quantizer.levels.ends()
     rows = to_groups(layer.weight.detach().float(), quantizer.grid)
     ends = torch.where(rows > 0, high, low)
     used = (rows / torch.where(ends == 0, rows, ends)).nan_to_num(0).reshape(layer.weight.shape)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from types import TracebackType
 
 import torch
 from torch import Generator, Tensor
 
-from stepquant.core.affine import fake_quantize_ste, quantize, to_groups
-from stepquant.core.codebook import ThroughCodebook, nearest
+from stepquant.core.affine import fake_quantize_ste, to_groups
+from stepquant.core.levels import Levels
 from stepquant.core.mapped import beside
 from stepquant.core.rounding import alpha_of, share_up
 from stepquant.quant.layers import QuantLayer, Rounding, from_integers
@@ -28,7 +29,7 @@ class FixedRounding:
         return from_integers(self.integers(weight, quantizer), quantizer).to(weight.dtype)
 
     def integers(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
-        lower, upper, _ = quantizer.neighbours(to_groups(weight.detach().float(), quantizer.grid))
+        lower, upper, _ = quantizer.levels.enclosing(to_groups(weight.detach().float(), quantizer.grid))
         return torch.where(self.up.reshape(lower.shape), upper, lower).reshape(weight.shape)
 
 
@@ -59,7 +60,9 @@ class SoftRounding:
 
     def __init__(self, weight: Tensor, quantizer: Quantizer) -> None:
         scale, zero_point = (value[:, None] for value in quantizer.range())
-        lower, upper, fraction = quantizer.neighbours(to_groups(weight.detach().float(), quantizer.grid))
+        lower, upper, fraction = quantizer.levels.enclosing(
+            to_groups(weight.detach().float(), quantizer.grid)
+        )
         # Eq. 22, inside the grid: lower + share * span; where the grid ends, the span is 0.
         self.low, self.span = (lower - zero_point) * scale, (upper - lower) * scale
         self.alpha = alpha_of(fraction).requires_grad_()
@@ -89,16 +92,15 @@ class LearnedWeight:
     def __init__(self, layer: QuantLayer, rank: int, generator: Generator) -> None:
         quantizer = layer.weight_quantizer
         assert quantizer is not None, "a weight without a quantizer has nothing to be learnt for"
-        scale, zero_point = (value[:, None] for value in quantizer.range())
-        weight = to_groups(layer.weight.detach().float(), quantizer.grid)
+        levels, weight = quantizer.levels, to_groups(layer.weight.detach().float(), quantizer.grid)
         if layer.rounding is not None:
             chosen = to_groups(layer.weight_integers(), quantizer.grid)
-            low, high = ((chosen - zero_point + NEAR * gap) * scale for gap in quantizer.gaps_beside(chosen))
+            ends = (chosen - levels.zero_point + NEAR * gap for gap in levels.gaps_beside(chosen))
+            low, high = (end * levels.scale for end in ends)
             weight = torch.minimum(torch.maximum(weight, low), high)
-        self.start, self.zero_point, self.weight = scale, zero_point, weight
-        self.gaps, self.codebook = quantizer.gaps()[:, None], quantizer.codebook
-        self.shape, self.grid = layer.weight.shape, quantizer.grid
-        self.factor = torch.ones_like(scale).requires_grad_()
+        self.start, self.weight, self.shape = levels, weight, layer.weight.shape
+        self.gaps = levels.gaps()
+        self.factor = torch.ones_like(levels.scale).requires_grad_()
         self.typical = float(self.gaps.mean())
         if rank:
             outputs, inputs = len(layer.weight), layer.weight[0].numel()
@@ -109,8 +111,8 @@ class LearnedWeight:
             self.changes = [torch.zeros_like(weight).requires_grad_()]
 
     @property
-    def scale(self) -> Tensor:
-        return self.start * self.factor.clamp(min=0.01)
+    def levels(self) -> Levels:
+        return replace(self.start, scale=self.start.scale * self.factor.clamp(min=0.01))
 
     def changed(self) -> Tensor:
         """The weight in rows of its grid, not rounded."""
@@ -120,23 +122,17 @@ class LearnedWeight:
         return self.weight + (up @ down).reshape(self.weight.shape) * self.typical
 
     def values(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
-        if self.grid.codebook:
-            rounded = ThroughCodebook.apply(self.changed(), self.scale, self.codebook)  # type: ignore[no-untyped-call]
-        else:
-            rounded = fake_quantize_ste(self.changed(), self.scale, self.zero_point, self.grid)
-        return rounded.reshape(self.shape).to(weight.dtype)
+        return self.levels.through(self.changed()).reshape(self.shape).to(weight.dtype)
 
     def integers(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
-        changed, scale = self.changed().detach(), self.scale.detach()
-        if self.grid.codebook:
-            return nearest(changed * scale.reciprocal(), self.codebook).reshape(self.shape)
-        return quantize(changed, scale, self.zero_point, self.grid).reshape(self.shape)
+        with torch.no_grad():
+            return self.levels.integers(self.changed()).reshape(self.shape)
 
     def settle(self, layer: QuantLayer) -> None:
         """Make it what the layer has."""
         assert layer.weight_quantizer is not None
         integers = self.integers(layer.weight, layer.weight_quantizer)
-        layer.weight_quantizer.set_range(self.scale, self.zero_point)
+        layer.weight_quantizer.set_range(self.levels.scale, self.levels.zero_point)
         layer.rounding = kept(FixedIntegers(integers), layer)
 
 

@@ -139,7 +139,7 @@ def best_division(
     def rounded(rest: Tensor) -> Tensor:
         trial, rows = Quantizer(quantizer.grid, quantizer.site), to_groups(rest, quantizer.grid)
         trial.fit(rows, settings.weight_search)
-        return trial.values(rows).view_as(rest)
+        return trial.levels.values(rows).view_as(rest)
 
     def measured(factors: Tensor | None) -> Callable[[LowRank | None, Tensor], float]:
         inputs = rounded_inputs(layer.input_quantizer, x if factors is None else x * factors, settings)

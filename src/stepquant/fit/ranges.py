@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepquant.calib.calibset import CalibSet
 from stepquant.core.affine import scale_and_zero, to_groups
-from stepquant.core.freed import give_back
+from stepquant.core.freed import trim
 from stepquant.core.ranges import Search, SlicedSearch, ema
 from stepquant.core.slices import Slices
 from stepquant.core.steps import StepTable
@@ -22,7 +22,7 @@ from stepquant.quant.quantizer import Quantizer
 def set_weight_ranges(network: Inserted, search: Search, progress: Progress | None = None) -> None:
     """The range of every weight, from the weight alone."""
     layers = list(network.weighted().values())
-    give_back()  # what recording has left
+    trim()  # what recording has left
     for layer in (progress or Silent()).track(layers, "weight ranges", len(layers)):
         quantizer = layer.weight_quantizer
         assert quantizer is not None
@@ -118,7 +118,7 @@ def observe_all(network, data, quantizers, observe, batch: int, progress: Progre
     for quantizer in quantizers:
         quantizer.observer = observe
     inserted = (*network.layers.values(), *network.products.values())
-    handles = [one.register_forward_hook(lambda *_: give_back()) for one in inserted]
+    handles = [one.register_forward_hook(lambda *_: trim()) for one in inserted]
     try:
         with torch.no_grad():
             total = -(-len(data) // batch)

@@ -163,7 +163,7 @@ class Displaced:
 
     def __init__(self, layer: QuantLayer, quantizer: Quantizer) -> None:
         self.nearest = to_groups(from_integers(layer.weight_integers(), quantizer), quantizer.grid)
-        self.gaps = quantizer.gaps()[:, None]
+        self.gaps = quantizer.levels.gaps()
         self.displacement = torch.zeros_like(self.nearest)
 
     def values(self, weight: Tensor, quantizer: Quantizer) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from stepquant.artifact import Artifact, LayerSpec, ProductSpec, StepSpec, table_tensors
 from stepquant.core.affine import to_groups
 from stepquant.core.codebook import codes_of
-from stepquant.core.freed import empty, give_back
+from stepquant.core.freed import empty, trim
 from stepquant.core.mapped import beside
 from stepquant.core.pack import pack, pack_codes, pack_nearest
 from stepquant.quant.insert import Inserted
@@ -39,7 +39,7 @@ def freeze(
     products: dict[str, ProductSpec] = {}
     parameters = network.denoiser.model.named_parameters(remove_duplicate=False)
     owners, freed = Counter(id(value) for _, value in parameters), 0
-    give_back()
+    trim()
     for quantizer in network.quantizers():
         if not quantizer.dynamic:
             quantizer.range()  # one that is not set fails before any weight is gone
@@ -61,7 +61,7 @@ def freeze(
             freed += layer.weight.nbytes
             empty(layer.weight)  # type: ignore[arg-type]
             if freed > LOOSE:
-                give_back()
+                trim()
                 freed = 0
     for path, product in network.products.items():
         grids = {port: quantizer.grid for port, quantizer in product.ports().items()}

@@ -108,7 +108,7 @@ class QuantLayer(nn.Module):
             return self.weight
         if self.rounding is not None:
             return self.rounding.values(self.weight, quantizer)
-        return quantizer.values(to_groups(self.weight, quantizer.grid)).view_as(self.weight)
+        return quantizer.levels.values(to_groups(self.weight, quantizer.grid)).view_as(self.weight)
 
     def weight_integers(self) -> Tensor:
         """The integers that are packed, in the shape of the weight."""
@@ -116,7 +116,7 @@ class QuantLayer(nn.Module):
         assert quantizer is not None, "a layer without a weight quantizer has no integers"
         if self.rounding is not None:
             return self.rounding.integers(self.weight, quantizer)
-        return quantizer.integers(to_groups(self.weight, quantizer.grid)).reshape(self.weight.shape)
+        return quantizer.levels.integers(to_groups(self.weight, quantizer.grid)).reshape(self.weight.shape)
 
     def __getattr__(self, name: str) -> Any:
         """What a model asks the layer itself: its widths, for one."""

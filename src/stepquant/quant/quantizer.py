@@ -10,18 +10,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from stepquant.core.affine import (
-    dequantize,
-    fake_quantize,
-    fake_quantize_log,
-    quantize,
-    scale_and_zero,
-    scales_of_rows,
-)
-from stepquant.core.codebook import codebook_of, codes_of, nearest, neighbours
+from stepquant.core.affine import fake_quantize, fake_quantize_log, quantize, scales_of_rows
 from stepquant.core.grid import AS_THEY_COME, Grid
+from stepquant.core.levels import Levels, kind_of
 from stepquant.core.ranges import Search
-from stepquant.core.rounding import beside
 from stepquant.core.slices import Slices
 from stepquant.core.steps import StepTable
 from stepquant.errors import CalibrationError, RangeError
@@ -144,55 +136,16 @@ class Quantizer(nn.Module):
         self.scale[row], self.zero_point[row] = scale.item(), zero_point.item()
 
     def fit(self, rows: Tensor, search: Search) -> None:
-        """The range of these rows of a weight; of a codebook the integers, which need no search."""
-        if not self.grid.codebook:
-            self.set_range(*scale_and_zero(*search(rows, self.grid), self.grid))
-            return
-        scale, self.codebook = codebook_of(rows, self.grid.levels)
-        self.set_range(scale, torch.zeros_like(scale))
+        """The numbers that these rows of a weight may take."""
+        found = kind_of(self.grid).fit(rows, self.grid, search)
+        self.codebook = found.codebook
+        self.set_range(found.scale, found.zero_point)
 
-    def integers(self, rows: Tensor) -> Tensor:
-        """The nearest ones that rows of a weight may take."""
+    @property
+    def levels(self) -> Levels:
+        """The numbers that rows of a weight may take."""
         scale, zero_point = (value[:, None] for value in self.range())
-        if self.grid.codebook:
-            return nearest(rows.float() * scale.reciprocal(), self.codebook)
-        return quantize(rows, scale, zero_point, self.grid)
-
-    def values(self, rows: Tensor) -> Tensor:
-        """What these integers stand for."""
-        scale, zero_point = (value[:, None] for value in self.range())
-        return dequantize(self.integers(rows), scale, zero_point).to(rows.dtype)
-
-    def neighbours(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The integers below and above each number of a weight, and how much of the way up it is; both the same at an end."""
-        scale, zero_point = (value[:, None] for value in self.range())
-        if self.grid.codebook:
-            return neighbours(rows * scale.reciprocal(), self.codebook)
-        return beside(rows, scale, zero_point, self.grid)
-
-    def gaps_beside(self, integers: Tensor) -> tuple[Tensor, Tensor]:
-        """From each of these integers of a weight to the next below and above; at an end as far as to the other side."""
-        if not self.grid.codebook:
-            one = torch.ones_like(integers)
-            return -one, one
-        gaps, places = self.codebook.diff(dim=1).clamp(min=1), codes_of(integers, self.codebook)
-        below, above = (gaps.gather(1, at.clamp(0, gaps.shape[1] - 1)) for at in (places - 1, places))
-        return -below, above
-
-    def ends(self) -> tuple[Tensor, Tensor]:
-        """The least and the greatest number of each row of a weight."""
-        scale, zero_point = (value[:, None] for value in self.range())
-        if self.grid.codebook:
-            return self.codebook[:, :1] * scale, self.codebook[:, -1:] * scale
-        low, high = ((end - zero_point) * scale for end in (self.grid.qmin, self.grid.qmax))
-        return low, high
-
-    def gaps(self) -> Tensor:
-        """How far the numbers of each row lie apart, on average."""
-        scale, _ = self.range()
-        if not self.grid.codebook:
-            return scale
-        return scale * (self.codebook[:, -1] - self.codebook[:, 0]).clamp(min=1) / (self.grid.levels - 1)
+        return kind_of(self.grid)(self.grid, scale, zero_point, self.codebook)
 
     def set_bits(self, bits: Sequence[int]) -> None:
         """Of every row of a per-step range; the grid becomes that of the widest."""

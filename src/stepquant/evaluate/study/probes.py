@@ -41,7 +41,7 @@ Options = Mapping[str, Mapping[int, Quantizer]]  # site key -> bits
 def error_of(quantizer: Quantizer, values: Tensor) -> Tensor:
     """What a tensor loses."""
     rows = to_groups(values, quantizer.grid) if len(quantizer.scale) > 1 else values.reshape(1, -1)
-    return quantizer.values(rows).sub_(rows)
+    return quantizer.levels.values(rows).sub_(rows)
 
 
 def estimate(
