@@ -104,6 +104,29 @@ def test_layers_are_taken_in_the_order_of_their_calls_and_what_follows_is_not_ru
     assert not run
 
 
+class ByKeyword(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(input=x)
+
+
+def test_a_layer_that_is_called_by_keyword_is_rounded_alike(bench: Bench) -> None:
+    """As UNetMotionModel calls its projections."""
+    piece, sample = next((p, s) for p, s in bench.samples() if p.path == "down_blocks.0.resnets.0")
+    block, layer = piece.module, bench.network.layers["down_blocks.0.resnets.0.conv2"]
+    found = []
+    for called in (layer, ByKeyword(layer)):
+        block.conv2, layer.rounding = called, None
+        with torch.no_grad():
+            compensate_block(bench.network, piece, sample, 0, Compensation(batch=12))
+        assert layer.rounding is not None
+        found.append(layer.weight_integers())
+    assert torch.equal(*found)
+
+
 def test_records_that_weigh_as_much_as_several_are_as_several() -> None:
     torch.manual_seed(0)
     for layer, x in (
