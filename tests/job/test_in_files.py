@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tests.conftest import make_class_pipeline, make_one_level
 from tests.contracts.smallest import Counting, Killed
 from tests.job.test_job import contents
 
+pytestmark = pytest.mark.usefixtures("coarse")
 FILE = "diffusion_pytorch_model.safetensors"
 FEW: dict[str, Any] = {"samples": 16, "trajectories": 4}
 WAYS = {"minmax": ("w8a8", FEW), "brecq": ("w4a8", FEW | {"iterations": 4, "step_iterations": 2})}
@@ -156,33 +158,57 @@ def test_a_full_disk_is_an_error(saved: Path, tmp_path: Path, monkeypatch: pytes
 
 
 LIMITED = """
-import resource, sys
+import json, os, resource, sys, traceback
 import torch
+from stepquant.core.ranges import lp_search, lp_search_binned
 from stepquant.job import Recipe, quantize_to
 from stepquant.job.memory import status_bytes
-model, out, more, low, method, scheme, settings = sys.argv[1:]
-settings = {name: int(value) for name, value in (one.split("=") for one in settings.split(","))}
-recipe = Recipe.of(model=model, method=method, scheme=scheme, steps=2, settings=settings)
-learnt = torch.nn.Linear(4, 4)  # what libraries import when something is learnt first
-learnt(torch.ones(1, 4)).sum().backward()
-torch.optim.Adam(learnt.parameters(), fused=True).step()
-limit = status_bytes("VmData") + int(more)
-resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-quantize_to(recipe, out, low_memory=low == "low", memory=0)
+
+for search in (lp_search, lp_search_binned):
+    search.__kwdefaults__ |= {"candidates": 3}
+
+def run(model, out, more, way, method, scheme, settings):
+    learn()  # what libraries import then is no part of a model
+    limit = status_bytes("VmData") + more
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    recipe = Recipe.of(model=model, method=method, scheme=scheme, steps=2, settings=settings)
+    quantize_to(recipe, out, low_memory=way == "low", memory=0)
+
+def learn():
+    learnt = torch.nn.Linear(4, 4)
+    learnt(torch.ones(1, 4)).sum().backward()
+    torch.optim.Adam(learnt.parameters(), fused=True).step()
+
+torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], fused=True)
+for number, asked in enumerate(json.loads(sys.argv[2])):
+    out = f"{sys.argv[1]}/{number}"
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(f"{out}.err", os.O_WRONLY | os.O_CREAT), 2)
+        try:
+            run(asked.pop("model"), out, **asked)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-RECORDS = "samples=16,trajectories=8,batch=4"
-RUNS = [
-    ("usual", "minmax", "w8a8", RECORDS),
-    ("low", "minmax", "w8a8", RECORDS),
-    ("low", "minmax", "w4a16", RECORDS),
-    ("low", "brecq", "w4a8", f"{RECORDS},iterations=2,step_iterations=1"),
+RECORDS = {"samples": 16, "trajectories": 8, "batch": 4}
+RUNS: list[dict[str, Any]] = [
+    {"way": "usual", "method": "minmax", "scheme": "w8a8", "settings": RECORDS},
+    {"way": "low", "method": "minmax", "scheme": "w8a8", "settings": RECORDS},
+    {"way": "low", "method": "minmax", "scheme": "w4a16", "settings": RECORDS},
+    {
+        "way": "low",
+        "method": "brecq",
+        "scheme": "w4a8",
+        "settings": RECORDS | {"iterations": 2, "step_iterations": 1},
+    },
 ]
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """Many narrow blocks and large tables, in 16 bits on disk, and how many bytes they are in float32."""
-    folder = tmp_path_factory.mktemp("large")
+def large() -> Any:
+    """A pipeline around many narrow blocks and large tables."""
     made: Any = make_class_pipeline()
     with torch.device("meta"):
         network = DiTTransformer2DModel(
@@ -190,33 +216,49 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
             attention_head_dim=32,
             in_channels=4,
             out_channels=4,
-            num_layers=32,
-            num_embeds_ada_norm=3000,
+            num_layers=16,
+            num_embeds_ada_norm=7000,
             sample_size=8,
         )
     network.to_empty(device="cpu").requires_grad_(False)
     for value in network.state_dict().values():
         value.fill_(0.01)
     made.register_modules(transformer=network)
-    made.save_pretrained(folder)
-    network.to(torch.bfloat16).save_pretrained(folder / "transformer")
-    return folder, sum(4 * value.numel() for value in network.state_dict().values())
+    return made
+
+
+@pytest.fixture(scope="module")
+def limited(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str, Path]]:
+    """What each run ended with, what it said, and its folder; it may take 1 / 1.2 of the float weights in float32."""
+    folder, made = tmp_path_factory.mktemp("large"), large()
+    network = made.transformer
+    more = int(sum(4 * value.numel() for value in network.state_dict().values()) / 1.2)
+    made.save_pretrained(folder / "float")
+    network.to(torch.bfloat16).save_pretrained(folder / "float" / "transformer")  # as models come
+    asked = json.dumps([one | {"model": str(folder / "float"), "more": more} for one in RUNS])
+    # What is freed goes back to the system, and no thread has a heap of its own: the same on every machine.
+    calm = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1",
+        "STEPQUANT_CACHE": str(folder / "cache"),
+    }  # fmt: skip
+    words = [sys.executable, "-W", "ignore", "-c", LIMITED, str(folder), asked]
+    done = subprocess.run(words, capture_output=True, text=True, env=calm)
+    assert done.returncode == 0, done.stderr
+    ends = map(int, done.stdout.split())
+    return [
+        (end, (folder / f"{number}.err").read_text(), folder / str(number)) for number, end in enumerate(ends)
+    ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a process may write to")
-@pytest.mark.parametrize(("way", "method", "scheme", "settings"), RUNS)
+@pytest.mark.parametrize(
+    "number", range(len(RUNS)), ids=[f"{one['way']}-{one['method']}-{one['scheme']}" for one in RUNS]
+)
 def test_a_model_larger_than_what_the_process_may_take(
-    way: str, method: str, scheme: str, settings: str, large: tuple[Path, int], tmp_path: Path
+    number: int, limited: list[tuple[int, str, Path]]
 ) -> None:
     """Its float weights are 1.2 times the memory that is left to the process, which loads them in vain."""
-    folder, size = large
-    words = [sys.executable, "-W", "ignore", "-c", LIMITED, folder, tmp_path / "out", str(int(size / 1.2))]
-    # What is freed goes back to the system, and no thread has a heap of its own: the same on every machine.
-    calm = os.environ | {
-        "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"
-    }  # fmt: skip
-    done = subprocess.run([*words, way, method, scheme, settings], capture_output=True, text=True, env=calm)
-    works = way == "low"
-    assert (done.returncode == 0) == works, done.stderr
-    assert ("memory" in done.stderr.lower()) == (not works), done.stderr
-    assert (tmp_path / "out" / "model_index.json").exists() == works
+    (end, said, out), works = limited[number], RUNS[number]["way"] == "low"
+    assert (end == 0) == works, said
+    assert ("memory" in said.lower()) == (not works), said
+    assert (out / "model_index.json").exists() == works
