@@ -33,6 +33,8 @@ OPERATIONS: dict[str, ops.Operation[..., Any]] = {
 DEVICES = sorted(path.parent.name for path in Path(str(device.__file__)).parent.glob("*/device.py"))
 LAYOUTS = ("pack_weight",)  # what they return is only for other operations of the same device
 DOUBTFUL = 0.01  # share of the codes that may lie on the other side of a rounding
+# Where numbers of the result hold a sum of exponentials, which kernels take to 3e-6, as a share of the largest.
+COARSE = {"attention_by_row": 1e-5}
 
 
 def example(name: str) -> tuple:
@@ -91,7 +93,7 @@ def difference(name: str, got: Tensor, want: Tensor) -> str | None:
     furthest = (got.double() - want.double()).abs().max() / want.double().abs().max()
     return (
         None
-        if furthest <= 4 * torch.finfo(got.dtype).eps
+        if furthest <= COARSE.get(name, 4 * torch.finfo(got.dtype).eps)
         else f"numbers differ by {furthest:.2g} of the largest"
     )
 

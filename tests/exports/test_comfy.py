@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from stepquant.errors import StepquantError
+from stepquant.hub import on_load
 from stepquant.job.export import export
 from stepquant.job.foreign import convert, inspect_file
 from stepquant.models.originals import in_original_names
@@ -23,6 +24,12 @@ from tests.runtime.synthetic import relative
 
 # Networks of linears, and the group that rotates. FLUX.1 has original names at its true width alone, see below.
 LINEARS = {"sd3_dual": None, "wan": 4, "z_image": 4, "qwen_image": None, "flux2": 16, "ltx": None}
+
+
+@pytest.fixture(autouse=True)
+def attention_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files say nothing of attention, which is in float where they come back."""
+    monkeypatch.setattr(on_load, "products_of", lambda *_: {})
 
 
 def config_of(folder: Path, tmp_path: Path) -> Path:

@@ -51,6 +51,7 @@ def lp_search(
 
     Errors are bracketed first, with the help of a row's `outermost` values, and taken exactly where that leaves a choice.
     """
+    rows = rows.detach()
     low, high = minmax(rows, grid)
     fractions = torch.arange(candidates, 0, -1, device=rows.device) / candidates
     few = max(AT_ONCE // rows.shape[1], 1)
@@ -78,7 +79,7 @@ def best_of(
 
     some = possible.any(1).nonzero().flatten()
     measure(some, chosen[some])
-    for place in possible.any(0).nonzero().flatten().tolist():
+    for place in possible.any(0).nonzero().flatten().cpu().tolist():
         hopeful = possible[:, place] & (chosen != place) & ~(least[:, place] > best)
         some = hopeful.nonzero().flatten()
         measure(some, torch.full_like(some, place))
@@ -94,7 +95,7 @@ def brackets(
     extremes = rows.gather(1, rows.abs().topk(count, dim=1, sorted=False).indices)
     least, most = torch.full((2, len(rows), len(fractions)), torch.inf, device=rows.device)
     magnitudes, upper = extremes.abs(), torch.full_like(low, torch.inf)
-    for place, fraction in enumerate(fractions.tolist()):
+    for place, fraction in enumerate(fractions.cpu().tolist()):
         ends = low * fraction, high * fraction
         if (clipped_alone(magnitudes, *ends, grid, p) > upper).all():
             break  # and more so the fractions that clip more

@@ -52,7 +52,7 @@ def few_of_each(data: CalibSet) -> dict[int, list[int]]:
 
 def span(ends: Tensor) -> float:
     """How far zero and all values lie apart."""
-    low, high = ends.tolist()
+    low, high = (end.item() for end in ends)
     return float(max(high, 0.0) - min(low, 0.0))
 
 

@@ -79,6 +79,8 @@ def no_tokens() -> NoReturn:
 
 def looked_up(codes: Tensor, scale: Tensor, zero_point: Tensor, places: Tensor) -> Tensor:
     """The rows at these places in float32."""
-    scale, zero_point = scale[places], zero_point[places]
-    found = codes[places].unflatten(-1, (scale.shape[-1], -1)).float()
-    return dequantize(found, scale[..., None], zero_point[..., None]).flatten(-2)
+    rows = places.flatten()
+    found, scale, zero_point = (one.index_select(0, rows) for one in (codes, scale, zero_point))
+    numbers = found.unflatten(-1, (scale.shape[-1], -1)).float()
+    values = dequantize(numbers, scale[..., None], zero_point[..., None])
+    return values.reshape(*places.shape, codes.shape[-1])
