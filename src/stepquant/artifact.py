@@ -72,9 +72,8 @@ def stored_grid(port: str, text: str, where: str) -> Grid:
             fix=AGAIN,
         ) from error
     signed = port != "probabilities"  # which are never negative
-    bare = grid.granularity == "token" and not (
-        grid.signed == signed and grid.symmetric
-    )  # no zero point is stored
+    # No zero point is stored.
+    bare = grid.granularity == "token" and not (grid.signed == signed and grid.symmetric)
     if grid.granularity not in allowed or bare:
         raise ArtifactError(
             f"'{where}.{port}' cannot carry its grid",

@@ -14,9 +14,7 @@ from stepquant.core.slices import Slices
 
 Rows = Tensor | Slices  # of slices there is a single row
 Search = Callable[[Tensor, Grid], tuple[Tensor, Tensor]]  # rows (n, elements), grid -> low (n,), high (n,)
-AT_ONCE = (
-    1 << 22
-)  # elements of rows that are searched together: what is done for each row costs little beside them
+AT_ONCE = 1 << 22  # elements of rows that are searched together, beside which work by the row costs little
 SORTED = 64  # numbers for each of the greatest that torch looks for, or it sorts them all
 SlicedSearch = Callable[[Slices, Grid], tuple[Tensor, Tensor]]
 
