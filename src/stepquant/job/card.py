@@ -17,7 +17,8 @@ from stepquant.job.pipelines import STEPS, calibrated_with, load
 from stepquant.job.results import artifact_config, describe_alone, measured_so_far
 from stepquant.models.call import Asked, Call, steps_of
 from stepquant.models.generate import sample
-from stepquant.models.pipelines.results import IMAGES, OUTPUTS, SOUNDS
+from stepquant.models.pipelines.modular import is_modular
+from stepquant.models.pipelines.results import IMAGES, SOUNDS, output_name
 from stepquant.models.sampling import Sampling
 from stepquant.progress import Progress
 from stepquant.report import card
@@ -44,11 +45,11 @@ def write_card(
     shown = shown_with(config, calls)
     made = draw(pipeline, shown, progress)
     known = measured_so_far(place, describe_alone(pipeline, place))
-    samples, output = None, OUTPUTS[made[0].ndim if made else IMAGES]
+    samples, output = None, output_name(made[0].ndim if made else IMAGES, pipeline)
     if made and made[0].ndim != SOUNDS:  # which no page plays
         samples = file_for(made[0], None, SAMPLES).name
         write_media(made, place / samples)
-    text = card(known, samples, shown.steps, output)
+    text = card(known, samples, shown.steps, output, modular=is_modular(pipeline))
     atomically(place / CARD, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return place / CARD
 

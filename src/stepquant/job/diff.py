@@ -25,6 +25,7 @@ from stepquant.job.pipelines import check_one_denoiser, find_folder, load
 from stepquant.job.results import RESULTS, artifact_config, read_results
 from stepquant.job.store import weights_bytes
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.pipelines.index import index_of
 from stepquant.report.images import grid, write_image
 
 SAME = ("name", "against", "extractor", "resize")  # without which two numbers do not compare
@@ -45,7 +46,7 @@ class Side:
     def read(cls, folder: Path) -> Side:
         """From the folder of an artifact, or from that of one in a run store."""
         inside = folder / INSIDE
-        folder = inside if (inside / "model_index.json").is_file() else find_folder(str(folder))
+        folder = inside if index_of(inside) is not None else find_folder(str(folder))
         pipeline = load(folder)
         config = artifact_config(pipeline, folder)
         check_one_denoiser(pipeline)

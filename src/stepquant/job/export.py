@@ -21,6 +21,7 @@ from stepquant.job.files import follow_umask, writing
 from stepquant.job.pipelines import load, prompts_of
 from stepquant.models.denoiser import COMPONENTS, Denoiser, by_denoiser
 from stepquant.models.hooks import first_arguments
+from stepquant.models.pipelines.index import index_of
 from stepquant.progress import Progress, Silent
 
 WEIGHTS: Mapping[str, str] = {
@@ -150,7 +151,7 @@ def format_of(to: str) -> Any:
 
 def folder_of(folder: Path, component: str | None) -> Path:
     """The folder of the network that is meant: itself, or one of a pipeline."""
-    if not (folder / "model_index.json").is_file():
+    if index_of(folder) is None:
         if component is not None:
             raise ArtifactError(
                 f"'{folder}' is no pipeline, which alone has components", fix="leave --component out"

@@ -14,11 +14,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from stepquant.errors import StepquantError
+from stepquant.models.pipelines.index import INDEXES
 
 MORE_SPACE = "free disk space, then run again with --resume: recorded trajectories are kept"
 WHAT_TO_DO = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None), MORE_SPACE)
 CARD = "README.md"  # the model card of a pipeline, which may come into its folder later
-LAST = "model_index.json"  # what makes a folder a pipeline
 INSIDE = ".stepquant"  # how folders on their way are called inside of the one that they fill
 
 
@@ -136,7 +136,7 @@ def put_in_place(folder: Path, target: Path) -> None:
 def finish_move(target: Path) -> None:
     """Empty what is finished inside of `target` into it, the file that makes it a pipeline last."""
     for kept in target.glob(f"{INSIDE}.*.finished"):
-        for entry in sorted(kept.iterdir(), key=lambda entry: entry.name == LAST):
+        for entry in sorted(kept.iterdir(), key=lambda entry: entry.name in INDEXES):
             os.replace(entry, target / entry.name)
         kept.rmdir()
 

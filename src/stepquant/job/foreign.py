@@ -20,12 +20,13 @@ from stepquant.hub.foreign.convert import network_of
 from stepquant.hub.foreign.network import ForeignFile, ForeignLayer
 from stepquant.hub.foreign.read import packed_by, read
 from stepquant.hub.foreign.sdnq import CONFIG
-from stepquant.hub.foreign.settings import denoiser_in, is_pipeline, read_settings, settings_of
+from stepquant.hub.foreign.settings import denoiser_in, read_settings, settings_of
 from stepquant.hub.foreign.single_file import running
-from stepquant.job.files import LAST, is_taken, new_folder, writing
+from stepquant.job.files import is_taken, new_folder, writing
 from stepquant.job.pipelines import STEPS, move, open_pipeline, ready, without_bars
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.families.registry import family_of
+from stepquant.models.pipelines.index import index_of
 from stepquant.models.sampling import Sampling
 from stepquant.runtime.layers.layer import IntegerLayer
 
@@ -83,7 +84,7 @@ def load_file(
     found = read(file)
     network = running(found, settings_of(found, config), scheme)
     asked = asked_policy(found, network, policy)
-    if config is None or not is_pipeline(config):
+    if config is None or index_of(config) is None:
         if asked is not None:
             raise no_sampler(found, asked[0])
         return move(network, device)
@@ -168,7 +169,7 @@ def inspect_network(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def is_network(folder: Path) -> bool:
     """Whether it holds one network packed here, and no pipeline around it."""
-    return packed_by(folder) == Name.STEPQUANT.value and not (folder / LAST).exists()
+    return packed_by(folder) == Name.STEPQUANT.value and index_of(folder) is None
 
 
 def counted(words: Iterable[str]) -> dict[str, int]:

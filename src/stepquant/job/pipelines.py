@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline, ModularPipeline
 from diffusers.utils import is_transformers_available, logging
 
 from stepquant import hub
@@ -20,6 +19,8 @@ from stepquant.models import zoo
 from stepquant.models.call import Asked, Call, steps_of
 from stepquant.models.denoiser import COMPONENTS, Denoiser, check_finite, denoisers
 from stepquant.models.pipelines.calling import check_call
+from stepquant.models.pipelines.index import INDEXES, ORDINARY, index_of, read_index
+from stepquant.models.pipelines.modular import hide_bars, load_parts
 from stepquant.models.sampling import SAMPLERS, Sampling
 
 
@@ -67,7 +68,7 @@ def ready(pipeline: Any, name: str, device: str) -> Any:
         if hub.config_of(network) is None:
             check_finite(network)
     rename(pipeline, name)
-    pipeline.set_progress_bar_config(disable=True)
+    hide_bars(pipeline)
     return move(pipeline, device)
 
 
@@ -95,11 +96,11 @@ def find_folder(name: str) -> Path:
             expected=f"a diffusers pipeline folder, or one of {', '.join(zoo.pipelines())}",
             fix=near.fix or hub_id or "check the path",
         )
-    if not (folder / "model_index.json").is_file():
-        above = (folder.parent / "model_index.json").is_file()
+    if index_of(folder) is None:
+        above = index_of(folder.parent) is not None
         raise ModelError(
             f"'{name}' is no diffusers pipeline",
-            expected="a folder with model_index.json, as pipeline.save_pretrained writes it",
+            expected=f"a folder with {' or '.join(INDEXES)}, as pipeline.save_pretrained writes it",
             fix=f"give the folder above it: {folder.parent}" if above else None,
         )
     return folder
@@ -110,6 +111,8 @@ def open_pipeline(folder: Path, **parts: Any) -> Any:
     try:
         hub.check_folder(folder)
         with without_bars():
+            if not (folder / ORDINARY).is_file():
+                return load_parts(ModularPipeline.from_pretrained(str(folder), local_files_only=True), parts)
             pipeline = DiffusionPipeline.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, **parts
             )
@@ -132,7 +135,7 @@ def open_pipeline(folder: Path, **parts: Any) -> Any:
 
 def keep_options(pipeline: Any, folder: Path) -> None:
     """What a pipeline was built with besides its parts is saved with it again; DiTPipeline would forget its labels."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = read_index(folder)
     options = {name: value for name, value in index.items() if not isinstance(value, list) and name[0] != "_"}
     pipeline.register_to_config(**{n: value for n, value in options.items() if n not in pipeline.config})
 

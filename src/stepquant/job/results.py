@@ -98,7 +98,7 @@ def describe_artifact(twins: Twins, folder: Path, name: str) -> dict[str, Any]:
         "size": size(twins.float, folder),
         "coverage": named(list(zip(names, covered))),
         "plan": named([(component, describe_plan(one.source, one.other)) for component, one in parts]),
-    } | beside(twins.quantized, folder)
+    } | further_parts(twins.quantized, folder)
 
 
 def describe_alone(pipeline: Any, folder: Path) -> dict[str, Any]:
@@ -122,10 +122,10 @@ def describe_alone(pipeline: Any, folder: Path) -> dict[str, Any]:
         "size": sizes([size_beside(one, folder) for one in shapes]),
         "coverage": named(list(zip(names, covered))),
         "plan": named(list(zip(names, plans))),
-    } | beside(pipeline, folder)
+    } | further_parts(pipeline, folder)
 
 
-def beside(pipeline: Any, folder: Path) -> dict[str, Any]:
+def further_parts(pipeline: Any, folder: Path) -> dict[str, Any]:
     """What there is to say of the quantized networks beside the denoiser, if there are any."""
     config = artifact_config(pipeline, folder)
     known = [one for one in prompts_of(config) if isinstance(one, Call)]

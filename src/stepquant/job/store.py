@@ -22,6 +22,7 @@ from stepquant.job.passing import passes, passings_of, quantize_files
 from stepquant.job.pipelines import find_folder, load, name_of, without_bars
 from stepquant.job.recipe import Recipe
 from stepquant.models.denoiser import Denoiser, by_denoiser, denoisers
+from stepquant.models.pipelines.modular import save
 from stepquant.progress import Progress, Silent
 
 
@@ -83,7 +84,7 @@ def quantize_to(
         made = run_all(pipeline, recipe, progress, memory=memory, made_by=made_by)
         attach_all(pipeline, made, idle=networks if low_memory else ())
         with writing(target), without_bars():
-            pipeline.save_pretrained(folder)
+            save(pipeline, folder, target.name)
     return outcome(made_by[0], found=False)
 
 

@@ -18,6 +18,7 @@ def card(
     samples: str | None = "samples.png",
     steps: int | None = None,
     output: str = "images",
+    modular: bool = False,
 ) -> str:
     """Who it is, how to load it, what was measured. `samples` is an image beside it, or None.
 
@@ -30,6 +31,7 @@ def card(
         base=base_model(report.source.name),
         samples=samples,
         output=output,
+        modular=modular,
         prompt='"a prompt", ' if recipe.get("prompts") else "..., " if recipe.get("calls") else "",
         steps=steps or min(int(recipe.get("steps", MOST_STEPS)), MOST_STEPS),
         runs=how_it_runs(report),

@@ -127,10 +127,10 @@ class Written:
             before, after = self.pads[:axes], self.pads[axes:]
             rows = op("Pad", [rows, self.lists.of(0, *before, 0, 0, *after, 0), self.zero])
         for axis in range(axes - 1, 0, -1):
-            rows = self.beside(rows, axis, 0, self.sizes[axis])
+            rows = self.side_by_side(rows, axis, 0, self.sizes[axis])
         found = []
         for first, last in self.bands():
-            read = self.beside(rows, 0, first, last)
+            read = self.side_by_side(rows, 0, first, last)
             sums = op("MatMulInteger", [read, self.weight[0], self.zero, *self.weight[1:]])
             found.append(op("Mul", [op("Cast", [sums], {"to": 1}), self.scale]))
         return found[0] if len(found) == 1 else op("Concat", found, {"axis": 1})
@@ -145,7 +145,7 @@ class Written:
         """Whether an output reads anything but what lies at its own place."""
         return self.kernel[axis] > 1 or self.strides[axis] > 1
 
-    def beside(self, x: Any, axis: int, first: int, last: int) -> Any:
+    def side_by_side(self, x: Any, axis: int, first: int, last: int) -> Any:
         """What each output of a band reads along one axis, side by side in the channels."""
         if not self.moves(axis):
             return x

@@ -17,14 +17,15 @@ from stepquant.errors import ModelError
 from stepquant.hub.foreign.container import LATENT_DIFFUSION, PREFIXES
 from stepquant.hub.foreign.network import ForeignFile
 from stepquant.models.denoiser import COMPONENTS
+from stepquant.models.pipelines.index import index_of
 
-NAME, PIPELINE = "config.json", "model_index.json"
+NAME = "config.json"
 REPOSITORY = "pretrained_model_name_or_path"
 
 
 def settings_of(found: ForeignFile, config: Path | None) -> dict[str, Any]:
     """What a config.json says of the network, or the folder that holds it, or that of its pipeline; else what is known here."""
-    if config is not None and (found.settings is None or not is_pipeline(config)):
+    if config is not None and (found.settings is None or index_of(config) is None):
         file = config_file(config)
         return checked(file, read_settings(file))
     if found.settings is not None:
@@ -46,13 +47,9 @@ def settings_of(found: ForeignFile, config: Path | None) -> dict[str, Any]:
 def config_file(config: Path) -> Path:
     if not config.is_dir():
         return config
-    if is_pipeline(config):
+    if index_of(config) is not None:
         return config / denoiser_in(config) / NAME
     return config / NAME
-
-
-def is_pipeline(folder: Path) -> bool:
-    return (folder / PIPELINE).is_file()
 
 
 def denoiser_in(pipeline: Path) -> str:

@@ -35,6 +35,7 @@ from stepquant.job.recipe import Recipe
 from stepquant.job.store import weights_bytes
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.generate import run
+from stepquant.models.pipelines.modular import save
 from stepquant.progress import Progress
 from stepquant.report.images import decode, grid, write_image
 
@@ -88,7 +89,7 @@ class Quantize(Task):
         target = self.out / ARTIFACT
         shutil.rmtree(target, ignore_errors=True)
         with new_folder(target) as folder:
-            pipeline.save_pretrained(folder)
+            save(pipeline, folder, target.name)
         made = {"seconds": seconds, "peak_bytes": peak, "start_bytes": start}
         sizes = {"bytes": weights_bytes(target, [denoiser.component]), "float_bytes": float_bytes}
         write_json(self.out / QUANTIZED, made | sizes | {"files": digests(target)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from stepquant.errors import ModelError, StepquantError, UnknownNameError
 from stepquant.models.call import STEPS, Call
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.pipelines.modular import answer, hide_bars, inputs_of, is_modular, lacking
 from stepquant.models.pipelines.results import tensor_of
 from stepquant.models.sampling import Enough, Sampling, check_steps, generators, scheduler_of
 
@@ -23,11 +24,18 @@ WRITE_CALLS = "write the arguments of each call into a file, a line of JSON each
 
 def results_of(pipeline: Any, seeds: Sequence[int], sampling: Sampling, **asked: Any) -> Tensor:
     """What the pipeline makes of what is asked, one generator a result."""
-    accepted = inspect.signature(type(pipeline).__call__).parameters
+    accepted = accepted_by(pipeline)
     options = {STEPS: sampling.steps, "generator": generators(seeds), "output_type": "pt"}
     options = {name: value for name, value in options.items() if name in accepted} | asked
     with sampled_by(pipeline, sampling), torch.no_grad():
-        return tensor_of(pipeline(**options))
+        return tensor_of(answer(pipeline, options) if is_modular(pipeline) else pipeline(**options))
+
+
+def accepted_by(pipeline: Any) -> set[str]:
+    """The names of its arguments."""
+    if is_modular(pipeline):
+        return inputs_of(pipeline)
+    return set(inspect.signature(type(pipeline).__call__).parameters) - {"self", "kwargs"}
 
 
 @contextmanager
@@ -36,7 +44,7 @@ def sampled_by(pipeline: Any, sampling: Sampling) -> Iterator[None]:
     own = pipeline.scheduler
     pipeline.scheduler = scheduler_of(pipeline, sampling.sampler)
     check_steps(pipeline.scheduler, sampling.steps)
-    pipeline.set_progress_bar_config(disable=True)
+    hide_bars(pipeline)
     try:
         yield
     finally:
@@ -49,13 +57,13 @@ def results_of_text(pipeline: Any, seeds: Sequence[int], sampling: Sampling, wor
     handle = Denoiser.of(pipeline).model.register_forward_pre_hook(lambda *_: reached.append(True))
     try:
         return results_of(pipeline, seeds, sampling, prompt=list(words))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         if reached:  # the arguments were good
             raise
         raise ModelError(
             f"{type(pipeline).__name__} cannot be asked by a prompt alone",
             got=message_of(error),
-            fix=WRITE_CALLS,
+            fix=WRITE_CALLS + lacking(pipeline),
         ) from error
     finally:
         handle.remove()
@@ -73,7 +81,8 @@ def result_of_call(pipeline: Any, seed: int, call: Call, sampling: Sampling) -> 
             f"{type(pipeline).__name__} refuses {call.origin or 'a call'}",
             where=str(call),
             got=f"{type(error).__name__}: {message_of(error)}",
-            fix="change the arguments of this call; they are those of the pipeline's own __call__",
+            fix="change the arguments of this call; they are those of the pipeline's own __call__"
+            + lacking(pipeline),
         ) from error
     if len(made) != 1:
         raise ModelError(
@@ -88,7 +97,7 @@ def result_of_call(pipeline: Any, seed: int, call: Call, sampling: Sampling) -> 
 
 def check_call(pipeline: Any, call: Call) -> None:
     """The pipeline has all these arguments, and none of them is ours."""
-    accepted: Mapping[str, inspect.Parameter] = inspect.signature(type(pipeline).__call__).parameters
+    accepted = accepted_by(pipeline)
     for name in call.arguments:
         if name in OURS:
             raise ModelError(
@@ -97,7 +106,7 @@ def check_call(pipeline: Any, call: Call) -> None:
                 fix="leave it out: seeds decide the noise, and each call makes one result",
             )
         if name not in accepted:
-            unknown = UnknownNameError("argument", name, set(accepted) - {"self", "kwargs", *OURS})
+            unknown = UnknownNameError("argument", name, accepted - set(OURS))
             raise ModelError(
                 f"{type(pipeline).__name__} has no argument '{name}'",
                 where=call.origin,

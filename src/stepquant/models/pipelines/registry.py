@@ -11,7 +11,7 @@ from stepquant.models import pipelines
 from stepquant.models.pipelines import text
 from stepquant.models.pipelines.kind import Kind
 
-KINDS = ("kind", "registry", "calling", "results")  # files that say what the others declare
+KINDS = ("kind", "registry", "calling", "results", "index", "modular")  # files that declare none
 
 
 @cache

@@ -10,14 +10,16 @@ from PIL import Image
 from torch import Tensor
 
 from stepquant.errors import ModelError
+from stepquant.models.pipelines.modular import is_modular, outputs_of
 
 SOUNDS, IMAGES, VIDEOS = 3, 4, 5  # dimensions of each
-OUTPUTS = {SOUNDS: "audios", IMAGES: "images", VIDEOS: "frames"}  # what pipelines call them
+# What pipelines call them; modular ones say `videos`.
+OUTPUTS = {"audios": SOUNDS, "images": IMAGES, "frames": VIDEOS, "videos": VIDEOS}
 
 
 def tensor_of(out: Any) -> Tensor:
     """Images and videos in [0, 1], sounds as the pipeline has them."""
-    for dimensions, name in OUTPUTS.items():
+    for name, dimensions in OUTPUTS.items():
         found = getattr(out, name, None)
         if found is not None:
             made = (sounds if dimensions == SOUNDS else pictures)(found).float()
@@ -33,6 +35,12 @@ def tensor_of(out: Any) -> Tensor:
         got=type(out).__name__,
         expected="images, frames or audios",
     )
+
+
+def output_name(dimensions: int, pipeline: Any) -> str:
+    """What a pipeline calls results of so many dimensions."""
+    known = outputs_of(pipeline) if is_modular(pipeline) else set(OUTPUTS)
+    return next(name for name, number in OUTPUTS.items() if number == dimensions and name in known)
 
 
 def pictures(found: Any) -> Tensor:

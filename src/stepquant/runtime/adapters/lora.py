@@ -48,7 +48,7 @@ def cannot_fuse(where: str) -> RuntimeSupportError:
     )
 
 
-def beside(kind: Any) -> Any:
+def adapted(kind: Any) -> Any:
     """The class of peft for layers of this kind, beside an integer layer."""
 
     class Adapted(Branch, kind):  # type: ignore[misc]
@@ -66,10 +66,10 @@ def beside(kind: Any) -> Any:
     return Adapted
 
 
-AdaptedLinear = beside(peft_layers.Linear)
-AdaptedConv1d = beside(peft_layers.Conv1d)
-AdaptedConv2d = beside(peft_layers.Conv2d)
-AdaptedConv3d = beside(peft_layers.Conv3d)
+AdaptedLinear = adapted(peft_layers.Linear)
+AdaptedConv1d = adapted(peft_layers.Conv1d)
+AdaptedConv2d = adapted(peft_layers.Conv2d)
+AdaptedConv3d = adapted(peft_layers.Conv3d)
 
 ADAPTED: dict[type[nn.Module], Any] = {
     nn.Linear: AdaptedLinear,

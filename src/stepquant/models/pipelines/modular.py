@@ -1,0 +1,105 @@
+"""Modular pipelines of diffusers: blocks over parts, asked by the inputs of those blocks, answering with a state."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from diffusers import ModularPipeline
+from diffusers.modular_pipelines import modular_pipeline
+from torch import nn
+
+from stepquant.models.pipelines.index import MODULAR
+
+ORIGIN = "pretrained_model_name_or_path"  # of a part, in the index
+LOG = logging.getLogger(modular_pipeline.__name__)
+
+
+def is_modular(pipeline: Any) -> bool:
+    return isinstance(pipeline, ModularPipeline)
+
+
+def inputs_of(pipeline: Any) -> set[str]:
+    """What its blocks can be given, alone or as a table of several."""
+    return {name for one in pipeline.blocks.inputs for name in (one.name, one.kwargs_type) if name}
+
+
+def outputs_of(pipeline: Any) -> set[str]:
+    """What its blocks say that they make, without what passes between them."""
+    return {one.name for one in pipeline.blocks.outputs}
+
+
+def answer(pipeline: Any, given: Mapping[str, Any]) -> SimpleNamespace:
+    """What its blocks make of what they are given."""
+    if unknown := sorted(set(given) - inputs_of(pipeline)):  # of which it would only warn
+        raise TypeError(f"no block has an input '{unknown[0]}'")
+    with unlogged():
+        state = pipeline(**given)
+    return SimpleNamespace(**{name: state.get(name) for name in outputs_of(pipeline)})
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Each block writes down what is raised in it, which here is told once, or ends a recording early and is no error."""
+    before, LOG.disabled = LOG.disabled, True
+    try:
+        yield
+    finally:
+        LOG.disabled = before
+
+
+def hide_bars(pipeline: Any) -> None:
+    """No bar of its own; diffusers tells the outermost blocks of a modular pipeline alone."""
+    pipeline.set_progress_bar_config(disable=True)
+    waiting = [pipeline._blocks] if is_modular(pipeline) else []  # `blocks` is a copy
+    while waiting:
+        block = waiting.pop()
+        waiting += block.sub_blocks.values()
+        if hasattr(block, "set_progress_bar_config"):
+            block.set_progress_bar_config(disable=True)
+
+
+def lacking(pipeline: Any) -> str:
+    """What may be why it refuses a call: parts that it can have and has not."""
+    names = pipeline.null_component_names if is_modular(pipeline) else []
+    return f"; or give it what it was loaded without: {', '.join(names)}" if names else ""
+
+
+def load_parts(pipeline: Any, given: Mapping[str, Any]) -> Any:
+    """Every part whose files are on this machine, or that is given; parts of elsewhere stay absent.
+
+    diffusers' `load_components` would write down what is wrong with a part, and go on without it.
+    """
+    for name in pipeline.pretrained_component_names:
+        part = given[name] if name in given else loaded(pipeline.get_component_spec(name))
+        if part is not None:
+            pipeline.register_components(**{name: part})
+    return pipeline
+
+
+def loaded(spec: Any) -> Any:
+    origin = spec.pretrained_model_name_or_path
+    if origin is None or not (Path(origin) / (spec.subfolder or "")).is_dir():
+        return None
+    weights = isinstance(spec.type_hint, type) and issubclass(spec.type_hint, nn.Module)
+    return spec.load(local_files_only=True, **({"use_safetensors": True} if weights else {}))
+
+
+def save(pipeline: Any, folder: Path, called: str) -> None:
+    """Save any pipeline, which is to be found under a name of its own; its modular index would name places of this machine."""
+    if not is_modular(pipeline):
+        pipeline.save_pretrained(folder)
+        return
+    pipeline.save_pretrained(str(folder), overwrite_modular_index=True)
+    file = folder / MODULAR
+    index = json.loads(file.read_text(encoding="utf-8"))
+    for component, entry in index.items():
+        if isinstance(entry, list):
+            here, origin = (folder / component).is_dir(), entry[2][ORIGIN]
+            entry[2][ORIGIN] = called if here else None if origin and Path(origin).exists() else origin
+    file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

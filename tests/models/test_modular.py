@@ -1,0 +1,95 @@
+"""Modular pipelines: asked by the inputs of their blocks, silent, and called as a user calls them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+import stepquant
+from stepquant.errors import ModelError
+from stepquant.job.pipelines import load
+from stepquant.models.call import Call
+from stepquant.models.denoiser import Denoiser
+from stepquant.models.generate import run
+from stepquant.models.hooks import first_arguments
+from stepquant.models.pipelines.modular import LOG
+from stepquant.models.sampling import Sampling
+from tests.models.modular import flow, save_modular
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_modular(tmp_path_factory.mktemp("modular"))
+
+
+def test_pictures_are_those_of_the_call_that_a_user_writes(folder: Path) -> None:
+    pipe = load(folder)
+    seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    wanted = pipe(
+        prompt=["a a", "b"], num_inference_steps=STEPS, generator=seeds, output_type="pt", output="images"
+    )
+    made = run(pipe, [0, 1], Sampling(STEPS, prompts=("a a", "b")))
+    assert torch.equal(made, wanted)
+    assert not torch.equal(made[0], made[1])
+
+
+def test_a_written_call_draws_the_same(folder: Path) -> None:
+    pipe = load(folder)
+    words = run(pipe, [7], Sampling(STEPS, prompts=("b",)))
+    written = run(pipe, [7], Sampling(STEPS, prompts=(Call.of({"prompt": "b"}, "call 1"),)))
+    assert torch.equal(words, written)
+
+
+def test_unknown_arguments_are_refused_where_diffusers_would_only_warn(folder: Path) -> None:
+    pipe = load(folder)
+    with pytest.raises(ModelError, match="(?s)has no argument 'promt'.*did you mean 'prompt'"):
+        run(pipe, [0], Sampling(STEPS, prompts=(Call.of({"promt": "b"}, "call 1"),)))
+
+
+def test_a_part_that_is_not_there_is_named_where_it_is_missed(folder: Path) -> None:
+    pipe = load(folder)
+    pipe.text_encoder_2 = None
+    with pytest.raises(ModelError, match="without: text_encoder_2"):
+        run(pipe, [0], Sampling(STEPS, prompts=("a",)))
+
+
+def test_a_recording_that_ends_early_writes_nothing_down(
+    folder: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pipe = load(folder)
+    capfd.readouterr()
+    LOG.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.ERROR):
+            arguments = first_arguments(pipe, 2, ("a", "b"))
+    finally:
+        LOG.removeHandler(caplog.handler)
+    assert len(arguments[Denoiser.of(pipe).family.x]) == 2
+    assert not caplog.records
+    assert capfd.readouterr().err == "", "neither an error nor a bar"
+    assert not LOG.disabled
+
+
+def test_a_class_that_only_modular_pipelines_have_runs_in_integers_and_comes_back(tmp_path: Path) -> None:
+    """FLUX.3, asked by what its text encoder would have made."""
+    pipe, call = flow()
+    asked: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "pt", "output": "images", **call}
+
+    def picture(one: Any) -> torch.Tensor:
+        made: torch.Tensor = one(generator=torch.Generator().manual_seed(0), **asked)
+        return made
+
+    exact = picture(pipe)
+    stepquant.quantize(pipe, method="minmax", scheme="w8a8", samples=8, steps=STEPS, calls=[call])
+    found = picture(pipe)
+    assert 0 < float((found - exact).abs().mean()) < 0.02 * float(exact.std())
+    pipe.transformer.save_pretrained(tmp_path)
+    pipe.transformer = diffusers.Flux3Transformer2DModel.from_pretrained(tmp_path)
+    assert torch.equal(picture(pipe), found)
