@@ -13,6 +13,7 @@ import torch
 from diffusers import ModularPipeline
 
 from stepquant.errors import ModelError
+from stepquant.job import benchmark
 from stepquant.job.card import write_card
 from stepquant.job.pipelines import load
 from stepquant.job.recipe import Recipe
@@ -97,3 +98,15 @@ def test_a_copy_of_a_repository_is_read_where_it_lies_and_nothing_is_fetched(
     shutil.rmtree(copy / "unet")
     with pytest.raises(ModelError, match="the pipeline has no denoiser"):
         load(copy)
+
+
+def test_whole_generations_are_timed_by_the_prompts_and_steps_that_the_artifact_knows(
+    source: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(benchmark, "first_images", lambda *asked: told.append(asked) or [])
+    found = benchmark.benchmark_generation(made, str(source), batches=(2,), steps=9, seconds=0.0, count=1)
+    assert found["steps"] == STEPS, "it has ranges of those steps alone"
+    assert found["sampler"] == "EulerDiscreteScheduler"
+    assert {row["name"] for row in found["rows"]} >= {"fp32 eager", "stepquant"}
+    assert told[0][1:] == (2, STEPS, 1, PROMPTS), "so do the processes that draw the first images"

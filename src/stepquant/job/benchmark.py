@@ -13,9 +13,9 @@ from stepquant.evaluate.speed.calls import calling, threads
 from stepquant.evaluate.speed.generation import generation
 from stepquant.evaluate.twins import Twins
 from stepquant.job.fresh_process import first_images
-from stepquant.job.pipelines import load
+from stepquant.job.pipelines import calibrated_with, load, prompts_of
 from stepquant.job.results import artifact_config, load_twin
-from stepquant.models.call import Asked
+from stepquant.models.call import Asked, steps_of
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import first_arguments
 from stepquant.models.sampling import Sampling
@@ -33,13 +33,19 @@ def benchmark_generation(
     prompts: Sequence[Asked] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Whole generations in turns, then every variant in a process of its own for its first images and its memory."""
+    """Whole generations in turns, then every variant in a process of its own for its first images and its memory.
+
+    By the pipeline's own sampler, and in the steps of an artifact that knows those alone.
+    """
     quantized = load(folder)
     config = artifact_config(quantized, folder)
     source = load_twin(quantized, against)
+    asked = tuple(prompts) or prompts_of(config)
+    known = calibrated_with(config).steps if config.steps else steps
+    sampling = Sampling(steps_of(asked, None) or known, prompts=asked)
     found = generation(
         Twins(source, quantized),
-        Sampling(steps, "ddim", tuple(prompts)),
+        sampling,
         batches=batches,
         seconds=seconds,
         count=count,
@@ -54,7 +60,9 @@ def benchmark_generation(
     processes = [
         row
         for batch in batches
-        for row in first_images(variants, batch, steps, count or torch.get_num_threads(), prompts)
+        for row in first_images(
+            variants, batch, sampling.steps, count or torch.get_num_threads(), sampling.prompts
+        )
     ]
     return found | {"processes": processes}
 

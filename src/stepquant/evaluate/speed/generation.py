@@ -60,7 +60,7 @@ def generation(
                 call()
             rounds = interleave(calls, seconds, fewest=3, untimed=0)
             rows += [row(batch, Contender(name, call), rounds) for name, call in calls.items()]
-    known = {"steps": sampling.steps, "sampler": sampling.sampler}
+    known = {"steps": sampling.steps, "sampler": sampling.sampler or type(twins.float.scheduler).__name__}
     return {"threads": used, **known, "reference": REFERENCE, "rows": rows}
 
 
