@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from diffusers.modular_pipelines.wan import encoders
 
 import stepquant
+from stepquant import hub
 from stepquant.errors import ModelError
 from stepquant.job.pipelines import load
 from stepquant.models.call import Call
-from stepquant.models.denoiser import Denoiser
+from stepquant.models.denoiser import Denoiser, denoisers
 from stepquant.models.generate import run
 from stepquant.models.hooks import first_arguments
-from stepquant.models.pipelines.modular import LOG
+from stepquant.models.pipelines.modular import LOG, load_parts
 from stepquant.models.sampling import Sampling
+from tests.models import media
 from tests.models.modular import flow, save_modular
 
 STEPS = 3
@@ -93,3 +97,16 @@ def test_a_class_that_only_modular_pipelines_have_runs_in_integers_and_comes_bac
     pipe.transformer.save_pretrained(tmp_path)
     pipe.transformer = diffusers.Flux3Transformer2DModel.from_pretrained(tmp_path)
     assert torch.equal(picture(pipe), found)
+
+
+def test_films_of_two_denoisers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "ftfy", SimpleNamespace(fix_text=str), raising=False)  # not installed
+    media.film_pipeline().save_pretrained(tmp_path)
+    pipe = load_parts(diffusers.Wan22ModularPipeline(pretrained_model_name_or_path=str(tmp_path)), {})
+    call = Call.of({"prompt": "a hat", "num_inference_steps": 4, **media.FILM}, "call 1")
+    exact = run(pipe, [0], Sampling(4, prompts=(call,)))
+    assert exact.shape == (1, media.FILM["num_frames"], 3, 16, 16)
+    stepquant.quantize(pipe, method="minmax", scheme="w8a8", samples=4, calls=[call])
+    assert [hub.config_of(one) is None for one in denoisers(pipe).values()] == [False, False]
+    found = run(pipe, [0], Sampling(4, prompts=(call,)))
+    assert 0 < float((found - exact).abs().mean()) < 0.02 * float(exact.std())
