@@ -34,7 +34,8 @@ STEPQUANT_INLINE Floats gelu_tanh(Floats x) {
 
 template <Activation activation>
 STEPQUANT_INLINE Floats activate(Floats x) {
-  if constexpr (activation == Activation::silu || activation == Activation::swiglu) {
+  if constexpr (
+      activation == Activation::silu || activation == Activation::swiglu || activation == Activation::swiglu_first) {
     return silu(x);
   } else if constexpr (activation == Activation::gelu || activation == Activation::geglu) {
     return gelu(x);
@@ -46,7 +47,7 @@ STEPQUANT_INLINE Floats activate(Floats x) {
 }
 
 constexpr bool is_gated(Activation activation) {
-  return activation == Activation::geglu || activation == Activation::swiglu;
+  return activation == Activation::geglu || activation == Activation::swiglu || activation == Activation::swiglu_first;
 }
 
 }  // namespace

@@ -76,7 +76,7 @@ Tensor activation_quantize(
   const at::AutoDispatchBelowAutograd guard;
   const Code code = to_code("activation_quantize", scale, zero_point, low, high);
   const Activation activation = to_activation(activation_name);
-  if (activation != Activation::geglu && activation != Activation::swiglu) return quantize_any(x, code, activation);
+  if (activation < Activation::geglu) return quantize_any(x, code, activation);
   TORCH_CHECK(
       x.dim() >= 1 && x.size(-1) % 2 == 0,
       "activation_quantize: a gated activation halves the last dimension of x, got ", x.sizes());

@@ -11,7 +11,7 @@ struct bf16 {
 };
 
 enum class Type { bf16, f32, code };
-enum class Activation { none, silu, gelu, gelu_tanh, geglu, swiglu };
+enum class Activation { none, silu, gelu, gelu_tanh, geglu, swiglu, swiglu_first };
 
 // byte = round(clamp(x * inverse, lowest, highest)) + zero_point; the clamp's ends are integers.
 struct Code {
@@ -31,7 +31,7 @@ struct Rows {
 struct QuantizeTask {
   Rows x;
   Type type;
-  Activation activation;  // the gated ones read rows of 2 * width of x, values first
+  Activation activation;  // the gated ones read rows of 2 * width of x, values first but in swiglu_first
   Code code;
   uint8_t* out;
   int64_t out_stride;

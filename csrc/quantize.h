@@ -9,9 +9,11 @@ namespace {
 
 template <class T, Activation activation>
 STEPQUANT_INLINE Floats scaled_first(const T* x, int64_t width, int64_t count, float inverse) {
-  const T* gate = is_gated(activation) ? x + width : x;
+  constexpr bool behind = activation == Activation::geglu || activation == Activation::swiglu;
+  const T* gate = behind ? x + width : x;
+  const T* value = behind ? x : x + width;
   Floats y = activate<activation>(count < lanes ? load_first(gate, count) : load(gate));
-  if constexpr (is_gated(activation)) y = y * (count < lanes ? load_first(x, count) : load(x));
+  if constexpr (is_gated(activation)) y = y * (count < lanes ? load_first(value, count) : load(value));
   return y * inverse;
 }
 
@@ -48,6 +50,7 @@ void quantize_rows(const QuantizeTask& task, int64_t begin, int64_t end) {
     case Activation::gelu_tanh: return quantize_rows<T, Activation::gelu_tanh>(task, begin, end);
     case Activation::geglu: return quantize_rows<T, Activation::geglu>(task, begin, end);
     case Activation::swiglu: return quantize_rows<T, Activation::swiglu>(task, begin, end);
+    case Activation::swiglu_first: return quantize_rows<T, Activation::swiglu_first>(task, begin, end);
   }
 }
 

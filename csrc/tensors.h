@@ -44,7 +44,9 @@ inline Activation to_activation(std::string_view name) {
   if (name == "gelu_tanh") return Activation::gelu_tanh;
   if (name == "geglu") return Activation::geglu;
   if (name == "swiglu") return Activation::swiglu;
-  TORCH_CHECK(false, "unknown activation '", name, "'; expected none, silu, gelu, gelu_tanh, geglu or swiglu");
+  if (name == "swiglu_first") return Activation::swiglu_first;
+  TORCH_CHECK(
+      false, "unknown activation '", name, "'; expected none, silu, gelu, gelu_tanh, geglu, swiglu or swiglu_first");
 }
 
 // The tensor in a type that kernels read: bfloat16 stays, all other real numbers become float32.

@@ -130,7 +130,7 @@ def layer_norm_quantize(case: Case) -> None:
 
 def activation_quantize(case: Case) -> None:
     x, code = case.numbers(case.size(3), case.size(9), 2 * case.size(80)), case.code()
-    name = case.draw.choice(("silu", "gelu", "gelu_tanh", "geglu", "swiglu"))
+    name = case.draw.choice(("silu", "gelu", "gelu_tanh", "geglu", "swiglu", "swiglu_first"))
     exact = reference.activate(x.double(), name).float()
     assert_codes(ops.activation_quantize(x, name, code), exact, code, doubtful=1.0)
 

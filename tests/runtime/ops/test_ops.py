@@ -218,7 +218,9 @@ def test_layer_norm_of_strided_tokens() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["none", "silu", "gelu", "gelu_tanh", "geglu", "swiglu"])
+@pytest.mark.parametrize(
+    "activation", ["none", "silu", "gelu", "gelu_tanh", "geglu", "swiglu", "swiglu_first"]
+)
 def test_activation_quantize(activation: str, dtype: torch.dtype) -> None:
     x = torch.cat(
         [numbers(3, 5, 150, dtype=dtype, spread=4), torch.linspace(-90, 90, 150).to(dtype).expand(3, 1, 150)],

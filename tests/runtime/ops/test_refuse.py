@@ -111,7 +111,7 @@ def other(value):
     if isinstance(value, bool): return not value
     if isinstance(value, int): return draw.choice(numbers)
     if isinstance(value, float): return draw.choice([0.0, -1.0, 1e-46, 1e38, float("nan"), float("inf"), 0.5])
-    if isinstance(value, str): return draw.choice(["none", "silu", "gelu", "geglu", "swiglu", ""])
+    if isinstance(value, str): return draw.choice(["none", "silu", "gelu", "geglu", "swiglu", "swiglu_first", ""])
     if isinstance(value, torch.dtype): return draw.choice([torch.float32, torch.bfloat16, torch.uint8, torch.float64])
     if isinstance(value, list): return [draw.choice(numbers) for _ in range(draw.choice([len(value), 0, 1, 5]))]
     shape = [draw.choice([0, 1, 2, 3, 8, 16, 32, 48]) for _ in range(draw.choice([0, 1, 2, 3, 4, 5]))]

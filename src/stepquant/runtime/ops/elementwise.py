@@ -28,7 +28,7 @@ def quantize_concat(x: Tensor, skip: Tensor, code: Code) -> Tensor:
 
 @Operation
 def activation_quantize(x: Tensor, activation: str, code: Code) -> Tensor:
-    """The codes of an activation: 'silu', 'gelu', 'gelu_tanh', or 'geglu', 'swiglu', which halve the last dimension."""
+    """The codes of an activation: 'silu', 'gelu', 'gelu_tanh', or a gated one, which halves the last dimension."""
     y = codes(activate(x.float(), activation), code)
     return y.contiguous() if activation in GATED else torch.empty_like(x, dtype=torch.uint8).copy_(y)
 
@@ -73,14 +73,15 @@ def upsample_nearest2x(x: Tensor) -> Tensor:
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """The activation by name; the gated ones halve the last dimension (first half values, second half gates)."""
+    """The activation by name; the gated ones halve the last dimension (values, then gates, but in 'swiglu_first')."""
     if activation in GATED:
         values, gates = x.chunk(2, dim=-1)
+        values, gates = (gates, values) if activation == "swiglu_first" else (values, gates)
         return values * GATED[activation](gates)
     return ACTIVATIONS[activation](x)
 
 
-GATED: dict[str, Callable[[Tensor], Tensor]] = {"geglu": F.gelu, "swiglu": F.silu}
+GATED: dict[str, Callable[[Tensor], Tensor]] = {"geglu": F.gelu, "swiglu": F.silu, "swiglu_first": F.silu}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "silu": F.silu,
