@@ -35,10 +35,19 @@ KINDS = {
     "wan": {"Float32": 2, "Turned": 4},
     "z_image": {"Sandwich": 4, "Turned": 4},
     "lumina2": {"ZeroSandwich": 4, "FeedForward": 4, "Turned": 4},
-    "cosmos": {"Turned": 4},
-    "flux2": {"Turned": 1, "Parallel": 2},
-    "hunyuan_video": {"Turned": 3},
-    "ltx": {"Turned": 4},
+    "bria": {"Joint": 1, "Wide": 2, "Turned": 3},
+    "chroma": {"Pruned": 1, "WidePruned": 2, "Turned": 3},
+    "flux2": {"Given": 1, "ParallelBlock": 2, "Turned": 1, "Parallel": 2},
+    "hunyuan_image": {"Behind": 1, "WideBehind": 2, "Turned": 3},
+    "hunyuan_video": {"Behind": 1, "WideBehind": 2, "Turned": 3},
+    "hunyuan_video15": {"Behind": 2, "Turned": 2},
+    "wan_from_image": {"Float32": 2, "Turned": 2},
+    "wan_controlled": {"Float32": 3, "Controlled": 2, "Turned": 10},
+    "skyreels": {"Float32": 2, "Turned": 4},
+    "cosmos": {"Thrice": 2, "Turned": 4},
+    "allegro": {"Places": 2},
+    "latte": {"Single": 4},
+    "ltx": {"Root": 2, "Turned": 4},
 }
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Feed:
-    """`widen` are layers of the same input whose outputs lie side by side before the activation: values, then gates."""
+    """`widen` are layers of the same input whose outputs lie side by side before the activation."""
 
     path: str
     widen: tuple[str, ...]
@@ -19,6 +19,7 @@ class Feed:
     narrow: str
 
 
+# Values, then gates.
 GATED: dict[type[nn.Module], tuple[tuple[str, str], str]] = {
     attention.LuminaFeedForward: (("linear_3", "linear_1"), "linear_2"),
     networks.transformer_z_image.FeedForward: (("w3", "w1"), "w2"),
@@ -32,6 +33,8 @@ def feed(path: str, module: nn.Module) -> Feed | None:
     if type(module) in GATED:
         widen, narrow = GATED[type(module)]
         return Feed(path, widen, "swiglu", narrow)
+    if type(module) is networks.transformer_flux2.Flux2FeedForward:
+        return Feed(path, ("linear_in",), "swiglu_first", "linear_out")
     if type(module) is not attention.FeedForward or not all(
         type(part) is nn.Dropout for part in (module.net[1], *module.net[3:])
     ):
@@ -43,4 +46,6 @@ def feed(path: str, module: nn.Module) -> Feed | None:
 def activation_of(wide: nn.Module) -> str | None:
     if type(wide) is activations.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(wide.approximate)
+    if type(wide) is activations.LinearActivation:
+        return "silu" if type(wide.activation) is nn.SiLU else None
     return {activations.GEGLU: "geglu", activations.SwiGLU: "swiglu"}.get(type(wide))

@@ -11,13 +11,30 @@ from torch import nn
 from stepquant.models.attention import given
 
 Flux, Wan, Qwen = networks.transformer_flux, networks.transformer_wan, networks.transformer_qwenimage
-ZImage, Lumina2 = networks.transformer_z_image, networks.transformer_lumina2
+ZImage, Lumina2, Flux2 = (
+    networks.transformer_z_image,
+    networks.transformer_lumina2,
+    networks.transformer_flux2,
+)
+Hunyuan, Hunyuan15 = networks.transformer_hunyuan_video, networks.transformer_hunyuan_video15
+HunyuanImage, Bria, Chroma = (
+    networks.transformer_hunyuanimage,
+    networks.transformer_bria,
+    networks.transformer_chroma,
+)
+SkyReels, LTX, Cosmos = (
+    networks.transformer_skyreels_v2,
+    networks.transformer_ltx,
+    networks.transformer_cosmos,
+)
 
 
 @dataclass(frozen=True)
 class ModulatedBlock:
-    """Kinds: 'zero' (DiT), 'single' (PixArt), 'joint' (SD3, FLUX), 'named' (Qwen-Image), 'wide' (FLUX's other blocks),
-    'float32' (Wan), 'sandwich' (Z-Image), 'zero_sandwich' (Lumina 2).
+    """Kinds of one stream: 'zero' (DiT), 'single' (PixArt), 'places' (Allegro), 'float32' (Wan, SkyReels), 'controlled' (VACE),
+    'root' (LTX), 'thrice' (Cosmos), 'sandwich' (Z-Image), 'zero_sandwich' (Lumina 2); of an image and a text: 'joint' (SD3,
+    FLUX, Bria), 'behind' (Hunyuan's), 'pruned' (Chroma), 'given' (FLUX.2), 'named' (Qwen-Image); with a feed-forward beside the
+    attention: 'wide' (FLUX, Bria), 'wide_behind' (Hunyuan's), 'wide_pruned' (Chroma), 'parallel' (FLUX.2).
 
     `attentions` run inside by themselves.
     """
@@ -38,6 +55,16 @@ PLAIN = (
     Qwen.QwenDoubleStreamAttnProcessor2_0,
     ZImage.ZSingleStreamAttnProcessor,
     Lumina2.Lumina2AttnProcessor2_0,
+    Flux2.Flux2AttnProcessor,
+    Flux2.Flux2ParallelSelfAttnProcessor,
+    Hunyuan.HunyuanVideoAttnProcessor2_0,
+    Hunyuan15.HunyuanVideo15AttnProcessor2_0,
+    HunyuanImage.HunyuanImageAttnProcessor,
+    Bria.BriaAttnProcessor,
+    SkyReels.SkyReelsV2AttnProcessor,
+    LTX.LTXVideoAttnProcessor,
+    Cosmos.CosmosAttnProcessor2_0,
+    attention_processor.AllegroAttnProcessor2_0,
 )
 ATTENTIONS = ("attn", "attn1", "attn2", "attention")
 FEEDS = ("ff", "ff_context", "ffn", "img_mlp", "txt_mlp", "feed_forward")
@@ -45,6 +72,23 @@ KINDS: dict[type[nn.Module], str] = {
     Flux.FluxTransformerBlock: "joint",
     Flux.FluxSingleTransformerBlock: "wide",
     Qwen.QwenImageTransformerBlock: "named",
+    Flux2.Flux2TransformerBlock: "given",
+    Flux2.Flux2SingleTransformerBlock: "parallel",
+    Bria.BriaTransformerBlock: "joint",
+    Bria.BriaSingleTransformerBlock: "wide",
+    Chroma.ChromaTransformerBlock: "pruned",
+    Chroma.ChromaSingleTransformerBlock: "wide_pruned",
+    Hunyuan.HunyuanVideoTransformerBlock: "behind",
+    Hunyuan.HunyuanVideoSingleTransformerBlock: "wide_behind",
+    Hunyuan15.HunyuanVideo15TransformerBlock: "behind",
+    HunyuanImage.HunyuanImageTransformerBlock: "behind",
+    HunyuanImage.HunyuanImageSingleTransformerBlock: "wide_behind",
+    Wan.WanTransformerBlock: "float32",
+    SkyReels.SkyReelsV2TransformerBlock: "float32",
+    networks.transformer_wan_vace.WanVACETransformerBlock: "controlled",
+    LTX.LTXVideoTransformerBlock: "root",
+    Cosmos.CosmosTransformerBlock: "thrice",
+    networks.transformer_allegro.AllegroTransformerBlock: "places",
     ZImage.ZImageTransformerBlock: "sandwich",
     Lumina2.Lumina2TransformerBlock: "zero_sandwich",
 }
@@ -71,14 +115,12 @@ def kind_of(module: nn.Module) -> str | None:
             module.pos_embed is None
             and not module.only_cross_attention
             and getattr(module, "fuser", None) is None
-            and (kind == "zero") == (module.attn2 is None)
+            and (kind == "single" or module.attn2 is None)
         )
         return kind if plain else None
     if type(module) is attention.JointTransformerBlock:
         known = (normalization.AdaLayerNormZero, normalization.AdaLayerNormContinuous)
         return "joint" if isinstance(module.norm1_context, known) else None
-    if type(module) is Wan.WanTransformerBlock:
-        return "float32" if module.attn2.add_k_proj is None else None
     return KINDS.get(type(module))
 
 

@@ -47,12 +47,16 @@ class ParallelAttention:
     path: str
 
 
+HUNYUAN = Rotary("image_rotary_emb", joint="behind", image=True, merged=True)
 ROTARY: dict[type, Rotary] = {
     attention_processor.JointAttnProcessor2_0: Rotary(None, joint="behind"),
     networks.transformer_flux.FluxAttnProcessor: Rotary("image_rotary_emb", joint="front"),
     networks.transformer_flux2.Flux2AttnProcessor: Rotary("image_rotary_emb", joint="front"),
-    networks.transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0: Rotary(
-        "image_rotary_emb", joint="behind", image=True, merged=True
+    networks.transformer_bria.BriaAttnProcessor: Rotary("image_rotary_emb", joint="front"),
+    networks.transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0: HUNYUAN,
+    networks.transformer_hunyuanimage.HunyuanImageAttnProcessor: HUNYUAN,
+    networks.transformer_hunyuan_video15.HunyuanVideo15AttnProcessor2_0: replace(
+        HUNYUAN, merged=False, text_mask="attention_mask"
     ),
     networks.transformer_ltx.LTXVideoAttnProcessor: Rotary("image_rotary_emb", across=True, wide=True),
     networks.transformer_lumina2.Lumina2AttnProcessor2_0: Rotary("image_rotary_emb"),
@@ -60,6 +64,7 @@ ROTARY: dict[type, Rotary] = {
         "image_rotary_emb", joint="front", apart=True, text_mask="encoder_hidden_states_mask"
     ),
     networks.transformer_wan.WanAttnProcessor: Rotary("rotary_emb", across=True),
+    networks.transformer_skyreels_v2.SkyReelsV2AttnProcessor: Rotary("rotary_emb", across=True),
     networks.transformer_z_image.ZSingleStreamAttnProcessor: Rotary("freqs_cis"),
     networks.transformer_cosmos.CosmosAttnProcessor2_0: Rotary("image_rotary_emb", halves=True),
 }

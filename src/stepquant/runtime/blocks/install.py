@@ -14,11 +14,13 @@ from stepquant.runtime.blocks.attention import Attention, Readers
 from stepquant.runtime.blocks.chain import Chain
 from stepquant.runtime.blocks.feed import FeedForward
 from stepquant.runtime.blocks.joined import End, Joined, Part
-from stepquant.runtime.blocks.modulated import KINDS
+from stepquant.runtime.blocks.joint import JOINT
+from stepquant.runtime.blocks.modulated import ONE_STREAM
+from stepquant.runtime.blocks.parallel import Parallel, ParallelBlock
 from stepquant.runtime.blocks.resampling import Resample
 from stepquant.runtime.blocks.residual import Residual
 from stepquant.runtime.blocks.root_norm import RootNormed
-from stepquant.runtime.blocks.rotary import Parallel, Turned
+from stepquant.runtime.blocks.rotary import Turned
 from stepquant.runtime.blocks.sandwich import SANDWICHES
 from stepquant.runtime.blocks.tail import Done, NormOut
 from stepquant.runtime.blocks.text_feed import TextFeedForward
@@ -29,6 +31,8 @@ from stepquant.runtime.blocks.up import Up
 from stepquant.runtime.layers.offloaded import OFFLOADED
 from stepquant.runtime.layers.tabled import Tabled
 from stepquant.runtime.steps import StepTensors
+
+KINDS = ONE_STREAM | JOINT | SANDWICHES | {"parallel": ParallelBlock}
 
 
 def forget_kept(model: nn.Module) -> None:
@@ -94,15 +98,18 @@ def transformer_chains(model: nn.Module, chains: Structure) -> dict[str, Chain]:
     for attention in joined.values():
         for layer, forward in attention.placed():
             bind(layer, forward)
-    found: dict[str, Chain] = {**joined, **feeds}
-    found |= {one.path: Parallel(model.get_submodule(one.path)) for one in chains.parallel if plain(one.path)}
+    parallel = {
+        one.path: Parallel(model.get_submodule(one.path)) for one in chains.parallel if plain(one.path)
+    }
+    ends: dict[str, Any] = {**joined, **parallel}
+    found: dict[str, Chain] = {**ends, **feeds}
     for block in chains.modulated:
         paths = [f"{block.path}.{name}" for name in block.attentions]
-        attentions = [joined[path] for path in paths if path in joined]
+        attentions = [ends[path] for path in paths if path in ends]
         inner = [feeds[path] for name in block.feeds if (path := f"{block.path}.{name}") in feeds]
         ready = len(attentions) == len(paths) and all(one.ready() for one in attentions)
         if ready and len(inner) == len(block.feeds) and plain(block.path):
-            kind = (KINDS | SANDWICHES)[block.kind]
+            kind = KINDS[block.kind]
             found[block.path] = kind(model.get_submodule(block.path), block, attentions, inner)
     return found
 

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from stepquant.models.attention import spread
 from stepquant.models.blocks.rotary import RotaryAttention
-from stepquant.models.split import SplitLayer
 from stepquant.runtime import ops
-from stepquant.runtime.blocks.chain import Chain, codes_for, run
 from stepquant.runtime.blocks.joined import Joined
 from stepquant.runtime.blocks.root_norm import DTYPES
 from stepquant.runtime.layers.attention_product import IntegerProduct
@@ -99,8 +97,11 @@ class Turned(Joined):
             or not multiplies_codes(self.module, self.processor)
         ):
             return super().inside(x, text, mask, *args, **kwargs)
+        if rotary.text_mask == "attention_mask":
+            of_text, mask = mask, None
         if of_text is not None and text is not None:
-            mask = torch.cat([of_text, of_text.new_ones(x.shape[:2])], 1)
+            parts = [of_text, of_text.new_ones(x.shape[:2])]
+            mask = torch.cat(parts if rotary.joint == "front" else parts[::-1], 1)
         if mask is not None and mask.dim() == 2:
             mask = mask.bool()[:, None, None]  # which keys there are
         elif mask is not None and mask.dim() == 3:
@@ -174,46 +175,3 @@ class Turned(Joined):
 
     def state(self) -> list[Any]:
         return [*super().state(), self.module.processor]
-
-
-class Parallel(Chain):
-    """The attention of a block whose feed-forward reads what it reads, and ends in the same layer."""
-
-    def __init__(self, module: Any) -> None:
-        inside = (module.to_qkv_mlp_proj, module.norm_q, module.norm_k, module.mlp_act_fn, module.to_out)
-        super().__init__(module, *inside)
-        self.processor = module.processor
-
-    def fused(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Any = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        x, module = hidden_states, self.module
-        if kwargs or x.dim() != 3 or x.dtype not in DTYPES or not multiplies_codes(module, self.processor):
-            return self.unfused(x, attention_mask, image_rotary_emb, **kwargs)  # type: ignore[no-any-return]
-        made, inner, angles = module.to_qkv_mlp_proj(x), module.inner_dim, Angles.of(image_rotary_emb, False)
-        query, key, value, wide = made.split([inner] * 3 + [made.shape[-1] - 3 * inner], -1)
-        query, key = (
-            ops.rms_norm_rotary_quantize(
-                one.unflatten(-1, (-1, module.head_dim)), norm.weight, norm.eps, False, *angles, False, code
-            ).flatten(2)
-            for one, norm, code in zip((query, key), (module.norm_q, module.norm_k), module.product.codes)
-        )
-        mixed = multiplied(module.product, module.head_dim, query, key, value, attention_mask)
-        return narrowed(module.to_out, mixed, module.mlp_act_fn(wide))
-
-    def state(self) -> list[Any]:
-        return [self.module.processor]
-
-
-def narrowed(layer: Any, mixed: Tensor, wide: Tensor) -> Tensor:
-    """`layer` on both, concatenated; it may have been split into two that are added."""
-    if isinstance(layer, SplitLayer):
-        first, second = layer.children()
-        return run(
-            second, codes_for(second, wide), mixed.dtype, run(first, codes_for(first, mixed), mixed.dtype)
-        )
-    return run(layer, torch.cat([codes_for(layer, one) for one in (mixed, wide)], -1), mixed.dtype)

@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from stepquant.runtime import ops
-from stepquant.runtime.blocks.modulated import Modulated
+from stepquant.runtime.blocks.modulated import Modulated, normed
 from stepquant.runtime.blocks.root_norm import DTYPES
-from stepquant.runtime.ops.code import Code
 
 
 class Sandwich(Modulated):
@@ -84,14 +83,6 @@ class ZeroSandwich(Sandwich):
 
 
 SANDWICHES: dict[str, type[Modulated]] = {"sandwich": Sandwich, "zero_sandwich": ZeroSandwich}
-
-
-def normed(x: Tensor, norm: Any, code: Code | None, scale: Tensor | None) -> Tensor:
-    """The RMS norm of each sample, scaled; codes where those who read it agree on them."""
-    if code is not None:
-        return ops.rms_norm_quantize(x, norm.weight, norm.eps, code, scale)
-    y = norm(x)
-    return y if scale is None else y * (1 + scale[:, None])  # type: ignore[no-any-return]
 
 
 def onto(x: Tensor, branch: Tensor, norm: Any, gate: Tensor | None) -> Tensor:

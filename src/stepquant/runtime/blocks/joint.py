@@ -1,0 +1,292 @@
+"""Fused blocks of an image and a text, each with norms and gates of its own, or in one stream with one feed-forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepquant.models.blocks.modulated import ModulatedBlock
+from stepquant.models.split import SplitLayer
+from stepquant.runtime.blocks.chain import codes_for, run
+from stepquant.runtime.blocks.feed import FeedForward, activated
+from stepquant.runtime.blocks.joined import Joined
+from stepquant.runtime.blocks.modulated import Branch, Modulated, normed
+
+Modulation = tuple[Tensor, ...]
+
+
+def asks(*values: Any) -> bool:
+    """Whether one of the arguments that a block may have says something."""
+    return any(isinstance(value, Tensor) or bool(value) for value in values)
+
+
+def made(norm: Any, temb: Tensor, count: int) -> Modulation:
+    """What the layer of an adaptive norm makes of t."""
+    return norm.linear(norm.silu(temb)).chunk(count, dim=1)  # type: ignore[no-any-return]
+
+
+class Joint(Modulated):
+    """An image and a text beside each other, joined in one attention."""
+
+    def fused(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, Tensor]:
+        x, text, block = hidden_states, encoder_hidden_states, self.module
+        others = {name: value for name, value in kwargs.items() if name != "image_rotary_emb"}
+        if args or asks(*others.values()) or self.leaves_out(x):
+            return self.unfused(x, text, temb, *args, **kwargs)  # type: ignore[no-any-return]
+        rotary = {name: value for name, value in kwargs.items() if name == "image_rotary_emb"}
+        if not getattr(block, "context_pre_only", False):
+            return self.streams(x, text, *self.modulations(temb), self.norms(), **rotary)
+        of_image = made(block.norm1, temb, 9 if self.attentions[1:] else 6)
+        norms = block.norm1.norm, block.norm2, None
+        return self.streams(x, block.norm1_context(text, temb), of_image, None, norms, **rotary)
+
+    def leaves_out(self, x: Tensor) -> bool:
+        """Whether the block is asked for what only its own class does."""
+        return x.dim() != 3 or x.dtype == torch.float16 or self.changed()
+
+    def modulations(self, temb: Tensor) -> tuple[Modulation, Modulation]:
+        """Shift, scale and gate of each branch, of the image and of the text."""
+        block = self.module
+        return made(block.norm1, temb, 9 if self.attentions[1:] else 6), made(block.norm1_context, temb, 6)
+
+    def norms(self) -> tuple[Any, ...]:
+        """Before attention and feed-forward, of the image and of the text."""
+        block = self.module
+        return block.norm1.norm, block.norm2, block.norm1_context.norm, block.norm2_context
+
+    def streams(
+        self,
+        x: Tensor,
+        text: Tensor,
+        of_image: Modulation,
+        of_text: Modulation | None,
+        norms: tuple[Any, ...],
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Both behind attention and feed-forward; a text that nothing follows from any more is normed already."""
+        joint, *dual = self.attentions
+        shift, scale, gate = of_image[:3]
+        rows = normed(x, norms[0], joint.code(), scale, shift)
+        again = normed(x, norms[0], dual[0].code(), of_image[7], of_image[6]) if dual else None
+        words = text
+        if of_text is not None:
+            words = normed(text, norms[2], joint.code(1), of_text[1], of_text[0])
+            joint.ends["to_add_out"].onto = text, of_text[2]
+        joint.shared[-1].dtype = text.dtype
+        x, text = self.attended(joint, rows, x, gate, encoder_hidden_states=words, **kwargs)
+        if again is not None:
+            x = self.attended(dual[0], again, x, of_image[8])
+        x = self.fed(self.feeds[0], x, Branch(norms[1], of_image[3:6]))
+        if of_text is None:
+            return None, x
+        return self.fed(self.feeds[1], text, Branch(norms[3], of_text[3:6])), x
+
+
+class Behind(Joint):
+    """The text stands behind the image, under a mask."""
+
+    def fused(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        x, text, mask = hidden_states, encoder_hidden_states, attention_mask
+        if kwargs or self.leaves_out(x):
+            return self.unfused(x, text, temb, mask, image_rotary_emb, *args, **kwargs)  # type: ignore[no-any-return]
+        given = {"attention_mask": mask, "image_rotary_emb": image_rotary_emb}
+        text, x = self.streams(x, text, *self.modulations(temb), self.norms(), **given)  # type: ignore[assignment]
+        return x, text
+
+
+class Pruned(Joint):
+    """What follows t is made for all blocks at once, and each is handed its rows."""
+
+    def fused(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Any = None,
+        attention_mask: Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
+        x, text, mask = hidden_states, encoder_hidden_states, attention_mask
+        if joint_attention_kwargs or self.leaves_out(x):
+            return self.unfused(x, text, temb, image_rotary_emb, mask, joint_attention_kwargs)  # type: ignore[no-any-return]
+        of_image, of_text = temb[:, :6].unbind(1), temb[:, 6:].unbind(1)
+        given = {"attention_mask": of_pairs(mask), "image_rotary_emb": image_rotary_emb}
+        return self.streams(x, text, of_image, of_text, self.norms(), **given)
+
+
+class Given(Joint):
+    """All blocks share what follows t."""
+
+    def fused(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb_mod_img: Tensor,
+        temb_mod_txt: Tensor,
+        image_rotary_emb: Any = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
+        x, text, both = hidden_states, encoder_hidden_states, (temb_mod_img, temb_mod_txt)
+        if joint_attention_kwargs or any(map(by_token, both)) or self.leaves_out(x):
+            return self.unfused(x, text, *both, image_rotary_emb, joint_attention_kwargs)  # type: ignore[no-any-return]
+        of_image, of_text = (one.flatten(1).chunk(6, dim=1) for one in both)
+        return self.streams(x, text, of_image, of_text, self.norms(), image_rotary_emb=image_rotary_emb)
+
+    def norms(self) -> tuple[Any, ...]:
+        block = self.module
+        return block.norm1, block.norm2, block.norm1_context, block.norm2_context
+
+
+class Named(Joint):
+    """The same with names of its own."""
+
+    def fused(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None,
+        temb: Tensor,
+        image_rotary_emb: Any = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        modulate_index: Any = None,
+    ) -> tuple[Tensor | None, Tensor]:
+        x, text, block, mask = hidden_states, encoder_hidden_states, self.module, encoder_hidden_states_mask
+        extra = joint_attention_kwargs or modulate_index is not None or block.zero_cond_t
+        if extra or self.leaves_out(x):
+            others = joint_attention_kwargs, modulate_index
+            return self.unfused(x, text, mask, temb, image_rotary_emb, *others)  # type: ignore[no-any-return]
+        of_image, of_text = (modulate(temb).chunk(6, dim=1) for modulate in (block.img_mod, block.txt_mod))
+        norms = block.img_norm1, block.img_norm2, block.txt_norm1, block.txt_norm2
+        given = {"encoder_hidden_states_mask": mask, "image_rotary_emb": image_rotary_emb}
+        return self.streams(x, text, of_image, of_text, norms, **given)
+
+
+class Wide(Modulated):
+    """Blocks of one stream: an attention and a feed-forward read the same norm, and end in the same layer."""
+
+    def __init__(
+        self, module: Any, declared: ModulatedBlock, attentions: list[Joined], feeds: list[FeedForward]
+    ) -> None:
+        super().__init__(module, declared, attentions, feeds)
+        self.attentions[0].set_beside(module.proj_mlp)
+
+    def fused(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        x, text, words = hidden_states, encoder_hidden_states, encoder_hidden_states.shape[1]
+        others = {name: value for name, value in kwargs.items() if name != "image_rotary_emb"}
+        if args or asks(*others.values()) or self.leaves_out(x):
+            return self.unfused(x, text, temb, *args, **kwargs)
+        given = {"image_rotary_emb": kwargs.get("image_rotary_emb")}
+        out = self.stream(torch.cat([text, x], 1), made(self.module.norm, temb, 3), **given)
+        return out[:, :words], out[:, words:]
+
+    def leaves_out(self, x: Tensor) -> bool:
+        return self.attentions[0].code() is None or x.dtype == torch.float16 or self.changed()
+
+    def stream(self, x: Tensor, modulation: Modulation, **kwargs: Any) -> Tensor:
+        """The stream behind both."""
+        (shift, scale, gate), attention, block = modulation, self.attentions[0], self.module
+        rows = normed(x, block.norm.norm, attention.code(), scale, shift)
+        attention.shared[0].dtype = x.dtype
+        mixed = self.mixed(rows, **kwargs)
+        wide = attention.shared[0].beside(rows)
+        return narrowed(block.proj_out, mixed, wide, "gelu_tanh", x, gate)
+
+    def mixed(self, rows: Tensor, **kwargs: Any) -> Tensor:
+        return self.attentions[0].module(rows, **kwargs)  # type: ignore[no-any-return]
+
+
+class WideBehind(Wide):
+    """The text stands behind the image, under a mask."""
+
+    def fused(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        x, text, mask, patches = hidden_states, encoder_hidden_states, attention_mask, hidden_states.shape[1]
+        if kwargs or self.leaves_out(x):
+            return self.unfused(x, text, temb, mask, image_rotary_emb, *args, **kwargs)
+        given = {"patches": patches, "attention_mask": mask, "image_rotary_emb": image_rotary_emb}
+        out = self.stream(torch.cat([x, text], 1), made(self.module.norm, temb, 3), **given)
+        return out[:, :patches], out[:, patches:]
+
+    def mixed(self, rows: Tensor, *, patches: int, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        words = rows[:, patches:]
+        return torch.cat(super().mixed(rows[:, :patches], encoder_hidden_states=words, **kwargs), 1)  # type: ignore[arg-type]
+
+
+class WidePruned(Wide):
+    """The text is in the stream already; the block is handed what follows t."""
+
+    def fused(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Any = None,
+        attention_mask: Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        x, mask = hidden_states, attention_mask
+        if joint_attention_kwargs or self.leaves_out(x):
+            return self.unfused(x, temb, image_rotary_emb, mask, joint_attention_kwargs)
+        given = {"attention_mask": of_pairs(mask), "image_rotary_emb": image_rotary_emb}
+        return self.stream(x, temb.unbind(1), **given)
+
+
+JOINT: dict[str, type[Modulated]] = {
+    "joint": Joint,
+    "behind": Behind,
+    "pruned": Pruned,
+    "given": Given,
+    "named": Named,
+    "wide": Wide,
+    "wide_behind": WideBehind,
+    "wide_pruned": WidePruned,
+}
+
+
+def of_pairs(mask: Tensor | None) -> Tensor | None:
+    """A mask of tokens as one of queries and keys."""
+    return None if mask is None else mask[:, None, None, :] * mask[:, None, :, None]
+
+
+def by_token(modulation: Tensor) -> bool:
+    """Whether t is one number for each token instead of one for each sample."""
+    return modulation.dim() == 3 and modulation.shape[1] != 1
+
+
+def narrowed(
+    layer: Any, mixed: Tensor, wide: Tensor, activation: str, x: Tensor | None, gate: Tensor | None
+) -> Tensor:
+    """`layer` on an attention and an activation, concatenated; it may have been split into two that are added."""
+    if isinstance(layer, SplitLayer):
+        first, second = layer.children()
+        x = run(first, codes_for(first, mixed), mixed.dtype, x, gate)
+        return run(second, activated(wide, activation, second), mixed.dtype, x, gate)
+    joined = torch.cat([codes_for(layer, mixed), activated(wide, activation, layer)], -1)
+    return run(layer, joined, mixed.dtype, x, gate)
