@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLWan
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
@@ -147,24 +147,27 @@ def check_products(model: nn.Module, args: tuple[Any, ...], count: int) -> None:
     assert seen.share_of_planned == 1 or not ops.compiled()
 
 
-def test_a_causal_autoencoder_runs_in_integers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [AutoencoderKLWan, AutoencoderKLQwenImage])
+def test_a_causal_autoencoder_runs_in_integers(kind: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     size = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [True]}
-    model = AutoencoderKLWan(**size, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).eval()
+    model = kind(**size, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).eval()
     latents = torch.randn(1, 4, 2, 8, 8)  # its second frame reads what was kept of the first
     call = Received("decode", (latents,), {"return_dict": False})
     part = seen_by(Part(model, "vae"), [call])
-    assert not part.stays_float()
+    assert set(part.stays_float().values()) == {NOT_CALLED}  # the attention of the encoder
     with torch.no_grad():
         wanted = model.decode(latents).sample
         hub.attach(model, fit_extremes(part, plan_for_parts(scheme("w8a8")), [{"call": call}]))
         got = model.decode(latents).sample
         model.save_pretrained(tmp_path)
-        again = AutoencoderKLWan.from_pretrained(tmp_path).decode(latents).sample
+        again = kind.from_pretrained(tmp_path).decode(latents).sample
     assert (got - wanted).norm() < 0.05 * wanted.norm()
     assert torch.equal(again, got)
     covered = traced(model, lambda: call.repeat(model))
     assert any(line.integer and line.path.endswith("conv1") for line in covered.lines)
+    (attention,) = (line for line in covered.lines if line.kind == "product" and line.macs)
+    assert attention.integer == ops.compiled()  # over the pixels of each frame, and nothing beside it
 
 
 @pytest.mark.parametrize(

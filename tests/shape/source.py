@@ -30,6 +30,7 @@ CROSSES = {("hub.on_load", "quant.plan"), ("hub.on_load", "quant.schemes")}
 # The ladders inside: rooms, or single files of a room that stand lower or higher than the rest of it.
 INSIDE: dict[str, Rungs] = {
     "models": (
+        ("causal",),
         ("families", "split", "attention", "noise", "zoo", "call", "originals"),
         ("interface", "samples"),
         ("products",),

@@ -25,7 +25,6 @@ serial = count()  # torch.compile caches globals by module name, so that none ma
 
 def rebound(processor: Any, product: Product, site: str) -> Any:
     """`processor` with the product `product(query, key, value, mask, scale)`."""
-    call = type(processor).__call__
     if not computes_by_function(processor):
         raise ProductError(
             f"attention '{site}' computes its product inline",
@@ -34,6 +33,16 @@ def rebound(processor: Any, product: Product, site: str) -> Any:
             expected="a processor built on scaled_dot_product_attention",
             fix="undo attention slicing or set_default_attn_processor() before quantizing",
         )
+
+    bound = over(type(processor).__call__, product, site)
+    kind: Any = type(type(processor).__name__, (Rebound, type(processor)), {"__call__": bound})
+    new = kind.__new__(kind)
+    new.__dict__.update(processor.__dict__ | {"former": processor, "product": product, "site": site})
+    return new
+
+
+def over(call: Any, product: Product, site: str) -> FunctionType:
+    """The same code, over other globals."""
 
     def attend(
         query: Tensor,
@@ -72,10 +81,7 @@ def rebound(processor: Any, product: Product, site: str) -> Any:
     world.F.scaled_dot_product_attention, world.dispatch_attention_fn = attend, dispatch
     bound = FunctionType(call.__code__, vars(world), call.__name__, call.__defaults__, call.__closure__)
     bound.__kwdefaults__ = call.__kwdefaults__
-    kind: Any = type(type(processor).__name__, (Rebound, type(processor)), {"__call__": bound})
-    new = kind.__new__(kind)
-    new.__dict__.update(processor.__dict__ | {"former": processor, "product": product, "site": site})
-    return new
+    return bound
 
 
 def causal(query: Tensor, key: Tensor) -> Tensor:
@@ -86,6 +92,20 @@ def causal(query: Tensor, key: Tensor) -> Tensor:
 def spread(x: Tensor, query: Tensor) -> Tensor:
     """A head of keys or values for every head of queries, which share them."""
     return x if x.shape[1] == query.shape[1] else x.repeat_interleave(query.shape[1] // x.shape[1], 1)
+
+
+class Inside:
+    """Takes the place of the forward of an attention that has its product written into it."""
+
+    def __init__(self, attention: Any, product: Product, site: str) -> None:
+        self.attention, self.product, self.site = attention, product, site
+        self.own = over(type(attention).forward, product, site)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.own(self.attention, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.attention, self.product, self.site)
 
 
 class Rebound:

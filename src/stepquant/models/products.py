@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from stepquant.models.attention import KeepProduct, Product, given, rebound
-from stepquant.models.families.roles import PRODUCTS
+from stepquant.models.attention import Inside, KeepProduct, Product, given, rebound
+from stepquant.models.families.roles import PRODUCTS, WRITTEN_OUT
 from stepquant.models.interface import LookedUp, looks_up_its_product
 
 
@@ -20,13 +20,15 @@ def rebind(attention: Any, product: Product, site: str) -> None:
     """Give `attention` the product `product(query, key, value, mask, scale)`."""
     if looks_up_its_product(attention):
         attention.forward = LookedUp(attention, product, site)
+    elif isinstance(attention, WRITTEN_OUT):
+        attention.forward = Inside(attention, product, site)  # type: ignore[method-assign]
     else:
         attention.processor = rebound(given(getattr(attention, "processor", None)), product, site)
 
 
 def give_back(attention: Any) -> None:
     """Let an attention compute its product as its own library does."""
-    if isinstance(vars(attention).get("forward"), LookedUp):
+    if isinstance(vars(attention).get("forward"), LookedUp | Inside):
         del attention.forward
         return
     processor = given(attention.processor)

@@ -13,7 +13,7 @@ from stepquant.core.affine import dequantize, to_groups
 from stepquant.core.low_rank import LowRank
 from stepquant.core.precision import loses_gradients
 from stepquant.core.rotation import rotate
-from stepquant.models.families.roles import border_of, bordered
+from stepquant.models.causal import border_of, bordered
 from stepquant.models.split import part_like
 from stepquant.quant.quantizer import Quantizer
 

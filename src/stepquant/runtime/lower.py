@@ -16,6 +16,7 @@ from stepquant.core.policy import FloatSteps
 from stepquant.errors import ArtifactError, RuntimeSupportError
 from stepquant.models.attention import KeepProduct, NoFusing
 from stepquant.models.blocks.structure import Structure, roles, structure
+from stepquant.models.causal import keep_counts
 from stepquant.models.denoiser import device_of
 from stepquant.models.families.registry import family_of, is_declared, is_generic
 from stepquant.models.families.roles import PRODUCTS
@@ -73,6 +74,7 @@ def skeleton(
         check_policy(model, policy, corrected=steps is not None and bool(steps.channels))
         model.policy = policy  # type: ignore[assignment]
     split_concats(model, splits)
+    keep_counts(model)
     device, groups = device_of(model), steps.groups if steps else 1
     for path, spec in layers.items():
         model.set_submodule(path, integer_layer(find(model, path), spec, path, groups))

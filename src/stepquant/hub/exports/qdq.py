@@ -17,7 +17,7 @@ from stepquant.core.affine import scales_of_rows
 from stepquant.core.rotation import rotate
 from stepquant.hub.exports.nodes import node
 from stepquant.hub.exports.windows import Windows, why_not
-from stepquant.models.families.roles import bordered
+from stepquant.models.causal import bordered
 from stepquant.models.products import give_back, rebind
 from stepquant.runtime.layers.attention_product import PORTS, IntegerProduct, powers_of_two
 from stepquant.runtime.layers.convolution import IntegerConv2d, IntegerConv3d

@@ -5,11 +5,8 @@ Keyed by class object: diffusers uses some class names twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from diffusers.models import (
     attention,
     attention_processor,
@@ -24,7 +21,9 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.autoencoders import autoencoder_kl_qwenimage, autoencoder_kl_wan
 from diffusers.models.transformers import transformer_2d, transformer_temporal
 from diffusers.models.unets import unet_1d_blocks, unet_2d, unet_2d_condition, unet_motion_model
-from torch import Tensor, nn
+from torch import nn
+
+from stepquant.models.causal import CAUSAL
 
 LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d)
 
@@ -158,16 +157,17 @@ TABLES: dict[type[nn.Module], dict[str, str]] = {
 # Of transformers, which need not be there; T5's tokens are a table of two modules, and stay float.
 TABLES_OF_TEXTS = {"CLIPTextEmbeddings": {"token_embedding": "context"}}
 
+# Attentions without a processor, whose forward calls the function that multiplies.
+WRITTEN_OUT = (autoencoder_kl_wan.WanAttentionBlock, autoencoder_kl_qwenimage.QwenImageAttentionBlock)
 PRODUCTS: tuple[Any, ...] = (
     attention_processor.Attention,
     AttentionModuleMixin,
     unet_1d_blocks.SelfAttention1d,
+    *WRITTEN_OUT,
 )
 
 OWN_WAY = "its class computes in a way of its own, which no integer layer knows"
 ORDINARY = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# Convolutions that read frames they have kept, or zeros, before those that come: ordinary ones after that.
-CAUSAL = (autoencoder_kl_wan.WanCausalConv3d, autoencoder_kl_qwenimage.QwenImageCausalConv3d)
 
 LINEAR = "linear attention has no probabilities, and sums in float32"
 # Why some layers and attention products have no integer form, by their class or that of their processor.
@@ -183,22 +183,6 @@ def computes_its_own_way(layer: nn.Module) -> bool:
     """Whether its class does something else than what it is derived from."""
     ordinary = any(isinstance(layer, kind) and type(layer).forward is kind.forward for kind in ORDINARY)
     return not ordinary and not isinstance(layer, CAUSAL)
-
-
-def border_of(layer: Any) -> tuple[int, ...] | None:
-    """What a causal convolution pads its input by, in the order of F.pad; None for any other layer."""
-    padding: Any = layer._padding if isinstance(layer, CAUSAL) else None
-    return None if padding is None else tuple(padding)
-
-
-def bordered(x: Tensor, border: Sequence[int] | None, kept: Tensor | None = None) -> Tensor:
-    """What a causal convolution makes of its input, the frames that it has kept in front of it."""
-    if border is None:
-        return x
-    if kept is None or border[4] <= 0:
-        return F.pad(x, tuple(border))
-    joined = torch.cat([kept.to(x), x], dim=2)
-    return F.pad(joined, (*border[:4], border[4] - kept.shape[2], *border[5:]))
 
 
 def embeddings_in(model: nn.Module) -> dict[str, str]:

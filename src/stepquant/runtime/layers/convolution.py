@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.artifact import LayerSpec
-from stepquant.models.families.roles import border_of, bordered
+from stepquant.models.causal import border_of, bordered
 from stepquant.runtime.device import device_for
 from stepquant.runtime.kernel import Geometry, Kernel
 from stepquant.runtime.layers.layer import IntegerLayer
