@@ -99,6 +99,15 @@ def calibrated(model: Any, calls: list[dict[str, Any]], name: str = "w8a8") -> A
         return freeze(network)
 
 
+def beside(model: nn.Module) -> nn.Module:
+    """A copy that shares the memory of weights, as long as nobody gives it others."""
+    own = {
+        id(weight): nn.Parameter(weight.data, requires_grad=weight.requires_grad)
+        for weight in model.parameters()
+    }
+    return copy.deepcopy(model, own)
+
+
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -132,7 +141,7 @@ def main(options: argparse.Namespace) -> None:
         for name in options.schemes.split(","):
             artifact = calibrated(model, seen, name)
             label = f"{QUANTIZED}, {name}" if made else QUANTIZED
-            made[label] = lower(copy.deepcopy(model), artifact, DTYPES[options.dtype])
+            made[label] = lower(beside(model), artifact, DTYPES[options.dtype])
     if options.peak:
         return show_peaks({REFERENCE: model} | made, one.arguments(1, size))
     for name, lowered in made.items():

@@ -17,6 +17,7 @@ import yaml
 import stepquant
 from stepquant.cli.app import app
 from stepquant.quant.plan import Plan
+from tests.torture.methods import files as declared_in
 
 ROOT = Path(__file__).parents[2]
 BESIDE = (
@@ -49,6 +50,17 @@ def command_lines() -> list[tuple[str, str]]:
 def test_commands_are_documented() -> None:
     named = {shlex.split(line)[1] for _, line in command_lines()}
     assert named >= {"quantize", "generate", "evaluate", "benchmark", "report", "inspect"}
+
+
+@pytest.mark.parametrize(("page", "row"), [("networks.md", "- `{}`: "), ("architecture.md", "| `{}` | ")])
+def test_every_declared_class_is_documented(page: str, row: str) -> None:
+    declared: dict[str, set[str]] = {}
+    for kind, file in declared_in().items():
+        declared.setdefault(file, set()).add(kind)
+    lines = (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines()
+    for file, kinds in declared.items():
+        (line,) = (line for line in lines if line.startswith(row.format(file)) and "Model" in line)
+        assert set(re.findall(r"\w+Model\b|\w+UNet\b", line)) == kinds
 
 
 @pytest.mark.parametrize(("page", "line"), command_lines())
