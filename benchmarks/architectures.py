@@ -3,6 +3,7 @@
     python -m benchmarks.architectures ddpm --batch 1,8,32
     python -m benchmarks.architectures dit-xl --batch 1,2 --threads 1 --dtype fp32
     python -m benchmarks.architectures vae --batch 1 --size 64
+    python -m benchmarks.architectures vae --size 128 --peak --tiled
     python -m benchmarks.architectures latent --threads 1 --schemes w8a8,w8a8-dynamic
 
 Ranges come from two random calls. Contenders take turns; ratios are to fp32 eager in its better layout. With one thread
@@ -100,11 +101,9 @@ def calibrated(model: Any, calls: list[dict[str, Any]], name: str = "w8a8") -> A
 
 
 def beside(model: nn.Module) -> nn.Module:
-    """A copy that shares the memory of weights, as long as nobody gives it others."""
-    own = {
-        id(weight): nn.Parameter(weight.data, requires_grad=weight.requires_grad)
-        for weight in model.parameters()
-    }
+    """A copy that shares the memory of tensors, as long as nobody gives it others."""
+    own: dict[int, Any] = {id(table): table for table in model.buffers()}
+    own |= {id(weight): nn.Parameter(weight.data, requires_grad=False) for weight in model.parameters()}
     return copy.deepcopy(model, own)
 
 
@@ -121,6 +120,7 @@ def read_options() -> argparse.Namespace:
     add("--schemes", default="w8a8", help="several in turns; autoencoders have w8a8 alone")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--rounds", type=int, default=5, help="at least so many turns")
+    add("--tiled", action="store_true", help="autoencoders decode in tiles")
     add("--peak", action="store_true", help="memory of one call instead of its time")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     return parser.parse_args()
@@ -135,6 +135,8 @@ def main(options: argparse.Namespace) -> None:
     seen = [one.arguments(1, size, seed) for seed in (1, 2)]
     made: dict[str, Any] = {}
     if one.kind == "AutoencoderKL":
+        if options.tiled:
+            model.enable_tiling()
         made[QUANTIZED] = decoding_in_integers(model, [cut(given) for given in seen])
         model = Decoding(model)
     else:

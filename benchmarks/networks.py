@@ -163,7 +163,7 @@ ARCHITECTURES = {
     "vae": Architecture(
         "AutoencoderKL",
         {
-            "sample_size": 64,
+            "sample_size": 512,
             "block_out_channels": (128, 256, 512, 512),
             "layers_per_block": 2,
             "down_block_types": ("DownEncoderBlock2D",) * 4,

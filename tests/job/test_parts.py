@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +148,19 @@ def check_products(model: nn.Module, args: tuple[Any, ...], count: int) -> None:
     assert seen.share_of_planned == 1 or not ops.compiled()
 
 
+CAUSAL: dict[str, Any] = {
+    "base_dim": 8,
+    "z_dim": 4,
+    "dim_mult": [1, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [True],
+}
+
+
 @pytest.mark.parametrize("kind", [AutoencoderKLWan, AutoencoderKLQwenImage])
 def test_a_causal_autoencoder_runs_in_integers(kind: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    size = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [True]}
-    model = kind(**size, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).eval()
+    model = kind(**CAUSAL, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).eval()
     latents = torch.randn(1, 4, 2, 8, 8)  # its second frame reads what was kept of the first
     call = Received("decode", (latents,), {"return_dict": False})
     part = seen_by(Part(model, "vae"), [call])
@@ -168,6 +177,58 @@ def test_a_causal_autoencoder_runs_in_integers(kind: Any, tmp_path: Path) -> Non
     assert any(line.integer and line.path.endswith("conv1") for line in covered.lines)
     (attention,) = (line for line in covered.lines if line.kind == "product" and line.macs)
     assert attention.integer == ops.compiled()  # over the pixels of each frame, and nothing beside it
+
+
+CODERS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "AutoencoderKL": (
+        lambda: AutoencoderKL(
+            sample_size=32,
+            block_out_channels=(16, 32),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=8,
+        ),
+        (1, 4, 20, 14),
+    ),
+    "AutoencoderKLWan": (
+        lambda: AutoencoderKLWan(
+            **CAUSAL, latents_mean=[0.0] * 4, latents_std=[1.0] * 4, scale_factor_spatial=2
+        ),
+        (1, 4, 2, 14, 11),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CODERS)
+def test_tiles_and_slices_are_those_of_the_float_autoencoder(name: str) -> None:
+    torch.manual_seed(0)
+    build, shape = CODERS[name]
+    model, latents = build().eval(), torch.randn(shape)
+    model.enable_tiling()
+    if name == "AutoencoderKL":
+        model.tile_latent_min_size, model.tile_sample_min_size = 8, 16
+    else:
+        model.tile_sample_min_height = model.tile_sample_min_width = 16
+        model.tile_sample_stride_height = model.tile_sample_stride_width = 12
+    call = Received("decode", (latents,), {"return_dict": False})  # in tiles, as it is going to be called
+    served = deepcopy(model)
+    part = seen_by(Part(model, "vae"), [call])
+    hub.attach(served, fit_extremes(part, plan_for_parts(scheme("w8a8")), [{"call": call}]))
+    with torch.no_grad():
+        tiled = model.decode(latents).sample
+        got = [served.decode(latents).sample for _ in range(3)]
+        assert all(torch.equal(one, got[0]) for one in got)
+        assert (got[0] - tiled).norm() < 0.05 * tiled.norm()
+        planned = [line for line in traced(served, lambda: call.repeat(served)).lines if line.planned]
+        assert all(line.integer for line in planned if line.macs) == ops.compiled()
+        for one in (model, served):
+            one.disable_tiling()
+            one.enable_slicing()
+        both = torch.cat([latents, latents.flip(-1)])
+        unsplit, alone = served.decode(both).sample, served.decode(latents).sample
+        assert torch.equal(unsplit[:1], alone)
+        assert (unsplit - model.decode(both).sample).norm() < 0.05 * unsplit.norm()
+        assert (alone - tiled).norm() > 0.1 * tiled.norm()  # tiles are another image
 
 
 @pytest.mark.parametrize(

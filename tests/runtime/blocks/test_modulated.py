@@ -18,6 +18,7 @@ from stepquant.quant.schemes import scheme
 from stepquant.runtime import ops
 from stepquant.runtime.blocks.chain import Chain, chains
 from stepquant.runtime.blocks.joined import Joined
+from stepquant.runtime.blocks.one_stream import Bare
 from stepquant.runtime.coverage import coverage
 from stepquant.runtime.cpu.lasting import TEXTS, Recorded, same_bits
 from stepquant.runtime.lower import lower, prepare
@@ -48,6 +49,7 @@ KINDS = {
     "allegro": {"Places": 2},
     "latte": {"Single": 4},
     "ltx": {"Root": 2, "Turned": 4},
+    "stable_audio": {"BareTurned": 2},
 }
 
 
@@ -94,6 +96,19 @@ def test_a_chain_gives_the_numbers_of_the_layers_alone(name: str, split: bool, t
     alone = predicted(prepare(model, torch.float32, fuse=False), arguments)
     # One rounding that falls the other way changes far more than the order of sums in float32.
     assert float((fused[0] - alone).norm() / alone.norm()) < 2e-2
+
+
+@needs_extension
+def test_blocks_over_the_frames_of_u_nets_give_the_numbers_of_their_layers() -> None:
+    """One by one: from the first to the last layer of a U-Net, roundings that fall the other way grow."""
+    model, _ = lowered("text_to_video")
+    found = [chain for chain in chains(model) if type(chain) is Bare]
+    assert len(found) == 5
+    for chain in found:
+        x = torch.randn(6, 4, chain.module.norm1.normalized_shape[0])
+        with torch.no_grad():
+            fused, alone = chain.fused(x.clone()), chain.unfused(x.clone())
+        assert float((fused - alone).norm() / alone.norm()) < 1e-3
 
 
 @needs_extension

@@ -9,6 +9,7 @@ from diffusers.models import transformers as networks
 from torch import nn
 
 from stepquant.models.attention import given
+from stepquant.models.blocks.transformer import is_plain_text_block
 
 Flux, Wan, Qwen = networks.transformer_flux, networks.transformer_wan, networks.transformer_qwenimage
 ZImage, Lumina2, Flux2 = (
@@ -32,7 +33,7 @@ SkyReels, LTX, Cosmos = (
 @dataclass(frozen=True)
 class ModulatedBlock:
     """Kinds of one stream: 'zero' (DiT), 'single' (PixArt), 'places' (Allegro), 'float32' (Wan, SkyReels), 'controlled' (VACE),
-    'root' (LTX), 'thrice' (Cosmos), 'sandwich' (Z-Image), 'zero_sandwich' (Lumina 2); of an image and a text: 'joint' (SD3,
+    'root' (LTX), 'thrice' (Cosmos), 'bare' (video U-Nets), 'bare_turned' (Stable Audio), 'sandwich' (Z-Image), 'zero_sandwich' (Lumina 2); of an image and a text: 'joint' (SD3,
     FLUX, Bria), 'behind' (Hunyuan's), 'pruned' (Chroma), 'given' (FLUX.2), 'named' (Qwen-Image); with a feed-forward beside the
     attention: 'wide' (FLUX, Bria), 'wide_behind' (Hunyuan's), 'wide_pruned' (Chroma), 'parallel' (FLUX.2).
 
@@ -65,9 +66,11 @@ PLAIN = (
     LTX.LTXVideoAttnProcessor,
     Cosmos.CosmosAttnProcessor2_0,
     attention_processor.AllegroAttnProcessor2_0,
+    attention_processor.StableAudioAttnProcessor2_0,
 )
 ATTENTIONS = ("attn", "attn1", "attn2", "attention")
 FEEDS = ("ff", "ff_context", "ffn", "img_mlp", "txt_mlp", "feed_forward")
+KINDS_BY_NORM = {"ada_norm_zero": "zero", "ada_norm_single": "single", "layer_norm": "bare"}
 KINDS: dict[type[nn.Module], str] = {
     Flux.FluxTransformerBlock: "joint",
     Flux.FluxSingleTransformerBlock: "wide",
@@ -89,6 +92,7 @@ KINDS: dict[type[nn.Module], str] = {
     LTX.LTXVideoTransformerBlock: "root",
     Cosmos.CosmosTransformerBlock: "thrice",
     networks.transformer_allegro.AllegroTransformerBlock: "places",
+    networks.stable_audio_transformer.StableAudioDiTBlock: "bare_turned",
     ZImage.ZImageTransformerBlock: "sandwich",
     Lumina2.Lumina2TransformerBlock: "zero_sandwich",
 }
@@ -110,12 +114,13 @@ def modulated_block(path: str, module: nn.Module) -> ModulatedBlock | None:
 
 def kind_of(module: nn.Module) -> str | None:
     if type(module) is attention.BasicTransformerBlock:
-        kind = {"ada_norm_zero": "zero", "ada_norm_single": "single"}.get(module.norm_type)
+        kind = KINDS_BY_NORM.get(module.norm_type)
         plain = (
             module.pos_embed is None
             and not module.only_cross_attention
             and getattr(module, "fuser", None) is None
-            and (kind == "single" or module.attn2 is None)
+            and (kind != "zero" or module.attn2 is None)
+            and not is_plain_text_block(module)  # which has a chain of its own
         )
         return kind if plain else None
     if type(module) is attention.JointTransformerBlock:

@@ -15,7 +15,7 @@ from stepquant.runtime.blocks.chain import Chain
 from stepquant.runtime.blocks.feed import FeedForward
 from stepquant.runtime.blocks.joined import End, Joined, Part
 from stepquant.runtime.blocks.joint import JOINT
-from stepquant.runtime.blocks.modulated import ONE_STREAM
+from stepquant.runtime.blocks.one_stream import ONE_STREAM
 from stepquant.runtime.blocks.parallel import Parallel, ParallelBlock
 from stepquant.runtime.blocks.resampling import Resample
 from stepquant.runtime.blocks.residual import Residual
