@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
 from stepquant.artifact import Artifact
 from stepquant.core.steps import StepCorrection, StepTable
+from stepquant.models.products import rebind
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import ops
 from stepquant.runtime.coverage import INTEGER_OPS
@@ -96,3 +99,28 @@ def test_a_transformer_compiles_whole_within_its_rounding() -> None:
     compiled = torch.compile(lowered, fullgraph=True, backend="eager")
     for _ in range(2):  # the second call finds weights packed, and is compiled anew
         assert relative(call(compiled), want) < 1.5 * relative(want, exact)
+
+
+@torch.no_grad()
+def test_attentions_go_on_in_their_own_globals_where_a_layer_breaks_the_graph() -> None:
+    """As group offloading breaks it, where the tensors of a layer are brought."""
+    pair = [Attention(8, heads=2, dim_head=4).eval() for _ in range(2)]
+    for factor, attention in enumerate(pair, 1):
+        rebind(attention, Scaled(factor), f"attention {factor}")
+        attention.to_q.forward = torch.compiler.disable(attention.to_q.forward)
+        attention.load_state_dict(pair[0].state_dict())
+    x = noise(1, 4, 8)
+    want = [attention(x) for attention in pair]
+    assert not torch.equal(*want)
+    for attention, out in zip(pair, want):
+        assert torch.equal(torch.compile(attention, backend="eager")(x), out)
+
+
+class Scaled:
+    """A product that tells its attention from others."""
+
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: Any) -> Tensor:
+        return self.factor * F.scaled_dot_product_attention(query, key, value, mask, scale=scale)

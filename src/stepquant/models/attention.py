@@ -79,9 +79,16 @@ def over(call: Any, product: Product, site: str) -> FunctionType:
     world: Any = module_like(name, call.__globals__)
     world.F = module_like(f"{name}_F", vars(F))
     world.F.scaled_dot_product_attention, world.dispatch_attention_fn = attend, dispatch
-    bound = FunctionType(call.__code__, vars(world), call.__name__, call.__defaults__, call.__closure__)
+    bound = FunctionType(own_code(call), vars(world), call.__name__, call.__defaults__, call.__closure__)
     bound.__kwdefaults__ = call.__kwdefaults__
     return bound
+
+
+def own_code(call: Any) -> CodeType:
+    """The code of a function, to run over other globals than its own."""
+    # torch.compile keeps what it made by the code alone: it would go on in the globals of another attention.
+    code: CodeType = call.__code__.replace()
+    return code
 
 
 def causal(query: Tensor, key: Tensor) -> Tensor:

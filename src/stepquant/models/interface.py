@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.errors import ProductError
-from stepquant.models.attention import Product, causal, module_like, names_used, serial, spread
+from stepquant.models.attention import Product, causal, module_like, names_used, own_code, serial, spread
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 KNOWN = "sdpa"  # what the registry calls the function of torch
@@ -36,7 +36,7 @@ class LookedUp:
         self.attention, self.product, self.site = attention, product, site
         own: Any = inspect.unwrap(type(attention).forward)
         world = module_like(f"stepquant_interface_{next(serial)}", own.__globals__ | {REGISTRY: self})
-        self.own = FunctionType(own.__code__, vars(world), own.__name__, own.__defaults__, own.__closure__)
+        self.own = FunctionType(own_code(own), vars(world), own.__name__, own.__defaults__, own.__closure__)
         self.own.__kwdefaults__ = own.__kwdefaults__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
