@@ -1,4 +1,4 @@
-"""Pipelines whose denoisers stay in their files: the same folder as ever, by any method, in little memory."""
+"""Pipelines whose networks stay in their files: the same folder as ever, by any method, in little memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from safetensors.torch import load_file
+import transformers
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    StableDiffusionPipeline,
+)
+from safetensors.torch import load_file, save_file
 
 from stepquant.core import mapped
 from stepquant.errors import ModelError, StepquantError
@@ -22,6 +29,7 @@ from stepquant.progress import Silent
 from tests.conftest import make_class_pipeline, make_one_level
 from tests.contracts.smallest import Counting, Killed
 from tests.job.test_job import contents
+from tests.models.media import ENCODER, FILM, film_pipeline
 
 pytestmark = pytest.mark.usefixtures("coarse")
 FILE = "diffusion_pytorch_model.safetensors"
@@ -31,8 +39,8 @@ WAYS = {"minmax": ("w8a8", FEW), "brecq": ("w4a8", FEW | {"iterations": 4, "step
 
 def recipe(model: Path, method: str = "minmax", **changes: Any) -> Recipe:
     scheme, settings = WAYS[method]
-    fields = {"model": str(model), "method": method, "scheme": scheme, "settings": settings, "steps": 4}
-    return Recipe.of(**fields | changes)
+    fields: dict[str, Any] = {"model": str(model), "method": method, "scheme": scheme, "settings": settings}
+    return Recipe.of(**fields | {"steps": 4} | changes)
 
 
 @pytest.fixture
@@ -67,6 +75,44 @@ def test_the_folder_is_the_same(
     small = quantized(monkeypatch, asked, tmp_path / "small", low_memory=True, memory=0)
     assert small == usual
     assert len(usual) > 3
+
+
+@pytest.fixture
+def with_parts(text_pipeline: StableDiffusionPipeline, tmp_path: Path) -> Path:
+    """Its text encoder in bfloat16, under the names that older files have."""
+    folder = tmp_path / "parts"
+    text_pipeline.text_encoder.to(torch.bfloat16)
+    text_pipeline.save_pretrained(folder)
+    file = folder / "text_encoder" / "model.safetensors"
+    save_file(
+        {f"text_model.{name}": value for name, value in load_file(file).items()}, file, {"format": "pt"}
+    )
+    return folder
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16", "w8a8-dynamic"])
+def test_parts_stay_in_their_files_too(
+    with_parts: Path, scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(with_parts, scheme=scheme, prompts=("a",), components=("unet", "text_encoder", "vae"))
+    usual = quantized(monkeypatch, asked, tmp_path / "usual")
+    assert quantized(monkeypatch, asked, tmp_path / "small", low_memory=True) == usual
+    pipe = load_in_files(str(with_parts), "cpu", Silent())
+    weights = [*pipe.text_encoder.parameters(), *pipe.vae.parameters()]
+    assert weights
+    assert all(isinstance(one, mapped.MappedParameter) and one.dtype == torch.float32 for one in weights)
+
+
+def test_autoencoders_under_other_names_are_loaded(with_parts: Path) -> None:
+    """diffusers knows what layers were called in older files; weights are the same."""
+    file = with_parts / "vae" / FILE
+    known = load_file(file)
+    older = {name.replace("to_out.0", "proj_attn"): value for name, value in known.items()}
+    assert older.keys() != known.keys()
+    save_file(older, file, {"format": "pt"})
+    found = load_in_files(str(with_parts), "cpu", Silent()).vae
+    assert not any(isinstance(one, mapped.MappedParameter) for one in found.parameters())
+    assert all(torch.equal(value, known[name]) for name, value in found.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -163,15 +209,16 @@ import torch
 from stepquant.core.ranges import lp_search, lp_search_binned
 from stepquant.job import Recipe, quantize_to
 from stepquant.job.memory import status_bytes
+from stepquant.models.call import Call
 
 for search in (lp_search, lp_search_binned):
     search.__kwdefaults__ |= {"candidates": 3}
 
-def run(model, out, more, way, method, scheme, settings):
+def run(model, out, more, way, calls=(), **asked):
     learn()  # what libraries import then is no part of a model
     limit = status_bytes("VmData") + more
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    recipe = Recipe.of(model=model, method=method, scheme=scheme, steps=2, settings=settings)
+    recipe = Recipe.of(model=model, steps=2, calls=tuple(map(Call.of, calls)), **asked)
     quantize_to(recipe, out, low_memory=way == "low", memory=0)
 
 def learn():
@@ -194,6 +241,7 @@ for number, asked in enumerate(json.loads(sys.argv[2])):
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 RECORDS = {"samples": 16, "trajectories": 8, "batch": 4}
+
 RUNS: list[dict[str, Any]] = [
     {"way": "usual", "method": "minmax", "scheme": "w8a8", "settings": RECORDS},
     {"way": "low", "method": "minmax", "scheme": "w8a8", "settings": RECORDS},
@@ -204,6 +252,16 @@ RUNS: list[dict[str, Any]] = [
         "scheme": "w4a8",
         "settings": RECORDS | {"iterations": 2, "step_iterations": 1},
     },
+]
+TEXTS: dict[str, Any] = {
+    "method": "minmax",
+    "settings": RECORDS,
+    "components": ["transformer", "text_encoder"],
+    "calls": [{"prompt": "a", **FILM}],
+}
+OF_TEXTS = [
+    TEXTS | {"way": way, "scheme": scheme}
+    for way, scheme in (("usual", "w8a8"), ("low", "w8a8"), ("low", "w4a16"))
 ]
 
 
@@ -227,19 +285,34 @@ def large() -> Any:
     return made
 
 
+def large_text() -> Any:
+    """A pipeline around a text encoder of many blocks."""
+    made = film_pipeline(denoisers=1)
+    with torch.device("meta"):
+        config = transformers.UMT5Config(**ENCODER | {"d_ff": 8192, "num_layers": 16})
+        network = transformers.UMT5EncoderModel(config)
+    network.to_empty(device="cpu").requires_grad_(False)
+    for value in network.state_dict().values():
+        value.fill_(0.01)
+    made.register_modules(text_encoder=network)
+    return made
+
+
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str, Path]]:
     """What each run ended with, what it said, and its folder; it may take 1 / 1.2 of the float weights in float32."""
-    folder, made = tmp_path_factory.mktemp("large"), large()
-    network = made.transformer
-    more = int(sum(4 * value.numel() for value in network.state_dict().values()) / 1.2)
-    made.save_pretrained(folder / "float")
-    network.to(torch.bfloat16).save_pretrained(folder / "float" / "transformer")  # as models come
-    asked = json.dumps([one | {"model": str(folder / "float"), "more": more} for one in RUNS])
+    folder, each = tmp_path_factory.mktemp("large"), []
+    for component, made, runs in (("transformer", large(), RUNS), ("text_encoder", large_text(), OF_TEXTS)):
+        network, place = getattr(made, component), folder / component
+        more = int(sum(4 * value.numel() for value in network.parameters()) / 1.2)
+        made.save_pretrained(place)
+        network.to(torch.bfloat16).save_pretrained(place / component)  # as models come
+        each += [one | {"model": str(place), "more": more} for one in runs]
+    asked = json.dumps(each)
     # What is freed goes back to the system, and no thread has a heap of its own: the same on every machine.
     calm = os.environ | {
         "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1",
-        "STEPQUANT_CACHE": str(folder / "cache"),
+        "HF_DEACTIVATE_ASYNC_LOAD": "1", "STEPQUANT_CACHE": str(folder / "cache"),
     }  # fmt: skip
     words = [sys.executable, "-W", "ignore", "-c", LIMITED, str(folder), asked]
     done = subprocess.run(words, capture_output=True, text=True, env=calm)
@@ -252,13 +325,16 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str, Pa
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a process may write to")
 @pytest.mark.parametrize(
-    "number", range(len(RUNS)), ids=[f"{one['way']}-{one['method']}-{one['scheme']}" for one in RUNS]
+    "number",
+    range(len(RUNS + OF_TEXTS)),
+    ids=[f"{one['way']}-{one['method']}-{one['scheme']}" for one in RUNS]
+    + [f"text-{one['way']}-{one['scheme']}" for one in OF_TEXTS],
 )
 def test_a_model_larger_than_what_the_process_may_take(
     number: int, limited: list[tuple[int, str, Path]]
 ) -> None:
     """Its float weights are 1.2 times the memory that is left to the process, which loads them in vain."""
-    (end, said, out), works = limited[number], RUNS[number]["way"] == "low"
+    (end, said, out), works = limited[number], (RUNS + OF_TEXTS)[number]["way"] == "low"
     assert (end == 0) == works, said
     assert ("memory" in said.lower()) == (not works), said
     assert (out / "model_index.json").exists() == works

@@ -17,17 +17,15 @@ from stepquant.models.hooks import listening
 from stepquant.models.part import Part, Received, receiving
 from stepquant.models.sampling import Enough
 
-TRAJECTORIES = 16  # whose calls are kept: parts have no steps that differ
 
-
-def receive(source: Source, parts: Sequence[Part]) -> dict[str, list[Received]]:
-    """The calls of every part over some trajectories of the source, by component.
+def receive(source: Source, parts: Sequence[Part], trajectories: int) -> dict[str, list[Received]]:
+    """The calls of every part over so many trajectories of the source, by component.
 
     Where no part decodes, a trajectory ends when it reaches the denoiser.
     """
     found: dict[str, list[Received]] = {part.component: [] for part in parts}
     early = not any(hasattr(part.model, "decode") for part in parts)
-    seeds = [trajectory_seed(source.seed, number) for number in range(TRAJECTORIES)]
+    seeds = [trajectory_seed(source.seed, number) for number in range(trajectories)]
     batches = [seeds[start : start + source.batch] for start in range(0, len(seeds), source.batch)]
     with ExitStack() as stack, torch.no_grad():
         for part in parts:

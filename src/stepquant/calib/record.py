@@ -235,12 +235,14 @@ def count_steps(source: Source) -> int:
     def listener(_: int, arguments: dict[str, Any]) -> None:
         counted.see(arguments[denoiser.family.x], arguments[denoiser.family.t])
 
+    seeds = [trajectory_seed(source.seed, 0)]
     with listening(denoiser, listener), torch.no_grad():
-        run(source.pipeline, [trajectory_seed(source.seed, 0)], source.sampling)
+        for seed in source.progress.track(seeds, "counting steps", 1):
+            run(source.pipeline, [seed], source.sampling)
     if counted.step < 0:
         raise CalibrationError(
             f"the pipeline never called its denoiser '{denoiser.component}'",
-            where=origin_of(source, [trajectory_seed(source.seed, 0)]),
+            where=origin_of(source, seeds),
             fix="ask for more steps, or for more strength",
         )
     return counted.step + 1

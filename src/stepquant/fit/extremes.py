@@ -52,7 +52,8 @@ def fit_extremes(
         network.switch(weights=True, inputs=True)
         for quantizer in observed:
             quantizer.observer = observe
-        for arguments in (progress or Silent()).track(calls, what, len(calls)):
+        needed = calls if observed else ()
+        for arguments in (progress or Silent()).track(needed, what, len(needed)):
             denoiser.predict(arguments)
         for quantizer in observed:
             quantizer.observer = None

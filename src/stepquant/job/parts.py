@@ -8,15 +8,16 @@ from typing import Any
 
 from stepquant import hub
 from stepquant.artifact import Artifact
-from stepquant.calib.receive import TRAJECTORIES, receive
+from stepquant.calib.receive import receive
 from stepquant.calib.record import Source
 from stepquant.errors import ModelError
 from stepquant.fit.extremes import fit_extremes
 from stepquant.job.recipe import Recipe
-from stepquant.models.denoiser import check_finite, denoisers
+from stepquant.models.denoiser import Seen, check_finite, denoisers
 from stepquant.models.part import IDLE, NOT_CALLED, Part, seen_by
 from stepquant.quant.plan import Plan, Rule
 
+TRAJECTORIES = 16  # whose calls give ranges: parts have no steps that differ
 HOW = "parts have no trajectory: whatever the method, their ranges are the extremes of the calls that they receive"
 RULES = (
     Rule(None, "between latents and the network, a sliver of the work", ("latent",), optional=True),
@@ -49,25 +50,34 @@ def plan_for_parts(plan: Plan) -> Plan:
     return Plan(plan.name, (*RULES, *rules))
 
 
+def trajectories_for(plan: Plan) -> int:
+    """How many must be followed: for ranges, or to see what is reached at all, or for neither."""
+    if not plan.quantizes_activations():
+        return 0
+    return TRAJECTORIES if plan.measures() else 1
+
+
 def fit_parts(
     source: Source, parts: Sequence[Part], recipe: Recipe, provenance: Mapping[str, Any]
 ) -> dict[str, Artifact]:
     """An artifact of every part, ranges from the calls that it receives."""
-    plan, received = plan_for_parts(recipe.build_plan()), receive(source, parts)
+    plan = plan_for_parts(recipe.build_plan())
+    count = trajectories_for(plan)
+    received = receive(source, parts, count) if count else {}
     made = {}
     for part in parts:
-        name, calls = part.component, received[part.component]
+        name, calls = part.component, received.get(part.component, [])
         part.model.eval()
-        seen = seen_by(part, calls)
-        artifact = fit_extremes(seen, plan, [{"call": call} for call in calls], source.progress)
-        assert seen.seen is not None
+        known = seen_by(part, calls) if count else part.having(Seen())
+        artifact = fit_extremes(known, plan, [{"call": call} for call in calls], source.progress)
+        assert known.seen is not None
         own = {
             "component": name,
             "model_digest": part.digest(),
             "method": "minmax",
-            "settings": {"trajectories": TRAJECTORIES},
+            "settings": {"trajectories": count},
             "plan": plan.to_json()["rules"],
-            "seen": seen.seen.to_json(),
+            "seen": known.seen.to_json(),
         }
         made[name] = dataclasses.replace(artifact, recipe={**provenance, **own})
     return made

@@ -58,7 +58,7 @@ def quantize_to(
     With `resume`, a finished artifact of the same recipe is kept as it is, and an interrupted run goes on from the
     trajectories that it has recorded; the bytes are those of an uninterrupted run. `memory`: see `inplace.run`.
     The folder is then complete; a model card comes into it by `stepquant.write_card`, if it is to have one.
-    With `low_memory` the same bytes are written while the weights of denoisers stay in their files; where no call of them is
+    With `low_memory` the same bytes are written while the weights of networks stay in their files; where no call of them is
     needed they pass from file to file, and nothing else of the pipeline is loaded.
     """
     recipe.check()
@@ -82,7 +82,7 @@ def quantize_to(
         return outcome(existing(target, made_by, resume), found=True)
     with new_folder(target) as folder:
         made = run_all(pipeline, recipe, progress, memory=memory, made_by=made_by)
-        attach_all(pipeline, made, idle=networks if low_memory else ())
+        attach_all(pipeline, made, idle=made if low_memory else ())
         with writing(target), without_bars():
             save(pipeline, folder, target.name)
     return outcome(made_by[0], found=False)

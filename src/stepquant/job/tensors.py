@@ -32,6 +32,7 @@ KINDS = {
 NAMES = {kind: name for name, kind in KINDS.items()}
 LENGTH = struct.Struct("<Q")  # of the header, in front of it
 FILE = "diffusion_pytorch_model.safetensors"
+OF_TEXTS = "model.safetensors"  # as transformers calls it
 
 
 @dataclass(frozen=True)
@@ -90,16 +91,21 @@ def places_in(file: Path) -> dict[str, Place]:
         raise damaged(file, error) from error
 
 
-def weights_in(folder: Path) -> dict[str, Place]:
+def is_saved(folder: Path, file: str = FILE) -> bool:
+    """Whether a folder has the weights of a network in files that are called so."""
+    return (folder / file).is_file() or (folder / f"{file}.index.json").is_file()
+
+
+def weights_in(folder: Path, file: str = FILE) -> dict[str, Place]:
     """Every tensor of a network, which may lie in several files."""
-    index = folder / f"{FILE}.index.json"
+    index = folder / f"{file}.index.json"
     if not index.is_file():
-        return places_in(folder / FILE)
+        return places_in(folder / file)
     try:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise damaged(index, error) from error
-    return {name: place for file in files for name, place in places_in(folder / file).items()}
+    return {name: place for one in files for name, place in places_in(folder / one).items()}
 
 
 class Writer:
