@@ -1,123 +1,183 @@
-"""What quantizing a Stable Diffusion 1.5 costs in memory and time: peak over the bytes of its float weights, and seconds.
+"""What quantizing costs in memory and time: peak over the bytes of the float weights, and seconds.
 
     python -m benchmarks.memory --width 0.5 --latents 32,64
-    python -m benchmarks.memory --width 1 --latents 64 --dtype bf16
+    python -m benchmarks.memory --network sdxl --latents 64 --dtype bf16
+    python -m benchmarks.memory --network sdxl --latents 64 --dtype bf16 --scheme w8a8-dynamic --files 2
 
-Weights are random, the text encoder and the autoencoder tiny. Every case runs in a process of its own: the float pipeline
-alone, one image of a few steps with guidance, and `stepquant.quantize` of it with as many. Peaks are beyond what imports take.
+Weights are random, what stands beside the network is tiny. Every case runs in a process of its own: the float pipeline
+alone, one image of a few steps with guidance, and `stepquant.quantize` of it with as many, whose artifact is saved. With
+`--files GB` the pipeline is saved in place of the first, and quantized with `--low-memory` by a process that may take so
+many GB. Peaks and this limit are beyond what imports take.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-import transformers
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 import stepquant
+from benchmarks.pipelines import PIPELINES
 from stepquant.calib.record import trajectory_seed
-from stepquant.job.memory import peak_bytes, reset_peak, resident_bytes
+from stepquant.job import Recipe, quantize_to
+from stepquant.job.memory import peak_bytes, reset_peak, resident_bytes, status_bytes
+from stepquant.models.call import Call
+from stepquant.models.denoiser import COMPONENTS, Denoiser
 from stepquant.models.generate import run
 from stepquant.models.sampling import Sampling
 
+T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PROMPT = "a"
+SAMPLING = ("counting steps", "recording trajectories")
+QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
+HEADS = (
+    "network",
+    "latents",
+    "float GB",
+    "",
+    "peak GB",
+    "over float",
+    "sampling s",
+    "all else s",
+    "by the clock",
+    "artifact GB",
+)
 
 
-def text_encoder(width: int) -> tuple[Any, Any]:
-    """A tokenizer of one letter, and an encoder with a single narrow layer between embeddings of that width."""
-    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "a</w>": 3}
-    config = transformers.CLIPTextConfig(vocab_size=4, hidden_size=width, intermediate_size=8, num_hidden_layers=1,
-                                         num_attention_heads=4, bos_token_id=0, eos_token_id=1, pad_token_id=1)  # fmt: skip
-    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
-    return tokenizer, transformers.CLIPTextModel(config).eval()
+class Phases:
+    """Progress that adds up the seconds of each part of the work: those of the wall's clock and of the processor."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        began = clocks()
+        yield from items
+        known = self.seconds.get(label, (0.0, 0.0))
+        self.seconds[label] = [sum(each) - start for *each, start in zip(known, clocks(), began)]
+
+    def note(self, words: str) -> None:
+        return None
 
 
-def unet(width: float, latents: int) -> Any:
-    """The U-Net with its channels times `width`, and random weights."""
-    with torch.device("meta"):
-        model = UNet2DConditionModel(
-            sample_size=latents,
-            block_out_channels=tuple(round(channels * width) for channels in (320, 640, 1280, 1280)),
-            attention_head_dim=8,
-            cross_attention_dim=768,
-            norm_num_groups=math.gcd(32, round(320 * width)),
-        )
-    return drawn(model)
+class Case:
+    """One row of the table, which a process measures in a folder."""
+
+    def __init__(self, asked: dict[str, Any], folder: Path) -> None:
+        self.asked, self.out = asked, folder / "quantized"
+        self.saved, self.call = folder / "float", folder / "call.pt"
+        self.phases, self.began, self.size = Phases(), clocks(), 0
+
+    def measure(self, what: str) -> dict[str, Any]:
+        """Peak and seconds of one of the ways below."""
+        if self.asked["limit"]:
+            resource.setrlimit(resource.RLIMIT_AS, (int(self.asked["limit"] * 1e9),) * 2)
+        imports = resident_bytes()
+        getattr(self, what)()
+        seconds = [now - began for now, began in zip(clocks(), self.began)]
+        peak = peak_bytes() - imports
+        return {
+            "bytes": self.size or weights_bytes(self.saved),
+            "artifact": weights_bytes(self.out),
+            "peak": peak,
+            "seconds": seconds,
+            "phases": self.phases.seconds,
+        }
+
+    def begin(self) -> None:
+        reset_peak()
+        self.began = clocks()
+
+    def make(self) -> tuple[Any, dict[str, Any]]:
+        """The pipeline, and what it is asked."""
+        asked = self.asked
+        width = {"width": asked["width"]} if asked["network"] == "sd1.5" else {}
+        pipe, call = PIPELINES[asked["network"]](asked["latents"], DTYPES[asked["dtype"]], **width)
+        self.size = sum(value.nbytes for value in Denoiser.of(pipe).model.state_dict().values())
+        return pipe, call
+
+    def call_float(self) -> None:
+        pipe, call = self.make()
+        self.begin()
+        run(pipe, [trajectory_seed(0, 0)], Sampling(self.asked["steps"], prompts=(Call.of(call),)))
+
+    def save_float(self) -> None:
+        pipe, call = self.make()
+        self.begin()
+        torch.save(call, self.call)
+        pipe.save_pretrained(self.saved)
+
+    def quantize(self) -> None:
+        pipe, call = self.make()
+        self.begin()
+        stepquant.quantize(pipe, calls=[call], progress=self.phases, **self.how())
+        for _ in self.phases.track([self.out], "saving"):
+            pipe.save_pretrained(self.out)
+
+    def quantize_files(self) -> None:
+        limit = (status_bytes("VmData") or 0) + int(self.asked["files"] * 1e9)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        recipe = Recipe.of(model=str(self.saved), calls=(Call.of(torch.load(self.call)),), **self.how())
+        self.begin()
+        quantize_to(recipe, self.out, low_memory=True, progress=self.phases)
+
+    def how(self) -> dict[str, Any]:
+        asked = {name: self.asked[name] for name in ("method", "scheme", "steps")}
+        records = {"samples": asked["steps"], "trajectories": 1} if asked["method"] == "minmax" else {}
+        return asked | {"settings": records}
 
 
-def drawn(model: Any) -> Any:
-    """A model without storage, with random weights that keep the size of what they multiply."""
-    model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if value.ndim > 1:
-                value.normal_(std=math.sqrt(1 / value[0].numel()), generator=generator)
-            else:
-                value.fill_(1.0 if name.endswith("weight") else 0.0)
-    return model.eval()
+def clocks() -> tuple[float, float]:
+    """The wall's and the processor's."""
+    return time.perf_counter(), time.process_time()
 
 
-def pipeline_of(width: float, latents: int, dtype: torch.dtype) -> Any:
-    tokenizer, encoder = text_encoder(768)
-    vae = AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4,
-                        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
-    pipe = StableDiffusionPipeline(
-        vae.eval().to(dtype),
-        encoder.to(dtype),
-        tokenizer,
-        unet(width, latents).to(dtype),
-        DDIMScheduler(clip_sample=False),
-        None,
-        None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def measure(case: dict[str, Any]) -> dict[str, float]:
-    """Peak and seconds of one case in this process."""
-    if case["limit"]:
-        resource.setrlimit(resource.RLIMIT_AS, (int(case["limit"] * 1e9),) * 2)
-    imports = resident_bytes()
-    pipe = pipeline_of(case["width"], case["latents"], DTYPES[case["dtype"]])
-    size = sum(value.nbytes for value in pipe.unet.state_dict().values())
-    reset_peak()
-    began = time.perf_counter()
-    if case["what"] == "float":
-        with torch.no_grad():
-            run(pipe, [trajectory_seed(0, 0)], Sampling(case["steps"], prompts=(PROMPT,)))
-    else:
-        settings = {"samples": case["steps"], "trajectories": 1}
-        stepquant.quantize(pipe, method=case["what"], scheme=case["scheme"], steps=case["steps"], prompts=[PROMPT],
-                           settings=settings if case["what"] == "minmax" else {})  # fmt: skip
-    seconds = time.perf_counter() - began
-    return {"bytes": size, "peak": peak_bytes() - imports, "seconds": seconds}
-
-
-def in_its_own_process(case: dict[str, Any]) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as cache:  # so that nothing is known from before
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--case", json.dumps(case)],
-            stdout=subprocess.PIPE,
-            env=os.environ | {"STEPQUANT_CACHE": cache},
-            text=True,
-            check=True,
-        )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+def in_its_own_process(what: str, asked: dict[str, Any], folder: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--case", json.dumps([what, asked]), "--folder", folder],
+        stdout=subprocess.PIPE,
+        env=os.environ | QUIET | {"STEPQUANT_CACHE": str(folder / "cache")},  # nothing is known from before
+        text=True,
+        check=True,
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def weights_bytes(folder: Path) -> int:
+    """Of the denoiser in a pipeline's folder."""
+    return sum(file.stat().st_size for name in COMPONENTS for file in (folder / name).glob("*.safetensors"))
+
+
+def row(what: str, asked: dict[str, Any], folder: Path) -> str:
+    found = in_its_own_process(what, asked, folder)
+    wall, busy = found["seconds"]
+    sampling = sum(found["phases"].get(label, (0, 0))[1] for label in SAMPLING)
+    for label, seconds in found["phases"].items():
+        print(f"{label}: {seconds[0]:.0f} s, {seconds[1]:.0f} of the processor", file=sys.stderr)
+    cells = (
+        asked["network"],
+        asked["latents"],
+        f"{found['bytes'] / 1e9:.2f}",
+        what.replace("_", " "),
+        f"{found['peak'] / 1e9:.2f}",
+        f"{found['peak'] / found['bytes']:.2f}",
+        f"{sampling:.0f}",
+        f"{busy - sampling:.0f}",
+        f"{wall:.0f}",
+        f"{found['artifact'] / 1e9:.2f}",
+    )
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def read_options() -> argparse.Namespace:
@@ -125,36 +185,33 @@ def read_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--width", type=float, default=0.5, help="of the channels, as a share of the original's")
+    add("--network", choices=PIPELINES, default="sd1.5")
+    add("--width", type=float, default=0.5, help="of the channels of sd1.5, as a share of the original's")
     add("--latents", default="32,64", help="of a side")
     add("--dtype", choices=DTYPES, default="fp32")
     add("--method", default="minmax")
     add("--scheme", default="w8a8")
     add("--steps", type=int, default=2, help="of a single trajectory; minmax records every one of them")
+    add("--files", type=float, default=0, help="with --low-memory, in so many GB")
     add("--limit", type=float, default=0, help="address space of each process in GB; 0: as much as there is")
     add("--case", type=json.loads, help=argparse.SUPPRESS)
+    add("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main(options: argparse.Namespace) -> None:
     if options.case:
-        print(json.dumps(measure(options.case)))
+        what, asked = options.case
+        print(json.dumps(Case(asked, options.folder).measure(what)))
         return
-    keys = ("width", "dtype", "scheme", "steps", "limit")
+    keys = ("network", "width", "dtype", "method", "scheme", "steps", "files", "limit")
     shared = {key: getattr(options, key) for key in keys}
-    print("| latents | float GB | | peak GB | over float | seconds |\n|---|---|---|---|---|---|")
+    print(f"| {' | '.join(HEADS)} |\n{'|---' * len(HEADS)}|")
+    ways = ("save_float", "quantize_files") if options.files else ("call_float", "quantize")
     for latents in map(int, options.latents.split(",")):
-        for what in ("float", options.method):
-            found = in_its_own_process(shared | {"latents": latents, "what": what})
-            size, peak = found["bytes"], found["peak"]
-            row = (
-                f"{latents}x{latents}",
-                f"{size / 1e9:.2f}",
-                what,
-                f"{peak / 1e9:.2f}",
-                f"{peak / size:.2f}",
-            )
-            print(f"| {' | '.join(row)} | {found['seconds']:.0f} |", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            for what in ways:
+                print(row(what, shared | {"latents": latents}, Path(folder)), flush=True)
 
 
 if __name__ == "__main__":

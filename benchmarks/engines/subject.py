@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.engines.given import NETWORKS, Given
-from benchmarks.memory import drawn, text_encoder, unet
 from benchmarks.networks import ARCHITECTURES
+from benchmarks.pipelines import drawn, text_encoder, unet
 
 Arrays = Mapping[str, NDArray[Any]]
 Run = Callable[[Arrays], NDArray[Any]]
