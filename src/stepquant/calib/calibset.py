@@ -105,6 +105,11 @@ class CalibSet:
         """The step of every record."""
         return torch.cat([batch.step for batch in self.batches(256)])
 
+    def places(self) -> list[tuple[int, int, int]]:
+        """Trajectory, step and branch of every record."""
+        columns = ((batch.trajectory, batch.step, batch.branch) for batch in self.batches(256))
+        return [place for some in columns for place in zip(*(column.tolist() for column in some))]
+
     def trajectories(self) -> Tensor:
         """The trajectory of every record."""
         return torch.cat([batch.trajectory for batch in self.batches(256)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from stepquant.calib.guided import states_of
 from stepquant.calib.pick import every, strided
 from stepquant.calib.record import Source
 from stepquant.core.knapsack import check_fits
@@ -28,7 +29,7 @@ def automatic(denoiser: Denoiser, budget: Budget, source: Source) -> Plan:
     weights = [site for site in sites if site.port == "weight"]
     room = room_for(weights, budget)
     check_fits(sum(site.bytes(min(BITS)) for site in weights), room)
-    known = estimate(denoiser, base, sites, BITS, data, source.progress)
+    known = estimate(denoiser, base, sites, BITS, data, states_of(data, source), source.progress)
     bits = dict(allocate(known, "bytes", room).bits)
     if "input" in ports:
         work = budget.inputs * sum(site.macs for site in sites if site.port == "input")

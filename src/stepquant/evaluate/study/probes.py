@@ -3,7 +3,8 @@
 A small error d of a weight or an input moves the prediction by J d. For random v with independent entries of mean zero and
 variance one, E (v . J d)^2 = |J d|^2 (Hutchinson 1990), and v . J d is the product of d with the gradient of v . prediction: one
 backward pass tells it for all sites and bits. What `sensitivity` measures with a call for each of them is the same number,
-beyond the second order of d.
+beyond the second order of d, where there is no guidance. Guidance takes the difference of two predictions, in which most of what
+layers err goes out, and what a table errs in the rows of two labels does not: so it is what the sampler reads that is probed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calib.calibset import CalibSet
+from stepquant.calib.guided import State, read_by_sampler
 from stepquant.core.affine import to_groups
 from stepquant.errors import EvaluationError
 from stepquant.evaluate.study.allocate import Sensitivity
@@ -50,26 +52,29 @@ def estimate(
     sites: Sequence[StudiedSite],
     bits: Sequence[int],
     data: CalibSet,
+    states: Sequence[State],
     progress: Progress,
     *,
     probes: int = 4,
     batch: int = 2,
     seed: int = 0,
 ) -> Sensitivity:
-    """The squared relative error of the prediction that each site makes alone, as `noise` of a measured study."""
+    """The squared relative error that each site makes alone of what the sampler reads; without guidance that is `noise`
+    of a measured study."""
     options = options_of(denoiser, plan, sites, bits, data)
     told = Told(options)
     random = torch.Generator().manual_seed(seed)
-    batches = [part.arguments for part in data.batches(batch)]
-    work = [arguments for _ in range(probes) for arguments in batches]
+    batches = [states[start : start + batch] for start in range(0, len(states), batch)]
+    read = [data.take([record for state in some for record in state.records]).arguments for some in batches]
+    work = list(zip(batches, read)) * probes
     with listening(denoiser.model, sites, told):
-        for arguments in progress.track(work, "probing all sites at once", len(work)):
-            target = denoiser.predict(arguments).float()
+        for some, arguments in progress.track(work, "probing all sites at once", len(work)):
+            target = read_by_sampler(denoiser.predict(arguments).float(), some)
             norms = target.detach().flatten(1).norm(dim=1).view(-1, *[1] * (target.ndim - 1))
             v = torch.randn(target.shape, generator=random).to(target.device) / norms
             (target * v).sum().backward()
             told.close()
-    losses = {key: value / len(data) / probes for key, value in told.squares.items()}
+    losses = {key: value / len(states) / probes for key, value in told.squares.items()}
     broken = [key for key, value in losses.items() if not math.isfinite(value)]
     if broken:
         raise EvaluationError(

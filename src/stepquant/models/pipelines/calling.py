@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepquant.errors import ModelError, StepquantError, UnknownNameError
-from stepquant.models.call import STEPS, Call
+from stepquant.models.call import STEPS, Asked, Call
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.pipelines.modular import answer, hide_bars, inputs_of, is_modular, lacking
 from stepquant.models.pipelines.results import tensor_of
@@ -19,6 +19,8 @@ from stepquant.models.sampling import Enough, Sampling, check_steps, generators,
 
 # Arguments that say where randomness and results go, and how many results: ours.
 OURS = ("generator", "output_type", "return_dict", "callback_on_step_end", "callback", "batch_size")
+# How much the condition counts. Where a pipeline has both, the second is an input of its network.
+GUIDANCE = ("true_cfg_scale", "guidance_scale")
 WRITE_CALLS = "write the arguments of each call into a file, a line of JSON each: quantize --calls FILE"
 
 
@@ -113,6 +115,16 @@ def check_call(pipeline: Any, call: Call) -> None:
                 expected=unknown.expected,
                 fix=unknown.fix,
             )
+
+
+def guidance_of(pipeline: Any, asked: Asked | None) -> float | None:
+    """s, where the pipeline steps by u + s (c - u) of predictions without and with the condition; None where it has none."""
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    given = {name: parameter.default for name, parameter in accepted.items()}
+    if isinstance(asked, Call):
+        given |= asked.arguments
+    scale = next((given[name] for name in GUIDANCE if name in given), None)
+    return float(scale) if isinstance(scale, int | float) and scale > 1 else None
 
 
 def message_of(error: Exception) -> str:
