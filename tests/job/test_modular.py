@@ -110,3 +110,17 @@ def test_whole_generations_are_timed_by_the_prompts_and_steps_that_the_artifact_
     assert found["sampler"] == "EulerDiscreteScheduler"
     assert {row["name"] for row in found["rows"]} >= {"fp32 eager", "stepquant"}
     assert told[0][1:] == (2, STEPS, 1, PROMPTS), "so do the processes that draw the first images"
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-dynamic"])
+def test_with_little_memory_the_folder_is_the_same(source: Path, tmp_path: Path, scheme: str) -> None:
+    """By calls of networks in their files, and from file to file."""
+    recipe = Recipe.of(model=str(source), method="minmax", scheme=scheme, settings={"samples": 8},
+                       steps=STEPS, prompts=list(PROMPTS))  # fmt: skip
+    usual, little = tmp_path / "usual" / "same", tmp_path / "little" / "same"
+    quantize_to(recipe, usual)
+    quantize_to(recipe, little, low_memory=True)
+    names = [sorted(str(file.relative_to(one)) for file in one.rglob("*.*")) for one in (usual, little)]
+    assert names[0] == names[1]
+    for name in ("modular_model_index.json", *(one for one in names[0] if one.startswith("unet/"))):
+        assert (usual / name).read_bytes() == (little / name).read_bytes(), name

@@ -20,6 +20,7 @@ from stepquant.models.call import Call
 from stepquant.models.denoiser import Denoiser, denoisers
 from stepquant.models.generate import run
 from stepquant.models.hooks import first_arguments
+from stepquant.models.pipelines.calling import guidance_of
 from stepquant.models.pipelines.modular import LOG, load_parts
 from stepquant.models.sampling import Sampling
 from tests.models import media
@@ -110,3 +111,16 @@ def test_films_of_two_denoisers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [hub.config_of(one) is None for one in denoisers(pipe).values()] == [False, False]
     found = run(pipe, [0], Sampling(4, prompts=(call,)))
     assert 0 < float((found - exact).abs().mean()) < 0.02 * float(exact.std())
+
+
+def test_guidance_is_that_of_the_guider(folder: Path) -> None:
+    pipe = load(folder)
+    c, u = torch.randn(2, 5)
+    for original in (False, True):
+        pipe.guider = diffusers.ClassifierFreeGuidance(4.0, use_original_formulation=original)
+        pipe.guider.set_state(step=0, num_inference_steps=1, timestep=torch.tensor(0))
+        scale = guidance_of(pipe, "a")
+        assert scale is not None
+        torch.testing.assert_close(u + scale * (c - u), pipe.guider.forward(c, u).pred)
+    pipe.guider = diffusers.AdaptiveProjectedGuidance(4.0)
+    assert guidance_of(pipe, "a") is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from stepquant.errors import ModelError, StepquantError
 from stepquant.job.pipelines import find_folder, name_of, open_pipeline, ready, without_bars
 from stepquant.job.tensors import NAMES, OF_TEXTS, Place, is_saved, weights_in
 from stepquant.models.denoiser import denoisers
+from stepquant.models.pipelines.index import read_index
 from stepquant.progress import Progress
 
 QUANTIZED = "quantization_config"
@@ -78,7 +78,8 @@ def without_weights(folder: Path) -> dict[str, Any]:
 
 def kinds_in(folder: Path, library: Any, base: type) -> dict[str, Any]:
     """Component -> class, of the components that are networks of this library."""
-    named = {name: entry[1] for name, entry in read_index(folder).items() if isinstance(entry, list)}
+    parts = {name: entry for name, entry in read_index(folder).items() if isinstance(entry, list)}
+    named = {name: entry[1] for name, entry in parts.items() if (folder / name).is_dir()}
     found = {name: getattr(library, str(kind), None) for name, kind in named.items()}
     return {name: kind for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, base)}
 
@@ -125,11 +126,6 @@ def text_encoder(kind: Any, config: Any, folder: Path, progress: Progress) -> An
 
 def as_computed(kind: torch.dtype) -> torch.dtype:
     return torch.float32 if kind.is_floating_point else kind
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    return found
 
 
 def check_places(places: Mapping[str, Place], floats: Mapping[str, Tensor], where: Path) -> None:

@@ -20,10 +20,12 @@ from stepquant.core.digest import add_tensor
 from stepquant.errors import ModelError
 from stepquant.hub.config import StepquantConfig, digests_of, settings_digest
 from stepquant.hub.on_load import products_of, specs_of, stored_as
-from stepquant.job.in_files import check_places, networks_in, read_index
+from stepquant.job.in_files import check_places, networks_in
 from stepquant.job.recipe import Recipe
 from stepquant.job.tensors import FILE, Writer, weights_in
 from stepquant.models.denoiser import Denoiser, check_finite_weight
+from stepquant.models.pipelines.index import index_of, read_index
+from stepquant.models.pipelines.modular import write_index
 from stepquant.progress import Progress
 from stepquant.runtime.lower import skeleton
 
@@ -49,10 +51,11 @@ def passings_of(recipe: Recipe, source: Path) -> list[Passing]:
 
 
 def quantize_files(
-    passings: Sequence[Passing], source: Path, out: Path, name: str, progress: Progress
+    passings: Sequence[Passing], source: Path, out: Path, called: str, name: str, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Fill `out` with the artifact of a pipeline's folder, which is to be called `name`; the provenance of each denoiser."""
-    index, made = read_index(source), {}
+    """Fill `out`, to be `called` so, with the artifact of a folder that goes by `name`; the provenance of each denoiser."""
+    file, index, made = index_of(source), read_index(source), {}
+    assert file is not None
     for one in passings:
         one.model.register_to_config(_name_or_path=name)
         made[one.component] = one.run(out / one.component, progress)
@@ -60,9 +63,7 @@ def quantize_files(
         if isinstance(entry, list) and component not in made and (source / component).is_dir():
             copy_part(source / component, out / component)
     index["_name_or_path"] = name
-    (out / "model_index.json").write_text(
-        json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
+    write_index(index, out / file.name, called)
     return list(made.values())
 
 

@@ -99,7 +99,8 @@ def pass_to(recipe: Recipe, target: Path, resume: bool, progress: Progress) -> O
         made = existing(target, wanted, resume)
     else:
         with new_folder(target) as folder, writing(target):
-            made = quantize_files(passings, source, folder, name_of(recipe.model, source), progress)[0]
+            name = name_of(recipe.model, source)
+            made = quantize_files(passings, source, folder, target.name, name, progress)[0]
     written = weights_bytes(target, [one.component for one in passings])
     return Outcome(target, made, written, float_bytes, found)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from stepquant.errors import ModelError, StepquantError, UnknownNameError
 from stepquant.models.call import STEPS, Asked, Call
 from stepquant.models.denoiser import Denoiser
-from stepquant.models.pipelines.modular import answer, hide_bars, inputs_of, is_modular, lacking
+from stepquant.models.pipelines.modular import answer, guided_by, hide_bars, inputs_of, is_modular, lacking
 from stepquant.models.pipelines.results import tensor_of
 from stepquant.models.sampling import Enough, Sampling, check_steps, generators, scheduler_of
 
@@ -119,11 +119,14 @@ def check_call(pipeline: Any, call: Call) -> None:
 
 def guidance_of(pipeline: Any, asked: Asked | None) -> float | None:
     """s, where the pipeline steps by u + s (c - u) of predictions without and with the condition; None where it has none."""
-    accepted = inspect.signature(type(pipeline).__call__).parameters
-    given = {name: parameter.default for name, parameter in accepted.items()}
-    if isinstance(asked, Call):
-        given |= asked.arguments
-    scale = next((given[name] for name in GUIDANCE if name in given), None)
+    if is_modular(pipeline):
+        scale = guided_by(pipeline)
+    else:
+        accepted = inspect.signature(type(pipeline).__call__).parameters
+        given = {name: parameter.default for name, parameter in accepted.items()}
+        if isinstance(asked, Call):
+            given |= asked.arguments
+        scale = next((given[name] for name in GUIDANCE if name in given), None)
     return float(scale) if isinstance(scale, int | float) and scale > 1 else None
 
 

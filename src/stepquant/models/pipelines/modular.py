@@ -10,12 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from diffusers import ModularPipeline
+from diffusers import ClassifierFreeGuidance, ModularPipeline
 from diffusers.modular_pipelines import modular_pipeline
 from torch import nn
 
-from stepquant.models.pipelines.index import MODULAR
+from stepquant.models.pipelines.index import MODULAR, read_index
 
+PAIR = 2  # library and class, which stand before it
 ORIGIN = "pretrained_model_name_or_path"  # of a part, in the index
 LOG = logging.getLogger(modular_pipeline.__name__)
 
@@ -70,6 +71,16 @@ def lacking(pipeline: Any) -> str:
     return f"; or give it what it was loaded without: {', '.join(names)}" if names else ""
 
 
+def guided_by(pipeline: Any) -> float | None:
+    """The scale of a guider that adds the difference of its branches to the one without the condition; None for any other."""
+    guider: Any = getattr(pipeline, "guider", None)
+    plain = type(guider) is ClassifierFreeGuidance
+    if not plain or guider.num_conditions == 1:
+        return None
+    scale = float(guider.guidance_scale)
+    return scale + 1 if guider.use_original_formulation else scale  # c + s (c - u) there
+
+
 def load_parts(pipeline: Any, given: Mapping[str, Any]) -> Any:
     """Every part whose files are on this machine, or that is given; parts of elsewhere stay absent.
 
@@ -96,10 +107,13 @@ def save(pipeline: Any, folder: Path, called: str) -> None:
         pipeline.save_pretrained(folder)
         return
     pipeline.save_pretrained(str(folder), overwrite_modular_index=True)
-    file = folder / MODULAR
-    index = json.loads(file.read_text(encoding="utf-8"))
-    for component, entry in index.items():
-        if isinstance(entry, list):
-            here, origin = (folder / component).is_dir(), entry[2][ORIGIN]
-            entry[2][ORIGIN] = called if here else None if origin and Path(origin).exists() else origin
+    write_index(read_index(folder), folder / MODULAR, called)
+
+
+def write_index(index: dict[str, Any], file: Path, called: str) -> None:
+    """The index of a pipeline, beside its parts; that of a modular one names `called` as their place."""
+    entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) > PAIR}
+    for name, entry in entries.items():
+        here, origin = (file.parent / name).is_dir(), entry[PAIR][ORIGIN]
+        entry[PAIR][ORIGIN] = called if here else None if origin and Path(origin).exists() else origin
     file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
