@@ -27,13 +27,15 @@ GATED: dict[type[nn.Module], tuple[tuple[str, str], str]] = {
     networks.transformer_krea2.Krea2SwiGLU: (("up", "gate"), "down"),
 }
 
+GATES_FIRST = (networks.transformer_flux2.Flux2FeedForward, networks.transformer_flux3.Flux3FeedForward)
+
 
 def feed(path: str, module: nn.Module) -> Feed | None:
     """None for what is no feed-forward of this kind."""
     if type(module) in GATED:
         widen, narrow = GATED[type(module)]
         return Feed(path, widen, "swiglu", narrow)
-    if type(module) is networks.transformer_flux2.Flux2FeedForward:
+    if type(module) in GATES_FIRST:
         return Feed(path, ("linear_in",), "swiglu_first", "linear_out")
     if type(module) is not attention.FeedForward or not all(
         type(part) is nn.Dropout for part in (module.net[1], *module.net[3:])

@@ -52,6 +52,7 @@ ROTARY: dict[type, Rotary] = {
     attention_processor.JointAttnProcessor2_0: Rotary(None, joint="behind"),
     networks.transformer_flux.FluxAttnProcessor: Rotary("image_rotary_emb", joint="front"),
     networks.transformer_flux2.Flux2AttnProcessor: Rotary("image_rotary_emb", joint="front"),
+    networks.transformer_flux3.Flux3AttnProcessor: Rotary("image_rotary_emb"),
     networks.transformer_bria.BriaAttnProcessor: Rotary("image_rotary_emb", joint="front"),
     networks.transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0: HUNYUAN,
     networks.transformer_hunyuanimage.HunyuanImageAttnProcessor: HUNYUAN,
