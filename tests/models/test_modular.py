@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,3 +125,15 @@ def test_guidance_is_that_of_the_guider(folder: Path) -> None:
         torch.testing.assert_close(u + scale * (c - u), pipe.guider.forward(c, u).pred)
     pipe.guider = diffusers.AdaptiveProjectedGuidance(4.0)
     assert guidance_of(pipe, "a") is None
+
+
+def test_parts_saved_in_bfloat16_are_computed_in_float32(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for name in ("text_encoder", "unet"):
+        getattr(load(folder), name).to(torch.bfloat16).save_pretrained(copy / name)
+    index = copy / "modular_model_index.json"
+    index.write_text(index.read_text(encoding="utf-8").replace(str(folder), str(copy)))
+    pipe = load(copy)
+    assert {part.dtype for part in (pipe.unet, pipe.text_encoder, pipe.vae)} == {torch.float32}
+    assert run(pipe, [0], Sampling(STEPS, prompts=("a",))).isfinite().all()

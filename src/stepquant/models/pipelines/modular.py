@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from diffusers import ClassifierFreeGuidance, ModularPipeline
 from diffusers.modular_pipelines import modular_pipeline
 from torch import nn
@@ -98,7 +99,9 @@ def loaded(spec: Any) -> Any:
     if origin is None or not (Path(origin) / (spec.subfolder or "")).is_dir():
         return None
     weights = isinstance(spec.type_hint, type) and issubclass(spec.type_hint, nn.Module)
-    return spec.load(local_files_only=True, **({"use_safetensors": True} if weights else {}))
+    # transformers would load a network in the dtype of its file.
+    options = {"use_safetensors": True, "dtype": torch.float32} if weights else {}
+    return spec.load(local_files_only=True, **options)
 
 
 def save(pipeline: Any, folder: Path, called: str) -> None:
