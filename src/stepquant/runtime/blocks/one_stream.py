@@ -9,9 +9,13 @@ from torch import Tensor, nn
 
 from stepquant.runtime.blocks.modulated import Branch, Modulated
 
+Given = Mapping[str, Any]  # what an attention is handed beside its rows
 
-class Zero(Modulated):
-    """Everything about t comes out of the first norm."""
+
+class Bare(Modulated):
+    """Called as diffusers' BasicTransformerBlock is, with norms alone: nothing of t enters, but in the kinds below."""
+
+    timed = False  # whether it cannot do without t
 
     def fused(
         self,
@@ -25,47 +29,46 @@ class Zero(Modulated):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        x, first = hidden_states, self.module.norm1
-        if cross_attention_kwargs or x.dim() != 3 or self.changed():
-            given = (attention_mask, encoder_hidden_states, encoder_attention_mask, timestep)
-            return self.unfused(x, *given, cross_attention_kwargs, class_labels, *args, **kwargs)  # type: ignore[no-any-return]
-        emb = first.emb(timestep, class_labels, hidden_dtype=x.dtype)
-        shift, scale, gate, *rest = first.linear(first.silu(emb)).chunk(6, dim=1)
-        own = Branch(first.norm, (shift, scale, gate), {"attention_mask": attention_mask})
-        return self.through(x, own, Branch(self.module.norm3, rest))
-
-
-class Single(Modulated):
-    """One row of a table for each block is added to what all blocks get of t."""
-
-    def fused(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        timestep: Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        x, text = hidden_states, encoder_hidden_states
-        if cross_attention_kwargs or x.dim() != 3 or timestep is None or self.changed():
-            given = (attention_mask, text, encoder_attention_mask, timestep, cross_attention_kwargs)
+        x, text, t = hidden_states, encoder_hidden_states, timestep
+        if cross_attention_kwargs or x.dim() != 3 or (self.timed and t is None) or self.changed():
+            given = (attention_mask, text, encoder_attention_mask, t, cross_attention_kwargs, class_labels)
             return self.unfused(x, *given, *args, **kwargs)  # type: ignore[no-any-return]
-        mask, of_text = {"attention_mask": attention_mask}, {"attention_mask": encoder_attention_mask}
-        return self.from_table(
-            x, timestep.reshape(len(x), 6, -1), mask, of_text | {"encoder_hidden_states": text}
+        of_text = {"encoder_hidden_states": text, "attention_mask": encoder_attention_mask}
+        return self.through(
+            x, *self.branches(x, {"attention_mask": attention_mask}, of_text, t, class_labels)
         )
 
-    def from_table(
-        self, x: Tensor, added: Tensor, own: Mapping[str, Any], of_text: Mapping[str, Any]
-    ) -> Tensor:
-        """What follows t, added to a table: of the attention to itself and of the feed-forward; a text is read as it is."""
+    def branches(
+        self, x: Tensor, own: Given, of_text: Given, t: Any = None, labels: Any = None
+    ) -> list[Branch]:
         block = self.module
-        table = (block.scale_shift_table + added).unbind(1)
-        first = Branch(block.norm1, table[:3], own)
-        return self.through(x, first, Branch(given=of_text), Branch(block.norm2, table[3:]))
+        read = [Branch(block.norm1, given=own), Branch(block.norm2, given=of_text)]
+        return [*read[: len(self.attentions)], Branch(block.norm3)]
+
+
+class Zero(Bare):
+    """Everything about t comes out of the first norm."""
+
+    def branches(
+        self, x: Tensor, own: Given, of_text: Given, t: Any = None, labels: Any = None
+    ) -> list[Branch]:
+        first = self.module.norm1
+        emb = first.emb(t, labels, hidden_dtype=x.dtype)
+        shift, scale, gate, *rest = first.linear(first.silu(emb)).chunk(6, dim=1)
+        return [Branch(first.norm, (shift, scale, gate), own), Branch(self.module.norm3, rest)]
+
+
+class Single(Bare):
+    """One row of a table for each block is added to what all blocks get of t; a text is read as it is."""
+
+    timed = True
+
+    def branches(
+        self, x: Tensor, own: Given, of_text: Given, t: Any = None, labels: Any = None
+    ) -> list[Branch]:
+        block = self.module
+        table = (block.scale_shift_table + t.reshape(len(x), 6, -1)).unbind(1)
+        return [Branch(block.norm1, table[:3], own), Branch(given=of_text), Branch(block.norm2, table[3:])]
 
 
 class Places(Single):
@@ -85,7 +88,7 @@ class Places(Single):
             return self.unfused(x, text, temb, *masks, image_rotary_emb)  # type: ignore[no-any-return]
         own = {"attention_mask": masks[0], "image_rotary_emb": image_rotary_emb}
         of_text = {"encoder_hidden_states": text, "attention_mask": masks[1]}
-        return self.from_table(x, temb.reshape(len(x), 6, -1), own, of_text)
+        return self.through(x, *self.branches(x, own, of_text, temb))
 
 
 class Root(Single):
@@ -103,8 +106,7 @@ class Root(Single):
         if temb.shape[1] != 1 or x.dim() != 3 or len(self.module.scale_shift_table) != 6 or self.changed():
             return self.unfused(x, text, temb, image_rotary_emb, mask)  # type: ignore[no-any-return]
         of_text = {"encoder_hidden_states": text, "attention_mask": mask}
-        own = {"image_rotary_emb": image_rotary_emb}
-        return self.from_table(x, temb.reshape(len(x), 6, -1), own, of_text)
+        return self.through(x, *self.branches(x, {"image_rotary_emb": image_rotary_emb}, of_text, temb))
 
 
 class Float32(Modulated):
@@ -120,7 +122,7 @@ class Float32(Modulated):
             x, text, temb, {"rotary_emb": rotary_emb} | dict(zip(("attention_mask",), mask))
         )
 
-    def from_table(self, x: Tensor, text: Tensor, temb: Tensor, own: Mapping[str, Any]) -> Tensor:
+    def from_table(self, x: Tensor, text: Tensor, temb: Tensor, own: Given) -> Tensor:
         block = self.module
         table = (block.scale_shift_table + temb.float()).unbind(1)
         second = None if isinstance(block.norm2, nn.Identity) else block.norm2
@@ -182,34 +184,6 @@ class Thrice(Modulated):
         return (made if temb is None else made + temb).chunk(3, dim=-1)  # type: ignore[no-any-return]
 
 
-class Bare(Modulated):
-    """Norms alone: nothing of t enters."""
-
-    def fused(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        timestep: Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        x, texts = hidden_states, (encoder_hidden_states, encoder_attention_mask)
-        if cross_attention_kwargs or x.dim() != 3 or self.changed():
-            given = (attention_mask, *texts, timestep, cross_attention_kwargs)
-            return self.unfused(x, *given, *args, **kwargs)  # type: ignore[no-any-return]
-        return self.normed_branches(x, {"attention_mask": attention_mask}, *texts)
-
-    def normed_branches(
-        self, x: Tensor, own: Mapping[str, Any], text: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
-        block, of_text = self.module, {"encoder_hidden_states": text, "attention_mask": mask}
-        branches = [Branch(block.norm1, given=own), Branch(block.norm2, given=of_text)]
-        return self.through(x, *branches[: len(self.attentions)], Branch(block.norm3))
-
-
 class BareTurned(Bare):
     """The same, whose places are angles."""
 
@@ -221,11 +195,13 @@ class BareTurned(Bare):
         encoder_attention_mask: Tensor | None = None,
         rotary_embedding: Any = None,
     ) -> Tensor:
-        x, texts = hidden_states, (encoder_hidden_states, encoder_attention_mask)
+        x, text, mask = hidden_states, encoder_hidden_states, encoder_attention_mask
         if x.dim() != 3 or self.changed():
-            return self.unfused(x, attention_mask, *texts, rotary_embedding)  # type: ignore[no-any-return]
+            return self.unfused(x, attention_mask, text, mask, rotary_embedding)  # type: ignore[no-any-return]
         own = {"attention_mask": attention_mask, "rotary_emb": rotary_embedding}
-        return self.normed_branches(x, own, *texts)
+        return self.through(
+            x, *self.branches(x, own, {"encoder_hidden_states": text, "attention_mask": mask})
+        )
 
 
 ONE_STREAM: dict[str, type[Modulated]] = {
