@@ -13,12 +13,11 @@ from stepquant.evaluate.speed.calls import calling, threads
 from stepquant.evaluate.speed.generation import generation
 from stepquant.evaluate.twins import Twins
 from stepquant.job.fresh_process import first_images
-from stepquant.job.pipelines import calibrated_with, load, prompts_of
+from stepquant.job.pipelines import load, prompts_of, sampling_of
 from stepquant.job.results import artifact_config, load_twin
 from stepquant.models.call import Asked, steps_of
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.hooks import first_arguments
-from stepquant.models.sampling import Sampling
 from stepquant.progress import Progress
 
 
@@ -35,14 +34,14 @@ def benchmark_generation(
 ) -> dict[str, Any]:
     """Whole generations in turns, then every variant in a process of its own for its first images and its memory.
 
-    By the pipeline's own sampler, and in the steps of an artifact that knows those alone.
+    By the pipeline's own sampler; in that and the steps of an artifact that knows those alone.
     """
     quantized = load(folder)
     config = artifact_config(quantized, folder)
     source = load_twin(quantized, against)
     asked = tuple(prompts) or prompts_of(config)
-    known = calibrated_with(config).steps if config.steps else steps
-    sampling = Sampling(steps_of(asked, None) or known, prompts=asked)
+    known = config.steps is not None or steps_of(asked, None) is not None
+    sampling = sampling_of(quantized, None if known else steps, prompts=asked)
     found = generation(
         Twins(source, quantized),
         sampling,
