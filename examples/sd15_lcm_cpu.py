@@ -30,11 +30,11 @@ SHOW = ("a lighthouse on a cliff, watercolour", "close-up of a tabby cat", "a tr
 
 
 def load(model: str, unet: str | None) -> Any:
-    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None
     if unet is not None:
-        pipe.unet = UNet2DConditionModel.from_pretrained(unet, torch_dtype=torch.float32)
+        pipe.unet = UNet2DConditionModel.from_pretrained(unet, dtype=torch.float32)
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -71,10 +71,10 @@ def test_every_sampler_runs_after_quantization(source: Source, sampler: str) -> 
 def test_scales_survive_a_half_precision_load_and_float_parts_follow_it(
     source: Source, tmp_path: Path
 ) -> None:
-    """diffusers casts floating tensors to torch_dtype before a quantizer sees them."""
+    """diffusers casts floating tensors to dtype before a quantizer sees them."""
     pipe = quantized(source)
     pipe.save_pretrained(tmp_path / "out")
-    half = UNet2DModel.from_pretrained(tmp_path / "out" / "unet", torch_dtype=torch.bfloat16)
+    half = UNet2DModel.from_pretrained(tmp_path / "out" / "unet", dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     half.save_pretrained(tmp_path / "half")
     again = UNet2DModel.from_pretrained(tmp_path / "half")
@@ -85,8 +85,8 @@ def test_scales_survive_a_half_precision_load_and_float_parts_follow_it(
     with torch.no_grad():
         out = half(torch.randn(1, 3, 8, 8).bfloat16(), 5).sample
     assert out.dtype == torch.bfloat16
-    with pytest.raises(RuntimeSupportError, match=r"torch_dtype=torch\.float16.*cannot follow"):
-        UNet2DModel.from_pretrained(tmp_path / "out" / "unet", torch_dtype=torch.float16)
+    with pytest.raises(RuntimeSupportError, match=r"dtype=torch\.float16.*cannot follow"):
+        UNet2DModel.from_pretrained(tmp_path / "out" / "unet", dtype=torch.float16)
 
 
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto", "balanced"])

@@ -50,7 +50,7 @@ def test_float_parts_follow_the_dtype_and_rounding_does_not(pipeline: DDIMPipeli
     pipeline.unet.save_pretrained(tmp_path)
     config = hub.StepquantConfig("w8a8-dynamic")
     full, half = (
-        UNet2DModel.from_pretrained(tmp_path, quantization_config=config, torch_dtype=dtype)
+        UNet2DModel.from_pretrained(tmp_path, quantization_config=config, dtype=dtype)
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert half.dtype == torch.bfloat16

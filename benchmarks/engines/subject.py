@@ -54,7 +54,7 @@ class Network(nn.Module):
 def read(folder: Path, name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A model from the folder that it was saved in."""
     place, kind = CLASSES[name]
-    model = getattr(place, kind).from_pretrained(folder, torch_dtype=dtype, **options)
+    model = getattr(place, kind).from_pretrained(folder, dtype=dtype, **options)
     return model.eval().requires_grad_(False)
 
 

@@ -130,7 +130,7 @@ def quantized_layers(life: Life, _: Path) -> None:
 def keep_modules_in_fp32(life: Life, folder: Path) -> None:
     """Scales, biases and tables stay as they are on disk, whatever dtype the float parts are asked in."""
     life.served.save_pretrained(folder)
-    half = life.reloaded(folder, torch_dtype=torch.bfloat16)
+    half = life.reloaded(folder, dtype=torch.bfloat16)
     packed = set(life.served.state_dict()) - {name for name, _ in type(half).named_parameters(half)}
     for name in packed:
         assert half.get_buffer(name).dtype == life.served.get_buffer(name).dtype

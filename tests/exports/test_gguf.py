@@ -131,7 +131,7 @@ def test_external_diffusers_computes_with_the_file(
         str(tmp_path / "a.gguf"),
         config=str(tmp_path),
         quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
-        torch_dtype=torch.float32,
+        dtype=torch.float32,
     )
     assert relative(predicted(loaded, given), predicted(model.dequantize(), given)) < 2e-3
 
@@ -157,7 +157,7 @@ def test_rotated_layers_have_no_blocks(rounded: Make, tmp_path: Path) -> None:
 
 def test_floats_of_bfloat16_stay_what_they_are(rounded: Make, tmp_path: Path) -> None:
     model, _, folder = rounded("wan")
-    type(model).from_pretrained(folder, torch_dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    type(model).from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
     export(tmp_path / "half", tmp_path / "a.gguf", to="gguf", names="diffusers")
     export(tmp_path / "half", tmp_path / "a.safetensors", to="comfyui", names="diffusers")
     data = (tmp_path / "a.gguf").read_bytes()

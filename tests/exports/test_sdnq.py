@@ -34,7 +34,7 @@ import sys
 import sdnq, torch, diffusers
 from safetensors.torch import load_file, save_file
 name, folder, given, out = sys.argv[1:]
-model = getattr(diffusers, name).from_pretrained(folder, torch_dtype=torch.float32)
+model = getattr(diffusers, name).from_pretrained(folder, dtype=torch.float32)
 kinds = {path: type(one).__name__ for path, one in model.named_modules()}
 with torch.no_grad():
     predicted = model(**load_file(given), return_dict=False)[0]

@@ -56,7 +56,7 @@ from safetensors.torch import save_file
 from sdnq import SDNQConfig
 for name, options in {options!r}.items():
     config = SDNQConfig(**({{"use_quantized_matmul": False, "minimum_allowed_numel": 1024}} | options))
-    model = FluxTransformer2DModel.from_pretrained("float", quantization_config=config, torch_dtype=torch.float32)
+    model = FluxTransformer2DModel.from_pretrained("float", quantization_config=config, dtype=torch.float32)
     model.save_pretrained(name)
     layers = {{path: one for path, one in model.named_modules() if hasattr(one, "sdnq_dequantizer")}}
     weights = {{path: one.dequantize().weight.detach() for path, one in layers.items()}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 class TestLoad:
     def test_a_folder_gives_a_pipeline(self, saved: Path) -> None:
         assert isinstance(load(saved), DDIMPipeline)
+
+    def test_nothing_is_warned_of(self, saved: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load(saved)
 
     def test_a_misspelt_embedded_model_gets_the_nearest_name(self) -> None:
         with pytest.raises(ModelError, match="did you mean 'stepquant:characters'"):

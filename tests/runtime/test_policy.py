@@ -149,7 +149,7 @@ def test_bfloat16_stays_bfloat16(case: Case, tmp_path: Path) -> None:
     model = copy.deepcopy(case.model)
     hub.attach(model, replace(case.artifact, policy=STEPS))
     model.save_pretrained(tmp_path)
-    half = type(model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     x = case.arguments[case.x].bfloat16()
     got = case.call(half, 0, **{case.x: x})
     assert got.dtype == torch.bfloat16

@@ -28,7 +28,7 @@ def prepare(given: Given, scheme: str = STATIC) -> None:
         )
         model = read(given.model, given.network, **options)
     elif given.network == "unet":
-        pipe = DiffusionPipeline.from_pretrained(given.subject / "pipeline", torch_dtype=torch.float32)
+        pipe = DiffusionPipeline.from_pretrained(given.subject / "pipeline", dtype=torch.float32)
         settings = {"samples": STEPS, "trajectories": 1}
         quantize(pipe, method="minmax", scheme=STATIC, calls=[CALL], settings=settings)
         model = pipe.unet

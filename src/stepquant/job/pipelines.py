@@ -114,7 +114,7 @@ def open_pipeline(folder: Path, **parts: Any) -> Any:
             if not (folder / ORDINARY).is_file():
                 return load_parts(ModularPipeline.from_pretrained(str(folder), local_files_only=True), parts)
             pipeline = DiffusionPipeline.from_pretrained(
-                folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, **parts
+                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, **parts
             )
         keep_options(pipeline, folder)
         return pipeline

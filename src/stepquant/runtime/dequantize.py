@@ -54,10 +54,10 @@ class Living:
         """What is stored is read as it is; float parts are cast behind that."""
         if torch_dtype not in FOLLOWED:
             raise RuntimeSupportError(
-                f"torch_dtype={torch_dtype}: the float parts of a quantized model cannot follow it",
+                f"dtype={torch_dtype}: the float parts of a quantized model cannot follow it",
                 expected="torch.float32 or torch.bfloat16",
-                fix="torch_dtype=torch.bfloat16, or for the other parts alone: "
-                "torch_dtype={'default': torch.float16, 'unet': torch.bfloat16}",
+                fix="dtype=torch.bfloat16, or for the other parts alone: "
+                "dtype={'default': torch.float16, 'unet': torch.bfloat16}",
             )
         self.asked = torch_dtype
         return torch.float32

@@ -45,7 +45,7 @@ def refuse_cast(fn: Callable[[Tensor], Tensor]) -> None:
         if became != dtype:
             raise RuntimeSupportError(
                 f"a quantized model cannot be cast to {str(became).removeprefix('torch.')} once it is there",
-                fix="from_pretrained(..., torch_dtype=torch.bfloat16), which its float parts follow",
+                fix="from_pretrained(..., dtype=torch.bfloat16), which its float parts follow",
             )
 
 

@@ -123,7 +123,7 @@ def test_a_network_without_a_float_of_its_own_has_the_dtype_that_was_asked(tmp_p
     assert small.served.dtype == torch.float32
     assert [one.numel() for one in small.served.parameters()] == [0]
     small.served.save_pretrained(tmp_path)
-    half = DiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half = DiTTransformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.dtype == small.call(half).dtype == torch.bfloat16
     assert half.get_submodule(PATH)(torch.tensor([1])).dtype == torch.bfloat16
     half.save_pretrained(tmp_path / "again")
