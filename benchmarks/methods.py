@@ -3,6 +3,7 @@
     python benchmarks/methods.py                                   everything (hours)
     python benchmarks/methods.py --parts methods --schemes w4a8    a part of it
     python benchmarks/methods.py --images 64 --steps 10 --set iterations=10 --methods minmax,brecq --out try.md
+    python benchmarks/methods.py --model stepquant:characters-text ...             another model, in files of its own
 
 Interrupt it whenever you like, and run it again to go on: finished cells are kept in --store, failed ones tried again, and the
 file has what there is. `--table` writes the file from the store at any time, while it runs, too. What the tables show of a cell
@@ -110,11 +111,15 @@ def read_options(typed: Sequence[str] | None = None) -> argparse.Namespace:
     add("--table", action="store_true", help="write the file from what is in the store, and make nothing")
     add("--any-code", action="store_true", help="keep finished cells that other code made")
     add("--again", action="store_true", help="measure cells again whose figures are kept")
-    add("--figures", type=Path, default=Path(__file__).with_name("methods.jsonl"))
+    add("--figures", type=Path, help="methods.jsonl beside this file, or with the model's name in it")
     add("--store", type=Path, default=Path("runs/methods"))
-    add("--out", type=Path, default=Path(__file__).with_name("methods.md"))
+    add("--out", type=Path, help="methods.md there, likewise")
     add("--quiet", action="store_true")
-    return parser.parse_args(typed)
+    options = parser.parse_args(typed)
+    stem = "methods" if options.model == MODEL else f"methods-{Path(options.model).name.rpartition(':')[2]}"
+    options.figures = options.figures or Path(__file__).with_name(f"{stem}.jsonl")
+    options.out = options.out or Path(__file__).with_name(f"{stem}.md")
+    return options
 
 
 def all_methods() -> list[Variant]:
@@ -209,7 +214,7 @@ def fill(options: argparse.Namespace, made: Mapping[str, list[dict[str, Any]]]) 
         "bias": f"Nearest rounding at {MAIN}: its mean error left, and taken back",
     }
     lines = [
-        "# Methods on the embedded model",
+        f"# Methods on {options.model}",
         "",
         f"Made by `{command(options)}`.",
         "",
