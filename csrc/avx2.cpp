@@ -22,7 +22,7 @@ extern const Kernels avx2_kernels = {
     rotary,
     stored_linear,
     {packed_bytes<VectorDot<Shorts>>, pack<VectorDot<Shorts>>, attend<VectorDot<Shorts>>, VectorDot<Shorts>::block},
-    {2, groups_per_block, least_patches, convolve, convolve_rows, patches_scratch, convolve_patches},
+    {2, groups_per_block, least_patches, convolve, convolve_rows, multiply_side, patches_scratch, convolve_patches},
 };
 
 }  // namespace stepquant

@@ -6,6 +6,6 @@
 namespace stepquant {
 
 extern const ConvolveKernel avx512bf16_convolve = {
-    4, groups_per_block, least_patches, convolve, convolve_rows, patches_scratch, convolve_patches};
+    4, groups_per_block, least_patches, convolve, convolve_rows, multiply_side, patches_scratch, convolve_patches};
 
 }  // namespace stepquant

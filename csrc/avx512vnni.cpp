@@ -13,6 +13,6 @@ extern const AttentionKernels avx512vnni_attention = {
 };
 
 extern const ConvolveKernel avx512vnni_convolve = {
-    4, groups_per_block, least_patches, convolve, convolve_rows, patches_scratch, convolve_patches};
+    4, groups_per_block, least_patches, convolve, convolve_rows, multiply_side, patches_scratch, convolve_patches};
 
 }  // namespace stepquant

@@ -19,6 +19,7 @@ using Word = Shorts;
 #endif
 
 constexpr int64_t groups_per_block = lanes == 16 ? 4 : 1;
+constexpr int64_t block_width = groups_per_block * convolve_group;  // outputs in a block, at most
 
 // How many rows of sums fit the registers beside that many vectors of weights; divides the pixels of an item.
 constexpr int64_t tile_rows(int64_t vectors) {
@@ -102,8 +103,8 @@ STEPQUANT_INLINE void accumulate(
   }
 }
 
-// The epilogue: sums minus zero point times the weight's sum, times the scales, plus bias, times the gate, plus the added
-// tensor.
+// The epilogue: sums minus zero point times the weight's sum, times the scales, plus bias, plus the branch, times the gate,
+// plus the added tensor.
 template <class T, int64_t rows>
 STEPQUANT_INLINE void emit_sums(const ConvolveTask& task, int64_t pixel, int64_t channel, const Ints* sums) {
   const int64_t rest = task.out_channels - channel, width = task.out_channels;
@@ -121,6 +122,11 @@ STEPQUANT_INLINE void emit_sums(const ConvolveTask& task, int64_t pixel, int64_t
     y[r] = rounded(__builtin_convertvector(sums[r] - share, Floats) * factor);
     if (task.row_scale) y[r] = rounded(y[r] * splat(task.row_scale[(pixel + r) / task.row_pixels]));
     y[r] += bias;
+  }
+  if (task.low) {
+    const float* low = task.low + (pixel - task.low_row) * block_width + channel - task.low_channel;
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < rows; ++r, low += block_width) y[r] += load(low);  // padded to whole vectors
   }
   if (task.gate) {
 #pragma GCC unroll 8

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t patches_cache = 4 << 20;  // bytes of transformed codes in one item
 constexpr int64_t rows_cache = 64 << 10;  // bytes of rows in one item
-constexpr int64_t rows_least_chunk = 24, rows_most_chunk = 96;  // rows in one item where there are many
+constexpr int64_t rows_least_chunk = 24;  // rows in one item where there are many
 
 // Signed bytes (out, in, height, width) as [block][tap][word of inputs][output of the block][byte].
 Tensor pack_weight(const Tensor& weight) {
@@ -241,7 +241,7 @@ Tensor convolve(
 Tensor linear(
     const Tensor& codes, double scale, int64_t zero_point, const Tensor& weight, const Tensor& weight_scale,
     const Tensor& weight_sum, const Optional& bias, at::ScalarType type, const Optional& add, const Optional& gate,
-    const Optional& row_scale) {
+    const Optional& row_scale, const Optional& low, const Optional& up) {
   const at::AutoDispatchBelowAutograd guard;
   TORCH_CHECK(
       codes.dim() == 2 && codes.scalar_type() == at::kByte, "linear: codes are expected as bytes (rows, inputs), got ",
@@ -274,6 +274,16 @@ Tensor linear(
   task.gate = gates.data(), task.gate_pixels = task.pixels / samples;
   const Numbers rows("linear", "row_scale", row_scale, 1, task.pixels);
   task.row_scale = rows.data(), task.row_pixels = 1;
+  TORCH_CHECK(low.has_value() == up.has_value(), "linear: low and up are the factors of one branch");
+  Tensor few;
+  if (low.has_value()) {
+    check_side("linear", *up, task.out_channels);
+    few = in_words("linear: low", *low, *up);
+    TORCH_CHECK(few.size(0) == task.pixels, "linear: low has ", few.size(0), " rows for ", task.pixels, " of codes");
+    const int64_t words = up->size(1), stride = few.stride(0) * few.element_size();
+    task.branch = {few.const_data_ptr(), stride,  words, type_of(*up), up->const_data_ptr(),
+                   task.out_channels,    nullptr, 0};
+  }
   run("linear", task, product, 1, type, out);
   return out;
 }

@@ -168,6 +168,19 @@ struct AttentionKernels {
   int64_t block;  // queries per item of attend
 };
 
+// Rows of numbers times one side of a low-rank branch, summed in float32. Numbers come in words of 32 bits, one float32 or two
+// bfloat16; the side is packed as [group of outputs][word][output of the group].
+struct SideTask {
+  const void* x;
+  int64_t stride;  // bytes between rows
+  int64_t words;  // in a row
+  Type type;  // of the numbers, the side and the result
+  const void* side;
+  int64_t outs;
+  void* out;
+  int64_t out_stride;  // numbers between rows
+};
+
 // A convolution of codes (batch, height, width, channels), as bytes or shorts, with signed bytes, packed by blocks of
 // output channels.
 struct ConvolveTask {
@@ -195,6 +208,9 @@ struct ConvolveTask {
   Type type;  // of what is added and of the result
   const void* add;  // or null
   int64_t add_stride;  // numbers between its pixels
+  SideTask branch;  // of a pointwise convolution, added after the bias; without numbers there is none
+  const float* low;  // what the branch adds to one item, from its first row and output on; or null
+  int64_t low_row, low_channel;
   void* out;
   const float*
       gate;  // per sample of so many pixels and output channel, which multiplies before anything is added; or null
@@ -206,6 +222,7 @@ constexpr int64_t patches_most_chunk = 48;  // of 4 x 4 outputs in one item
 constexpr int64_t patches_at_once = 12;  // so few that their sums stay in the cache
 constexpr int64_t patches_most_channels = 128;  // at once, for the cache; 9 * 128 * 128 times as much is less than 2^25
 constexpr int64_t convolve_group = 16;  // output channels that are packed together, the last filled up
+constexpr int64_t rows_most_chunk = 96;  // in one item of a pointwise convolution
 
 namespace {
 
@@ -239,6 +256,7 @@ struct ConvolveKernel {
   void (*run)(const ConvolveTask& task, int64_t begin, int64_t end);  // items are (block, chunk)
   // Pointwise: a single tap over contiguous pixels; items are (chunk of rows, block).
   void (*run_rows)(const ConvolveTask& task, int64_t begin, int64_t end);
+  void (*multiply_side)(const SideTask& task, int64_t begin, int64_t end);  // items are rows
   // Winograd: 3 x 3 taps without stride or dilation; items are (chunk of patches, block).
   int64_t (*patches_scratch)(const ConvolveTask& task);  // bytes
   void (*run_patches)(const ConvolveTask& task, int64_t begin, int64_t end);

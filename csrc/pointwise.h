@@ -3,6 +3,7 @@
 #pragma once
 
 #include "convolve.h"
+#include "low_rank.h"
 
 namespace stepquant {
 namespace {
@@ -49,6 +50,7 @@ void convolve_rows(const ConvolveTask& given, int64_t begin, int64_t end) {
     task.x = static_cast<const uint8_t*>(given.scratch);
     task.channels = depth, task.pixel_stride = depth * static_cast<int64_t>(sizeof(Element));
   }
+  alignas(64) float low[rows_most_chunk * block_width];
   int64_t ready = -1;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t chunk = item / blocks.count(), first = chunk * task.chunk_rows, left = task.pixels - first;
@@ -58,7 +60,12 @@ void convolve_rows(const ConvolveTask& given, int64_t begin, int64_t end) {
       task.first_row = first;
       ready = chunk;
     }
-    convolve_part<OneTap>(task, blocks, item % blocks.count(), first, first + count);
+    const int64_t block = item % blocks.count();
+    if (task.branch.x) {
+      multiply_groups(task.branch, first, count, blocks.first(block), blocks.groups(block), low, block_width);
+      task.low = low, task.low_row = first, task.low_channel = blocks.first(block) * convolve_group;
+    }
+    convolve_part<OneTap>(task, blocks, block, first, first + count);
   }
 }
 

@@ -2,6 +2,8 @@
 // reading or writing outside of their tensors.
 #pragma once
 
+#include <ATen/ops/constant_pad_nd.h>
+
 #include "tensors.h"
 
 namespace stepquant {
@@ -44,6 +46,26 @@ inline Tensor to_add(const char* name, const Tensor& add, const Tensor& out) {
       add.sizes() == out.sizes() && !add.is_complex(), name, ": add has another shape than the result, ", add.sizes(),
       " of ", add.scalar_type(), " and not ", out.sizes());
   return add.scalar_type() == out.scalar_type() ? add : add.to(out.scalar_type());
+}
+
+// One side of a low-rank branch, as packed: numbers of one type in [group of outputs][word][output][number of the word].
+inline void check_side(const char* name, const Tensor& side, int64_t outs) {
+  const bool wide = side.scalar_type() == at::kFloat;
+  TORCH_CHECK(
+      side.dim() == 4 && side.is_contiguous() && (wide || side.scalar_type() == at::kBFloat16) && outs > 0 &&
+          side.size(0) == groups_of(outs) && side.size(2) == convolve_group && side.size(3) == (wide ? 1 : 2),
+      name, ": a side, as packed, does not fit ", outs, " outputs: ", side.sizes(), " of ", side.scalar_type());
+}
+
+// Rows as the kernels of a side read them: dense, in its type, with zeros where they do not fill their last word.
+inline Tensor in_words(const char* name, const Tensor& x, const Tensor& side) {
+  const int64_t words = side.size(1), word = side.size(3);
+  TORCH_CHECK(
+      x.dim() == 2 && x.size(1) > 0 && (x.size(1) + word - 1) / word == words && !x.is_complex(), name, ": rows of ",
+      words, " words of ", word, " numbers are expected for this side, got ", x.sizes(), " of ", x.scalar_type());
+  Tensor rows = x.to(side.scalar_type());
+  if (rows.size(1) % word) rows = at::constant_pad_nd(rows, {0, 1});
+  return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
 }
 
 // How a kernel walks over an image; more than so many pixels at once is a mistake.

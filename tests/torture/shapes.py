@@ -184,6 +184,23 @@ def linear(case: Case) -> None:
     assert torch.equal(product.linear(codes, Code(0.5, zero), case.dtype, add, gate), want)
 
 
+def branch(case: Case) -> None:
+    """Both sides one after the other, whose sums are floats: as near as their magnitudes let float32 be."""
+    rows, inputs, outputs, rank = case.size(70), case.size(200), case.size(130), case.size(80)
+    x, down, up = case.numbers(rows, inputs), case.numbers(rank, inputs), case.numbers(outputs, rank)
+    low = ops.multiply_side(x, ops.pack_side(down, case.dtype), rank)
+    rounding = 2.0**-8 if case.dtype == torch.bfloat16 else 0
+    exact, magnitude = x.double() @ down.double().T, x.double().abs() @ down.double().abs().T
+    assert ((low.double() - exact).abs() <= magnitude * 2.0**-23 * inputs + exact.abs() * rounding).all()
+    codes, weight = case.codes(rows, inputs), case.weight(outputs, inputs)
+    product = Product.of(weight[:, :, None, None], torch.full((outputs,), 1e-3), None)
+    alone = product.linear(codes, Code(0.5, 7), torch.float32)
+    got = product.linear(codes, Code(0.5, 7), torch.float32, low=low, up=ops.pack_side(up, case.dtype))
+    exact, magnitude = low.double() @ up.double().T, low.double().abs() @ up.double().abs().T
+    allowed = (magnitude + alone.abs()) * 2.0**-23 * (rank + 2)
+    assert ((got.double() - alone - exact).abs() <= allowed).all()
+
+
 def attention(case: Case) -> None:
     batch, heads, width = case.size(2), case.size(3), case.size(80)
     counts = (case.size(40), *[case.size(70)] * 2)
@@ -197,7 +214,7 @@ def attention(case: Case) -> None:
 
 OPERATIONS: tuple[Callable[[Case], None], ...] = (
     *(quantize, quantize_concat, group_norm_quantize, layer_norm_quantize, activation_quantize),
-    *(rotate, upsample, convolve, linear, attention),
+    *(rotate, upsample, convolve, linear, branch, attention),
 )
 
 

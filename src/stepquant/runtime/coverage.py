@@ -111,6 +111,8 @@ class Trace(TorchDispatchMode):
             if isinstance(module, IntegerLayer):
                 self.stack.enter_context(self.watched(path, module, "from_codes"))
                 self.stack.enter_context(self.watched(path, module, "float_forward"))
+            if isinstance(module, LowRankBranch):
+                self.stack.enter_context(unfused(module))
             if isinstance(module, (*LEAVES, IntegerProduct, LowRankBranch)) or multiplies(module):
                 self.stack.enter_context(self.watched(path, module, "forward"))
         super().__enter__()
@@ -196,3 +198,13 @@ def apart(chain: Chain) -> Iterator[None]:
     finally:
         for joint in chain.joints:
             joint.joins = True
+
+
+@contextmanager
+def unfused(branch: LowRankBranch) -> Iterator[None]:
+    """While open, its products run by themselves, so that they can be seen."""
+    former, branch.fuses = branch.fuses, False
+    try:
+        yield
+    finally:
+        branch.fuses = former

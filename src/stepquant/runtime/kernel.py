@@ -65,6 +65,10 @@ class Kernel(ABC):
         scales = torch.cat([kernel.scales for kernel in kernels])
         return cls(weight, scales, torch.cat(biases), kernels[0].code, kernels[0].geometry)
 
+    def adds_branch(self, codes: Tensor) -> bool:
+        """Whether the epilogue for these codes multiplies the sides of a low-rank branch."""
+        return False
+
     @abstractmethod
     def __call__(self, codes: Tensor, *args: Any) -> Tensor: ...
 

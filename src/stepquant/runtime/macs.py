@@ -64,6 +64,17 @@ def window(args: Sequence[Any], out: Tensor) -> int:
     return out.numel() * codes.shape[1] * height * width  # type: ignore[no-any-return]
 
 
+def linear(args: Sequence[Any], out: Tensor) -> int:
+    """With the product of a branch's side, where there is one."""
+    low = args[11] if len(args) > 11 else None
+    return out.numel() * (args[0].shape[-1] + (0 if low is None else low.shape[-1]))  # type: ignore[no-any-return]
+
+
+def side(args: Sequence[Any], _: Tensor) -> int:
+    x, _, outs = args
+    return x.numel() * outs  # type: ignore[no-any-return]
+
+
 def attention(args: Sequence[Any], _: Any) -> int:
     """Both products: query with key, and probabilities with value."""
     query, key, value = args[:3]
@@ -84,7 +95,8 @@ COUNTS: Mapping[str, Count] = {
     ConvKernel.name: packed,
     ConvKernel.own_name: window,
     LinearKernel.name: packed,
-    LinearKernel.own_name: rows_of(0),
+    LinearKernel.own_name: linear,
+    "stepquant::multiply_side": side,
     "stepquant::stored_linear": rows_of(0),
     **dict.fromkeys(ATTENTION, attention),
 }

@@ -61,11 +61,12 @@ def test_compiles_into_one_graph() -> None:
 def test_lesser_processors_keep_the_contract(capability: str, kernels: str) -> None:
     """The contract once more in a process that is told to have fewer instructions."""
     chosen = "widths or zero_points or grids or straddles or layer_norm_quantize or activation or length or saturates"
-    chosen += " or bytes_of_the_specification or extreme_sums or layouts or masks_of_queries"
+    chosen += " or bytes_of_the_specification or extreme_sums or layouts or masks_of_queries or sides"
     script = BARE + (
         "import pytest; from stepquant.runtime import ops\n"
         f"assert ops.capability() == {kernels!r}, ops.capability()\n"
-        "files = ['test_ops.py', 'test_attention.py', 'test_attention_by_row.py', 'test_convolve.py', 'test_rotate.py']\n"
+        "files = ['test_ops.py', 'test_attention.py', 'test_attention_by_row.py', 'test_convolve.py', 'test_rotate.py', "
+        "'test_low_rank.py']\n"
         f"sys.exit(pytest.main(['-q', '-x', '--noconftest', '-p', 'no:cacheprovider', '-k', {chosen!r}, *files]))\n"
     )
     environment = os.environ | {

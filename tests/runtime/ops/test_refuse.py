@@ -61,6 +61,12 @@ BAD = [
     ("linear", 0, torch.ones(4, 9, dtype=torch.uint8), "linear: weight"),
     ("linear", 3, torch.ones(4, dtype=torch.int8), "linear: weight"),
     ("linear", 8, torch.ones(30, 19), "linear: add"),
+    ("linear", 11, torch.ones(30, 5), "linear: low: rows"),
+    ("linear", 12, torch.ones(1, 6, 16, 1), "linear: a side"),
+    ("linear", 12, None, "linear: low and up"),
+    ("multiply_side", 0, torch.ones(9, 34), "multiply_side: rows"),
+    ("multiply_side", 1, torch.ones(2, 16, 16, 2), "multiply_side: a side"),
+    ("multiply_side", 2, 33, "multiply_side: a side"),
     ("rotate_quantize_rows", 1, 5, "rotate_quantize_rows: groups"),
     ("linear", 9, torch.ones(7, 20), "linear: gate"),
 ]

@@ -144,6 +144,9 @@ class LinearKernel(PackedKernel):
     def pack(self, shape: torch.Size) -> Tensor:
         return torch.ops.onednn.qlinear_prepack(self.weight(), shape)
 
+    def adds_branch(self, codes: Tensor) -> bool:
+        return self.product is not None and not better_with_tiles(codes, self.product)
+
     def __call__(
         self,
         codes: Tensor,
@@ -151,11 +154,13 @@ class LinearKernel(PackedKernel):
         into: Tensor | None = None,
         gate: Tensor | None = None,
         row_scale: Tensor | None = None,
+        branch: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """The product, each row times its scale, times `gate`, plus `into`, which stays as it is."""
+        """The product, each row times its scale, plus what a branch adds, if it may, times `gate`, plus `into`, which stays
+        as it is."""
         product = self.product
         if product is not None and not better_with_tiles(codes, product):
-            return product.linear(codes, self.code, dtype, into, gate, row_scale)
+            return product.linear(codes, self.code, dtype, into, gate, row_scale, *(branch or ()))
         if gate is not None:
             return gated(self(codes, torch.float32, None, None, row_scale), gate, into, dtype)
         if row_scale is not None:

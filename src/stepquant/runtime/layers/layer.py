@@ -156,18 +156,15 @@ class IntegerLayer(Balanced[PreparedLayer], PackedWeight[PreparedLayer]):
 
     def of_floats(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The output where nobody else may make codes."""
-        into, x = self.of_branch(x, dtype), self.balanced(x)
+        x = self.balanced(x)
         if not self.prepared().kernels:
-            y = self.float_forward(x, dtype if into is None else torch.float32)
-            return y if into is None else (y + into).to(dtype)
-        if self.dynamic:
-            codes, scales = self.codes_of_rows(x)
-            return self.from_codes(codes, dtype, into, row_scale=scales)
-        return self.from_codes(ops.quantize(x, self.code), dtype, into)
+            return self.float_forward(x, dtype)
+        codes, scales = self.codes_of(x)
+        return self.from_codes(codes, dtype, row_scale=scales)
 
-    def of_branch(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """What a float branch adds to the product of integers."""
-        return None
+    def codes_of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """And the scales of the rows, where these are found as they come."""
+        return self.codes_of_rows(x) if self.dynamic else (ops.quantize(x, self.code), None)
 
     def codes_of_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """And the scales of the rows."""
@@ -197,8 +194,7 @@ class IntegerLayer(Balanced[PreparedLayer], PackedWeight[PreparedLayer]):
         """The same numbers without an integer kernel; the codes of the input are small integers, exact in bfloat16."""
         if self.spec.input is None or self.float_because:
             return self.multiply(x, self.float_weight(x.dtype), self.bias_like(x)).to(dtype)
-        code = self.code
-        codes, scales = self.codes_of_rows(x) if self.dynamic else (ops.quantize(x, code), None)
+        code, (codes, scales) = self.code, self.codes_of(x)
         centred = (codes.to(torch.int16) - code.zero_point).to(x.dtype)
         weight = self.stored_weight(x.dtype) if self.spec.rotation else self.float_weight(x.dtype)
         out = self.multiply(centred, weight, None).float() * (code.scale if scales is None else scales)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,10 @@ from stepquant.runtime.layers.stored import Prepared, PreparedLayer, Stored, Ver
 
 @dataclass(frozen=True, eq=False)
 class PreparedBranch(Prepared):
-    """Both sides in the dtypes of the inputs that came so far."""
+    """Both sides in the dtypes of the inputs that came so far, plain and packed."""
 
     sides: dict[torch.dtype, tuple[Tensor, Tensor]]
+    packed: dict[torch.dtype, tuple[Tensor, Tensor]]
 
 
 class LowRankBranch(Stored[PreparedBranch]):
@@ -35,9 +37,10 @@ class LowRankBranch(Stored[PreparedBranch]):
         super().__init__()
         self.register_buffer("down", torch.zeros(rank, inputs, dtype=torch.float16, device=device))
         self.register_buffer("up", torch.zeros(outputs, rank, dtype=torch.float16, device=device))
+        self.fuses = True  # its products run in operations of the layer, where the kernel adds them
 
     def prepare(self, versions: Versions) -> PreparedBranch:
-        return PreparedBranch(versions, {})
+        return PreparedBranch(versions, {}, {})
 
     def forward(self, input: Tensor) -> Tensor:
         sides = self.prepared().sides
@@ -45,6 +48,16 @@ class LowRankBranch(Stored[PreparedBranch]):
             sides[input.dtype] = self.down.to(input.dtype), self.up.to(input.dtype)
         down, up = sides[input.dtype]
         return F.linear(F.linear(input, down), up)
+
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of a few numbers, and the packed side with which the product's epilogue multiplies them: in bfloat16 where
+        `x` is, else in float32."""
+        packed = self.prepared().packed
+        dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        if dtype not in packed:
+            packed[dtype] = ops.pack_side(self.down, dtype), ops.pack_side(self.up, dtype)
+        down, up = packed[dtype]
+        return ops.multiply_side(x.reshape(-1, x.shape[-1]), down, len(self.down)), up
 
     def dense(self) -> Tensor:
         return self.up.float() @ self.down.float()
@@ -85,12 +98,22 @@ class IntegerLinear(IntegerLayer):
 
     def of_floats(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.spec.first:
-            return super().of_floats(x, dtype)
-        others = super().of_floats(x[:, 1:], dtype)
+            return self.of_rows(x, dtype)
+        others = self.of_rows(x[:, 1:], dtype)
         return torch.cat([self.first_output.to(dtype).expand(len(others), 1, -1), others], 1)
 
-    def of_branch(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        return self.low_rank(x).to(dtype) if self.spec.rank else None
+    def of_rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of floats that all meet the weight; what the branch adds is the kernel's, or a tensor of its own."""
+        if not self.prepared().kernels:
+            y = self.float_forward(self.balanced(x), torch.float32 if self.spec.rank else dtype)
+            return (y + self.low_rank(x).to(dtype)).to(dtype) if self.spec.rank else y
+        codes, scales = self.codes_of(self.balanced(x))
+        if not self.spec.rank:
+            return self.from_codes(codes, dtype, row_scale=scales)
+        flat = codes.reshape(-1, self.in_features)
+        if self.low_rank.fuses and self.kernel_for_codes().adds_branch(flat):
+            return self.from_codes(codes, dtype, row_scale=scales, branch=self.low_rank.factors(x))
+        return self.from_codes(codes, dtype, self.low_rank(x).to(dtype), row_scale=scales)
 
     def as_float(self, x: Tensor) -> Tensor:
         y = super().as_float(x)
@@ -108,10 +131,12 @@ class IntegerLinear(IntegerLayer):
         gate: Tensor | None = None,
         *,
         row_scale: Tensor | None = None,
+        branch: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """`gate` (samples, outputs) multiplies before `into` is added."""
+        """`gate` (samples, outputs) multiplies before `into` is added; with a `branch` the kernel is one that adds it."""
         kernel, rows = self.kernel_for_codes(), None if row_scale is None else row_scale.flatten()
-        given = () if gate is None and rows is None else (gate, rows)
+        given: tuple[Any, ...] = () if gate is None and rows is None and branch is None else (gate, rows)
+        given = given if branch is None else (*given, branch)
         if codes.dim() == 2:
             return kernel(codes, dtype, into, *given)
         flat = None if into is None else into.reshape(-1, self.out_features)

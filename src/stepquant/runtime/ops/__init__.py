@@ -36,7 +36,15 @@ from stepquant.runtime.ops.norms import (
     rms_norm_rotary_quantize,
 )
 from stepquant.runtime.ops.operation import Operation
-from stepquant.runtime.ops.products import Product, convolve, linear, pack_weight, stored_linear
+from stepquant.runtime.ops.products import (
+    Product,
+    convolve,
+    linear,
+    multiply_side,
+    pack_side,
+    pack_weight,
+    stored_linear,
+)
 
 __all__ = [
     "MOST_KEYS",
@@ -53,6 +61,8 @@ __all__ = [
     "group_norm_quantize",
     "layer_norm_quantize",
     "linear",
+    "multiply_side",
+    "pack_side",
     "pack_weight",
     "quantize",
     "quantize_concat",

@@ -17,6 +17,7 @@ from stepquant.runtime.ops.operation import Operation
 
 # Every layout is padded to a multiple of so many outputs and inputs.
 OUTPUTS, INPUTS = 16, 4
+WORD = 4  # bytes; the numbers of a side of a branch are packed by the word
 
 
 @Operation
@@ -72,16 +73,31 @@ def linear(
     add: Tensor | None = None,
     gate: Tensor | None = None,
     row_scale: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
-    """Rows of codes times the packed weight, times the scales, plus bias, times `gate`, plus `add`.
+    """Rows of codes times the packed weight, times the scales, plus bias, plus `low` times `up`, times `gate`, plus `add`.
 
-    `gate` is (samples, outputs), and every sample has as many rows; `row_scale` has one number for each row.
+    `gate` is (samples, outputs), and every sample has as many rows; `row_scale` has one number for each row. `low` is what
+    `multiply_side` makes of the input, `up` the other side of the branch, packed.
     """
     bytes_of = unpacked(weight, weight_scale.shape[0], codes.shape[1], (1, 1))
     sums = (exact(codes) - zero_point) @ exact(bytes_of.flatten(1)).T
     gates = gate if gate is None else gate.repeat_interleave(codes.shape[0] // max(gate.shape[0], 1), 0)
     rows = row_scale if row_scale is None else row_scale.reshape(-1, 1)
-    return epilogue(sums, code_scale, weight_scale, bias, dtype, add, (1, -1), gates, rows)
+    branch = None
+    if low is not None and up is not None:
+        branch = (
+            low.to(up.dtype).float() @ unpacked_side(up)[: weight_scale.shape[0], : low.shape[1]].float().T
+        )
+    return epilogue(sums, code_scale, weight_scale, bias, dtype, add, (1, -1), gates, rows, branch)
+
+
+@Operation
+def multiply_side(x: Tensor, side: Tensor, outs: int) -> Tensor:
+    """Rows of numbers times one packed side of a branch, summed in float32, all else in the dtype of the side."""
+    numbers = unpacked_side(side)[:outs, : x.shape[1]].float()
+    return (x.to(side.dtype).float() @ numbers.T).to(side.dtype)
 
 
 @Operation
@@ -106,6 +122,19 @@ def stored_linear(
     return (y if bias is None else y + bias.double()).float().to(dtype)
 
 
+def pack_side(side: Tensor, dtype: torch.dtype) -> Tensor:
+    """(outputs, inputs) as (group of OUTPUTS, word of inputs, output of the group, number of the word)."""
+    outs, ins = side.shape
+    numbers = WORD // dtype.itemsize
+    padded = F.pad(side.to(dtype), (0, -ins % numbers, 0, -outs % OUTPUTS))
+    return padded.reshape(-1, OUTPUTS, padded.shape[1] // numbers, numbers).transpose(1, 2).contiguous()
+
+
+def unpacked_side(packed: Tensor) -> Tensor:
+    """What `pack_side` packed, with zeros behind."""
+    return packed.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
 def unpacked(weight: Tensor, outs: int, ins: int, kernel: Sequence[int]) -> Tensor:
     """The signed bytes that `pack_weight` laid out plainly."""
     return weight.reshape(outs + -outs % OUTPUTS, ins + -ins % INPUTS, *kernel)[:outs, :ins]
@@ -121,11 +150,13 @@ def epilogue(
     shape: tuple[int, ...],
     gate: Tensor | None = None,
     row_scale: Tensor | None = None,
+    branch: Tensor | None = None,
 ) -> Tensor:
-    """The scales, bias, `gate` and `add`, in float32, with one rounding to `dtype` at the end."""
+    """The scales, bias, `branch`, `gate` and `add`, in float32, with one rounding to `dtype` at the end."""
     y = sums.float() * (weight_scale.float() * single(code_scale)).reshape(shape)
     y = y if row_scale is None else y * row_scale.float()
     y = y if bias is None else y + bias.float().reshape(shape)
+    y = y if branch is None else y + branch
     y = y if gate is None else y * gate.float()
     return (y if add is None else y + add.to(dtype).float()).to(dtype)
 
@@ -172,8 +203,11 @@ class Product(NamedTuple):
         add: Tensor | None = None,
         gate: Tensor | None = None,
         row_scale: Tensor | None = None,
+        low: Tensor | None = None,
+        up: Tensor | None = None,
     ) -> Tensor:
         weight, scale, sums, bias, _ = self
         return linear(
-            codes, code.scale, code.zero_point, weight, scale, sums, bias, dtype, add, gate, row_scale
-        )
+            codes, code.scale, code.zero_point, weight, scale, sums, bias,
+            dtype, add, gate, row_scale, low, up,
+        )  # fmt: skip
