@@ -46,9 +46,25 @@ Tensor quantize_any(const Tensor& x, const Code& code, Activation activation) {
   return out;
 }
 
-Tensor quantize(const Tensor& x, double scale, int64_t zero_point, int64_t low, int64_t high) {
+Tensor quantize_balanced(const Tensor& x, const Code& code, const std::optional<Tensor>& factors) {
+  TORCH_CHECK(x.dim() >= 1, "quantize: factors are for the numbers of a row, got ", x.sizes());
+  const RowView rows = rows_of(x, -1);
+  const Numbers balance("quantize", "factors", factors, 1, x.size(-1));
+  Tensor out = at::detail::empty_cpu(x.sizes(), at::kByte);
+  QuantizeTask task = task_of(rows, code, Activation::none, out.mutable_data_ptr<uint8_t>(), rows.rows.width);
+  task.factors = balance.data();
+  for_items(rows.count, rows.rows.width, [&](int64_t begin, int64_t end) { kernels().quantize(task, begin, end); });
+  const Tensor like = at::empty_like(x, at::kByte);
+  return like.strides() == out.strides() ? out : like.copy_(out);
+}
+
+Tensor quantize(
+    const Tensor& x, double scale, int64_t zero_point, int64_t low, int64_t high,
+    const std::optional<Tensor>& factors) {
   const at::AutoDispatchBelowAutograd guard;
-  return quantize_any(x, to_code("quantize", scale, zero_point, low, high), Activation::none);
+  const Code code = to_code("quantize", scale, zero_point, low, high);
+  const bool balanced = factors.has_value() && factors->defined();
+  return balanced ? quantize_balanced(x, code, factors) : quantize_any(x, code, Activation::none);
 }
 
 Tensor quantize_concat(

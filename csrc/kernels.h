@@ -35,11 +35,13 @@ struct QuantizeTask {
   Code code;
   uint8_t* out;
   int64_t out_stride;
+  const float* factors;  // of the numbers of a row, without an activation; or null
 };
 
 struct RotateTask {
   Rows x;
   Type type;
+  const float* factors;  // of the numbers of a row, before it is rotated; or null
   int64_t group;  // a power of four, of which rows hold whole ones
   float most;  // what the greatest magnitude of a row becomes
   Code code;  // its inverse is not read

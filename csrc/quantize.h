@@ -33,6 +33,31 @@ void quantize_row(const T* x, int64_t width, const Code& code, uint8_t* out) {
   }
 }
 
+// Numbers are multiplied by their factor and then by the inverse: two roundings, as where it is defined.
+template <class T>
+void quantize_balanced_row(const T* x, const float* factors, int64_t width, const Code& code, uint8_t* out) {
+  int64_t i = 0;
+  for (; i + 4 * lanes <= width; i += 4 * lanes) {
+    Floats y[4];
+    for (int64_t v = 0; v < 4; ++v) y[v] = load(x + i + v * lanes) * load(factors + i + v * lanes) * code.inverse;
+    emit_block(out + i, y, code);
+  }
+  for (; i + lanes <= width; i += lanes) emit(out + i, load(x + i) * load(factors + i) * code.inverse, code);
+  if (i < width) {
+    const int64_t rest = width - i;
+    emit_first(out + i, load_first(x + i, rest) * load_first(factors + i, rest) * code.inverse, code, rest);
+  }
+}
+
+template <class T>
+void quantize_balanced_rows(const QuantizeTask& task, int64_t begin, int64_t end) {
+  const T* x = static_cast<const T*>(task.x.data);
+  for (int64_t row = begin; row < end; ++row) {
+    quantize_balanced_row(
+        x + row * task.x.stride, task.factors, task.x.width, task.code, task.out + row * task.out_stride);
+  }
+}
+
 template <class T, Activation activation>
 void quantize_rows(const QuantizeTask& task, int64_t begin, int64_t end) {
   const T* x = static_cast<const T*>(task.x.data);
@@ -43,6 +68,7 @@ void quantize_rows(const QuantizeTask& task, int64_t begin, int64_t end) {
 
 template <class T>
 void quantize_rows(const QuantizeTask& task, int64_t begin, int64_t end) {
+  if (task.factors) return quantize_balanced_rows<T>(task, begin, end);
   switch (task.activation) {
     case Activation::none: return quantize_rows<T, Activation::none>(task, begin, end);
     case Activation::silu: return quantize_rows<T, Activation::silu>(task, begin, end);

@@ -1,4 +1,4 @@
-// Rows times regular Hadamard matrices, group by group, then to bytes over a scale for each row.
+// Rows times factors and regular Hadamard matrices, group by group, then to bytes over a scale for each row.
 #pragma once
 
 #include <limits>
@@ -60,6 +60,12 @@ STEPQUANT_INLINE void copy_row(const T* x, int64_t width, float* out) {
   if (i < width) store(out + i, load_first(x + i, width - i));
 }
 
+STEPQUANT_INLINE void multiply_row(float* row, const float* factors, int64_t width) {
+  int64_t i = 0;
+  for (; i + lanes <= width; i += lanes) store(row + i, load(row + i) * load(factors + i));
+  if (i < width) store(row + i, load(row + i) * load_first(factors + i, width - i));
+}
+
 STEPQUANT_INLINE void encode_row(const float* x, int64_t width, float factor, const Code& code, uint8_t* out) {
   int64_t i = 0;
   for (; i + 4 * lanes <= width; i += 4 * lanes) {
@@ -80,6 +86,7 @@ void rotate_rows(const RotateTask& task, int64_t begin, int64_t end) {
   for (int64_t size = 1; size < task.group; size *= 4) factor *= 0.5f;
   for (int64_t r = begin; r < end; ++r) {
     copy_row(static_cast<const T*>(task.x.data) + r * task.x.stride, width, row);
+    if (task.factors) multiply_row(row, task.factors, width);
     if (task.group > 1) couple_near(row, width, task.group > 4);
     for (int64_t apart = 16; apart < task.group; apart *= 4) couple_far(row, width, apart);
     const float scale = greatest(row, width) * factor / task.most;

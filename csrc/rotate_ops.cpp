@@ -14,7 +14,8 @@ bool is_power_of_four(int64_t n) {
 }
 
 std::tuple<Tensor, Tensor> rotate_quantize_rows(
-    const Tensor& x, int64_t group, double scale, int64_t zero_point, int64_t low, int64_t high) {
+    const Tensor& x, int64_t group, double scale, int64_t zero_point, int64_t low, int64_t high,
+    const std::optional<Tensor>& factors) {
   const at::AutoDispatchBelowAutograd guard;
   const Code code = to_code("rotate_quantize_rows", scale, zero_point, low, high);
   TORCH_CHECK(
@@ -25,12 +26,14 @@ std::tuple<Tensor, Tensor> rotate_quantize_rows(
       x.dim() >= 1 && x.size(-1) > 0 && x.size(-1) % group == 0, "rotate_quantize_rows: rows of whole groups of ",
       group, " are expected, got ", x.sizes());
   const RowView rows = rows_of(x, -1);
+  const Numbers balance("rotate_quantize_rows", "factors", factors, 1, x.size(-1));
   at::DimVector sizes(x.sizes());
   sizes.back() = 1;
   Tensor out = at::detail::empty_cpu(x.sizes(), at::kByte), scales = at::detail::empty_cpu(sizes, at::kFloat);
   const RotateTask task{
       rows.rows,
       type_of(rows.kept),
+      balance.data(),
       group,
       code.highest,
       code,

@@ -39,7 +39,7 @@ def made(
 def alone(layer: IntegerLinear, x: Tensor) -> Tensor:
     """The product of integers, in float64, by the numbers that its codes stand for."""
     weight = layer.signed_bytes().double() * layer.weight_scale.double()[:, None]
-    codes, scales = layer.codes_of(layer.balanced(x))
+    codes, scales = layer.codes_of(layer.balanced(x))  # in a pass of its own
     numbers = (codes.double() - layer.code.zero_point) * (
         layer.code.scale if scales is None else scales.double()
     )
@@ -68,6 +68,17 @@ def test_a_branch_adds_the_input_as_it_comes(grid: str, balanced: bool, dtype: t
     ) * magnitude
     if ops.compiled() and dtype == torch.bfloat16:
         assert (got.double() - truth).norm() < (beside.double() - truth).norm(), "one rounding less"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grid", INPUTS)
+def test_factors_enter_where_codes_are_made(grid: str, dtype: torch.dtype) -> None:
+    layer, x = made(LayerSpec(WEIGHT, INPUTS[grid], balanced=True)), noise(2, 9, 70).to(dtype)
+    codes, scales = layer.balanced_codes(x)
+    apart, own = layer.codes_of(layer.balanced(x))
+    assert torch.equal(codes, apart)
+    assert (scales is None and own is None) or torch.equal(scales, own)
 
 
 @torch.no_grad()

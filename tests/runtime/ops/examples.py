@@ -34,7 +34,7 @@ def examples() -> dict[str, tuple]:
     walk = ([3, 3], [1, 1], [1, 1, 1, 1], [1, 1])
     wide, flat = (Bytes(weight), scales, sums_of(weight), bias), (Bytes(point), scales, sums_of(point), bias)
     return {
-        "quantize": (x, *CODE),
+        "quantize": (x, *CODE, torch.rand(6)),
         "quantize_concat": (x, skip, *CODE),
         "group_norm": (x, None, None, 4, 1e-5, "silu", rows, None, None, skip),
         "group_norm_quantize": (x, None, None, 4, 1e-5, *CODE, "silu", rows, rows, rows, skip),
@@ -76,7 +76,7 @@ def examples() -> dict[str, tuple]:
         "multiply_side": (tokens[0], torch.randn(2, 16, 16, 2).bfloat16(), 20),
         "row_scales": (tokens, -1, 127),
         "quantize_rows": (tokens, tokens.abs().amax(-1, keepdim=True) / 127, *CODE),
-        "rotate_quantize_rows": (tokens, 16, *CODE),
+        "rotate_quantize_rows": (tokens, 16, *CODE, rows[0, :32]),
         "stored_linear": (
             rows,
             torch.randint(0, 256, (20 * 24,), dtype=torch.uint8),

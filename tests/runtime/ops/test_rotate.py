@@ -19,8 +19,9 @@ LAYOUTS = {
 }
 
 
-def same(x: Tensor, group: int, code: Code = CODE) -> tuple[Tensor, Tensor]:
-    got, want = ops.rotate_quantize_rows(x, group, code), ops.rotate_quantize_rows.plain(x, group, code)
+def same(x: Tensor, group: int, code: Code = CODE, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    got = ops.rotate_quantize_rows(x, group, code, factors)
+    want = ops.rotate_quantize_rows.plain(x, group, code, factors)
     for made, defined in zip(got, want):
         assert torch.equal(made, defined)
         assert (made.shape, made.stride(), made.dtype) == (defined.shape, defined.stride(), defined.dtype)
@@ -48,6 +49,37 @@ def test_bytes_of_the_specification_in_all_layouts(layout: str) -> None:
     x = LAYOUTS[layout](torch.randn(3, 9, 48, generator=torch.Generator().manual_seed(0)))
     same(x, 16)
     same(x.bfloat16(), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 3, 17, 64, 100, 1152])
+def test_bytes_of_the_specification_with_factors(width: int, dtype: torch.dtype) -> None:
+    """A group of one number rotates nothing: codes and scales are those that two passes find."""
+    generator = torch.Generator().manual_seed(width)
+    factors = torch.rand(width, generator=generator) + 0.5
+    for rows in (1, 3, 17):
+        x = torch.randn(rows, width, generator=generator).to(dtype)
+        codes, scales = same(x, 1, CODE, factors)
+        balanced = x * factors
+        assert torch.equal(scales, ops.row_scales(balanced, -1, 127))
+        assert torch.equal(codes, ops.quantize_rows(balanced, scales, CODE))
+        same(x, 1)
+        if width % 4 == 0:
+            same(x, 4, CODE, factors)
+            assert not torch.equal(same(x, 4, CODE, factors)[0], codes)
+        for code in (Code(0.02), Code(0.01, 3, 0, 200), Code(0.03, 128, 120, 136)):
+            assert torch.equal(ops.quantize(x, code, factors), ops.quantize(balanced, code))
+            assert torch.equal(ops.quantize(x, code, factors), ops.quantize.plain(x, code, factors))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_of_the_specification_with_factors_in_all_layouts(layout: str) -> None:
+    x = LAYOUTS[layout](torch.randn(3, 9, 48, generator=torch.Generator().manual_seed(0)))
+    factors = torch.rand(48)
+    same(x, 1, CODE, factors)
+    got, want = ops.quantize(x, Code(0.02), factors), ops.quantize.plain(x, Code(0.02), factors)
+    assert torch.equal(got, want)
+    assert got.stride() == want.stride()
 
 
 def test_rows_of_zeros_have_scale_one_and_saturation_keeps_the_limits() -> None:

@@ -107,13 +107,21 @@ class IntegerLinear(IntegerLayer):
         if not self.prepared().kernels:
             y = self.float_forward(self.balanced(x), torch.float32 if self.spec.rank else dtype)
             return (y + self.low_rank(x).to(dtype)).to(dtype) if self.spec.rank else y
-        codes, scales = self.codes_of(self.balanced(x))
+        codes, scales = self.balanced_codes(x)
         if not self.spec.rank:
             return self.from_codes(codes, dtype, row_scale=scales)
         flat = codes.reshape(-1, self.in_features)
         if self.low_rank.fuses and self.kernel_for_codes().adds_branch(flat):
             return self.from_codes(codes, dtype, row_scale=scales, branch=self.low_rank.factors(x))
         return self.from_codes(codes, dtype, self.low_rank(x).to(dtype), row_scale=scales)
+
+    def balanced_codes(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """And the scales of the rows, where these are found as they come."""
+        if not self.spec.balanced:
+            return self.codes_of(x)
+        if self.dynamic:
+            return ops.rotate_quantize_rows(x, self.spec.rotation or 1, self.code, self.input_factors)
+        return ops.quantize(x, self.code, self.input_factors), None
 
     def as_float(self, x: Tensor) -> Tensor:
         y = super().as_float(x)

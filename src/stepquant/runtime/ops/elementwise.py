@@ -15,9 +15,10 @@ from stepquant.runtime.ops.operation import Operation
 
 
 @Operation
-def quantize(x: Tensor, code: Code) -> Tensor:
-    """The codes of `x`, in its shape and memory format."""
-    return torch.empty_like(x, dtype=torch.uint8).copy_(codes(x, code))
+def quantize(x: Tensor, code: Code, factors: Tensor | None = None) -> Tensor:
+    """The codes of `x`, in its shape and memory format; first, `factors` multiply along the last dimension."""
+    numbers = x if factors is None else x.float() * factors.float()
+    return torch.empty_like(x, dtype=torch.uint8).copy_(codes(numbers, code))
 
 
 @Operation
@@ -47,9 +48,12 @@ def quantize_rows(x: Tensor, scales: Tensor, code: Code) -> Tensor:
 
 
 @Operation
-def rotate_quantize_rows(x: Tensor, group: int, code: Code) -> tuple[Tensor, Tensor]:
-    """The codes of rows that are rotated by the group, and their scales as `row_scales` finds them; that of `code` is not read."""
-    turned = rotate(x, group)
+def rotate_quantize_rows(
+    x: Tensor, group: int, code: Code, factors: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The codes of rows that `factors` multiply, and that are then rotated by the group, if it is more than one number; and
+    their scales as `row_scales` finds them. That of `code` is not read."""
+    turned = rotate(x if factors is None else x.float() * factors.float(), group).contiguous()
     scales = scales_of_rows(turned, -1, code.high - code.zero_point)
     q = torch.round(turned * scales.reciprocal()) + code.zero_point
     return q.clamp(code.low, code.high).to(torch.uint8), scales
