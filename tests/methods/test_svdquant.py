@@ -18,6 +18,10 @@ from stepquant.fit import low_rank
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import Sampling
 from stepquant.quant.schemes import scheme
+from stepquant.runtime import ops
+from stepquant.runtime.cpu.lasting import Recorded
+from stepquant.runtime.cpu.recording import Recording
+from stepquant.runtime.layers.linear import LowRankBranch
 from stepquant.runtime.lower import lower
 from tests.contracts.smallest import digest
 
@@ -71,6 +75,31 @@ def test_work_and_bytes_of_the_branch_are_counted_and_the_integers_still_run(of_
     assert branch["weight"] == "float"
     assert "low rank" in branch["reason"]
     assert branch["role"] == "q"
+
+
+@pytest.mark.usefixtures("coarse")
+@pytest.mark.skipif(not ops.compiled(), reason="the extension stepquant._C was not built")
+def test_recorded_calls_have_the_bytes_of_the_first(of_classes: Source) -> None:
+    """Sides are packed once, before anything is recorded, and what branches add needs no tensor."""
+    lowered = lower(copy.deepcopy(of_classes.pipeline.transformer), run(of_classes, "w4a8-dynamic"))
+    own = lowered.__dict__["forward"]
+    (records,) = of_classes.record(every(1, [1])).batches(2)
+    with torch.no_grad():
+        want, *later = (lowered(**records.arguments, return_dict=False)[0] for _ in range(4))
+    assert all(torch.equal(one, want) for one in later)
+    (made,) = own.sequences.values()
+    assert isinstance(made, Recorded)
+    names = [call.func.name() for call in recorded_calls(lowered, records.arguments)]
+    assert names.count("stepquant::multiply_side") == sum(
+        isinstance(one, LowRankBranch) for one in lowered.modules()
+    )
+    assert "aten::constant_pad_nd" not in names
+
+
+def recorded_calls(model: torch.nn.Module, arguments: dict[str, Any]) -> list[Any]:
+    with torch.no_grad(), Recording([]) as recording:
+        type(model).forward(model, **arguments)
+    return recording.calls
 
 
 @pytest.mark.usefixtures("coarse")
