@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 
 from benchmarks.engines import __main__ as engines
 from benchmarks.engines import subject
-from benchmarks.engines.by import eager, stepquant
+from benchmarks.engines.by import eager, onnx, stepquant
 from benchmarks.engines.catalogue import ENGINES, REFERENCE, Engine
 from benchmarks.engines.given import Given, inputs_of, relative_error
 from benchmarks.engines.store import Store
@@ -83,16 +85,21 @@ def test_every_engine_has_its_own_name_and_a_file() -> None:
         assert (root / f"{one.module.replace('.', '/')}.py").is_file()
 
 
-def test_the_decoder_in_float_and_in_integers(tmp_path: Path) -> None:
-    given = Given(tmp_path, tmp_path, "vae", 1)
+def small_decoder(folder: Path) -> Given:
+    """A decoder, and a call of it for calibration and one for the test."""
+    given = Given(folder, folder, "vae", 1)
     coder = subject.autoencoder(0.125)
     subject.save(coder, given.model)
     run = subject.running(subject.Network(coder, "vae"))
     for name in ("calibration", "test"):
-        (tmp_path / name).mkdir()
+        (folder / name).mkdir()
         noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(len(name))).numpy()
-        subject.recorded(run, "vae", tmp_path / name)({"latents": noise})
-    recorded = dict(np.load(given.test))
+        subject.recorded(run, "vae", folder / name)({"latents": noise})
+    return given
+
+
+def test_the_decoder_in_float_and_in_integers(tmp_path: Path) -> None:
+    recorded = dict(np.load(small_decoder(tmp_path).test))
     errors = {}
     for name, engine, options in (("float", eager, {"dtype": "float32"}), ("integers", stepquant, {})):
         one: Any = Given(tmp_path, tmp_path / name, "vae", 1)
@@ -101,3 +108,18 @@ def test_the_decoder_in_float_and_in_integers(tmp_path: Path) -> None:
     assert errors["float"] < 1e-5
     assert 1e-4 < errors["integers"] < 0.1
     assert json.loads((tmp_path / "integers" / "vae" / "config.json").read_text())["quantization_config"]
+
+
+def test_ranges_of_onnx_runtime_are_those_that_its_quantizer_measures(tmp_path: Path) -> None:
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    given = replace(small_decoder(tmp_path), folder=tmp_path / "onnx")
+    given.own.mkdir(parents=True)
+    graph, ranges = tmp_path / "graph.onnx", tmp_path / "ranges.json"
+    onnx.convert(given, graph)
+    onnx.measure(given, graph, ranges)
+    call = iter(given.calls())
+    reader = SimpleNamespace(get_next=lambda: next(call, None))
+    files = [tmp_path / "theirs.onnx", tmp_path / "ours.onnx"]
+    for file, how in zip(files, ({"calibration_data_reader": reader}, {"calibration_cache_path": ranges})):
+        quantization.quantize_static(graph, file, op_types_to_quantize=onnx.KINDS, **how)
+    assert files[0].read_bytes() == files[1].read_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from numpy.typing import NDArray
@@ -12,38 +13,50 @@ from numpy.typing import NDArray
 from benchmarks.engines.given import Given
 
 OPSET, KINDS = 20, ["Conv", "MatMul", "Gemm"]
-GRAPH = "graph.onnx"
+GRAPH, RANGES = "graph.onnx", "ranges.json"
 
 
 def prepare(given: Given) -> None:
-    import shutil
-
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     given.own.mkdir(parents=True)
-    place = given.own / "float"
-    place.mkdir()
-    convert(given, place / GRAPH)
+    with TemporaryDirectory(dir=given.own) as folder:
+        place = Path(folder)
+        convert(given, place / GRAPH)
+        measure(given, place / GRAPH, place / RANGES)
+        quantize_static(
+            place / GRAPH,
+            given.own / GRAPH,
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=KINDS,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=True,
+            calibrate_method=CalibrationMethod.MinMax,
+            calibration_cache_path=place / RANGES,
+            extra_options={"ActivationSymmetric": False, "WeightSymmetric": True, "MatMulConstBOnly": True},
+        )
+
+
+def measure(given: Given, file: Path, ranges: Path) -> None:
+    """The extremes of all activations by its own calibrater, which alone holds the graph while it runs."""
+    from onnxruntime.quantization.calibrate import MinMaxCalibrater, save_tensors_data
+
     calls = iter(given.calls())
 
     class Calls:
         def get_next(self) -> dict[str, NDArray[Any]] | None:
             return next(calls, None)
 
-    quantize_static(
-        place / GRAPH,
-        given.own / GRAPH,
-        Calls(),
-        quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=KINDS,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        use_external_data_format=True,
-        calibrate_method=CalibrationMethod.MinMax,
-        extra_options={"ActivationSymmetric": False, "WeightSymmetric": True, "MatMulConstBOnly": True},
-    )
-    shutil.rmtree(place)
+    with TemporaryDirectory(dir=given.own) as folder:
+        augmented = str(Path(folder) / GRAPH)
+        calibrater = MinMaxCalibrater(file, KINDS, augmented, use_external_data_format=True)
+        calibrater.augment_graph()
+        calibrater.model = None  # as quantize_static does it, these weights lie beside those of the session
+        calibrater.create_inference_session()
+        calibrater.collect_data(Calls())
+        save_tensors_data(calibrater.compute_data(), ranges)
 
 
 def convert(given: Given, file: Path) -> None:
