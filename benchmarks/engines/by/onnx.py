@@ -41,6 +41,7 @@ def prepare(given: Given) -> None:
 
 def measure(given: Given, file: Path, ranges: Path) -> None:
     """The extremes of all activations by its own calibrater, which alone holds the graph while it runs."""
+    from onnxruntime import InferenceSession
     from onnxruntime.quantization.calibrate import MinMaxCalibrater, save_tensors_data
 
     calls = iter(given.calls())
@@ -54,9 +55,20 @@ def measure(given: Given, file: Path, ranges: Path) -> None:
         calibrater = MinMaxCalibrater(file, KINDS, augmented, use_external_data_format=True)
         calibrater.augment_graph()
         calibrater.model = None  # as quantize_static does it, these weights lie beside those of the session
-        calibrater.create_inference_session()
+        calibrater.infer_session = InferenceSession(augmented, frugal(), providers=["CPUExecutionProvider"])
         calibrater.collect_data(Calls())
         save_tensors_data(calibrater.compute_data(), ranges)
+
+
+def frugal() -> Any:
+    """The options of its calibrater, but that extremes are taken where they arise, and not in the end of all activations."""
+    from onnxruntime import ExecutionOrder, GraphOptimizationLevel, SessionOptions
+
+    options = SessionOptions()
+    options.graph_optimization_level = GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.execution_order = ExecutionOrder.PRIORITY_BASED
+    options.enable_cpu_mem_arena = False
+    return options
 
 
 def convert(given: Given, file: Path) -> None:
