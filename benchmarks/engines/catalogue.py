@@ -38,7 +38,12 @@ PICTURES = without(("unet", "vae"), "it draws pictures, and its networks cannot 
 ENGINES = (
     Engine(REFERENCE, "", BY + "eager", {"dtype": "float32"}),
     Engine("stepquant", ALL, BY + "stepquant"),
-    Engine("stepquant dynamic", "weights, rows of activations", BY + "stepquant", {"scheme": "w8a8-dynamic"}),
+    Engine(
+        "stepquant dynamic",
+        "weights, rows of activations, attention",
+        BY + "stepquant",
+        {"scheme": "w8a8-dynamic"},
+    ),
     Engine("torch bf16", "", BY + "eager", {"dtype": "bfloat16"}),
     Engine("torch fp32 compiled", "", BY + "eager", {"dtype": "float32", "compiled": True}),
     Engine("torch bf16 compiled", "", BY + "eager", {"dtype": "bfloat16", "compiled": True}),
