@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from stepquant.errors import CalibrationError
 from stepquant.models.call import Call, described
 from stepquant.models.denoiser import Denoiser, denoisers
 from stepquant.models.generate import asked_of, run, together, words_of
-from stepquant.models.hooks import context_names, listening
+from stepquant.models.hooks import answering_noise, context_names, listening
 from stepquant.models.sampling import Enough, Sampling, check_steps, scheduler_of
 from stepquant.progress import Progress, Silent
 
@@ -229,14 +230,16 @@ def origin_of(source: Source, seeds: Sequence[int]) -> str:
 
 
 def count_steps(source: Source) -> int:
-    """The states of the first trajectory, which is run to its end."""
+    """The states of the first trajectory: the pipeline runs to its end, while what denoises in it computes next to nothing."""
     denoiser, counted = Denoiser.of(source.pipeline), Steps()
 
     def listener(_: int, arguments: dict[str, Any]) -> None:
         counted.see(arguments[denoiser.family.x], arguments[denoiser.family.t])
 
     seeds = [trajectory_seed(source.seed, 0)]
-    with listening(denoiser, listener), torch.no_grad():
+    with ExitStack() as stack, listening(denoiser, listener), torch.no_grad():
+        for model in denoisers(source.pipeline).values():
+            stack.enter_context(answering_noise(model))
         for seed in source.progress.track(seeds, "counting steps", 1):
             run(source.pipeline, [seed], source.sampling)
     if counted.step < 0:

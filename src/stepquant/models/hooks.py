@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from stepquant.errors import ModelError
 from stepquant.models.call import Asked, Call
@@ -64,6 +65,43 @@ def context_names(model: Any) -> Iterator[list[str]]:
     finally:
         del model.cache_context
         vars(model).update({} if before is None else {"cache_context": before})
+
+
+@contextmanager
+def answering_noise(model: Any) -> Iterator[None]:
+    """Let a model compute once for each form of arguments, and answer by noise of the form of what it made.
+
+    Whoever asks it in a loop asks as often. Noise, because samplers of second order ask twice for one t, and what told
+    these apart would be the same where all answers are.
+    """
+    own, before = model.forward, vars(model).get("forward")
+    made: dict[Any, Any] = {}
+    numbers = torch.Generator().manual_seed(0)
+
+    def drawn(value: Any) -> Any:
+        floats = isinstance(value, Tensor) and value.is_floating_point()
+        return torch.randn(value.shape, generator=numbers).to(value) if floats else value
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        form = tuple(map(form_of, tree_leaves((args, kwargs))))
+        if form not in made:
+            made[form] = own(*args, **kwargs)
+        return tree_map(drawn, made[form])
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        vars(model).update({} if before is None else {"forward": before})
+
+
+def form_of(argument: Any) -> Any:
+    """What stays as it is from step to step: the shape of a tensor, or a word."""
+    if isinstance(argument, Tensor):
+        return argument.shape
+    return argument if isinstance(argument, str | bool) else type(argument)
 
 
 OutputListener = Callable[[int, dict[str, Any], Tensor], None]
