@@ -36,6 +36,7 @@ def test_a_file_is_read_where_it_lies(tmp_path: Path) -> None:
     file = tmp_path / "bytes"
     file.write_bytes(b"\0" * 4 + bytes(torch.tensor([1.0, -2.0]).numpy()))
     assert view(mapping(file), torch.float32, (2, 1), 4).flatten().tolist() == [1.0, -2.0]
+    assert view(mapping(file), torch.float32, (0, 3), 4).shape == (0, 3), "as layers of no channels have"
 
 
 def test_a_place_that_cannot_be_written_to_is_an_error(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ def mapping(file: Path) -> mmap.mmap:
 def view(data: Any, dtype: torch.dtype, shape: tuple[int, ...], begin: int) -> Tensor:
     """A tensor within these bytes."""
     size = torch.Size(shape).numel()
+    if not size:
+        return torch.empty(shape, dtype=dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")
         return torch.frombuffer(data, dtype=dtype, count=size, offset=begin).reshape(shape)

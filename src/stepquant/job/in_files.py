@@ -14,6 +14,8 @@ import transformers
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, PreTrainedModel
 
 from stepquant.calib.cache import cache_folder
@@ -27,6 +29,7 @@ from stepquant.progress import Progress
 
 QUANTIZED = "quantization_config"
 GENERATING = "generation_config.json"
+SAVED = ("_parameters", "_buffers", "_modules")  # what a module has by names
 
 
 def load_in_files(model: str, device: str, progress: Progress) -> Any:
@@ -71,9 +74,34 @@ def without_weights(folder: Path) -> dict[str, Any]:
                 where=str(folder / name),
                 fix="start from the float model",
             )
-        with init_empty_weights():
-            found[name] = kind.from_config(settings).eval()
+        found[name] = without_storage(kind, settings).eval()
     return found
+
+
+def without_storage(kind: Any, settings: Mapping[str, Any]) -> Any:
+    """A network of which only what no file has takes memory: tables, where the class makes some that are not saved."""
+    with torch.device("meta"):
+        model = kind.from_config(settings)
+    if not any(value.is_meta for value in made_beside(model)):
+        return model
+    with init_empty_weights(), UnreservedWeights():
+        return kind.from_config(settings)
+
+
+def made_beside(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors of a network that are not saved with it."""
+    for module in model.modules():
+        kept = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+        own = {name: value for name, value in vars(module).items() if name not in SAVED}
+        yield from (leaf for leaf in tree_leaves([kept, own]) if isinstance(leaf, Tensor))
+
+
+class UnreservedWeights(TorchFunctionMode):
+    """Layers ask for memory that they do not fill yet, and what becomes of it takes none here: freed again it would lie
+    between what stays, and for a network be as much as its weights."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}) | ({"device": "meta"} if func is torch.empty else {}))
 
 
 def kinds_in(folder: Path, library: Any, base: type) -> dict[str, Any]:
