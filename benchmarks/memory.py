@@ -3,11 +3,13 @@
     python -m benchmarks.memory --width 0.5 --latents 32,64
     python -m benchmarks.memory --network sdxl --latents 64 --dtype bf16
     python -m benchmarks.memory --network sdxl --latents 64 --dtype bf16 --scheme w8a8-dynamic --files 2
+    python -m benchmarks.memory --network t5-xxl --latents 16 --dtype bf16 --scheme w8a8-dynamic --files 2
 
 Weights are random, what stands beside the network is tiny. Every case runs in a process of its own: the float pipeline
 alone, one image of a few steps with guidance, and `stepquant.quantize` of it with as many, whose artifact is saved. With
 `--files GB` the pipeline is saved in place of the first, and quantized with `--low-memory` by a process that may take so
-many GB. Peaks and this limit are beyond what imports take.
+many GB. Peaks and this limit are beyond what imports take. Of files that are mapped, pages that the system keeps and may
+drop are no part of them. T5-XXL's encoder goes to its files tensor by tensor, and is quantized beside a tiny denoiser.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,7 +30,7 @@ from typing import Any, TypeVar
 import torch
 
 import stepquant
-from benchmarks.pipelines import PIPELINES
+from benchmarks.pipelines import PIPELINES, TEXTS, save_text_encoder
 from stepquant.calib.record import trajectory_seed
 from stepquant.job import Recipe, quantize_to
 from stepquant.job.memory import peak_bytes, reset_peak, resident_bytes, status_bytes
@@ -38,7 +41,8 @@ from stepquant.models.sampling import Sampling
 
 T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SAMPLING = ("counting steps", "recording trajectories")
+TEXT = "text_encoder"
+SAMPLING = ("counting steps", "recording trajectories", "recording calls of other parts")
 QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
 HEADS = (
     "network",
@@ -70,6 +74,24 @@ class Phases:
         return None
 
 
+class OwnMemory(threading.Thread):
+    """The most memory that is no page of a file, as it is seen twenty times a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most = self.first = own_bytes()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            self.most = max(self.most, own_bytes())
+            time.sleep(0.05)
+
+
+def own_bytes() -> int:
+    return status_bytes("RssAnon") or 0
+
+
 class Case:
     """One row of the table, which a process measures in a folder."""
 
@@ -82,10 +104,10 @@ class Case:
         """Peak and seconds of one of the ways below."""
         if self.asked["limit"]:
             resource.setrlimit(resource.RLIMIT_AS, (int(self.asked["limit"] * 1e9),) * 2)
-        imports = resident_bytes()
+        imports, own = resident_bytes(), OwnMemory()
         getattr(self, what)()
         seconds = [now - began for now, began in zip(clocks(), self.began)]
-        peak = peak_bytes() - imports
+        peak = own.most - own.first if what == "quantize_files" else peak_bytes() - imports
         return {
             "bytes": self.size or weights_bytes(self.saved),
             "artifact": weights_bytes(self.out),
@@ -103,7 +125,8 @@ class Case:
         asked = self.asked
         width = {"width": asked["width"]} if asked["network"] == "sd1.5" else {}
         pipe, call = PIPELINES[asked["network"]](asked["latents"], DTYPES[asked["dtype"]], **width)
-        self.size = sum(value.nbytes for value in Denoiser.of(pipe).model.state_dict().values())
+        if self.asked["network"] not in TEXTS:
+            self.size = sum(value.nbytes for value in Denoiser.of(pipe).model.state_dict().values())
         return pipe, call
 
     def call_float(self) -> None:
@@ -116,6 +139,8 @@ class Case:
         self.begin()
         torch.save(call, self.call)
         pipe.save_pretrained(self.saved)
+        if self.asked["network"] in TEXTS:
+            save_text_encoder(self.saved / TEXT, DTYPES[self.asked["dtype"]])
 
     def quantize(self) -> None:
         pipe, call = self.make()
@@ -134,7 +159,8 @@ class Case:
     def how(self) -> dict[str, Any]:
         asked = {name: self.asked[name] for name in ("method", "scheme", "steps")}
         records = {"samples": asked["steps"], "trajectories": 1} if asked["method"] == "minmax" else {}
-        return asked | {"settings": records}
+        beside = {"components": ["transformer", TEXT]} if self.asked["network"] in TEXTS else {}
+        return asked | beside | {"settings": records}
 
 
 def clocks() -> tuple[float, float]:
@@ -155,8 +181,10 @@ def in_its_own_process(what: str, asked: dict[str, Any], folder: Path) -> dict[s
 
 
 def weights_bytes(folder: Path) -> int:
-    """Of the denoiser in a pipeline's folder."""
-    return sum(file.stat().st_size for name in COMPONENTS for file in (folder / name).glob("*.safetensors"))
+    """Of the denoiser in a pipeline's folder, and of its text encoder."""
+    return sum(
+        file.stat().st_size for name in (*COMPONENTS, TEXT) for file in (folder / name).glob("*.safetensors")
+    )
 
 
 def row(what: str, asked: dict[str, Any], folder: Path) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -15,7 +16,19 @@ import transformers
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, AutoencoderKLWan, DDIMScheduler, DiffusionPipeline
 
+from stepquant.job.tensors import OF_TEXTS, Writer
+
 Arguments = dict[str, Any]
+T5_XXL: Arguments = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
 DOWN = 8  # pixels by latents of a side, in autoencoders of videos
 
 
@@ -163,9 +176,58 @@ def wan(latents: int, dtype: torch.dtype) -> tuple[Any, Arguments]:
     return made, embedded(512, 4096, dtype) | frames
 
 
+def t5_xxl(latents: int, dtype: torch.dtype) -> tuple[Any, Arguments]:
+    """What makes pictures of the text of google/t5-v1_1-xxl, whose encoder is there without its layers."""
+    letters = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -2.0),
+        *((chr(97 + i), -3.0) for i in range(26)),
+    ]
+    model = diffusers.PixArtTransformer2DModel(
+        sample_size=latents,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=T5_XXL["d_model"],
+        norm_type="ada_norm_single",
+    )
+    made = around(
+        "PixArtSigmaPipeline",
+        tokenizer=transformers.T5Tokenizer(vocab=letters, extra_ids=0, model_max_length=300),
+        text_encoder=transformers.T5EncoderModel(
+            transformers.T5Config(**T5_XXL | {"d_ff": 8, "num_layers": 1, "vocab_size": 32})
+        ),
+        vae=coder(4).eval().to(dtype),
+        transformer=model.eval().to(dtype),
+        scheduler=DDIMScheduler(clip_sample=False),
+    )
+    return made, {"prompt": "a", "use_resolution_binning": False, "clean_caption": False} | picture(latents)
+
+
+def save_text_encoder(folder: Path, dtype: torch.dtype) -> None:
+    """The encoder of google/t5-v1_1-xxl, one tensor after the other: a million random numbers over and over."""
+    config = transformers.T5Config(**T5_XXL)
+    with torch.device("meta"):
+        like = transformers.T5EncoderModel(config).to(dtype).state_dict()
+    like.pop("encoder.embed_tokens.weight")  # the same as `shared`
+    config.architectures, config.dtype = ["T5EncoderModel"], dtype
+    config.save_pretrained(folder)
+    numbers = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    with Writer(folder / OF_TEXTS, like) as file:
+        for name, value in like.items():
+            times = -(-value.numel() // len(numbers))
+            std = math.sqrt(1 / value.shape[-1]) if value.ndim > 1 else 1.0
+            file.put(name, (std * numbers).to(dtype).repeat(times)[: value.numel()].reshape(value.shape))
+
+
 PIPELINES: dict[str, Callable[..., tuple[Any, Arguments]]] = {
     "sd1.5": sd15,
     "sdxl": sdxl,
     "sd3.5-medium": sd35_medium,
     "wan-1.3b": wan,
+    "t5-xxl": t5_xxl,
 }
+TEXTS = ("t5-xxl",)  # of which the text encoder is what is measured
