@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    DDIMPipeline,
+    DiffusionPipeline,
+    DiTPipeline,
+    SD3Transformer2DModel,
+    StableDiffusionPipeline,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +23,7 @@ from stepquant.errors import ModelError, StepquantError
 from stepquant.job import Recipe, passing, quantize_to
 from stepquant.job.tensors import KINDS, Writer, places_in
 from tests.job.test_job import contents
+from tests.models.tiny.joint import sd3
 
 CONFIGS = "config.json", "model_index.json"
 
@@ -52,6 +59,33 @@ def test_the_folder_is_the_same(saved: Path, tmp_path: Path, scheme: str) -> Non
         assert same(mine[name]) == same(theirs[name]), name
     assert DiffusionPipeline.from_pretrained(passed.out).unet.conv_in.weight.isfinite().all()
     assert str(tmp_path) not in b"".join(mine[name] for name in mine if name.endswith(CONFIGS)).decode()
+
+
+@pytest.fixture
+def with_places(class_pipeline: DiTPipeline, tmp_path: Path) -> Path:
+    """A pipeline in bfloat16 whose transformer is saved with a table of places."""
+    class_pipeline.register_modules(transformer=sd3()[0].to(torch.bfloat16))
+    class_pipeline.save_pretrained(tmp_path / "float")
+    return tmp_path / "float"
+
+
+def test_tables_are_saved_in_the_type_of_their_files(with_places: Path, tmp_path: Path) -> None:
+    """And computed with in float32, as the float model is."""
+    asked = recipe(with_places, "w4a16")
+    usual = quantize_to(asked, tmp_path / "usual").out / "transformer"
+    passed = quantize_to(asked, tmp_path / "passed", low_memory=True).out / "transformer"
+    file = "diffusion_pytorch_model.safetensors"
+    assert (usual / file).read_bytes() == (passed / file).read_bytes()
+    read = json.loads
+    assert read((usual / "config.json").read_text()) == read((passed / "config.json").read_text())
+    table = load_file(with_places / "transformer" / file)["pos_embed.pos_embed"]
+    assert table.dtype == torch.bfloat16
+    assert torch.equal(load_file(passed / file)["pos_embed.pos_embed"], table)
+    made = SD3Transformer2DModel.from_pretrained(passed)
+    assert made.pos_embed.pos_embed.dtype == torch.float32
+    made.save_pretrained(tmp_path / "again")
+    again = SD3Transformer2DModel.from_pretrained(tmp_path / "again")
+    assert torch.equal(again.pos_embed.pos_embed, table.float())
 
 
 def test_artifacts_are_cut_into_files_as_diffusers_cuts_them(

@@ -92,7 +92,7 @@ class StepquantQuantizer(Living, DiffusersQuantizer):
         unexpected_keys: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Put the stored tensor in place as it is: diffusers has already cast `param_value`."""
+        """Put the stored tensor in place as it is, floats as wide as they are computed with: diffusers has already cast `param_value`."""
         owner, _, leaf = param_name.rpartition(".")
         module = model.get_submodule(owner)
         with room_for(self.size, target_device):
@@ -101,7 +101,9 @@ class StepquantQuantizer(Living, DiffusersQuantizer):
             self.widened |= value.dtype != torch.float32
             module._parameters[leaf] = nn.Parameter(value.float(), requires_grad=False)
         else:
-            module._buffers[leaf] = value
+            wanted = self.expected[param_name].dtype
+            self.widened |= value.dtype != wanted
+            module._buffers[leaf] = value.to(wanted)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         check_names(dict.fromkeys(self.loaded), self.expected, self.where)

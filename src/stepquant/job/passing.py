@@ -22,7 +22,7 @@ from stepquant.hub.config import StepquantConfig, digests_of, settings_digest
 from stepquant.hub.on_load import products_of, specs_of, stored_as
 from stepquant.job.in_files import check_places, networks_in
 from stepquant.job.recipe import Recipe
-from stepquant.job.tensors import FILE, Writer, weights_in
+from stepquant.job.tensors import FILE, Writer, narrow_tables, weights_in
 from stepquant.models.denoiser import Denoiser, check_finite_weight
 from stepquant.models.pipelines.index import index_of, read_index
 from stepquant.models.pipelines.modular import write_index
@@ -90,6 +90,7 @@ class Passing:
         self.floats: dict[str, Tensor] = model.state_dict()
         self.places = weights_in(source)
         check_places(self.places, self.floats, source)
+        self.narrow = narrow_tables(model, self.places)
 
     def values(self, total: hashlib._Hash, progress: Progress) -> Iterator[tuple[str, Tensor]]:
         """The float weights one after the other, which are added to a digest."""
@@ -131,7 +132,7 @@ class Passing:
         self, stored: Mapping[str, Tensor], out: Path, total: hashlib._Hash, progress: Progress
     ) -> dict[str, str]:
         """One weight after the other; the digest of every stored tensor."""
-        like = {name: value.to("meta") for name, value in stored.items()}
+        like = {name: value.to("meta", self.narrow.get(name)) for name, value in stored.items()}
         cut = split_torch_state_dict_into_shards(like, max_shard_size=SHARD, filename_pattern=PATTERN)
         digests: dict[str, str] = {}
         with ExitStack() as files:
@@ -143,8 +144,9 @@ class Passing:
                 owner, _, leaf = name.rpartition(".")
                 for part, tensor in stored_as(leaf, value, self.specs.get(owner)).items():
                     path = f"{owner}.{part}" if owner else part
-                    digests |= digests_of({path: tensor})
-                    writers[cut.tensor_to_filename[path]].put(path, tensor)
+                    kept = tensor.to(like[path].dtype)
+                    digests |= digests_of({path: kept})
+                    writers[cut.tensor_to_filename[path]].put(path, kept)
         if cut.is_sharded:
             index = {"metadata": cut.metadata, "weight_map": cut.tensor_to_filename}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"

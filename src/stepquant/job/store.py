@@ -21,6 +21,7 @@ from stepquant.job.parts import parts_of
 from stepquant.job.passing import passes, passings_of, quantize_files
 from stepquant.job.pipelines import find_folder, load, name_of, without_bars
 from stepquant.job.recipe import Recipe
+from stepquant.job.tensors import is_saved, narrow_tables, weights_in
 from stepquant.models.denoiser import Denoiser, by_denoiser, denoisers
 from stepquant.models.pipelines.modular import save
 from stepquant.progress import Progress, Silent
@@ -82,10 +83,21 @@ def quantize_to(
         return outcome(existing(target, made_by, resume), found=True)
     with new_folder(target) as folder:
         made = run_all(pipeline, recipe, progress, memory=memory, made_by=made_by)
+        keep_types(networks, Path(recipe.model))
         attach_all(pipeline, made, idle=made if low_memory else ())
         with writing(target), without_bars():
             save(pipeline, folder, target.name)
     return outcome(made_by[0], found=False)
+
+
+def keep_types(networks: Mapping[str, nn.Module], source: Path) -> None:
+    """Tables that no artifact changes are saved in the types of the files that they come from."""
+    for component, network in networks.items():
+        if is_saved(source / component):
+            for name, kind in narrow_tables(network, weights_in(source / component)).items():
+                path, _, leaf = name.rpartition(".")
+                owner = network.get_submodule(path)
+                owner._buffers[leaf] = owner.get_buffer(leaf).to(kind)
 
 
 def pass_to(recipe: Recipe, target: Path, resume: bool, progress: Progress) -> Outcome:

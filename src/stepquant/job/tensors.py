@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepquant.core.mapped import view
 from stepquant.errors import ModelError
@@ -106,6 +106,18 @@ def weights_in(folder: Path, file: str = FILE) -> dict[str, Place]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise damaged(index, error) from error
     return {name: place for one in files for name, place in places_in(folder / one).items()}
+
+
+def narrow_tables(network: nn.Module, places: Mapping[str, Place]) -> dict[str, torch.dtype]:
+    """The types of tables that are saved with a network, where its files have narrower ones: these say all that they hold."""
+    saved = network.state_dict()
+    tables = {name: saved[name] for name, _ in network.named_buffers() if name in saved and name in places}
+    kinds = {name: places[name].kind for name, value in tables.items() if value.is_floating_point()}
+    return {
+        name: kind
+        for name, kind in kinds.items()
+        if kind.is_floating_point and kind.itemsize < saved[name].itemsize
+    }
 
 
 class Writer:
