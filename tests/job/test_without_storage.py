@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import AutoencoderOobleck, SD3Transformer2DModel, WanTransformer3DModel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stepquant.job.in_files import without_storage
+from stepquant.job.in_files import map_weights, without_storage
+from stepquant.progress import Silent
 
 WAN: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -36,16 +39,18 @@ SD3: dict[str, Any] = {
 
 
 class Made(TorchDispatchMode):
-    """Bytes of the tensors that operations make in memory."""
+    """The operations that run, and bytes of the tensors that they make in memory."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: list[int] = [0]
+        self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **kwargs or {})
         there = [value for value in tree_leaves(out) if isinstance(value, Tensor) and not value.is_meta]
         self.sizes += [value.nbytes for value in there]
+        self.names.add(str(func))
         return out
 
 
@@ -68,6 +73,22 @@ def test_weights_are_not_reserved_where_tables_are_made() -> None:
     assert all(torch.equal(value, tables[name]) for name, value in usual.named_buffers())
     assert all(value.is_meta for value in model.parameters())
     assert max(made.sizes) < max(value.nbytes for value in usual.parameters()) / 8
+
+
+def test_weights_of_another_type_are_converted_on_their_way_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is freed again after each would lie in pieces between what stays: for Wan as much as all of its weights."""
+    monkeypatch.setenv("STEPQUANT_CACHE", str(tmp_path / "cache"))
+    saved = WanTransformer3DModel(**WAN).to(torch.bfloat16)
+    saved.save_pretrained(tmp_path / "saved")
+    model = without_storage(WanTransformer3DModel, WAN)
+    with Made() as made:
+        map_weights(model, tmp_path / "saved", Silent())
+    assert "aten.copy_.default" in made.names
+    assert "aten._to_copy.default" not in made.names
+    assert all(torch.equal(value, saved.get_parameter(name)) for name, value in model.named_parameters())
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
 
 
 def test_weights_that_layers_make_anew_take_no_memory() -> None:

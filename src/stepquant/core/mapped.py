@@ -41,9 +41,10 @@ def beside(parameter: Tensor, value: Tensor) -> Tensor:
     return copied(value, parameter.folder) if isinstance(parameter, MappedParameter) else value
 
 
-def copied(value: Tensor, folder: Path) -> Tensor:
-    """The same numbers on disk."""
-    return on_disk(value.shape, value.dtype, folder).copy_(value) if value.numel() else value.clone()
+def copied(value: Tensor, folder: Path, kind: torch.dtype | None = None) -> Tensor:
+    """The same numbers on disk, in a type of their own or another one: none of them are in memory on the way."""
+    kind = kind or value.dtype
+    return on_disk(value.shape, kind, folder).copy_(value) if value.numel() else value.to(kind, copy=True)
 
 
 def on_disk(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor:

@@ -196,7 +196,7 @@ def in_files(
         )
     for name, kind in progress.track(kinds.items(), f"mapping {folder.name}", len(kinds)):
         value = places[name].among(files[places[name].file])
-        yield name, copied(value.to(kind), cache_folder()) if name in foreign else value
+        yield name, copied(value, cache_folder(), kind) if name in foreign else value
 
 
 def fits(place: Place, kind: torch.dtype) -> bool:
