@@ -29,6 +29,7 @@ T5_XXL: Arguments = {
     "feed_forward_proj": "gated-gelu",
     "tie_word_embeddings": False,
 }
+NARROW: Arguments = {"d_model": 8, "d_ff": 8, "num_heads": 1, "num_layers": 1, "vocab_size": 32}
 DOWN = 8  # pixels by latents of a side, in autoencoders of videos
 
 
@@ -73,6 +74,13 @@ def drawn(model: Any) -> Any:
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value))
     return model.eval()
+
+
+def letters() -> Any:
+    """T5's tokenizer, which knows letters alone."""
+    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    known = [*marks, *((chr(ord("a") + place), -3.0) for place in range(26))]
+    return transformers.T5Tokenizer(vocab=known, extra_ids=0, model_max_length=300)
 
 
 def coder(channels: int, **config: Any) -> Any:
@@ -170,7 +178,12 @@ def wan(latents: int, dtype: torch.dtype) -> tuple[Any, Arguments]:
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
     made = around(
-        "WanPipeline", vae=coder_of_videos().eval().to(dtype), transformer=model, scheduler=scheduler
+        "WanPipeline",
+        tokenizer=letters(),
+        text_encoder=transformers.UMT5EncoderModel(transformers.UMT5Config(**T5_XXL | NARROW)),
+        vae=coder_of_videos().eval().to(dtype),
+        transformer=model,
+        scheduler=scheduler,
     )
     frames = {"height": DOWN * latents, "width": DOWN * latents * 3 // 2, "num_frames": 9}
     return made, embedded(512, 4096, dtype) | frames
@@ -178,13 +191,6 @@ def wan(latents: int, dtype: torch.dtype) -> tuple[Any, Arguments]:
 
 def t5_xxl(latents: int, dtype: torch.dtype) -> tuple[Any, Arguments]:
     """What makes pictures of the text of google/t5-v1_1-xxl, whose encoder is there without its layers."""
-    letters = [
-        ("<pad>", 0.0),
-        ("</s>", 0.0),
-        ("<unk>", 0.0),
-        ("▁", -2.0),
-        *((chr(97 + i), -3.0) for i in range(26)),
-    ]
     model = diffusers.PixArtTransformer2DModel(
         sample_size=latents,
         num_layers=1,
@@ -196,9 +202,9 @@ def t5_xxl(latents: int, dtype: torch.dtype) -> tuple[Any, Arguments]:
     )
     made = around(
         "PixArtSigmaPipeline",
-        tokenizer=transformers.T5Tokenizer(vocab=letters, extra_ids=0, model_max_length=300),
+        tokenizer=letters(),
         text_encoder=transformers.T5EncoderModel(
-            transformers.T5Config(**T5_XXL | {"d_ff": 8, "num_layers": 1, "vocab_size": 32})
+            transformers.T5Config(**T5_XXL | NARROW | {"d_model": T5_XXL["d_model"]})
         ),
         vae=coder(4).eval().to(dtype),
         transformer=model.eval().to(dtype),

@@ -103,6 +103,14 @@ def test_parts_stay_in_their_files_too(
     assert all(isinstance(one, mapped.MappedParameter) and one.dtype == torch.float32 for one in weights)
 
 
+def test_parts_that_a_pipeline_may_lack_stay_in_their_files(tmp_path: Path) -> None:
+    """As the transformers of Wan, which diffusers would load beside those that it is given."""
+    film_pipeline().save_pretrained(tmp_path / "film")
+    found = load_in_files(str(tmp_path / "film"), "cpu", Silent())
+    for network in (found.transformer, found.transformer_2):
+        assert all(isinstance(one, mapped.MappedParameter) for one in network.parameters())
+
+
 def test_autoencoders_under_other_names_are_loaded(with_parts: Path) -> None:
     """diffusers knows what layers were called in older files; weights are the same."""
     file = with_parts / "vae" / FILE

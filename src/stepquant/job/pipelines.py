@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModularPipeline
 from diffusers.utils import is_transformers_available, logging
@@ -113,7 +114,7 @@ def open_pipeline(folder: Path, **parts: Any) -> Any:
         with without_bars():
             if not (folder / ORDINARY).is_file():
                 return load_parts(ModularPipeline.from_pretrained(str(folder), local_files_only=True), parts)
-            pipeline = DiffusionPipeline.from_pretrained(
+            pipeline = kind_in(folder).from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, **parts
             )
         keep_options(pipeline, folder)
@@ -131,6 +132,12 @@ def open_pipeline(folder: Path, **parts: Any) -> Any:
             if pickled
             else "check that every file is there and complete",
         ) from error
+
+
+def kind_in(folder: Path) -> Any:
+    """The class of a pipeline: asked of any pipeline, diffusers would load optional parts that it is given, too."""
+    kind = getattr(diffusers, str(read_index(folder).get("_class_name")), None)
+    return kind if isinstance(kind, type) and issubclass(kind, DiffusionPipeline) else DiffusionPipeline
 
 
 def keep_options(pipeline: Any, folder: Path) -> None:
