@@ -101,7 +101,7 @@ class StepquantQuantizer(Living, DiffusersQuantizer):
             self.widened |= value.dtype != torch.float32
             module._parameters[leaf] = nn.Parameter(value.float(), requires_grad=False)
         else:
-            wanted = self.expected[param_name].dtype
+            wanted = module._buffers[leaf].dtype  # type: ignore[union-attr]
             self.widened |= value.dtype != wanted
             module._buffers[leaf] = value.to(wanted)
 
