@@ -152,6 +152,12 @@ class TestFinished:
         assert found["steps"] == other["steps"]
         assert found["images"] == other["images"]
 
+    def test_an_embedded_model_brings_its_prompts(self, tmp_path: Path) -> None:
+        evaluation = Evaluation.of(images=2, steps=2, batch=2)
+        few = [Variant("minmax", {"samples": 16, "trajectories": 8})]
+        cells = grid("stepquant:characters-text", few, ["w8a8"], [0], evaluation, steps=2)
+        assert compare(cells, tmp_path / "store", executor=Inline()).failed == 0
+
     def test_what_it_took_is_kept(self, cells: Cells, store: Path) -> None:
         (found,) = compare(cells(), store, executor=Inline()).results
         assert found["making"]["seconds"] > 0

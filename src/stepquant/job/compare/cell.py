@@ -21,6 +21,7 @@ from stepquant.evaluate.metrics.reference import data_digest, is_statistics
 from stepquant.evaluate.results import FIRST_SEED
 from stepquant.job.compare.code import code_digest
 from stepquant.job.recipe import Recipe
+from stepquant.models import zoo
 from stepquant.models.call import described
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.generate import words_of
@@ -59,7 +60,8 @@ class Evaluation(BaseModel):
             raise StepquantError(f"'{name}' of the evaluation: {first['msg']}", got=first["input"]) from error
 
     def sampling(self, recipe: Recipe) -> Sampling:
-        return Sampling(self.steps, self.sampler, recipe.asked)
+        """With the prompts that an embedded model brings, which its artifacts do not."""
+        return Sampling(self.steps, self.sampler, recipe.asked or zoo.prompts(recipe.model))
 
     @property
     def batches(self) -> int:
