@@ -83,7 +83,7 @@ def quantize_to(
         return outcome(existing(target, made_by, resume), found=True)
     with new_folder(target) as folder:
         made = run_all(pipeline, recipe, progress, memory=memory, made_by=made_by)
-        keep_types(networks, Path(recipe.model))
+        keep_types(networks, find_folder(recipe.model))
         attach_all(pipeline, made, idle=made if low_memory else ())
         with writing(target), without_bars():
             save(pipeline, folder, target.name)

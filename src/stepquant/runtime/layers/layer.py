@@ -156,11 +156,14 @@ class IntegerLayer(Balanced[PreparedLayer], PackedWeight[PreparedLayer]):
 
     def of_floats(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The output where nobody else may make codes."""
-        x = self.balanced(x)
         if not self.prepared().kernels:
-            return self.float_forward(x, dtype)
-        codes, scales = self.codes_of(x)
+            return self.float_forward(self.balanced(x), dtype)
+        codes, scales = self.balanced_codes(x)
         return self.from_codes(codes, dtype, row_scale=scales)
+
+    def balanced_codes(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of an input that no factors have met yet."""
+        return self.codes_of(self.balanced(x))
 
     def codes_of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """And the scales of the rows, where these are found as they come."""

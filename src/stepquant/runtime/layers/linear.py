@@ -103,20 +103,22 @@ class IntegerLinear(IntegerLayer):
         return torch.cat([self.first_output.to(dtype).expand(len(others), 1, -1), others], 1)
 
     def of_rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Of floats that all meet the weight; what the branch adds is the kernel's, or a tensor of its own."""
+        """Of floats that all meet the weight."""
+        return self.with_branch(x, dtype) if self.spec.rank else super().of_floats(x, dtype)
+
+    def with_branch(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the branch adds is the kernel's, or a tensor of its own."""
         if not self.prepared().kernels:
-            y = self.float_forward(self.balanced(x), torch.float32 if self.spec.rank else dtype)
-            return (y + self.low_rank(x).to(dtype)).to(dtype) if self.spec.rank else y
+            y = self.float_forward(self.balanced(x), torch.float32)
+            return (y + self.low_rank(x).to(dtype)).to(dtype)
         codes, scales = self.balanced_codes(x)
-        if not self.spec.rank:
-            return self.from_codes(codes, dtype, row_scale=scales)
         flat = codes.reshape(-1, self.in_features)
         if self.low_rank.fuses and self.kernel_for_codes().adds_branch(flat):
             return self.from_codes(codes, dtype, row_scale=scales, branch=self.low_rank.factors(x))
         return self.from_codes(codes, dtype, self.low_rank(x).to(dtype), row_scale=scales)
 
     def balanced_codes(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """And the scales of the rows, where these are found as they come."""
+        """In one pass over the input, with the factors."""
         if not self.spec.balanced:
             return self.codes_of(x)
         if self.dynamic:
