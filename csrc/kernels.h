@@ -93,8 +93,10 @@ struct RotaryTask {
   int64_t tokens;  // of a sample
   int64_t head_width;
   bool across;  // all heads share one norm
+  bool centred;  // layer norm, not RMS norm
   float eps;
   const float* weight;  // per channel of what shares a norm, or null
+  const float* bias;
   const float* cosines;  // per sample, token and pair, or null
   const float* sines;
   int64_t angle_strides[3];

@@ -1,4 +1,4 @@
-// RMS norm and rotary embedding of queries and keys, to bytes: one visit of each token.
+// RMS or layer norm and rotary embedding of queries and keys, to bytes: one visit of each token.
 #pragma once
 
 #include "layer_norm.h"
@@ -21,12 +21,19 @@ STEPQUANT_INLINE Floats neighbours(Floats x) {
 #endif
 }
 
-// What one head is multiplied by: the affine map of the norm with the scale of the code, and the angles of its token, for
+// What becomes of one head: its norm, the affine map behind that with the scale of the code, and the angles of its token, for
 // each channel where pairs are neighbours (those of the first with a minus in the sines), for each pair otherwise.
 struct Turn {
+  float mean;
+  float inverse;
   const float* slope;
+  const float* offset;
   const float* cosines;
   const float* sines;
+
+  STEPQUANT_INLINE Floats normed(Floats x, int64_t at) const {
+    return (x - mean) * inverse * load(slope + at) + load(offset + at);
+  }
 };
 
 // The angles of one token as `Turn` has them.
@@ -47,39 +54,39 @@ void angles_of(const RotaryTask& task, int64_t row, float* cosines, float* sines
 }
 
 template <bool turned>
-STEPQUANT_INLINE Floats turn_neighbours(Floats x, float inverse, const Turn& by, int64_t at) {
-  const Floats y = x * inverse * load(by.slope + at);
+STEPQUANT_INLINE Floats turn_neighbours(Floats x, const Turn& by, int64_t at) {
+  const Floats y = by.normed(x, at);
   if constexpr (!turned) return y;
   return y * load(by.cosines + at) + neighbours(y) * load(by.sines + at);
 }
 
 // A head whose pairs are neighbours, or that nothing turns.
 template <bool turned, class T>
-void encode_head(const T* x, int64_t width, float inverse, const Turn& by, const Code& code, uint8_t* out) {
+void encode_head(const T* x, int64_t width, const Turn& by, const Code& code, uint8_t* out) {
   int64_t i = 0;
   for (; i + 4 * lanes <= width; i += 4 * lanes) {
     Floats y[4];
     for (int64_t v = 0; v < 4; ++v) {
-      y[v] = turn_neighbours<turned>(load(x + i + v * lanes), inverse, by, i + v * lanes);
+      y[v] = turn_neighbours<turned>(load(x + i + v * lanes), by, i + v * lanes);
     }
     emit_block(out + i, y, code);
   }
   for (; i < width; i += lanes) {
     const int64_t count = width - i < lanes ? width - i : lanes;
     const Floats read = count < lanes ? load_first(x + i, count) : load(x + i);
-    const Floats y = turn_neighbours<turned>(read, inverse, by, i);
+    const Floats y = turn_neighbours<turned>(read, by, i);
     count < lanes ? emit_first(out + i, y, code, count) : emit(out + i, y, code);
   }
 }
 
 // A head whose pairs lie half of it apart.
 template <class T>
-void encode_halves(const T* x, int64_t width, float inverse, const Turn& by, const Code& code, uint8_t* out) {
+void encode_halves(const T* x, int64_t width, const Turn& by, const Code& code, uint8_t* out) {
   const int64_t half = width / 2;
   for (int64_t i = 0; i < half; i += lanes) {
     const int64_t count = half - i < lanes ? half - i : lanes;
     const auto read = [&](int64_t at) {
-      return (count < lanes ? load_first(x + at, count) : load(x + at)) * inverse * load(by.slope + at);
+      return by.normed(count < lanes ? load_first(x + at, count) : load(x + at), at);
     };
     const Floats first = read(i), second = read(half + i), cosine = load(by.cosines + i), sine = load(by.sines + i);
     emit_first(out + i, first * cosine - second * sine, code, count);
@@ -90,31 +97,35 @@ void encode_halves(const T* x, int64_t width, float inverse, const Turn& by, con
 template <class T>
 void rotary_rows(const RotaryTask& task, int64_t begin, int64_t end) {
   const int64_t width = task.x.width, head = task.head_width, normed = task.across ? width : head;
-  Scratch scratch((normed + 2 * head + 3 * lanes) * 4 + 3 * 64);
+  Scratch scratch((2 * normed + 2 * head + 4 * lanes) * 4 + 4 * 64);
   float* slope = scratch.take<float>(normed + lanes);
+  float* offset = scratch.take<float>(normed + lanes);
   float* cosines = scratch.take<float>(head + lanes);
   float* sines = scratch.take<float>(head + lanes);
   for (int64_t c = 0; c < normed + lanes; ++c) {
     slope[c] = c < normed ? (task.weight ? task.weight[c] : 1.0f) * task.code.inverse : 0.0f;
+    offset[c] = c < normed && task.bias ? task.bias[c] * task.code.inverse : 0.0f;
   }
   for (int64_t c = 0; c < head + lanes; ++c) cosines[c] = sines[c] = 0;
-  const auto inverse_of = [&](const T* x, int64_t count) {
-    return 1.0f / std::sqrt(row_sum<true>(x, count, 0.0f) / static_cast<float>(count) + task.eps);
+  Turn by{0.0f, 0.0f, slope, offset, cosines, sines};
+  const float count = static_cast<float>(normed);
+  const auto find = [&](const T* x) {
+    by.mean = task.centred ? row_sum<false>(x, normed, 0.0f) / count : 0.0f;
+    by.inverse = 1.0f / std::sqrt(row_sum<true>(x, normed, by.mean) / count + task.eps);
   };
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(task.x.data) + row * task.x.stride;
     if (task.cosines) angles_of(task, row, cosines, sines);
-    float inverse = task.across ? inverse_of(x, width) : 0.0f;
     for (int64_t first = 0; first < width; first += head) {
-      if (!task.across) inverse = inverse_of(x + first, head);
-      const Turn by{task.across ? slope + first : slope, cosines, sines};
+      if (!task.across || first == 0) find(x + first);
+      if (task.across) by.slope = slope + first, by.offset = offset + first;
       uint8_t* out = task.out + row * width + first;
       if (!task.cosines) {
-        encode_head<false>(x + first, head, inverse, by, task.code, out);
+        encode_head<false>(x + first, head, by, task.code, out);
       } else if (task.halves) {
-        encode_halves(x + first, head, inverse, by, task.code, out);
+        encode_halves(x + first, head, by, task.code, out);
       } else {
-        encode_head<true>(x + first, head, inverse, by, task.code, out);
+        encode_head<true>(x + first, head, by, task.code, out);
       }
     }
   }

@@ -21,6 +21,7 @@ layer_norm_quantize = ops.layer_norm_quantize.plain
 rms_norm = ops.rms_norm.plain
 rms_norm_quantize = ops.rms_norm_quantize.plain
 rms_norm_rotary_quantize = ops.rms_norm_rotary_quantize.plain
+layer_norm_rotary_quantize = ops.layer_norm_rotary_quantize.plain
 activation_quantize = ops.activation_quantize.plain
 upsample_nearest2x = ops.upsample_nearest2x.plain
 attention = ops.attention.plain

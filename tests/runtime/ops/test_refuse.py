@@ -44,6 +44,7 @@ BAD = [
     ("rms_norm_rotary_quantize", 4, torch.ones(1, 8, 4), "rms_norm_rotary_quantize: angles"),
     ("rms_norm_rotary_quantize", 5, None, "rms_norm_rotary_quantize: sines"),
     ("rms_norm_rotary_quantize", 8, 256, "rms_norm_rotary_quantize: the zero point"),
+    ("layer_norm_rotary_quantize", 2, torch.ones(9), "layer_norm_rotary_quantize: bias"),
     ("attention", 2, torch.ones(2, 4, 9, 8, dtype=torch.uint8), "attention: value"),
     ("pack_weight", 0, torch.ones(0, 8, 3, 3, dtype=torch.int8), "pack_weight: weight"),
     ("attention", 1, torch.ones(2, 4, 9, 7), "attention: query, key"),

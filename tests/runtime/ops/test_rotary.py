@@ -1,4 +1,4 @@
-"""Queries and keys to codes: the RMS norm of torch in float64, pairs turned as diffusers turns them, then the specification."""
+"""Queries and keys to codes: the norm of torch in float64, pairs turned as diffusers turns them, then the specification."""
 
 from __future__ import annotations
 
@@ -24,18 +24,22 @@ def angles(batch: int, tokens: int, pairs: int) -> Tensor:
 def exact(x: Tensor, weight: Tensor | None, across: bool, angle: Tensor | None, halves: bool) -> Tensor:
     rows = x.double().flatten(2) if across else x.double()
     y = F.rms_norm(rows, rows.shape[-1:], None if weight is None else weight.double(), 1e-6).reshape(x.shape)
+    return turned(y, angle, halves)
+
+
+def turned(y: Tensor, angle: Tensor | None, halves: bool) -> Tensor:
     if angle is None:
         return y.float()
-    turned = []
+    samples = []
     for sample, own in zip(y, angle.double().expand(len(y), -1, -1)):  # which take one sequence of angles
         pair = torch.cat([own, own], -1) if halves else own.repeat_interleave(2, -1)
         way = -2 if halves else -1
-        turned.append(
+        samples.append(
             apply_rotary_emb(
                 sample[None], (pair.cos(), pair.sin()), use_real_unbind_dim=way, sequence_dim=1
             ).double()
         )
-    return torch.cat(turned).float()
+    return torch.cat(samples).float()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -55,6 +59,27 @@ def test_codes_of_turned_heads(shape: tuple[int, ...], halves: bool, dtype: torc
                 assert_codes(got, exact(x, weight, across, angle, halves), code)
                 got = ops.rms_norm_rotary_quantize(x, None, 1e-6, across, None, None, halves, code)
                 assert_codes(got, exact(x, None, across, None, halves), code)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("halves", [False, True])
+def test_codes_of_turned_heads_behind_a_layer_norm(
+    shape: tuple[int, ...], halves: bool, dtype: torch.dtype
+) -> None:
+    batch, tokens, heads, width = shape
+    # A slice of the rows of a joint product, whose mean must be subtracted.
+    x = numbers(batch, tokens, 3, heads, width, dtype=dtype)[:, :, 1] + 1.0
+    weight, bias = numbers(width, seed=1), numbers(width, seed=3)
+    for affine in ((weight, bias), (weight, None), (None, None)):
+        y = F.layer_norm(
+            x.double(), (width,), *(None if one is None else one.double() for one in affine), 1e-5
+        )
+        angle = angles(batch, tokens, width // 2)
+        for given, by in ((None, None), None), ((angle.cos(), angle.sin()), angle):
+            for code in CODES:
+                got = ops.layer_norm_rotary_quantize(x, *affine, 1e-5, *given, halves, code)
+                assert_codes(got, turned(y, by, halves), code)
 
 
 def test_angles_of_any_strides_give_the_same_bytes() -> None:

@@ -120,6 +120,22 @@ def rms_norm_rotary_quantize(
     return codes(y if cos is None or sin is None else turned(y, cos, sin, halves), code).contiguous()
 
 
+@Operation
+def layer_norm_rotary_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    halves: bool,
+    code: Code,
+) -> Tensor:
+    """The same behind the layer norm of each head."""
+    y = affine(standardized(x, eps), weight, bias, (1, 1, 1, -1))
+    return codes(y if cos is None or sin is None else turned(y, cos, sin, halves), code).contiguous()
+
+
 def turned(y: Tensor, cos: Tensor, sin: Tensor, halves: bool) -> Tensor:
     cos, sin = (angles.float()[:, :, None] for angles in (cos, sin))
     first, second = y.chunk(2, -1) if halves else (y[..., ::2], y[..., 1::2])
