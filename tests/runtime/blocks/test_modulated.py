@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import ops
+from stepquant.runtime.blocks.basic import Bare
 from stepquant.runtime.blocks.chain import Chain, chains
 from stepquant.runtime.blocks.joined import Joined
-from stepquant.runtime.blocks.one_stream import Bare
 from stepquant.runtime.coverage import coverage
 from stepquant.runtime.cpu.lasting import TEXTS, Recorded, same_bits
 from stepquant.runtime.lower import lower, prepare

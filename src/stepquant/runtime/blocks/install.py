@@ -11,12 +11,13 @@ from stepquant.models.blocks.rotary import RotaryAttention
 from stepquant.models.blocks.structure import Structure, structure
 from stepquant.runtime.adapters.present import adapters_in
 from stepquant.runtime.blocks.attention import Attention, Readers
+from stepquant.runtime.blocks.basic import BASIC
 from stepquant.runtime.blocks.chain import Chain
 from stepquant.runtime.blocks.feed import FeedForward
 from stepquant.runtime.blocks.joined import End, Joined, Part
 from stepquant.runtime.blocks.joint import JOINT
 from stepquant.runtime.blocks.one_stream import ONE_STREAM
-from stepquant.runtime.blocks.parallel import Parallel, ParallelBlock
+from stepquant.runtime.blocks.parallel import PARALLEL, Parallel
 from stepquant.runtime.blocks.resampling import Resample
 from stepquant.runtime.blocks.residual import Residual
 from stepquant.runtime.blocks.root_norm import RootNormed
@@ -32,7 +33,7 @@ from stepquant.runtime.layers.offloaded import OFFLOADED
 from stepquant.runtime.layers.tabled import Tabled
 from stepquant.runtime.steps import StepTensors
 
-KINDS = ONE_STREAM | JOINT | SANDWICHES | {"parallel": ParallelBlock}
+KINDS = BASIC | ONE_STREAM | JOINT | PARALLEL | SANDWICHES
 
 
 def forget_kept(model: nn.Module) -> None:
