@@ -21,6 +21,12 @@ def twice(*row: float) -> Tensor:
     return torch.tensor([row[0] if len(row) == 1 else row] * 2)
 
 
+def angles(tokens: int, width: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines by which neighbouring channels are turned, as pairs."""
+    turns = torch.rand(tokens, width // 2).repeat_interleave(2, -1)
+    return turns.cos(), turns.sin()
+
+
 def case(model: nn.Module, given: dict[str, Any], **changing: str) -> Case:
     """`changing` names arguments by labels; `added_cond_kwargs.time_ids` is one entry of a nested argument."""
     return model.eval(), given, {label: changed(given, path) for label, path in changing.items()}

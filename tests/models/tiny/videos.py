@@ -21,7 +21,7 @@ from diffusers import (
     WanVACETransformer3DModel,
 )
 
-from tests.models.tiny.case import Case, case, noise, twice, without_zeros
+from tests.models.tiny.case import Case, angles, case, noise, twice, without_zeros
 
 
 def wan() -> Case:
@@ -69,7 +69,7 @@ def cogvideox() -> Case:
                                         sample_frames=9, patch_size=2, temporal_compression_ratio=4, max_text_seq_length=6,
                                         use_rotary_positional_embeddings=True)
     given = {"hidden_states": noise(2, 3, 4, 4, 4), "timestep": twice(700), "encoder_hidden_states": noise(2, 6, 16),
-             "image_rotary_emb": (torch.rand(12, 16), torch.rand(12, 16))}
+             "image_rotary_emb": angles(12, 16)}
     return case(model, given, x="hidden_states", t="timestep", text="encoder_hidden_states")
 
 

@@ -51,6 +51,9 @@ KINDS = {
     "latte": {"Single": 4},
     "ltx": {"Root": 2, "Turned": 4},
     "stable_audio": {"BareTurned": 2},
+    "cogvideox": {"Front": 2, "Turned": 2},
+    "cogview4": {"FrontTurns": 2, "Turned": 2},
+    "cogview3": {"FrontHalves": 2, "Turned": 2},
     "Flux3Transformer2DModel": {"FeedForward": 4, "Turned": 4},  # which nobody declared
 }
 

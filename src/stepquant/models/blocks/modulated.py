@@ -28,14 +28,19 @@ SkyReels, LTX, Cosmos = (
     networks.transformer_ltx,
     networks.transformer_cosmos,
 )
+CogVideoX, ConsisID = networks.cogvideox_transformer_3d, networks.consisid_transformer_3d
+CogView4, CogView3 = networks.transformer_cogview4, networks.transformer_cogview3plus
 
 
 @dataclass(frozen=True)
 class ModulatedBlock:
     """Kinds of one stream: 'zero' (DiT), 'single' (PixArt), 'places' (Allegro), 'float32' (Wan, SkyReels), 'controlled' (VACE),
-    'root' (LTX), 'thrice' (Cosmos), 'bare' (video U-Nets), 'bare_turned' (Stable Audio), 'sandwich' (Z-Image), 'zero_sandwich' (Lumina 2); of an image and a text: 'joint' (SD3,
-    FLUX, Bria), 'behind' (Hunyuan's), 'pruned' (Chroma), 'given' (FLUX.2), 'named' (Qwen-Image); with a feed-forward beside the
-    attention: 'wide' (FLUX, Bria), 'wide_behind' (Hunyuan's), 'wide_pruned' (Chroma), 'parallel' (FLUX.2).
+    'root' (LTX), 'thrice' (Cosmos), 'bare' (video U-Nets), 'bare_turned' (Stable Audio), 'sandwich' (Z-Image), 'zero_sandwich' (Lumina 2),
+    of an image and a text: 'joint' (SD3,
+    FLUX, Bria), 'behind' (Hunyuan's), 'pruned' (Chroma), 'given' (FLUX.2), 'named' (Qwen-Image),
+    with one attention and one feed-forward for both: 'front' (CogVideoX, ConsisID), 'front_halves' (CogView 3),
+    'front_turns' (CogView 4); with a feed-forward beside the attention: 'wide' (FLUX, Bria), 'wide_behind' (Hunyuan's),
+    'wide_pruned' (Chroma), 'parallel' (FLUX.2).
 
     `attentions` run inside by themselves.
     """
@@ -67,6 +72,8 @@ PLAIN = (
     Cosmos.CosmosAttnProcessor2_0,
     attention_processor.AllegroAttnProcessor2_0,
     attention_processor.StableAudioAttnProcessor2_0,
+    attention_processor.CogVideoXAttnProcessor2_0,
+    CogView4.CogView4AttnProcessor,
 )
 ATTENTIONS = ("attn", "attn1", "attn2", "attention")
 FEEDS = ("ff", "ff_context", "ffn", "img_mlp", "txt_mlp", "feed_forward")
@@ -95,6 +102,10 @@ KINDS: dict[type[nn.Module], str] = {
     networks.stable_audio_transformer.StableAudioDiTBlock: "bare_turned",
     ZImage.ZImageTransformerBlock: "sandwich",
     Lumina2.Lumina2TransformerBlock: "zero_sandwich",
+    CogVideoX.CogVideoXBlock: "front",
+    ConsisID.ConsisIDBlock: "front",
+    CogView3.CogView3PlusTransformerBlock: "front_halves",
+    CogView4.CogView4TransformerBlock: "front_turns",
 }
 
 

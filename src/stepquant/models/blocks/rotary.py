@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from diffusers.models import attention_processor
+from diffusers.models import attention_processor, normalization
 from diffusers.models import transformers as networks
 from torch import nn
 
@@ -48,6 +48,7 @@ class ParallelAttention:
 
 
 HUNYUAN = Rotary("image_rotary_emb", joint="behind", image=True, merged=True)
+COGVIDEOX = Rotary("image_rotary_emb", joint="front", image=True, merged=True)
 ROTARY: dict[type, Rotary] = {
     attention_processor.JointAttnProcessor2_0: Rotary(None, joint="behind"),
     networks.transformer_flux.FluxAttnProcessor: Rotary("image_rotary_emb", joint="front"),
@@ -68,6 +69,8 @@ ROTARY: dict[type, Rotary] = {
     networks.transformer_skyreels_v2.SkyReelsV2AttnProcessor: Rotary("rotary_emb", across=True),
     networks.transformer_z_image.ZSingleStreamAttnProcessor: Rotary("freqs_cis"),
     networks.transformer_cosmos.CosmosAttnProcessor2_0: Rotary("image_rotary_emb", halves=True),
+    attention_processor.CogVideoXAttnProcessor2_0: COGVIDEOX,
+    networks.transformer_cogview4.CogView4AttnProcessor: replace(COGVIDEOX, halves=True),
 }
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
 
@@ -84,17 +87,23 @@ def parallel_attention(path: str, module: nn.Module) -> ParallelAttention | None
 
 
 def rotary_attention(module: nn.Module, joined: JoinedAttention) -> RotaryAttention | None:
-    """None for processors of another kind, and where queries or keys have no RMS norm."""
+    """None for processors of another kind, and where queries or keys have no norm."""
     rotary = ROTARY.get(type(given(getattr(module, "processor", None))))
     if rotary is None or not joined.groups:
         return None
     added = [name for name in ADDED if has(module, name)]
     joint = rotary.joint and len(added) == len(ADDED)
     norms = ["norm_q", "norm_k", *(added[3:] if joint else ())]
-    normed = all(has(module, name) and is_plain_root_norm(module.get_submodule(name)) for name in norms)
+    normed = all(has(module, name) and is_norm(module.get_submodule(name), rotary) for name in norms)
     complete = (not added or joint) and not getattr(module, "fused_projections", False)
     heads = int(getattr(module, "heads", 0))
     if not normed or not complete or not heads:
         return None
     own = replace(rotary, merged=rotary.merged and not added)
     return RotaryAttention(joined.path, joined.groups, joined.ends, own, heads)
+
+
+def is_norm(norm: nn.Module, rotary: Rotary) -> bool:
+    """An RMS norm, or a layer norm of each head."""
+    layer = isinstance(norm, nn.LayerNorm) and type(norm) in (nn.LayerNorm, normalization.FP32LayerNorm)
+    return is_plain_root_norm(norm) or (layer and not rotary.across)

@@ -14,6 +14,7 @@ from stepquant.runtime.blocks.attention import Attention, Readers
 from stepquant.runtime.blocks.basic import BASIC
 from stepquant.runtime.blocks.chain import Chain
 from stepquant.runtime.blocks.feed import FeedForward
+from stepquant.runtime.blocks.front import FRONT
 from stepquant.runtime.blocks.joined import End, Joined, Part
 from stepquant.runtime.blocks.joint import JOINT
 from stepquant.runtime.blocks.one_stream import ONE_STREAM
@@ -33,7 +34,7 @@ from stepquant.runtime.layers.offloaded import OFFLOADED
 from stepquant.runtime.layers.tabled import Tabled
 from stepquant.runtime.steps import StepTensors
 
-KINDS = BASIC | ONE_STREAM | JOINT | PARALLEL | SANDWICHES
+KINDS = BASIC | ONE_STREAM | JOINT | FRONT | PARALLEL | SANDWICHES
 
 
 def forget_kept(model: nn.Module) -> None:

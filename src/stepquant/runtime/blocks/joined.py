@@ -36,7 +36,7 @@ class Joined(Chain):
             for one in self.shared:
                 one.close()
             for end in self.ends.values():
-                end.onto = None
+                end.streams = ()
 
     def inside(self, *args: Any, **kwargs: Any) -> Any:
         return self.unfused(*args, **kwargs)
@@ -139,13 +139,24 @@ class End:
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
-        self.onto: tuple[Tensor, Tensor | None] | None = None  # the stream and the gate
+        self.streams: tuple[
+            tuple[Tensor, Tensor | None], ...
+        ] = ()  # in the order of their tokens, with their gates
 
     def __call__(self, input: Tensor) -> Tensor:
-        if self.onto is None:
+        if not self.streams:
             return type(self.layer).forward(self.layer, input)  # type: ignore[no-any-return]
-        (stream, gate), self.onto = self.onto, None
-        return run(self.layer, codes_for(self.layer, input), stream.dtype, stream, gate)
+        outs = self.apart(input)
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+    def apart(self, input: Tensor) -> list[Tensor]:
+        """What it makes of the tokens of each stream."""
+        streams, self.streams = self.streams, ()
+        codes = codes_for(self.layer, input)
+        parts = codes.split([stream.shape[1] for stream, _ in streams], 1) if streams[1:] else (codes,)
+        return [
+            run(self.layer, part, stream.dtype, stream, gate) for part, (stream, gate) in zip(parts, streams)
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"onto": None}
+        return self.__dict__ | {"streams": ()}

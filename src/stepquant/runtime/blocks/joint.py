@@ -75,7 +75,7 @@ class Joint(Modulated):
         words = text
         if of_text is not None:
             words = normed(text, norms[2], joint.code(1), of_text[1], of_text[0])
-            joint.ends["to_add_out"].onto = text, of_text[2]
+            joint.ends["to_add_out"].streams = ((text, of_text[2]),)
         joint.shared[-1].dtype = text.dtype
         x, text = self.attended(joint, rows, x, gate, encoder_hidden_states=words, **kwargs)
         if again is not None:

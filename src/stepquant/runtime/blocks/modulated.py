@@ -62,7 +62,7 @@ class Modulated(Chain):
     def attended(self, joined: Joined, rows: Tensor, x: Tensor, gate: Tensor | None, **kwargs: Any) -> Tensor:
         """The stream behind one attention over `rows`, floats or codes."""
         joined.shared[0].dtype = x.dtype
-        joined.ends["to_out.0"].onto = x, gate
+        joined.ends["to_out.0"].streams = ((x, gate),)
         return joined.module(rows, **kwargs)  # type: ignore[no-any-return]
 
     def through(self, x: Tensor, *branches: Branch) -> Tensor:

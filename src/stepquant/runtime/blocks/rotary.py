@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepquant.models.attention import spread
 from stepquant.models.blocks.rotary import RotaryAttention
@@ -40,13 +40,14 @@ class Angles(NamedTuple):
     def at(self, tokens: slice) -> Angles:
         return Angles(*(None if one is None else one[:, tokens] for one in self))
 
-    def padded(self, tokens: int) -> Angles:
-        """And those of so many tokens behind, which nothing turns."""
+    def padded(self, tokens: int, front: bool = False) -> Angles:
+        """And those of so many tokens behind or in front, which nothing turns."""
         if self.cos is None or self.sin is None:
             return self
         shape = len(self.cos), tokens, self.cos.shape[2]
         still = self.cos.new_ones(shape), self.sin.new_zeros(shape)
-        return Angles(*(torch.cat(pair, 1) for pair in zip(self, still)))  # type: ignore[arg-type]
+        pairs = zip(still, self) if front else zip(self, still)
+        return Angles(*(torch.cat(pair, 1) for pair in pairs))  # type: ignore[arg-type]
 
 
 def multiplies_codes(attention: Any, processor: Any) -> bool:
@@ -90,6 +91,7 @@ class Turned(Joined):
         given: dict[str | None, Any] = {name: value for name, value in kwargs.items() if value is not None}
         turn, of_text = given.pop(rotary.angles, args[0] if args else None), given.pop(rotary.text_mask, None)
         known = not given and len(args) <= 1 and (text is not None or not rotary.image)
+        known = known and (mask is None or not (rotary.merged and rotary.joint == "front"))
         if (
             not known
             or x.dim() != 3
@@ -106,6 +108,8 @@ class Turned(Joined):
             mask = mask.bool()[:, None, None]  # which keys there are
         elif mask is not None and mask.dim() == 3:
             mask = mask[:, None]  # the same for all heads
+        if text is not None and rotary.merged and rotary.joint == "front":
+            return self.in_front(x, text, turn)
         if text is not None and rotary.merged:
             return self.merged(x, text, turn, mask)
         if text is not None and rotary.joint:
@@ -135,6 +139,9 @@ class Turned(Joined):
         """(batch, tokens, channels) of all heads."""
         across, halves = self.rotary.across, self.rotary.halves
         heads = rows.unflatten(-1, (1, -1) if self.rotary.wide else (-1, self.width))
+        if isinstance(norm, nn.LayerNorm):
+            norming = (heads, norm.weight, norm.bias, norm.eps)
+            return ops.layer_norm_rotary_quantize(*norming, *angles, halves, code).flatten(2)
         return ops.rms_norm_rotary_quantize(
             heads, norm.weight, norm.eps, across, *angles, halves, code
         ).flatten(2)
@@ -149,6 +156,17 @@ class Turned(Joined):
         mixed = self.multiplied(*self.own(both, both, angles), mask=mask)
         image, text = mixed.split([x.shape[1], words], 1)
         return self.ended(image), text
+
+    def in_front(self, x: Tensor, text: Tensor, turn: Any) -> tuple[Tensor, Tensor]:
+        """A text in front of the image, with the same projections and the same last layer; the image alone is turned."""
+        words, both = text.shape[1], torch.cat([text, x], 1)
+        angles = Angles.of(turn, self.rotary.halves).padded(words, front=True)
+        mixed = self.multiplied(*self.own(both, both, angles), mask=None)
+        if (end := self.ends["to_out.0"]).streams:
+            text, image = end.apart(mixed)
+            return image, text
+        mixed = self.ended(mixed)
+        return mixed[:, words:], mixed[:, :words]
 
     def together(self, x: Tensor, text: Tensor, turn: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Image and text, joined in one product."""
