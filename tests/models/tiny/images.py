@@ -17,7 +17,7 @@ from diffusers import (
 )
 from torch import nn
 
-from tests.models.tiny.case import Case, case, noise, twice
+from tests.models.tiny.case import Case, angles, case, noise, twice
 
 
 def class_transformer() -> Case:
@@ -66,7 +66,7 @@ def hunyuandit() -> Case:
     given = {"hidden_states": noise(2, 4, 8, 8), "timestep": twice(7.0), "encoder_hidden_states": noise(2, 5, 16),
              "text_embedding_mask": torch.ones(2, 5), "encoder_hidden_states_t5": noise(2, 6, 24),
              "text_embedding_mask_t5": torch.ones(2, 6), "image_meta_size": twice(64.0, 64, 64, 64, 0, 0),
-             "style": twice(0), "image_rotary_emb": (torch.rand(16, 8), torch.rand(16, 8))}
+             "style": twice(0), "image_rotary_emb": angles(16, 8)}
     return case(model, given, x="hidden_states", t="timestep", text="encoder_hidden_states",
                 other_text="encoder_hidden_states_t5", size="image_meta_size")
 

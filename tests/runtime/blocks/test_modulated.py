@@ -54,6 +54,8 @@ KINDS = {
     "cogvideox": {"Front": 2, "Turned": 2},
     "cogview4": {"FrontTurns": 2, "Turned": 2},
     "cogview3": {"FrontHalves": 2, "Turned": 2},
+    "auraflow": {"JointStart": 1, "Start": 2, "Turned": 3},
+    "hunyuandit": {"Shifted": 4, "Turned": 8},
     "Flux3Transformer2DModel": {"FeedForward": 4, "Turned": 4},  # which nobody declared
 }
 

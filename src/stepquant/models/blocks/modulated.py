@@ -30,14 +30,17 @@ SkyReels, LTX, Cosmos = (
 )
 CogVideoX, ConsisID = networks.cogvideox_transformer_3d, networks.consisid_transformer_3d
 CogView4, CogView3 = networks.transformer_cogview4, networks.transformer_cogview3plus
+AuraFlow, HunyuanDiT = networks.auraflow_transformer_2d, networks.hunyuan_transformer_2d
 
 
 @dataclass(frozen=True)
 class ModulatedBlock:
     """Kinds of one stream: 'zero' (DiT), 'single' (PixArt), 'places' (Allegro), 'float32' (Wan, SkyReels), 'controlled' (VACE),
     'root' (LTX), 'thrice' (Cosmos), 'bare' (video U-Nets), 'bare_turned' (Stable Audio), 'sandwich' (Z-Image), 'zero_sandwich' (Lumina 2),
+    'start' (AuraFlow), 'shifted' (HunyuanDiT),
     of an image and a text: 'joint' (SD3,
     FLUX, Bria), 'behind' (Hunyuan's), 'pruned' (Chroma), 'given' (FLUX.2), 'named' (Qwen-Image),
+    'joint_start' (AuraFlow),
     with one attention and one feed-forward for both: 'front' (CogVideoX, ConsisID), 'front_halves' (CogView 3),
     'front_turns' (CogView 4); with a feed-forward beside the attention: 'wide' (FLUX, Bria), 'wide_behind' (Hunyuan's),
     'wide_pruned' (Chroma), 'parallel' (FLUX.2).
@@ -74,6 +77,8 @@ PLAIN = (
     attention_processor.StableAudioAttnProcessor2_0,
     attention_processor.CogVideoXAttnProcessor2_0,
     CogView4.CogView4AttnProcessor,
+    attention_processor.AuraFlowAttnProcessor2_0,
+    attention_processor.HunyuanAttnProcessor2_0,
 )
 ATTENTIONS = ("attn", "attn1", "attn2", "attention")
 FEEDS = ("ff", "ff_context", "ffn", "img_mlp", "txt_mlp", "feed_forward")
@@ -106,6 +111,9 @@ KINDS: dict[type[nn.Module], str] = {
     ConsisID.ConsisIDBlock: "front",
     CogView3.CogView3PlusTransformerBlock: "front_halves",
     CogView4.CogView4TransformerBlock: "front_turns",
+    AuraFlow.AuraFlowJointTransformerBlock: "joint_start",
+    AuraFlow.AuraFlowSingleTransformerBlock: "start",
+    HunyuanDiT.HunyuanDiTBlock: "shifted",
 }
 
 

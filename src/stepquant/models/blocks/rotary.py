@@ -20,7 +20,7 @@ class Rotary:
     The channels of a pair are neighbours, or lie half a head apart where `halves`. `joint`: a text is joined before the
     product, behind the image or in front of it; `apart`: which comes with angles of its own, or `image`: is not turned.
     `merged`: where it has no projections of its own, it is joined before them. `text_mask` is an argument, too: which tokens
-    of the text there are.
+    of the text there are. `crossing`: keys of a text that is not joined are not turned.
     """
 
     angles: str | None
@@ -32,6 +32,7 @@ class Rotary:
     text_mask: str | None = None
     across: bool = False  # one norm over all heads of a token
     wide: bool = False  # angles of all channels of a token, each head with its own
+    crossing: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ ROTARY: dict[type, Rotary] = {
     networks.transformer_cosmos.CosmosAttnProcessor2_0: Rotary("image_rotary_emb", halves=True),
     attention_processor.CogVideoXAttnProcessor2_0: COGVIDEOX,
     networks.transformer_cogview4.CogView4AttnProcessor: replace(COGVIDEOX, halves=True),
+    attention_processor.AuraFlowAttnProcessor2_0: Rotary(None, joint="front"),
+    attention_processor.HunyuanAttnProcessor2_0: Rotary("image_rotary_emb", crossing=True),
 }
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
 

@@ -25,6 +25,8 @@ def made(norm: Any, temb: Tensor, count: int) -> Modulation:
 class Joint(Modulated):
     """An image and a text beside each other, joined in one attention."""
 
+    from_start = False  # whether feed-forwards join what the block was given
+
     def fused(
         self,
         hidden_states: Tensor,
@@ -69,6 +71,7 @@ class Joint(Modulated):
     ) -> tuple[Tensor | None, Tensor]:
         """Both behind attention and feed-forward; a text that nothing follows from any more is normed already."""
         joint, *dual = self.attentions
+        onto = (x, text) if self.from_start else (None, None)
         shift, scale, gate = of_image[:3]
         rows = normed(x, norms[0], joint.code(), scale, shift)
         again = normed(x, norms[0], dual[0].code(), of_image[7], of_image[6]) if dual else None
@@ -80,10 +83,16 @@ class Joint(Modulated):
         x, text = self.attended(joint, rows, x, gate, encoder_hidden_states=words, **kwargs)
         if again is not None:
             x = self.attended(dual[0], again, x, of_image[8])
-        x = self.fed(self.feeds[0], x, Branch(norms[1], of_image[3:6]))
+        x = self.fed(self.feeds[0], x, Branch(norms[1], of_image[3:6]), onto[0])
         if of_text is None:
             return None, x
-        return self.fed(self.feeds[1], text, Branch(norms[3], of_text[3:6])), x
+        return self.fed(self.feeds[1], text, Branch(norms[3], of_text[3:6]), onto[1]), x
+
+
+class JointStart(Joint):
+    """The same, whose feed-forwards join what the block was given."""
+
+    from_start = True
 
 
 class Behind(Joint):
@@ -176,6 +185,7 @@ class Named(Joint):
 
 JOINT: dict[str, type[Modulated]] = {
     "joint": Joint,
+    "joint_start": JointStart,
     "behind": Behind,
     "pruned": Pruned,
     "given": Given,

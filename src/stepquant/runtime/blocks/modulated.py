@@ -54,10 +54,11 @@ class Modulated(Chain):
         found = [getattr(self.module, name, None) for name in self.declared.unless]
         return found + [one.module.processor for one in self.attentions]
 
-    def fed(self, feed: FeedForward, x: Tensor, branch: Branch) -> Tensor:
-        """The stream behind one feed-forward."""
+    def fed(self, feed: FeedForward, x: Tensor, branch: Branch, onto: Tensor | None = None) -> Tensor:
+        """The stream behind one feed-forward; `onto`: what it joins instead of what it reads."""
         shift, scale, gate = branch.modulation
-        return feed.of(normed(x, branch.norm, feed.code(), scale, shift), x.dtype, x, gate)
+        rows = normed(x, branch.norm, feed.code(), scale, shift)
+        return feed.of(rows, x.dtype, x if onto is None else onto, gate)
 
     def attended(self, joined: Joined, rows: Tensor, x: Tensor, gate: Tensor | None, **kwargs: Any) -> Tensor:
         """The stream behind one attention over `rows`, floats or codes."""

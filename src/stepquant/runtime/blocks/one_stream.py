@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stepquant.runtime.blocks.basic import Given
-from stepquant.runtime.blocks.modulated import Branch, Modulated
+from stepquant.runtime.blocks.chain import kernel_of, run
+from stepquant.runtime.blocks.modulated import Branch, Modulated, normed
 
 
 class Float32(Modulated):
@@ -85,8 +87,52 @@ class Thrice(Modulated):
         return (made if temb is None else made + temb).chunk(3, dim=-1)  # type: ignore[no-any-return]
 
 
+class Start(Modulated):
+    """Its feed-forward joins what the block was given."""
+
+    def fused(self, hidden_states: Tensor, temb: Tensor, attention_kwargs: Any = None) -> Tensor:
+        x, first = hidden_states, self.module.norm1
+        if attention_kwargs or x.dim() != 3 or self.changed():
+            return self.unfused(x, temb, attention_kwargs)  # type: ignore[no-any-return]
+        shift, scale, gate, *rest = first.linear(first.silu(temb)).chunk(6, dim=1)
+        (attention,), (feed,) = self.attentions, self.feeds
+        mixed = self.attended(attention, normed(x, first.norm, attention.code(), scale, shift), x, gate)
+        return self.fed(feed, mixed, Branch(self.module.norm2, rest), x)
+
+
+class Shifted(Modulated):
+    """What follows t is added to the first norm, and nothing is gated; later blocks read what earlier ones have left."""
+
+    def fused(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        temb: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        skip: Tensor | None = None,
+    ) -> Tensor:
+        x, text, block, turn = hidden_states, encoder_hidden_states, self.module, image_rotary_emb
+        if temb is None or x.dim() != 3 or self.changed():
+            return self.unfused(x, text, temb, turn, skip)  # type: ignore[no-any-return]
+        if skip is not None:
+            kernel, both = kernel_of(block.skip_linear), torch.cat([x, skip], -1)
+            rows = normed(both, block.skip_norm, None if kernel is None else kernel.code)
+            x = run(block.skip_linear, rows, x.dtype)
+        first = block.norm1
+        shift = first.linear(first.silu(temb.float()).to(temb.dtype))
+        own = {"image_rotary_emb": turn}
+        return self.through(
+            x,
+            Branch(first.norm, (shift, None, None), own),
+            Branch(block.norm2, given=own | {"encoder_hidden_states": text}),
+            Branch(block.norm3),
+        )
+
+
 ONE_STREAM: dict[str, type[Modulated]] = {
     "float32": Float32,
     "controlled": Controlled,
     "thrice": Thrice,
+    "start": Start,
+    "shifted": Shifted,
 }

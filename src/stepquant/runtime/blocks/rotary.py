@@ -121,6 +121,7 @@ class Turned(Joined):
         """Query and key as codes, and the value."""
         module, codes = self.module, self.module.product.codes
         query = self.coded(module.to_q(x), module.norm_q, angles, codes[0])
+        angles = Angles() if self.rotary.crossing and source is not x else angles
         return query, self.coded(module.to_k(source), module.norm_k, angles, codes[1]), module.to_v(source)
 
     def added(self, text: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
