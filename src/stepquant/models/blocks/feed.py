@@ -19,6 +19,13 @@ class Feed:
     narrow: str
 
 
+@dataclass(frozen=True)
+class ImageFeed:
+    """Over the pixels of an image: a wide layer, SiLU, a convolution of each channel, values times SiLU of gates, a narrow layer."""
+
+    path: str
+
+
 # Values, then gates.
 GATED: dict[type[nn.Module], tuple[tuple[str, str], str]] = {
     attention.LuminaFeedForward: (("linear_3", "linear_1"), "linear_2"),
@@ -43,6 +50,12 @@ def feed(path: str, module: nn.Module) -> Feed | None:
         return None
     activation = activation_of(module.net[0])
     return None if activation is None else Feed(path, ("net.0.proj",), activation, "net.2")
+
+
+def image_feed(path: str, module: nn.Module) -> ImageFeed | None:
+    """None for what is no feed-forward of this kind."""
+    plain = type(module) is networks.sana_transformer.GLUMBConv and module.norm is None
+    return ImageFeed(path) if plain and not module.residual_connection else None
 
 
 def activation_of(wide: nn.Module) -> str | None:

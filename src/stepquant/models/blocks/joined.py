@@ -8,6 +8,8 @@ from diffusers.models import attention_processor
 from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 
+from stepquant.models.attention import given
+
 OWN = ("to_q", "to_k", "to_v")
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
 
@@ -21,6 +23,13 @@ class JoinedAttention:
     ends: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class LinearAttention(JoinedAttention):
+    """relu(q) (relu(k)^T v), over what each query sums of relu(k): as many steps as there are tokens."""
+
+    heads: int
+
+
 def joined_attention(path: str, module: nn.Module) -> JoinedAttention | None:
     """None where nothing is shared."""
     if not isinstance(module, attention_processor.Attention | AttentionModuleMixin):
@@ -31,6 +40,13 @@ def joined_attention(path: str, module: nn.Module) -> JoinedAttention | None:
     groups = tuple(group for group in (*own, ADDED) if all(has(module, name) for name in group))
     ends = tuple(name for name in ("to_out.0", "to_add_out") if has(module, name))
     return JoinedAttention(path, groups, ends) if groups else None
+
+
+def linear_attention(module: nn.Module, joined: JoinedAttention) -> LinearAttention | None:
+    """None for everything else."""
+    linear = type(given(getattr(module, "processor", None))) is attention_processor.SanaLinearAttnProcessor2_0
+    plain = linear and len(joined.groups) == 1 and not getattr(module, "is_cross_attention", False)
+    return LinearAttention(joined.path, joined.groups, joined.ends, int(module.heads)) if plain else None  # type: ignore[arg-type]
 
 
 def has(module: nn.Module, path: str) -> bool:

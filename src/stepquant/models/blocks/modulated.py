@@ -31,6 +31,7 @@ SkyReels, LTX, Cosmos = (
 CogVideoX, ConsisID = networks.cogvideox_transformer_3d, networks.consisid_transformer_3d
 CogView4, CogView3 = networks.transformer_cogview4, networks.transformer_cogview3plus
 AuraFlow, HunyuanDiT = networks.auraflow_transformer_2d, networks.hunyuan_transformer_2d
+Sana = networks.sana_transformer
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class ModulatedBlock:
     """Kinds of one stream: 'zero' (DiT), 'single' (PixArt), 'places' (Allegro), 'float32' (Wan, SkyReels), 'controlled' (VACE),
     'root' (LTX), 'thrice' (Cosmos), 'bare' (video U-Nets), 'bare_turned' (Stable Audio), 'sandwich' (Z-Image), 'zero_sandwich' (Lumina 2),
     'start' (AuraFlow), 'shifted' (HunyuanDiT),
+    'image' (Sana),
     of an image and a text: 'joint' (SD3,
     FLUX, Bria), 'behind' (Hunyuan's), 'pruned' (Chroma), 'given' (FLUX.2), 'named' (Qwen-Image),
     'joint_start' (AuraFlow),
@@ -79,6 +81,8 @@ PLAIN = (
     CogView4.CogView4AttnProcessor,
     attention_processor.AuraFlowAttnProcessor2_0,
     attention_processor.HunyuanAttnProcessor2_0,
+    attention_processor.SanaLinearAttnProcessor2_0,
+    Sana.SanaAttnProcessor2_0,
 )
 ATTENTIONS = ("attn", "attn1", "attn2", "attention")
 FEEDS = ("ff", "ff_context", "ffn", "img_mlp", "txt_mlp", "feed_forward")
@@ -114,6 +118,7 @@ KINDS: dict[type[nn.Module], str] = {
     AuraFlow.AuraFlowJointTransformerBlock: "joint_start",
     AuraFlow.AuraFlowSingleTransformerBlock: "start",
     HunyuanDiT.HunyuanDiTBlock: "shifted",
+    Sana.SanaTransformerBlock: "image",
 }
 
 

@@ -8,8 +8,8 @@ from diffusers.models.unets import unet_2d_condition
 from torch import nn
 
 from stepquant.models.blocks.attention import AttentionBlock, attention_block, is_plain_attention
-from stepquant.models.blocks.feed import Feed, feed
-from stepquant.models.blocks.joined import JoinedAttention, joined_attention
+from stepquant.models.blocks.feed import Feed, ImageFeed, feed, image_feed
+from stepquant.models.blocks.joined import JoinedAttention, joined_attention, linear_attention
 from stepquant.models.blocks.modulated import ModulatedBlock, modulated_block
 from stepquant.models.blocks.resampling import Resampler, is_plain_resampler, resampler
 from stepquant.models.blocks.residual import ResidualBlock, is_plain_residual, residual_block
@@ -46,6 +46,7 @@ class Structure:
     joined: tuple[JoinedAttention, ...] = ()
     parallel: tuple[ParallelAttention, ...] = ()
     feeds: tuple[Feed, ...] = ()
+    image_feeds: tuple[ImageFeed, ...] = ()
     text_feeds: tuple[TextFeed, ...] = ()
     modulated: tuple[ModulatedBlock, ...] = ()
     root_norms: tuple[RootNorm, ...] = ()
@@ -75,10 +76,13 @@ def structure(model: nn.Module) -> Structure:
         resamplers=tuple(resampler(p, m) for p, m in named if is_plain_resampler(m)),
         up_blocks=tuple(up_block(p, m) for p, m in named if is_plain_up_block(m)),
         joined=tuple(
-            rotary_attention(m, one) or one for p, m in parts if (one := joined_attention(p, m)) is not None
+            rotary_attention(m, one) or linear_attention(m, one) or one
+            for p, m in parts
+            if (one := joined_attention(p, m)) is not None
         ),
         parallel=tuple(filter(None, (parallel_attention(p, m) for p, m in parts))),
         feeds=tuple(filter(None, (feed(p, m) for p, m in parts))),
+        image_feeds=tuple(filter(None, (image_feed(p, m) for p, m in parts))),
         text_feeds=tuple(text_feed(p, m) for p, m in named if is_text_feed(m)),
         modulated=tuple(filter(None, (modulated_block(p, m) for p, m in parts))),
         root_norms=tuple(root_norm(p, m) for p, m in named if is_plain_root_norm(m)),

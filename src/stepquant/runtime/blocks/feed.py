@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepquant.models.blocks.feed import Feed
+from stepquant.models.blocks.feed import Feed, ImageFeed
 from stepquant.runtime import ops
 from stepquant.runtime.blocks.attention import Readers
-from stepquant.runtime.blocks.chain import Chain, kernel_of, run
+from stepquant.runtime.blocks.chain import Chain, codes_for, kernel_of, run
 from stepquant.runtime.ops.code import Code
 
 
@@ -51,6 +51,31 @@ class FeedForward(Chain):
 
     def state(self) -> list[Any]:
         return [self.widen.joins]
+
+
+class ImageFeedForward(Chain):
+    """Three convolutions, with an activation and quantizing in one pass behind the first and the second."""
+
+    def __init__(self, module: Any, declared: ImageFeed) -> None:
+        super().__init__(module, *module.children())
+
+    def fused(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states
+        if x.dim() != 4:
+            return self.unfused(x)  # type: ignore[no-any-return]
+        return self.of(codes_for(self.module.conv_inverted, x), x.dtype)
+
+    def of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of an image of floats or of codes, in `dtype`."""
+        module = self.module
+        wide = activated(run(module.conv_inverted, x, dtype), "silu", module.conv_depth)
+        deep = run(module.conv_depth, wide, dtype).permute(0, 2, 3, 1)
+        return run(module.conv_point, activated(deep, "swiglu", module.conv_point).permute(0, 3, 1, 2), dtype)
+
+    def code(self) -> Code | None:
+        """What a norm in front may write; None if the first convolution reads floats."""
+        kernel = kernel_of(self.module.conv_inverted)
+        return None if kernel is None else kernel.code
 
 
 def activated(wide: Tensor, activation: str, layer: Any) -> Tensor:

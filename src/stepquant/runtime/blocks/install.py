@@ -7,15 +7,16 @@ from typing import Any
 
 from torch import nn
 
+from stepquant.models.blocks.joined import LinearAttention
 from stepquant.models.blocks.rotary import RotaryAttention
 from stepquant.models.blocks.structure import Structure, structure
 from stepquant.runtime.adapters.present import adapters_in
 from stepquant.runtime.blocks.attention import Attention, Readers
 from stepquant.runtime.blocks.basic import BASIC
 from stepquant.runtime.blocks.chain import Chain
-from stepquant.runtime.blocks.feed import FeedForward
+from stepquant.runtime.blocks.feed import FeedForward, ImageFeedForward
 from stepquant.runtime.blocks.front import FRONT
-from stepquant.runtime.blocks.joined import End, Joined, Part
+from stepquant.runtime.blocks.joined import End, Joined, Linear, Part
 from stepquant.runtime.blocks.joint import JOINT
 from stepquant.runtime.blocks.one_stream import ONE_STREAM
 from stepquant.runtime.blocks.parallel import PARALLEL, Parallel
@@ -34,6 +35,7 @@ from stepquant.runtime.layers.offloaded import OFFLOADED
 from stepquant.runtime.layers.tabled import Tabled
 from stepquant.runtime.steps import StepTensors
 
+ATTENTIONS: dict[type, Any] = {RotaryAttention: Turned, LinearAttention: Linear}
 KINDS = BASIC | ONE_STREAM | JOINT | FRONT | PARALLEL | SANDWICHES
 
 
@@ -91,11 +93,16 @@ def transformer_chains(model: nn.Module, chains: Structure) -> dict[str, Chain]:
     for one in chains.joined:
         if plain(one.path):
             module: Any = model.get_submodule(one.path)
-            joined[one.path] = (
-                Turned(module, one) if isinstance(one, RotaryAttention) else Joined(module, one)
-            )
-    feeds = {
-        one.path: FeedForward(model.get_submodule(one.path), one) for one in chains.feeds if plain(one.path)
+            joined[one.path] = ATTENTIONS.get(type(one), Joined)(module, one)
+    kinds: tuple[tuple[Any, Sequence[Any]], ...] = (
+        (FeedForward, chains.feeds),
+        (ImageFeedForward, chains.image_feeds),
+    )
+    feeds: dict[str, Any] = {
+        one.path: kind(model.get_submodule(one.path), one)
+        for kind, ones in kinds
+        for one in ones
+        if plain(one.path)
     }
     for attention in joined.values():
         for layer, forward in attention.placed():

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from stepquant.models.blocks.joined import JoinedAttention
+from stepquant.models.blocks.joined import JoinedAttention, LinearAttention
 from stepquant.runtime import ops
 from stepquant.runtime.blocks.attention import Readers
 from stepquant.runtime.blocks.chain import Chain, codes_for, run
@@ -65,6 +66,36 @@ class Joined(Chain):
         ]
         ends = [(end.layer, end) for end in self.ends.values()]
         return [(layer, part) for layer, part in found + ends if isinstance(layer, IntegerLayer)]
+
+
+class Linear(Joined):
+    """Attention whose products are sums over all tokens, in float32, as its processor does it; of what may be codes."""
+
+    def __init__(self, module: Any, declared: LinearAttention) -> None:
+        super().__init__(module, declared)
+        self.heads, self.processor = declared.heads, module.processor
+
+    def inside(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        x, module = hidden_states, self.module
+        asked = any(one is not None for one in (*args, *kwargs.values()))
+        if asked or x.dim() != 3 or x.dtype == torch.float16 or module.processor is not self.processor:
+            return super().inside(x, *args, **kwargs)
+        query, key, value = module.to_q(x), module.to_k(x), module.to_v(x)
+        query = query if module.norm_q is None else module.norm_q(query)
+        key = key if module.norm_k is None else module.norm_k(key)
+        dtype = value.dtype
+        query, key, value = (
+            one.unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in (query, key, value)
+        )
+        query, key, value = query.relu().float(), key.relu().float(), F.pad(value.float(), (0, 1), value=1.0)
+        sums = query @ (key.mT @ value)
+        mixed = (sums[..., :-1] / (sums[..., -1:] + 1e-15)).transpose(1, 2).flatten(2).to(dtype)
+        for layer in module.to_out:
+            mixed = layer(mixed)
+        return mixed
+
+    def state(self) -> list[Any]:
+        return [*super().state(), self.module.processor]
 
 
 class Shared:

@@ -68,11 +68,15 @@ class Modulated(Chain):
 
     def through(self, x: Tensor, *branches: Branch) -> Tensor:
         """The stream behind all attentions, one after the other, and the feed-forward."""
+        return self.fed(self.feeds[0], self.behind(x, *branches[:-1]), branches[-1])
+
+    def behind(self, x: Tensor, *branches: Branch) -> Tensor:
+        """The stream behind all attentions, one after the other."""
         for attention, branch in zip(self.attentions, branches):
             shift, scale, gate = branch.modulation
             rows = x if branch.norm is None else normed(x, branch.norm, attention.code(), scale, shift)
             x = self.attended(attention, rows, x, gate, **branch.given)
-        return self.fed(self.feeds[0], x, branches[-1])
+        return x
 
 
 def normed(

@@ -129,10 +129,42 @@ class Shifted(Modulated):
         )
 
 
+class Image(Modulated):
+    """One row of a table for each block is added to what all blocks get of t; a text is read as it is."""
+
+    def fused(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Any = None,
+        height: int = 0,
+        width: int = 0,
+    ) -> Tensor:
+        x, text, mask, block, t = (
+            hidden_states,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            self.module,
+            timestep,
+        )
+        if x.dim() != 3 or x.dtype == torch.float16 or t is None or self.changed():
+            return self.unfused(x, attention_mask, text, mask, t, height, width)  # type: ignore[no-any-return]
+        table = (block.scale_shift_table + t.reshape(len(x), 6, -1)).unbind(1)
+        of_text = {"encoder_hidden_states": text, "attention_mask": mask}
+        x = self.behind(x, Branch(block.norm1, table[:3]), Branch(given=of_text))
+        (feed,), (shift, scale, gate) = self.feeds, table[3:]
+        rows = normed(x, block.norm2, feed.code(), scale, shift)
+        made = feed.of(rows.unflatten(1, (height, width)).permute(0, 3, 1, 2), x.dtype)
+        return torch.addcmul(x, made.flatten(2).mT, gate[:, None].to(x.dtype))
+
+
 ONE_STREAM: dict[str, type[Modulated]] = {
     "float32": Float32,
     "controlled": Controlled,
     "thrice": Thrice,
     "start": Start,
     "shifted": Shifted,
+    "image": Image,
 }
