@@ -56,6 +56,8 @@ KINDS = {
     "cogview3": {"FrontHalves": 2, "Turned": 2},
     "auraflow": {"JointStart": 1, "Start": 2, "Turned": 3},
     "hunyuandit": {"Shifted": 4, "Turned": 8},
+    "krea2": {"ScaleFirst": 2, "Alone": 2, "Turned": 4},
+    "mochi": {"JointSandwich": 2, "Joined": 2},
     "sana": {"Image": 2, "Linear": 2, "Joined": 2, "ImageFeedForward": 2},
     "Flux3Transformer2DModel": {"FeedForward": 4, "Turned": 4},  # which nobody declared
 }

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from diffusers.models import attention_processor
 from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.transformers.transformer_krea2 import Krea2Attention
 from torch import nn
 
 from stepquant.models.attention import given
 
+KINDS = (attention_processor.Attention, attention_processor.MochiAttention, AttentionModuleMixin)
 OWN = ("to_q", "to_k", "to_v")
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
 
@@ -32,11 +34,12 @@ class LinearAttention(JoinedAttention):
 
 def joined_attention(path: str, module: nn.Module) -> JoinedAttention | None:
     """None where nothing is shared."""
-    if not isinstance(module, attention_processor.Attention | AttentionModuleMixin):
+    if not isinstance(module, KINDS):
         return None
     crosses = bool(getattr(module, "is_cross_attention", False))
     apart = crosses and getattr(module, "added_kv_proj_dim", None) is None
-    own = (OWN[:1], OWN[1:]) if apart else (OWN,)
+    alone = (*OWN, "to_gate") if type(module) is Krea2Attention else OWN
+    own = (OWN[:1], OWN[1:]) if apart else (alone,)
     groups = tuple(group for group in (*own, ADDED) if all(has(module, name) for name in group))
     ends = tuple(name for name in ("to_out.0", "to_add_out") if has(module, name))
     return JoinedAttention(path, groups, ends) if groups else None

@@ -31,7 +31,7 @@ SkyReels, LTX, Cosmos = (
 CogVideoX, ConsisID = networks.cogvideox_transformer_3d, networks.consisid_transformer_3d
 CogView4, CogView3 = networks.transformer_cogview4, networks.transformer_cogview3plus
 AuraFlow, HunyuanDiT = networks.auraflow_transformer_2d, networks.hunyuan_transformer_2d
-Sana = networks.sana_transformer
+Sana, Krea2, Mochi = networks.sana_transformer, networks.transformer_krea2, networks.transformer_mochi
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,11 @@ class ModulatedBlock:
     'root' (LTX), 'thrice' (Cosmos), 'bare' (video U-Nets), 'bare_turned' (Stable Audio), 'sandwich' (Z-Image), 'zero_sandwich' (Lumina 2),
     'start' (AuraFlow), 'shifted' (HunyuanDiT),
     'image' (Sana),
+    'scale_first' and 'alone' (Krea 2),
     of an image and a text: 'joint' (SD3,
     FLUX, Bria), 'behind' (Hunyuan's), 'pruned' (Chroma), 'given' (FLUX.2), 'named' (Qwen-Image),
     'joint_start' (AuraFlow),
-    with one attention and one feed-forward for both: 'front' (CogVideoX, ConsisID), 'front_halves' (CogView 3),
+    'joint_sandwich' (Mochi); with one attention and one feed-forward for both: 'front' (CogVideoX, ConsisID), 'front_halves' (CogView 3),
     'front_turns' (CogView 4); with a feed-forward beside the attention: 'wide' (FLUX, Bria), 'wide_behind' (Hunyuan's),
     'wide_pruned' (Chroma), 'parallel' (FLUX.2).
 
@@ -81,8 +82,10 @@ PLAIN = (
     CogView4.CogView4AttnProcessor,
     attention_processor.AuraFlowAttnProcessor2_0,
     attention_processor.HunyuanAttnProcessor2_0,
+    attention_processor.MochiAttnProcessor2_0,
     attention_processor.SanaLinearAttnProcessor2_0,
     Sana.SanaAttnProcessor2_0,
+    Krea2.Krea2AttnProcessor,
 )
 ATTENTIONS = ("attn", "attn1", "attn2", "attention")
 FEEDS = ("ff", "ff_context", "ffn", "img_mlp", "txt_mlp", "feed_forward")
@@ -119,6 +122,9 @@ KINDS: dict[type[nn.Module], str] = {
     AuraFlow.AuraFlowSingleTransformerBlock: "start",
     HunyuanDiT.HunyuanDiTBlock: "shifted",
     Sana.SanaTransformerBlock: "image",
+    Krea2.Krea2TransformerBlock: "scale_first",
+    Krea2.Krea2TextFusionBlock: "alone",
+    Mochi.MochiTransformerBlock: "joint_sandwich",
 }
 
 
@@ -162,5 +168,5 @@ def is_open(attention: nn.Module) -> bool:
         and getattr(attention, "norm_cross", None) is None
         and not getattr(attention, "residual_connection", False)
         and getattr(attention, "rescale_output_factor", 1.0) == 1.0
-        and not attention.fused_projections
+        and not getattr(attention, "fused_projections", False)
     )

@@ -33,6 +33,7 @@ class Rotary:
     across: bool = False  # one norm over all heads of a token
     wide: bool = False  # angles of all channels of a token, each head with its own
     crossing: bool = False
+    gated: bool = False  # what is read is multiplied by the sigmoid of what another projection makes
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ ROTARY: dict[type, Rotary] = {
     networks.transformer_cogview4.CogView4AttnProcessor: replace(COGVIDEOX, halves=True),
     attention_processor.AuraFlowAttnProcessor2_0: Rotary(None, joint="front"),
     attention_processor.HunyuanAttnProcessor2_0: Rotary("image_rotary_emb", crossing=True),
+    networks.transformer_krea2.Krea2AttnProcessor: Rotary("image_rotary_emb", gated=True),
 }
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
 
@@ -99,7 +101,7 @@ def rotary_attention(module: nn.Module, joined: JoinedAttention) -> RotaryAttent
     norms = ["norm_q", "norm_k", *(added[3:] if joint else ())]
     normed = all(has(module, name) and is_norm(module.get_submodule(name), rotary) for name in norms)
     complete = (not added or joint) and not getattr(module, "fused_projections", False)
-    heads = int(getattr(module, "heads", 0))
+    heads = int(getattr(module, "heads", 0) or getattr(module, "num_heads", 0))
     if not normed or not complete or not heads:
         return None
     own = replace(rotary, merged=rotary.merged and not added)

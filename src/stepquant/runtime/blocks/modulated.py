@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stepquant.models.blocks.modulated import ModulatedBlock
-from stepquant.models.blocks.root_norm import is_plain_root_norm
+from stepquant.models.blocks.root_norm import gain, is_plain_root_norm
 from stepquant.runtime import ops
 from stepquant.runtime.blocks.chain import Chain
 from stepquant.runtime.blocks.feed import FeedForward
@@ -88,5 +88,5 @@ def normed(
         y = y if scale is None else y * (1 + scale[:, None])
         return (y if shift is None else y + shift[:, None]).to(x.dtype)  # type: ignore[no-any-return]
     if is_plain_root_norm(norm):
-        return ops.rms_norm_quantize(x, norm.weight, norm.eps, code, scale, shift)
+        return ops.rms_norm_quantize(x, gain(norm), norm.eps, code, scale, shift)
     return ops.layer_norm_quantize(x, norm.weight, norm.bias, norm.eps, code, scale, shift)

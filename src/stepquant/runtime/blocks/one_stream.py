@@ -100,6 +100,32 @@ class Start(Modulated):
         return self.fed(feed, mixed, Branch(self.module.norm2, rest), x)
 
 
+class ScaleFirst(Modulated):
+    """RMS norms; a table of each block is added to what all blocks get of t, scales before shifts."""
+
+    def fused(
+        self, hidden_states: Tensor, temb: Tensor, image_rotary_emb: Any, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        x, turn, mask, block = hidden_states, image_rotary_emb, attention_mask, self.module
+        if temb.shape[1] != 1 or x.dim() != 3 or self.changed():
+            return self.unfused(x, temb, turn, mask)  # type: ignore[no-any-return]
+        table = (temb.reshape(len(temb), 6, -1) + block.scale_shift_table).unbind(1)
+        scale, shift, gate, feed_scale, feed_shift, feed_gate = table
+        own = {"image_rotary_emb": turn, "attention_mask": mask}
+        first = Branch(block.norm1, (shift, scale, gate), own)
+        return self.through(x, first, Branch(block.norm2, (feed_shift, feed_scale, feed_gate)))
+
+
+class Alone(Modulated):
+    """One attention and a feed-forward behind norms, without t, places or a text."""
+
+    def fused(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x, mask, block = hidden_states, attention_mask, self.module
+        if x.dim() != 3 or self.changed():
+            return self.unfused(x, mask)  # type: ignore[no-any-return]
+        return self.through(x, Branch(block.norm1, given={"attention_mask": mask}), Branch(block.norm2))
+
+
 class Shifted(Modulated):
     """What follows t is added to the first norm, and nothing is gated; later blocks read what earlier ones have left."""
 
@@ -165,6 +191,8 @@ ONE_STREAM: dict[str, type[Modulated]] = {
     "controlled": Controlled,
     "thrice": Thrice,
     "start": Start,
+    "scale_first": ScaleFirst,
+    "alone": Alone,
     "shifted": Shifted,
     "image": Image,
 }

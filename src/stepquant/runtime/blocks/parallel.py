@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stepquant.models.blocks.modulated import ModulatedBlock
+from stepquant.models.blocks.root_norm import gain
 from stepquant.models.split import SplitLayer
 from stepquant.runtime import ops
 from stepquant.runtime.blocks.chain import Chain, codes_for, kernel_of, run
@@ -54,7 +55,7 @@ class Parallel(Chain):
         query, key, value, wide = made.split([inner] * 3 + [made.shape[-1] - 3 * inner], -1)
         query, key = (
             ops.rms_norm_rotary_quantize(
-                one.unflatten(-1, (-1, module.head_dim)), norm.weight, norm.eps, False, *angles, False, code
+                one.unflatten(-1, (-1, module.head_dim)), gain(norm), norm.eps, False, *angles, False, code
             ).flatten(2)
             for one, norm, code in zip((query, key), (module.norm_q, module.norm_k), module.product.codes)
         )

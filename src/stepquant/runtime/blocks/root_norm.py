@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepquant.models.blocks.root_norm import RootNorm
+from stepquant.models.blocks.root_norm import RootNorm, gain
 from stepquant.runtime import ops
 from stepquant.runtime.blocks.chain import Chain
 
@@ -22,7 +22,7 @@ class RootNormed(Chain):
         self.declared = declared
 
     def fused(self, *args: Any, **kwargs: Any) -> Tensor:
-        weight, eps = self.module.weight, self.module.eps
+        weight, eps = gain(self.module), self.module.eps
         x = args[0] if len(args) == 1 and not kwargs else None
         if not isinstance(x, Tensor) or x.dim() < 2 or x.dtype not in DTYPES:
             return self.unfused(*args, **kwargs)  # type: ignore[no-any-return]

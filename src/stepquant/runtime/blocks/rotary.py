@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.models.attention import spread
+from stepquant.models.blocks.root_norm import gain
 from stepquant.models.blocks.rotary import RotaryAttention
 from stepquant.runtime import ops
 from stepquant.runtime.blocks.joined import Joined
@@ -115,7 +116,8 @@ class Turned(Joined):
         if text is not None and rotary.joint:
             return self.together(x, text, turn, mask)
         operands = self.own(x, x if text is None else text, Angles.of(turn, rotary.halves))
-        return self.ended(self.multiplied(*operands, mask=mask))
+        mixed = self.multiplied(*operands, mask=mask)
+        return self.ended(mixed * self.module.to_gate(x).sigmoid() if rotary.gated else mixed)
 
     def own(self, x: Tensor, source: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """Query and key as codes, and the value."""
@@ -144,7 +146,7 @@ class Turned(Joined):
             norming = (heads, norm.weight, norm.bias, norm.eps)
             return ops.layer_norm_rotary_quantize(*norming, *angles, halves, code).flatten(2)
         return ops.rms_norm_rotary_quantize(
-            heads, norm.weight, norm.eps, across, *angles, halves, code
+            heads, gain(norm), norm.eps, across, *angles, halves, code
         ).flatten(2)
 
     def multiplied(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
