@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.schemes import scheme
 from stepquant.runtime import ops
-from stepquant.runtime.blocks.basic import Bare
+from stepquant.runtime.blocks.basic import Bare, Placed
 from stepquant.runtime.blocks.chain import Chain, chains
 from stepquant.runtime.blocks.joined import Joined
+from stepquant.runtime.blocks.one_stream import Frames
 from stepquant.runtime.coverage import coverage
 from stepquant.runtime.cpu.lasting import TEXTS, Recorded, same_bits
 from stepquant.runtime.lower import lower, prepare
@@ -109,15 +110,23 @@ def test_a_chain_gives_the_numbers_of_the_layers_alone(name: str, split: bool, t
 
 
 @needs_extension
-def test_blocks_over_the_frames_of_u_nets_give_the_numbers_of_their_layers() -> None:
+@pytest.mark.parametrize(
+    "name, kind, count", [("text_to_video", Bare, 5), ("animated", Placed, 7), ("image_to_video", Frames, 4)]
+)
+def test_blocks_over_the_frames_of_u_nets_give_the_numbers_of_their_layers(
+    name: str, kind: type[Chain], count: int, taken: Counter[str]
+) -> None:
     """One by one: from the first to the last layer of a U-Net, roundings that fall the other way grow."""
-    model, _ = lowered("text_to_video")
-    found = [chain for chain in chains(model) if type(chain) is Bare]
-    assert len(found) == 5
+    model, arguments = lowered(name)
+    found = [chain for chain in chains(model) if type(chain) is kind]
+    assert len(found) == count
+    predicted(model, arguments)
+    assert not taken[kind.__name__]
     for chain in found:
         x = torch.randn(6, 4, chain.module.norm1.normalized_shape[0])
+        given = (3, torch.randn(8, 5, chain.module.attn2.cross_attention_dim)) if kind is Frames else ()
         with torch.no_grad():
-            fused, alone = chain.fused(x.clone()), chain.unfused(x.clone())
+            fused, alone = chain.fused(x.clone(), *given), chain.unfused(x.clone(), *given)
         assert float((fused - alone).norm() / alone.norm()) < 1e-3
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffusers.models import attention, attention_processor, normalization
+from diffusers.models import attention, attention_processor, embeddings, normalization
 from diffusers.models import transformers as networks
 from torch import nn
 
@@ -41,7 +41,7 @@ class ModulatedBlock:
     'start' (AuraFlow), 'shifted' (HunyuanDiT),
     'image' (Sana),
     'scale_first' and 'alone' (Krea 2),
-    of an image and a text: 'joint' (SD3,
+    'placed' (AnimateDiff), 'frames' (SVD); of an image and a text: 'joint' (SD3,
     FLUX, Bria), 'behind' (Hunyuan's), 'pruned' (Chroma), 'given' (FLUX.2), 'named' (Qwen-Image),
     'joint_start' (AuraFlow),
     'joint_sandwich' (Mochi); with one attention and one feed-forward for both: 'front' (CogVideoX, ConsisID), 'front_halves' (CogView 3),
@@ -88,7 +88,7 @@ PLAIN = (
     Krea2.Krea2AttnProcessor,
 )
 ATTENTIONS = ("attn", "attn1", "attn2", "attention")
-FEEDS = ("ff", "ff_context", "ffn", "img_mlp", "txt_mlp", "feed_forward")
+FEEDS = ("ff_in", "ff", "ff_context", "ffn", "img_mlp", "txt_mlp", "feed_forward")
 KINDS_BY_NORM = {"ada_norm_zero": "zero", "ada_norm_single": "single", "layer_norm": "bare"}
 KINDS: dict[type[nn.Module], str] = {
     Flux.FluxTransformerBlock: "joint",
@@ -125,6 +125,7 @@ KINDS: dict[type[nn.Module], str] = {
     Krea2.Krea2TransformerBlock: "scale_first",
     Krea2.Krea2TextFusionBlock: "alone",
     Mochi.MochiTransformerBlock: "joint_sandwich",
+    attention.TemporalBasicTransformerBlock: "frames",
 }
 
 
@@ -145,8 +146,10 @@ def modulated_block(path: str, module: nn.Module) -> ModulatedBlock | None:
 def kind_of(module: nn.Module) -> str | None:
     if type(module) is attention.BasicTransformerBlock:
         kind = KINDS_BY_NORM.get(module.norm_type)
+        placed = kind == "bare" and type(module.pos_embed) is embeddings.SinusoidalPositionalEmbedding
+        kind = "placed" if placed else kind
         plain = (
-            module.pos_embed is None
+            (placed or module.pos_embed is None)
             and not module.only_cross_attention
             and getattr(module, "fuser", None) is None
             and (kind != "zero" or module.attn2 is None)

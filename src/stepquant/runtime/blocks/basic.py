@@ -46,6 +46,15 @@ class Bare(Modulated):
         return [*read[: len(self.attentions)], Branch(block.norm3)]
 
 
+class Placed(Bare):
+    """Numbers of their places are added to tokens behind the norms of attentions."""
+
+    def behind(self, x: Tensor, *branches: Branch) -> Tensor:
+        for attention, branch in zip(self.attentions, branches):
+            x = self.attended(attention, self.module.pos_embed(branch.norm(x)), x, None, **branch.given)
+        return x
+
+
 class BareTurned(Bare):
     """Angles of their places turn the queries and keys of the first attention."""
 
@@ -131,6 +140,7 @@ class Root(Single):
 
 BASIC: dict[str, type[Modulated]] = {
     "bare": Bare,
+    "placed": Placed,
     "bare_turned": BareTurned,
     "zero": Zero,
     "single": Single,

@@ -186,6 +186,23 @@ class Image(Modulated):
         return torch.addcmul(x, made.flatten(2).mT, gate[:, None].to(x.dtype))
 
 
+class Frames(Modulated):
+    """A feed-forward stands in front of the attentions, too; both join the stream where that is as wide as they are."""
+
+    def fused(
+        self, hidden_states: Tensor, num_frames: int, encoder_hidden_states: Tensor | None = None
+    ) -> Tensor:
+        x, text, block = hidden_states, encoder_hidden_states, self.module
+        if x.dim() != 3 or self.changed():
+            return self.unfused(x, num_frames, text)  # type: ignore[no-any-return]
+        tokens, (first, last) = x.shape[1], self.feeds
+        x = x.unflatten(0, (-1, num_frames)).transpose(1, 2).flatten(0, 1)
+        x = first.of(normed(x, block.norm_in, first.code()), x.dtype, x if block.is_res else None)
+        x = self.behind(x, Branch(block.norm1), Branch(block.norm2, given={"encoder_hidden_states": text}))
+        x = last.of(normed(x, block.norm3, last.code()), x.dtype, x if block.is_res else None)
+        return x.unflatten(0, (-1, tokens)).transpose(1, 2).flatten(0, 1)
+
+
 ONE_STREAM: dict[str, type[Modulated]] = {
     "float32": Float32,
     "controlled": Controlled,
@@ -195,4 +212,5 @@ ONE_STREAM: dict[str, type[Modulated]] = {
     "alone": Alone,
     "shifted": Shifted,
     "image": Image,
+    "frames": Frames,
 }
