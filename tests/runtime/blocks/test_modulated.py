@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.schemes import scheme
@@ -19,6 +20,7 @@ from stepquant.runtime import ops
 from stepquant.runtime.blocks.basic import Bare, Placed
 from stepquant.runtime.blocks.chain import Chain, chains
 from stepquant.runtime.blocks.joined import Joined
+from stepquant.runtime.blocks.modulated import Modulated
 from stepquant.runtime.blocks.one_stream import Frames
 from stepquant.runtime.coverage import coverage
 from stepquant.runtime.cpu.lasting import TEXTS, Recorded, same_bits
@@ -128,6 +130,49 @@ def test_blocks_over_the_frames_of_u_nets_give_the_numbers_of_their_layers(
         with torch.no_grad():
             fused, alone = chain.fused(x.clone(), *given), chain.unfused(x.clone(), *given)
         assert float((fused - alone).norm() / alone.norm()) < 1e-3
+
+
+# How many passes over tokens a block saves at least, beside those that its attentions and feed-forwards save by themselves.
+SAVED = {
+    "cogvideox": 13,
+    "cogview4": 18,
+    "cogview3": 13,
+    "auraflow": 16,
+    "hunyuandit": 7,
+    "sana": 12,
+    "krea2": 8,
+    "mochi": 16,
+    "animated": 4,
+    "image_to_video": 8,
+}
+
+
+class Passes(TorchDispatchMode):
+    """The number of operations that return no view."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@needs_extension
+@pytest.mark.parametrize("name", SAVED)
+def test_norms_gates_and_residuals_are_no_passes_of_their_own(name: str) -> None:
+    model, arguments = lowered(name)
+    blocks = [chain for chain in chains(model) if isinstance(chain, Modulated)]
+
+    def passes() -> int:
+        predicted(model, arguments)
+        with torch.no_grad(), Passes() as seen:
+            model.__dict__["forward"].own_forward(**arguments)
+        return seen.count
+
+    fused = passes()
+    for block in blocks:
+        block.fused = block.unfused  # type: ignore[method-assign]
+    assert passes() - fused >= SAVED[name] * len(blocks)
 
 
 @needs_extension
