@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 
 from stepquant import hub
 from stepquant.calib.record import MEMORY
+from stepquant.core.freed import large_ones_apart
 from stepquant.errors import ArtifactError, StepquantError
 from stepquant.job.files import is_taken, new_folder, writing
 from stepquant.job.in_files import load_in_files
@@ -82,7 +84,8 @@ def quantize_to(
     if is_taken(target):
         return outcome(existing(target, made_by, resume), found=True)
     with new_folder(target) as folder:
-        made = run_all(pipeline, recipe, progress, memory=memory, made_by=made_by)
+        with large_ones_apart() if low_memory else nullcontext():
+            made = run_all(pipeline, recipe, progress, memory=memory, made_by=made_by)
         keep_types(networks, find_folder(recipe.model))
         attach_all(pipeline, made, idle=made if low_memory else ())
         with writing(target), without_bars():
