@@ -11,6 +11,7 @@ from stepquant.errors import StepquantError
 Granularity = Literal["tensor", "channel", "group", "token", "step", "log"]
 AS_THEY_COME = ("token", "log")  # whose scales are found with the numbers, and have no range
 GRAMMAR = "[u]int<2..8>/<tensor|channel|group<N>|token|step|log>[/sym|/asym|/codebook], for example int8/channel, uint8/tensor, int4/group32"
+FLOAT_BITS = 32  # of what has no grid
 MOST_CODEBOOK = 4  # bits: the integers of a codebook stand beside the weights of each channel
 PATTERN = re.compile(
     r"(u?)int([0-9]{1,9})/(tensor|channel|token|step|log|group([0-9]{1,9}))(?:/(sym|asym|codebook))?"

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from stepquant.core.grid import FLOAT_BITS
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.families.roles import embeddings_in
 from stepquant.runtime import coverage as traced
@@ -14,8 +15,6 @@ from stepquant.runtime.layers.attention_product import IntegerProduct
 from stepquant.runtime.layers.embedding import IntegerEmbedding
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.layers.stored import Stored
-
-FLOAT_BITS = 32
 
 
 def count_macs(denoiser: Denoiser, arguments: Mapping[str, Any]) -> dict[str, int]:

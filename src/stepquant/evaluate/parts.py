@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from stepquant import hub
-from stepquant.evaluate.cost import FLOAT_BITS, grids, kernel_name, stored_bytes
+from stepquant.core.grid import FLOAT_BITS
+from stepquant.evaluate.cost import grids, kernel_name, stored_bytes
 from stepquant.models.denoiser import denoisers
 from stepquant.models.generate import run
 from stepquant.models.part import Part, Received, receiving

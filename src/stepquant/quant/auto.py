@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from stepquant.core.grid import Grid
+from stepquant.core.grid import FLOAT_BITS, Grid
 from stepquant.errors import PlanError
 from stepquant.quant.plan import Plan
 from stepquant.quant.schemes import bulk, protections
@@ -13,7 +13,7 @@ from stepquant.quant.schemes import bulk, protections
 AUTO = "auto-4.5"
 FORMS = {
     AUTO: "4.5 bits a weight on average, more where they count; 8-bit activations",
-    "auto-4.5a6": "6 bits an activation on average too, each counted as often as it is multiplied",
+    "auto-4.5a6": "6 bits an activation on average too, each counted as often as it is multiplied; above 8, some in float",
     "auto-2000000bytes": "weights and their scales in so many bytes",
 }
 PATTERN = re.compile(r"auto-(?P<number>\d+(\.\d+)?)(?P<bytes>bytes)?(a(?P<inputs>\d+(\.\d+)?))?")
@@ -38,9 +38,13 @@ class Budget:
         found = PATTERN.fullmatch(name)
         number, inputs = (float(found["number"]), float(found["inputs"] or 8)) if found else (0.0, 0.0)
         counts_bytes = found is not None and found["bytes"] is not None
-        asked = (inputs,) if counts_bytes else (number, inputs)
-        if not all(min(BITS) <= bits <= max(BITS) for bits in asked):
-            raise PlanError("no scheme has this name", got=name, expected=f"{', '.join(FORMS)}; 2 to 8 bits")
+        weights = counts_bytes or min(BITS) <= number <= max(BITS)
+        if not (weights and min(BITS) <= inputs <= FLOAT_BITS):
+            raise PlanError(
+                "no scheme has this name",
+                got=name,
+                expected=f"{', '.join(FORMS)}; 2 to 8 bits a weight, 2 to {FLOAT_BITS} an activation",
+            )
         if counts_bytes:
             return cls(name, None, int(number), inputs)
         return cls(name, number, None, inputs)
@@ -54,4 +58,4 @@ class Budget:
         few = bits < NEUTRAL
         weight = Grid(bits, symmetric=few, granularity="channel", codebook=few).at(bits)
         kept = [rule for rule in protections(8, 8) if rule.ports != ("weight",)]
-        return Plan(self.name, (*kept, *bulk(weight, int(self.inputs))))
+        return Plan(self.name, (*kept, *bulk(weight, min(int(self.inputs), max(BITS)))))

@@ -83,6 +83,25 @@ def test_bops_are_the_best_of_all_allocations() -> None:
         assert found.loss == pytest.approx(min(loss for cost, loss in every if cost <= budget))
 
 
+def test_inputs_are_the_best_of_all_allocations_and_float_where_eight_bits_leave_room() -> None:
+    known = read_sensitivity(study(), "noise")
+    macs = {site.key: site.macs for site in known.sites if site.port == "input"}
+    for average in (3, 6, 8, 12, 26, 32):
+        budget = average * sum(macs.values())
+        widths = (8, None) if average > 8 else BITS
+        every = []
+        for picks in itertools.product(widths, repeat=len(macs)):
+            cost = sum((width or 32) * macs[key] for key, width in zip(macs, picks))
+            losses = [known.losses[key, width] for key, width in zip(macs, picks) if width]
+            every.append((cost, sum(losses)))
+        found = allocate(known, "inputs", budget)
+        assert set(found.bits) == set(macs)
+        assert found.cost == sum((width or 32) * macs[key] for key, width in found.bits.items()) <= budget
+        assert found.loss == pytest.approx(min(loss for cost, loss in every if cost <= budget))
+        floats = [key for key, width in found.bits.items() if width is None]
+        assert len(floats) == {26: 1, 32: 2}.get(average, 0)
+
+
 def test_milliseconds_decide_what_runs_in_integers() -> None:
     known = read_sensitivity(study(), "noise")
     times = {("a", True): 1.0, ("a", False): 3.0, ("b", True): 2.0, ("b", False): 2.5}

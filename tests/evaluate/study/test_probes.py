@@ -170,6 +170,28 @@ def test_the_averages_are_kept_and_bits_differ(pipeline: DDIMPipeline) -> None:
         assert len(set(bits.values())) > 2
 
 
+def test_above_eight_bits_some_inputs_stay_float(pipeline: DDIMPipeline, tmp_path: Path) -> None:
+    """Their products stay within the budget; packed, the folder predicts as before and says which they are, and why."""
+    denoiser = Denoiser.of(pipeline)
+    arguments = first_arguments(pipeline, 1)
+    macs = count_macs(denoiser, arguments)
+    stepquant.quantize(pipeline, method="minmax", scheme="auto-8a14", steps=4, samples=4)
+    rules = hub.config_of(pipeline.unet).recipe["allocated"]
+    known = [rule for rule in rules if rule["ports"] == ["input"] and "prediction" in rule["reason"]]
+    cost = {rule["path"]: macs[rule["path"]] for rule in known if "[01]" not in rule["path"]}
+    floats = [rule["path"] for rule in known if rule["grid"] == "float" and rule["path"] in cost]
+    assert 0 < sum(cost[path] for path in floats) <= 6 / 24 * sum(cost.values())
+    assert all("float, where 8 bits move" in rule["reason"] for rule in known if rule["grid"] == "float")
+    layers = hub.config_of(pipeline.unet).layers
+    stored = [path for path in floats if path in layers]
+    assert stored
+    assert all(layers[path].get("input") is None and layers[path]["weight"] for path in stored)
+    pipeline.save_pretrained(tmp_path / "out")
+    again = stepquant.load(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again.unet(**arguments).sample, pipeline.unet(**arguments).sample)
+
+
 def test_tables_of_classes_share_the_average(class_pipeline: DiTPipeline) -> None:
     model = class_pipeline.transformer
     sizes = {
@@ -185,7 +207,9 @@ def test_tables_of_classes_share_the_average(class_pipeline: DiTPipeline) -> Non
     assert 4.2 < average <= 4.53  # what has 8 bits needs no zero points, and others have their bytes
 
 
-@pytest.mark.parametrize("name", ["auto", "auto-", "auto-1.5", "auto-9", "auto-4a1", "auto-4.5b"])
+@pytest.mark.parametrize(
+    "name", ["auto", "auto-", "auto-1.5", "auto-9", "auto-4a1", "auto-4a33", "auto-4.5b"]
+)
 def test_a_name_that_is_no_budget_is_one_error(name: str) -> None:
     with pytest.raises(PlanError, match="no scheme has this name"):
         Budget.of(name)

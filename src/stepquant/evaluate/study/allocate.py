@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
+from stepquant.core.grid import FLOAT_BITS
 from stepquant.core.knapsack import choose, shared_out
 from stepquant.errors import EvaluationError, UnknownNameError
-from stepquant.evaluate.cost import FLOAT_BITS
 from stepquant.evaluate.study.sites import StudiedSite, plan_with
 from stepquant.quant.plan import Plan
 from stepquant.quant.schemes import CONTENT
@@ -122,7 +122,7 @@ def allocate(
     """
     choices = {
         "bytes": lambda: byte_choices(study),
-        "inputs": lambda: input_choices(study),
+        "inputs": lambda: input_choices(study, budget),
         "bops": lambda: bop_choices(study),
         "ms": lambda: time_choices(study, times or {}),
     }[kind]()
@@ -161,13 +161,21 @@ def byte_choices(study: Sensitivity) -> list[Choice]:
     ]
 
 
-def input_choices(study: Sensitivity) -> list[Choice]:
-    """One choice for each input of a layer: its bits count as often as they are multiplied."""
-    return [
-        Choice((site,), tuple(Option((b,), b * site.macs, study.losses[site.key, b]) for b in study.bits))
-        for site in study.sites
-        if site.port == "input"
-    ]
+def input_choices(study: Sensitivity, budget: float) -> list[Choice]:
+    """One choice for each input of a layer: its bits count as often as they are multiplied.
+
+    What a budget leaves where all have the most bits buys inputs in float, whose layers multiply floats.
+    """
+    sites = [site for site in study.sites if site.port == "input"]
+    most = max(study.bits)
+    spare = budget > most * sum(site.macs for site in sites)
+    widths: tuple[int | None, ...] = (most, None) if spare else study.bits
+    return [Choice((site,), tuple(input_option(study, site, width) for width in widths)) for site in sites]
+
+
+def input_option(study: Sensitivity, site: StudiedSite, width: int | None) -> Option:
+    loss = 0.0 if width is None else study.losses[site.key, width]
+    return Option((width,), (width or FLOAT_BITS) * site.macs, loss)
 
 
 def bop_choices(study: Sensitivity) -> list[Choice]:

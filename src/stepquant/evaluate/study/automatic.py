@@ -10,7 +10,7 @@ from stepquant.calib.pick import every, strided
 from stepquant.calib.record import Source
 from stepquant.core.knapsack import check_fits
 from stepquant.core.pack import packed_bytes
-from stepquant.evaluate.study.allocate import allocate
+from stepquant.evaluate.study.allocate import Sensitivity, allocate
 from stepquant.evaluate.study.probes import estimate
 from stepquant.evaluate.study.sites import StudiedSite, plan_with, studied_sites
 from stepquant.models.denoiser import Denoiser
@@ -34,7 +34,7 @@ def automatic(denoiser: Denoiser, budget: Budget, source: Source) -> Plan:
     if "input" in ports:
         work = budget.inputs * sum(site.macs for site in sites if site.port == "input")
         bits |= allocate(known, "inputs", work).bits
-    reasons = {key: reason_of(width, known.losses[key, width]) for key, width in bits.items() if width}
+    reasons = {key: reason_of(known, key, width) for key, width in bits.items()}
     return plan_with(budget.name, base, bits, sites, reasons)
 
 
@@ -47,5 +47,7 @@ def room_for(weights: Sequence[StudiedSite], budget: Budget) -> int:
     return math.ceil(budget.bits * sum(site.weights for site in weights) / 8) + scales
 
 
-def reason_of(bits: int, loss: float) -> str:
-    return f"{bits} bits move the prediction by {100 * math.sqrt(loss):.2g} %"
+def reason_of(known: Sensitivity, key: str, width: int | None) -> str:
+    bits = max(known.bits) if width is None else width
+    moved = f"{bits} bits move the prediction by {100 * math.sqrt(known.losses[key, bits]):.2g} %"
+    return f"float, where {moved}" if width is None else moved
