@@ -62,6 +62,7 @@ KINDS = {
     "krea2": {"ScaleFirst": 2, "Alone": 2, "Turned": 4},
     "mochi": {"JointSandwich": 2, "Joined": 2},
     "sana": {"Image": 2, "Linear": 2, "Joined": 2, "ImageFeedForward": 2},
+    "ConsisIDTransformer3DModel": {"Front": 2, "Turned": 2},
     "Flux3Transformer2DModel": {"FeedForward": 4, "Turned": 4},  # which nobody declared
 }
 
