@@ -115,7 +115,11 @@ def open_pipeline(folder: Path, **parts: Any) -> Any:
             if not (folder / ORDINARY).is_file():
                 return load_parts(ModularPipeline.from_pretrained(str(folder), local_files_only=True), parts)
             pipeline = kind_in(folder).from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, **parts
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                **absent_in(folder) | parts,
             )
         keep_options(pipeline, folder)
         return pipeline
@@ -132,6 +136,11 @@ def open_pipeline(folder: Path, **parts: Any) -> Any:
             if pickled
             else "check that every file is there and complete",
         ) from error
+
+
+def absent_in(folder: Path) -> dict[str, None]:
+    """Parts that a pipeline was saved without, as SD3 its largest text encoder: diffusers must be told again."""
+    return {name: None for name, entry in read_index(folder).items() if entry == [None, None]}
 
 
 def kind_in(folder: Path) -> Any:
