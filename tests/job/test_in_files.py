@@ -26,9 +26,10 @@ from safetensors.torch import load_file, save_file
 from stepquant.core import mapped
 from stepquant.errors import ModelError, StepquantError
 from stepquant.job import Recipe, load, quantize_to
-from stepquant.job.in_files import load_in_files
+from stepquant.job.in_files import load_in_files, put
 from stepquant.progress import Silent
 from tests.conftest import make_class_pipeline, make_one_level
+from tests.contracts.resident import in_memory
 from tests.contracts.smallest import Counting, Killed
 from tests.job.test_job import contents
 from tests.models.media import ENCODER, FILM, film_pipeline
@@ -208,6 +209,18 @@ def test_nobody_can_write_to_the_model(saved: Path) -> None:
     assert all(line.split()[1] == "r--s" for line in lines)
     for name, value in load_file(file).items():
         assert torch.equal(found.get_parameter(name), value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which memory is a file's")
+def test_saved_tables_are_no_memory_and_may_be_written_to() -> None:
+    network, saved = torch.nn.Module(), torch.arange(4096.0)
+    network.register_buffer("table", torch.empty(0))
+    put(network, "table", saved)
+    table = network.get_buffer("table")
+    assert torch.equal(table, saved)
+    assert in_memory([table]) == 0 < in_memory([saved])
+    table.zero_()
+    assert saved.count_nonzero() == 4095
 
 
 def test_what_cannot_stay_in_files_is_said(saved: Path, tmp_path: Path) -> None:

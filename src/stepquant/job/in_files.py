@@ -211,4 +211,4 @@ def put(network: nn.Module, name: str, value: Tensor) -> None:
         former: Any = module._parameters[leaf]
         module._parameters[leaf] = MappedParameter.of(value, cache_folder(), like=former)
     else:
-        module._buffers[leaf] = value.clone()  # small, and some classes write to them
+        module._buffers[leaf] = copied(value, cache_folder())  # some classes write to them

@@ -139,7 +139,7 @@ def open_pipeline(folder: Path, **parts: Any) -> Any:
 
 
 def absent_in(folder: Path) -> dict[str, None]:
-    """Parts that a pipeline was saved without, as SD3 its largest text encoder: diffusers must be told again."""
+    """Parts that a pipeline was saved without, as the largest of its text encoders: diffusers must be told again."""
     return {name: None for name, entry in read_index(folder).items() if entry == [None, None]}
 
 

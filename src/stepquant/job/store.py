@@ -13,8 +13,10 @@ from typing import Any
 from torch import nn
 
 from stepquant import hub
+from stepquant.calib.cache import cache_folder
 from stepquant.calib.record import MEMORY
 from stepquant.core.freed import large_ones_apart
+from stepquant.core.mapped import copied
 from stepquant.errors import ArtifactError, StepquantError
 from stepquant.job.files import is_taken, new_folder, writing
 from stepquant.job.in_files import load_in_files
@@ -86,21 +88,22 @@ def quantize_to(
     with new_folder(target) as folder:
         with large_ones_apart() if low_memory else nullcontext():
             made = run_all(pipeline, recipe, progress, memory=memory, made_by=made_by)
-        keep_types(networks, find_folder(recipe.model))
+        keep_types(networks, find_folder(recipe.model), on_disk=low_memory)
         attach_all(pipeline, made, idle=made if low_memory else ())
         with writing(target), without_bars():
             save(pipeline, folder, target.name)
     return outcome(made_by[0], found=False)
 
 
-def keep_types(networks: Mapping[str, nn.Module], source: Path) -> None:
+def keep_types(networks: Mapping[str, nn.Module], source: Path, *, on_disk: bool) -> None:
     """Tables that no artifact changes are saved in the types of the files that they come from."""
     for component, network in networks.items():
         if is_saved(source / component):
             for name, kind in narrow_tables(network, weights_in(source / component)).items():
                 path, _, leaf = name.rpartition(".")
                 owner = network.get_submodule(path)
-                owner._buffers[leaf] = owner.get_buffer(leaf).to(kind)
+                table = owner.get_buffer(leaf)
+                owner._buffers[leaf] = copied(table, cache_folder(), kind) if on_disk else table.to(kind)
 
 
 def pass_to(recipe: Recipe, target: Path, resume: bool, progress: Progress) -> Outcome:
