@@ -338,14 +338,14 @@ def large_text() -> Any:
 
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str, Path]]:
-    """What each run ended with, what it said, and its folder; it may take a part of the float weights in float32."""
+    """What each run ended with, what it said, and its folder; it may take 1 / 1.2 of the float weights in float32."""
     folder, each = tmp_path_factory.mktemp("large"), []
     for component, made, runs in (("transformer", large(), RUNS), ("text_encoder", large_text(), OF_TEXTS)):
         network, place = getattr(made, component), folder / component
-        size = sum(4 * value.numel() for value in network.parameters())
+        more = int(sum(4 * value.numel() for value in network.parameters()) / 1.2)
         made.save_pretrained(place)
         network.to(torch.bfloat16).save_pretrained(place / component)  # as models come
-        each += [one | {"model": str(place), "more": int(size / 1.2)} for one in runs]
+        each += [one | {"model": str(place), "more": more} for one in runs]
     asked = json.dumps(each)
     # What is freed goes back to the system, and no thread has a heap of its own: the same on every machine.
     calm = os.environ | {

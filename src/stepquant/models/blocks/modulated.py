@@ -37,16 +37,12 @@ Sana, Krea2, Mochi = networks.sana_transformer, networks.transformer_krea2, netw
 @dataclass(frozen=True)
 class ModulatedBlock:
     """Kinds of one stream: 'zero' (DiT), 'single' (PixArt), 'places' (Allegro), 'float32' (Wan, SkyReels), 'controlled' (VACE),
-    'root' (LTX), 'thrice' (Cosmos), 'bare' (video U-Nets), 'bare_turned' (Stable Audio), 'sandwich' (Z-Image), 'zero_sandwich' (Lumina 2),
-    'start' (AuraFlow), 'shifted' (HunyuanDiT),
-    'image' (Sana),
-    'scale_first' and 'alone' (Krea 2),
-    'placed' (AnimateDiff), 'frames' (SVD); of an image and a text: 'joint' (SD3,
-    FLUX, Bria), 'behind' (Hunyuan's), 'pruned' (Chroma), 'given' (FLUX.2), 'named' (Qwen-Image),
-    'joint_start' (AuraFlow),
-    'joint_sandwich' (Mochi); with one attention and one feed-forward for both: 'front' (CogVideoX, ConsisID), 'front_halves' (CogView 3),
-    'front_turns' (CogView 4); with a feed-forward beside the attention: 'wide' (FLUX, Bria), 'wide_behind' (Hunyuan's),
-    'wide_pruned' (Chroma), 'parallel' (FLUX.2).
+    'root' (LTX), 'thrice' (Cosmos), 'bare' (video U-Nets), 'bare_turned' (Stable Audio), 'placed' (AnimateDiff), 'frames' (SVD),
+    'start' (AuraFlow), 'shifted' (HunyuanDiT), 'image' (Sana), 'scale_first' and 'alone' (Krea 2), 'sandwich' (Z-Image),
+    'zero_sandwich' (Lumina 2); of an image and a text: 'joint' (SD3, FLUX, Bria), 'joint_start' (AuraFlow), 'behind' (Hunyuan's),
+    'pruned' (Chroma), 'given' (FLUX.2), 'named' (Qwen-Image), 'joint_sandwich' (Mochi); with one attention and one feed-forward
+    for both: 'front' (CogVideoX, ConsisID), 'front_halves' (CogView 3), 'front_turns' (CogView 4); with a feed-forward beside the
+    attention: 'wide' (FLUX, Bria), 'wide_behind' (Hunyuan's), 'wide_pruned' (Chroma), 'parallel' (FLUX.2).
 
     `attentions` run inside by themselves.
     """

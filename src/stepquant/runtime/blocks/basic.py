@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stepquant.runtime.blocks.modulated import Branch, Modulated
+from stepquant.runtime.blocks.modulated import Branch, Modulated, made
 
 Given = Mapping[str, Any]  # what an attention is handed beside its rows
 
@@ -83,7 +83,7 @@ class Zero(Bare):
     ) -> list[Branch]:
         first = self.module.norm1
         emb = first.emb(t, labels, hidden_dtype=x.dtype)
-        shift, scale, gate, *rest = first.linear(first.silu(emb)).chunk(6, dim=1)
+        shift, scale, gate, *rest = made(first, emb, 6)
         return [Branch(first.norm, (shift, scale, gate), own), Branch(self.module.norm3, rest)]
 
 

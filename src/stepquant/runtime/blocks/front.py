@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from stepquant.runtime.blocks.joint import Modulation, asks, made
-from stepquant.runtime.blocks.modulated import Branch, Modulated, normed
+from stepquant.runtime.blocks.joint import asks
+from stepquant.runtime.blocks.modulated import Branch, Modulated, Modulation, made, normed
 
 
 class Front(Modulated):
@@ -20,7 +19,7 @@ class Front(Modulated):
         x, text = hidden_states, encoder_hidden_states
         turn = args[0] if args else kwargs.get("image_rotary_emb")
         others = {name: value for name, value in kwargs.items() if name != "image_rotary_emb"}
-        if asks(*args[1:], *others.values()) or x.dim() != 3 or x.dtype == torch.float16 or self.changed():
+        if asks(*args[1:], *others.values()) or self.leaves_out(x):
             return self.unfused(x, text, temb, *args, **kwargs)  # type: ignore[no-any-return]
         return self.streams(x, text, *self.modulations(temb), turn)
 

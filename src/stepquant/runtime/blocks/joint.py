@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from stepquant.runtime.blocks.modulated import Branch, Modulated, normed
-
-Modulation = tuple[Tensor, ...]
+from stepquant.runtime.blocks.modulated import Branch, Modulated, Modulation, made, normed
 
 
 def asks(*values: Any) -> bool:
     """Whether one of the arguments that a block may have says something."""
     return any(isinstance(value, Tensor) or bool(value) for value in values)
-
-
-def made(norm: Any, temb: Tensor, count: int) -> Modulation:
-    """What the layer of an adaptive norm makes of t."""
-    return norm.linear(norm.silu(temb)).chunk(count, dim=1)  # type: ignore[no-any-return]
 
 
 class Joint(Modulated):
@@ -45,10 +37,6 @@ class Joint(Modulated):
         of_image = made(block.norm1, temb, 9 if self.attentions[1:] else 6)
         norms = block.norm1.norm, block.norm2, None
         return self.streams(x, block.norm1_context(text, temb), of_image, None, norms, **rotary)
-
-    def leaves_out(self, x: Tensor) -> bool:
-        """Whether the block is asked for what only its own class does."""
-        return x.dim() != 3 or x.dtype == torch.float16 or self.changed()
 
     def modulations(self, temb: Tensor) -> tuple[Modulation, Modulation]:
         """Shift, scale and gate of each branch, of the image and of the text."""

@@ -16,6 +16,8 @@ from stepquant.runtime.blocks.feed import FeedForward
 from stepquant.runtime.blocks.joined import Joined
 from stepquant.runtime.ops.code import Code
 
+Modulation = tuple[Tensor, ...]
+
 
 class Branch(NamedTuple):
     """What stands before and behind an attention or a feed-forward, and what else an attention is given."""
@@ -44,11 +46,15 @@ class Modulated(Chain):
         )
 
     def changed(self) -> bool:
-        """Whether the block is asked for what only its own class does."""
+        """Whether something of it does what only its own class knows."""
         now = [one.module.processor for one in self.attentions]
         return any(a is not b for a, b in zip(now, self.processors)) or any(
             getattr(self.module, name, None) is not None for name in self.declared.unless
         )
+
+    def leaves_out(self, x: Tensor) -> bool:
+        """Whether the block is asked for what only its own class does."""
+        return x.dim() != 3 or x.dtype == torch.float16 or self.changed()
 
     def state(self) -> list[Any]:
         found = [getattr(self.module, name, None) for name in self.declared.unless]
@@ -77,6 +83,11 @@ class Modulated(Chain):
             rows = x if branch.norm is None else normed(x, branch.norm, attention.code(), scale, shift)
             x = self.attended(attention, rows, x, gate, **branch.given)
         return x
+
+
+def made(norm: Any, temb: Tensor, count: int) -> Modulation:
+    """What the layer of an adaptive norm makes of t."""
+    return norm.linear(norm.silu(temb)).chunk(count, dim=1)  # type: ignore[no-any-return]
 
 
 def normed(

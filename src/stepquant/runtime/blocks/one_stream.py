@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.runtime.blocks.basic import Given
+from stepquant.runtime.blocks.basic import Given, Single
 from stepquant.runtime.blocks.chain import kernel_of, run
-from stepquant.runtime.blocks.modulated import Branch, Modulated, normed
+from stepquant.runtime.blocks.modulated import Branch, Modulated, made, normed
 
 
 class Float32(Modulated):
@@ -94,7 +94,7 @@ class Start(Modulated):
         x, first = hidden_states, self.module.norm1
         if attention_kwargs or x.dim() != 3 or self.changed():
             return self.unfused(x, temb, attention_kwargs)  # type: ignore[no-any-return]
-        shift, scale, gate, *rest = first.linear(first.silu(temb)).chunk(6, dim=1)
+        shift, scale, gate, *rest = made(first, temb, 6)
         (attention,), (feed,) = self.attentions, self.feeds
         mixed = self.attended(attention, normed(x, first.norm, attention.code(), scale, shift), x, gate)
         return self.fed(feed, mixed, Branch(self.module.norm2, rest), x)
@@ -155,35 +155,29 @@ class Shifted(Modulated):
         )
 
 
-class Image(Modulated):
-    """One row of a table for each block is added to what all blocks get of t; a text is read as it is."""
+class Image(Single):
+    """Like `Single`, whose feed-forward is over the pixels of an image; no mask says which of them there are."""
 
-    def fused(
+    def fused(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        timestep: Any = None,
+        timestep: Tensor | None = None,
         height: int = 0,
         width: int = 0,
     ) -> Tensor:
-        x, text, mask, block, t = (
-            hidden_states,
-            encoder_hidden_states,
-            encoder_attention_mask,
-            self.module,
-            timestep,
-        )
-        if x.dim() != 3 or x.dtype == torch.float16 or t is None or self.changed():
+        x, text, mask, t = hidden_states, encoder_hidden_states, encoder_attention_mask, timestep
+        if t is None or self.leaves_out(x):
             return self.unfused(x, attention_mask, text, mask, t, height, width)  # type: ignore[no-any-return]
-        table = (block.scale_shift_table + t.reshape(len(x), 6, -1)).unbind(1)
         of_text = {"encoder_hidden_states": text, "attention_mask": mask}
-        x = self.behind(x, Branch(block.norm1, table[:3]), Branch(given=of_text))
-        (feed,), (shift, scale, gate) = self.feeds, table[3:]
-        rows = normed(x, block.norm2, feed.code(), scale, shift)
-        made = feed.of(rows.unflatten(1, (height, width)).permute(0, 3, 1, 2), x.dtype)
-        return torch.addcmul(x, made.flatten(2).mT, gate[:, None].to(x.dtype))
+        *read, last = self.branches(x, {}, of_text, t)
+        x = self.behind(x, *read)
+        (feed,), (shift, scale, gate) = self.feeds, last.modulation
+        rows = normed(x, last.norm, feed.code(), scale, shift)
+        fed = feed.of(rows.unflatten(1, (height, width)).permute(0, 3, 1, 2), x.dtype)
+        return torch.addcmul(x, fed.flatten(2).mT, gate[:, None].to(x.dtype))  # type: ignore[index]
 
 
 class Frames(Modulated):

@@ -14,8 +14,8 @@ from stepquant.runtime import ops
 from stepquant.runtime.blocks.chain import Chain, codes_for, kernel_of, run
 from stepquant.runtime.blocks.feed import FeedForward, activated
 from stepquant.runtime.blocks.joined import Joined
-from stepquant.runtime.blocks.joint import Modulation, asks, by_token, made, of_pairs
-from stepquant.runtime.blocks.modulated import Modulated, normed
+from stepquant.runtime.blocks.joint import asks, by_token, of_pairs
+from stepquant.runtime.blocks.modulated import Modulated, Modulation, made, normed
 from stepquant.runtime.blocks.root_norm import DTYPES
 from stepquant.runtime.blocks.rotary import Angles, multiplied, multiplies_codes
 from stepquant.runtime.layers.layer import IntegerLayer

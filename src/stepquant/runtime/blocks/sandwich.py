@@ -10,8 +10,7 @@ from torch import Tensor
 from stepquant.models.blocks.root_norm import gain
 from stepquant.runtime import ops
 from stepquant.runtime.blocks.feed import FeedForward
-from stepquant.runtime.blocks.joint import made
-from stepquant.runtime.blocks.modulated import Modulated, normed
+from stepquant.runtime.blocks.modulated import Modulated, made, normed
 from stepquant.runtime.blocks.root_norm import DTYPES
 
 
