@@ -132,6 +132,20 @@ def test_pipelines_of_every_task_are_quantized_by_their_calls(
     assert len(shapes["sample"]) == (3 if task == "few steps" else 6)
 
 
+def test_tensors_meet_a_network_in_its_type() -> None:
+    halves = torch.rand(2, 3).bfloat16()
+    call = Call.of({"prompt_embeds": halves, "ids": torch.arange(3), "guidance_scale": 2.0})
+    here = torch.device("cpu")
+    there = call.there(here, torch.float32)
+    assert torch.equal(there["prompt_embeds"], halves.float())
+    assert there["prompt_embeds"].dtype == torch.float32
+    assert there["ids"].dtype == torch.int64
+    assert there["guidance_scale"] == 2.0
+    assert call.there(here, torch.bfloat16)["prompt_embeds"].dtype == torch.bfloat16
+    exact = Call.of({"latents": torch.rand(1, 4)}).there(here, torch.bfloat16)
+    assert exact["latents"].dtype == torch.float32, "pipelines round what they must"
+
+
 def recorded(pipe: Any, folder: Path, *calls: dict[str, Any], steps: int = 4) -> Source:
     return Source(pipe, Sampling(steps, prompts=written_calls(calls)), batch=2, cache=folder)
 

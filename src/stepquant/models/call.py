@@ -64,11 +64,17 @@ class Call:
         """The denoising steps that it asks for."""
         return self.arguments.get(STEPS)
 
-    def there(self, device: torch.device) -> dict[str, Any]:
-        """The arguments with all tensors on a device."""
-        moved: dict[str, Any] = tree_map(
-            lambda value: value.to(device) if isinstance(value, Tensor) else value, dict(self.arguments)
-        )
+    def there(self, device: torch.device, kind: torch.dtype) -> dict[str, Any]:
+        """The arguments with all tensors on a device, and numbers narrower than what is computed there in its type."""
+
+        def move(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(
+                device, torch.promote_types(value.dtype, kind) if value.is_floating_point() else None
+            )
+
+        moved: dict[str, Any] = tree_map(move, dict(self.arguments))
         return moved
 
     def __str__(self) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import ModelMixin
@@ -179,6 +179,12 @@ class Denoiser:
     @property
     def device(self) -> torch.device:
         return device_of(self.model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what its float layers compute in."""
+        kind: torch.dtype = cast(Any, self.model).dtype
+        return kind
 
     def predict(self, arguments: Mapping[str, Any]) -> Tensor:
         """The model's prediction for recorded arguments, which may lie on another device."""

@@ -74,8 +74,9 @@ def results_of_text(pipeline: Any, seeds: Sequence[int], sampling: Sampling, wor
 def result_of_call(pipeline: Any, seed: int, call: Call, sampling: Sampling) -> Tensor:
     """The one result (1, ...) of a call that is written out."""
     check_call(pipeline, call)
+    denoiser = Denoiser.of(pipeline)
     try:
-        made = results_of(pipeline, [seed], sampling, **call.there(Denoiser.of(pipeline).device))
+        made = results_of(pipeline, [seed], sampling, **call.there(denoiser.device, denoiser.dtype))
     except (StepquantError, Enough):
         raise
     except Exception as error:  # whatever a pipeline says about arguments that it was given
