@@ -98,7 +98,8 @@ def openvino_calls(
     converted = convert(model, arguments)
     if data is not None:
         converted = quantized(converted, data, transformer=not convolves(model))
-    return {hint.lower(): caller(converted, arguments, dtype, threads, hint) for hint in HINTS}
+    hints = HINTS if threads > 1 else HINTS[:1]  # which share out threads
+    return {hint.lower(): caller(converted, arguments, dtype, threads, hint) for hint in hints}
 
 
 def flatten(arguments: Mapping[str, Any] | Sequence[Any], prefix: str = "") -> dict[str, Tensor]:
