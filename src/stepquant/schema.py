@@ -6,11 +6,12 @@ quantized    {name, method, scheme, digest, recipe}: as the artifact tells it
 sampling     {sampler, steps, calls, seed, images, batch, size: [height, width], medium}; `calls` of the denoiser
              an image; `medium` is images, videos or sounds, whose size is [channels, samples]
 environment  {stepquant, torch, diffusers, python, cpu, threads}
-quality      [{name, against, value, low, high, n, better, unit, reference, floor, floor_of, extractor, resize,
-               note, unavailable}]
+quality      [{name, against, value, low, high, n, better, unit, reference, change_low, change_high, floor, floor_of,
+               extractor, resize, note, unavailable}]
              `better` is higher, lower, zero or one; `value` is null and `unavailable` says why where it cannot be
              measured; `low`..`high` is a 95 % interval; `floor` is the same number with the float model on other
-             seeds in the quantized model's place; `reference` with the float model on the same seeds in its place
+             seeds in the quantized model's place; `reference` with the float model on the same seeds in its place, and
+             `change_low`..`change_high` a 95 % interval of value less reference, of the seeds that both share
 portions     [{name, area, float, quantized, other}]: of each kind of parts that images are composed of, the percentage
              of the area, and of the squared error to the nearest legal image; empty where parts are not known
 steps        [{step, t, relative, cosine, own_relative, own_cosine, state_relative}]: the noise prediction by
@@ -86,6 +87,8 @@ class Number(Part):
     high: float | None = None
     unit: str = ""
     reference: float | None = None
+    change_low: float | None = None
+    change_high: float | None = None
     floor: float | None = None
     floor_of: str = ""
     extractor: str = ""

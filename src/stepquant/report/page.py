@@ -282,8 +282,8 @@ def by_target(numbers: Sequence[Number]) -> list[tuple[str, list[Number]]]:
     return list(groups.items())
 
 
-def quality_cells(number: Number) -> tuple[str, str, str, str]:
-    """Integer, float, floor and interval of one row."""
+def quality_cells(number: Number) -> tuple[str, str, str, str, str]:
+    """Integer, float, floor, interval and the change's interval of one row."""
     interval = ""
     if number.low is not None and number.high is not None:
         places = tables.decimals(number)
@@ -293,4 +293,5 @@ def quality_cells(number: Number) -> tuple[str, str, str, str]:
         tables.amount(number.reference, number),
         tables.amount(number.floor, number),
         interval,
+        tables.change(number),
     )

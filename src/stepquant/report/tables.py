@@ -266,6 +266,14 @@ def amount(value: float | None, number: Number) -> str:
     return f"{value:.{decimals(number)}f}" + (f" {number.unit}" if number.unit else "")
 
 
+def change(number: Number) -> str:
+    """The interval of what the integer model has more or less than the float one on the same seeds."""
+    if number.change_low is None or number.change_high is None:
+        return ""
+    places = decimals(number)
+    return f"{number.change_low:+.{places}f} to {number.change_high:+.{places}f}"
+
+
 def with_interval(number: Number) -> str:
     """The value and half the width of its interval, when the interval is about symmetric."""
     if number.value is None:

@@ -15,6 +15,7 @@ from stepquant.evaluate.metrics.frechet import (
     MOST_BLOCKS,
     Statistics,
     add_block,
+    change_interval,
     frechet,
     frechet_interval,
     jackknife_interval,
@@ -133,6 +134,29 @@ def test_jackknife_is_as_wide_as_fresh_draws_scatter() -> None:
     assert np.mean(widths) == pytest.approx(2.36 * np.std(values), rel=0.3)  # Student's t of 8 blocks
     low, high = jackknife_interval(0.0, blocks, blocks, paired=True)
     assert high < 1e-6
+
+
+def test_change_is_as_wide_as_fresh_draws_scatter_and_narrower_than_the_distance() -> None:
+    data, values, widths, alone = Statistics.of(gaussian(5000, 6, 0)), [], [], []
+    for seed in range(1, 61):
+        rows = gaussian(640, 6, seed, shift=0.2)
+        noise = 0.1 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(seed))
+        own, ours = (tuple(map(Statistics.of, x.split(16))) for x in (rows, rows + noise))
+        value = frechet(merge(ours), data) - frechet(merge(own), data)
+        low, high = change_interval(ours, own, data)
+        assert low <= value <= high
+        values.append(value)
+        widths.append((high - low) / 2)
+        low, high = jackknife_interval(9.0, ours, (data,), paired=False)
+        alone.append((high - low) / 2)
+    assert np.mean(widths) == pytest.approx(2.02 * np.std(values), rel=0.3)  # Student's t of 40 blocks
+    assert np.mean(widths) < 0.5 * np.mean(alone)
+
+
+def test_change_needs_more_than_one_block() -> None:
+    blocks = tuple(map(Statistics.of, gaussian(20, 6, 1).split(16)))
+    assert change_interval(blocks[:1], blocks[:1], blocks[0]) == (None, None)
+    assert change_interval(blocks, blocks, blocks[0]) == (0, 0)
 
 
 def test_reference_is_read_back_and_refused_for_another_network(extractor: Extractor, tmp_path: Path) -> None:

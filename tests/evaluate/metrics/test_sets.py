@@ -45,6 +45,7 @@ def test_distances_are_those_of_the_sets(extractor: Extractor, found: dict[tuple
     number, data = found["FD-C10", "data"], Statistics.of(extractor(REAL))
     assert number.value == pytest.approx(frechet(sums["b"], data), rel=1e-6)
     assert number.reference == pytest.approx(frechet(sums["a"], data), rel=1e-6)
+    assert number.change_low < number.value - number.reference < number.change_high  # type: ignore[operator]
     assert number.floor == pytest.approx(frechet(sums["c"], data), rel=1e-6)
 
 

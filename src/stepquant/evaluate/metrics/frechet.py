@@ -117,9 +117,30 @@ def jackknife_interval(
 
     Unpaired, only the blocks of `a` are: those of `b` are many more, or are one.
     """
-    without = lambda blocks, i: merge([block for j, block in enumerate(blocks) if j != i])  # noqa: E731
     other = merge(b)
-    left = torch.tensor([frechet(without(a, i), without(b, i) if paired else other) for i in range(len(a))])
-    error = float(((len(a) - 1) / len(a) * (left - left.mean()).square().sum()).sqrt())
-    half = float(stdtrit(len(a) - 1, 0.975)) * error  # Student's t
+    half = half_width([frechet(without(a, i), without(b, i) if paired else other) for i in range(len(a))])
     return max(value - half, 0.0), value + half
+
+
+def change_interval(a: Sequence[Statistics], own: Sequence[Statistics], target: Statistics) -> Interval:
+    """A 95 % interval of how much farther `a` lies from the target than `own`, whose images come from the same seeds.
+
+    Each block is left out of both at once (jackknife), so that what both owe to the seeds cancels.
+    """
+    if len(a) < 2 or merge(a).count - max(block.count for block in a) < 2:
+        return None, None
+    change = frechet(merge(a), target) - frechet(merge(own), target)
+    left = [frechet(without(a, i), target) - frechet(without(own, i), target) for i in range(len(a))]
+    half = half_width(left)
+    return change - half, change + half
+
+
+def without(blocks: Sequence[Statistics], i: int) -> Statistics:
+    return merge([block for j, block in enumerate(blocks) if j != i])
+
+
+def half_width(left: Sequence[float]) -> float:
+    """Half of a jackknife's interval, of what is found without each block."""
+    values = torch.tensor(left, dtype=torch.float64)
+    error = float(((len(left) - 1) / len(left) * (values - values.mean()).square().sum()).sqrt())
+    return float(stdtrit(len(left) - 1, 0.975)) * error  # Student's t

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,8 @@ from stepquant.evaluate.metrics.number import OTHER_SEEDS, SAME_SEEDS, Number, m
 from stepquant.evaluate.metrics.pairs import PAIR_METRICS, PairMetric
 from stepquant.evaluate.networks.reader import Reader, View
 
+# Rows of a block: intervals leave blocks out or draw them again, and a few hundred images must have more than a few.
+BLOCK_ROWS = 16
 # Rows of features kept for nearest neighbours; later ones go into the sums only.
 MOST_FEATURES = 5_000
 SETS = ("float", "quantized", "other")
@@ -55,7 +58,8 @@ class Sets:
         """With more rows of the set `name`."""
         if self.view.classes:
             return replace(self, classes={**self.classes, name: add_classes(self.classes.get(name), rows)})
-        sums = {**self.sums, name: add_block(self.sums.get(name, ()), Statistics.of(rows))}
+        blocks = reduce(add_block, map(Statistics.of, rows.split(BLOCK_ROWS)), self.sums.get(name, ()))
+        sums = {**self.sums, name: blocks}
         if not self.view.kernel:
             return replace(self, sums=sums)
         former = self.features.get(name, rows[:0])

@@ -17,7 +17,8 @@ class Number:
     """One measured value and all that is needed to read it, or the reason why there is none.
 
     `floor` is the same number with the float model on other seeds in the quantized model's place;
-    `reference`, against data, that of the float model on the same seeds.
+    `reference`, against data, that of the float model on the same seeds. `change_low` to `change_high` is an interval of
+    value less reference: narrower than the value's own, since both owe the same to the seeds.
     """
 
     name: str
@@ -29,6 +30,8 @@ class Number:
     high: float | None = None
     unit: str = ""
     reference: float | None = None
+    change_low: float | None = None
+    change_high: float | None = None
     floor: float | None = None
     floor_of: str = ""
     extractor: str = ""  # digest of the network that measured

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from stepquant.evaluate.metrics.frechet import Statistics, frechet, frechet_interval, merge
+from stepquant.evaluate.metrics.frechet import Statistics, change_interval, frechet, frechet_interval, merge
 from stepquant.evaluate.metrics.inception_score import inception_score, score_interval
 from stepquant.evaluate.metrics.measure import Sets
 from stepquant.evaluate.metrics.neighbours import DENSITY_NEIGHBOURS, compare_neighbours, kernel_distance
@@ -57,8 +57,11 @@ def distance(sets: Sets, target: Target) -> Number:
     value = frechet(merge(blocks), merge(target.blocks))
     low, high = frechet_interval(blocks, target.blocks, paired=paired)
     number = number_of(sets, sets.view.name, target.label, merge(blocks).count, "lower", value)
-    own = None if paired else frechet(merge(sets.sums["float"]), merge(target.blocks))
-    number = replace(number, low=low, high=high, reference=own, note=target.note)
+    number = replace(number, low=low, high=high, note=target.note)
+    if not paired:
+        own, data = sets.sums["float"], merge(target.blocks)
+        least, most = change_interval(blocks, own, data)
+        number = replace(number, reference=frechet(merge(own), data), change_low=least, change_high=most)
     if "other" not in sets.sums:
         return number
     return replace(

@@ -32,6 +32,7 @@ def mean_number(
 ) -> Number:
     """The mean over images, higher is better, beside the mean of the float model's images."""
     low, high = mean_interval(values["quantized"])
+    change = mean_interval(values["quantized"] - values["float"])
     means = {name: float(found.mean()) for name, found in values.items()}
     return Number(
         name,
@@ -43,6 +44,8 @@ def mean_number(
         high,
         unit,
         reference=means["float"],
+        change_low=change[0],
+        change_high=change[1],
         floor=means.get("other"),
         floor_of=OTHER_SEEDS if "other" in means else "",
         extractor=extractor,
@@ -58,6 +61,7 @@ def share_number(
     shares = {name: 100 * float(found.double().mean()) for name, found in hits.items() if len(found)}
     ours = hits["quantized"]
     low, high = wilson(int(ours.sum()), len(ours))
+    least, most = share_change(ours, hits["float"])
     return Number(
         name,
         against,
@@ -67,12 +71,30 @@ def share_number(
         100 * low,
         100 * high,
         "%",
-        reference=shares.get("float"),
+        reference=shares["float"],
+        change_low=100 * least,
+        change_high=100 * most,
         floor=shares.get("other"),
         floor_of=OTHER_SEEDS if "other" in shares else "",
         extractor=extractor,
         note=note,
     )
+
+
+def share_change(ours: Tensor, own: Tensor) -> tuple[float, float]:
+    """A 95 % interval of what `ours` has more hits than `own`, both of the same seeds (Newcombe 1998, paired)."""
+    count = len(ours)
+    both, neither = int((ours & own).sum()), int((~ours & ~own).sum())
+    hits, others = int(ours.sum()), int(own.sum())
+    (low, high), (least, most) = wilson(hits, count), wilson(others, count)
+    below, above = hits / count - low, high - hits / count
+    under, over = others / count - least, most - others / count
+    spread = (hits * (count - hits) * others * (count - others)) ** 0.5
+    correlation = (both * neither - (hits - both) * (others - both)) / spread if spread else 0.0
+    change = (hits - others) / count
+    down = below**2 - 2 * correlation * below * over + over**2
+    up = above**2 - 2 * correlation * above * under + under**2
+    return change - down**0.5, change + up**0.5
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
