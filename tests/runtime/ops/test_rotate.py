@@ -90,7 +90,8 @@ def test_rows_of_zeros_have_scale_one_and_saturation_keeps_the_limits() -> None:
     assert scales.flatten().tolist()[::2] == [1.0, 1.0]
     assert (codes[0] == 128).all()
     assert (codes[1].int() - 128).abs().max() == 127
-    codes, _ = same(torch.randn(5, 64), 16, Code(1.0, 100, 90, 110))
+    x = torch.randn(5, 64)
+    codes, _ = same(torch.cat([x, -x]), 16, Code(1.0, 100, 90, 110))
     assert codes.min() == 90
     assert codes.max() == 110
 
