@@ -1,4 +1,4 @@
-// quantize, quantize_concat, activation_quantize, upsample_nearest2x as torch operations.
+// quantize, move_codes, quantize_concat, activation_quantize, upsample_nearest2x as torch operations.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -67,6 +67,24 @@ Tensor quantize(
   return balanced ? quantize_balanced(x, code, factors) : quantize_any(x, code, Activation::none);
 }
 
+Tensor move_codes(const Tensor& codes, const Tensor& table) {
+  const at::AutoDispatchBelowAutograd guard;
+  TORCH_CHECK(
+      codes.scalar_type() == at::kByte && table.scalar_type() == at::kByte && table.dim() == 1 && table.size(0) == 256,
+      "move_codes: bytes and a table of 256 bytes are expected, got ", codes.scalar_type(), " and ",
+      table.scalar_type(), " ", table.sizes());
+  const Tensor from = codes.is_non_overlapping_and_dense() ? codes : codes.contiguous(), to = table.contiguous();
+  Tensor out = at::empty_like(from);
+  const uint8_t* places = from.const_data_ptr<uint8_t>();
+  const uint8_t* values = to.const_data_ptr<uint8_t>();
+  uint8_t* moved = out.mutable_data_ptr<uint8_t>();
+  for_items(codes.numel(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) moved[i] = values[places[i]];
+  });
+  const Tensor like = at::empty_like(codes);
+  return like.strides() == out.strides() ? out : like.copy_(out);
+}
+
 Tensor quantize_concat(
     const Tensor& x, const Tensor& skip, double scale, int64_t zero_point, int64_t low, int64_t high) {
   const at::AutoDispatchBelowAutograd guard;
@@ -124,6 +142,7 @@ Tensor upsample_nearest2x(const Tensor& x) {
 
 TORCH_LIBRARY_IMPL(stepquant, CPU, library) {
   library.impl("quantize", quantize);
+  library.impl("move_codes", move_codes);
   library.impl("quantize_concat", quantize_concat);
   library.impl("activation_quantize", activation_quantize);
   library.impl("upsample_nearest2x", upsample_nearest2x);

@@ -24,7 +24,7 @@ from stepquant.core.entries import (
     optional,
     table_of,
 )
-from stepquant.core.grid import AS_THEY_COME, Grid, GridError
+from stepquant.core.grid import AS_THEY_COME, SIGNED_CODEBOOKS, Grid, GridError
 from stepquant.core.policy import FloatSteps
 from stepquant.core.rotation import is_group
 from stepquant.core.steps import StepCorrection, StepTable
@@ -74,15 +74,16 @@ def stored_grid(port: str, text: str, where: str) -> Grid:
     signed = port != "probabilities"  # which are never negative
     # No zero point is stored.
     bare = grid.granularity == "token" and not (grid.signed == signed and grid.symmetric)
-    if grid.granularity not in allowed or bare:
+    expected = ""
+    if bare:
+        expected = f"{'a signed' if signed else 'an unsigned'} symmetric one"
+    elif grid.granularity not in allowed:
+        expected = f"a grid per {' or '.join(allowed)}"
+    elif grid.codebook and SIGNED_CODEBOOKS.get(port) is not grid.signed:
+        expected = "a codebook of weights, or of what a layer reads"
+    if expected:
         raise ArtifactError(
-            f"'{where}.{port}' cannot carry its grid",
-            where=where,
-            got=grid,
-            expected=f"{'a signed' if signed else 'an unsigned'} symmetric one"
-            if bare
-            else f"a grid per {' or '.join(allowed)}",
-            fix=AGAIN,
+            f"'{where}.{port}' cannot carry its grid", where=where, got=grid, expected=expected, fix=AGAIN
         )
     return grid
 
@@ -278,6 +279,7 @@ def bounds_of(
         if layer.input is not None and layer.input.granularity != "token":
             found |= range_bounds(f"{path}.input", layer.input)
             widest = layer.input.bits
+            found[f"{path}.input_codebook"] = BYTES
             found[f"{path}.input_bits"] = Bounds(2, widest, f"whole numbers from 2 to {widest}")
     for path, product in products.items():
         for port in product.ranged():

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, combinations_with_replacement
 
 import pytest
 import torch
@@ -8,12 +8,15 @@ from torch import Tensor
 
 from stepquant.core.codebook import (
     ThroughCodebook,
+    best_bytes,
     by_mass,
     codebook_of,
     codes_of,
     enclosing,
+    evenly,
     lloyd_max,
     nearest,
+    tables_of,
 )
 
 # Max 1960, table 1: the least mean square error of normal numbers of variance one.
@@ -76,6 +79,40 @@ def test_rows_without_a_difference_are_held_exactly() -> None:
     rows = torch.tensor([[0.0] * 6, [0.25] * 6])
     scale, levels = codebook_of(rows, 4)
     torch.testing.assert_close(nearest(rows / scale[:, None], levels) * scale[:, None], rows)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", range(4))
+def test_bytes_of_a_histogram_are_the_best_of_all(count: int, seed: int) -> None:
+    counts = torch.randint(0, 50, (11,), generator=torch.Generator().manual_seed(seed)) * (rows_of(11, seed=seed) > -0.5)  # fmt: skip
+    every = torch.arange(11.0)
+
+    def error(levels: Tensor) -> float:
+        return float((counts * (every - nearest(every[None], levels[None])[0]).square()).sum())
+
+    for zero_point in (0, 4, 10):
+        found = best_bytes(counts, count, zero_point)
+        assert (found.diff() >= 0).all()
+        assert zero_point in found
+        every_choice = combinations_with_replacement(range(11), count)
+        tried = (torch.tensor(some).float() for some in every_choice if zero_point in some)
+        assert error(found) == min(map(error, tried))
+
+
+def test_bytes_of_nothing_and_of_fewer_than_there_is_room_for() -> None:
+    counts = torch.zeros(256)
+    assert best_bytes(counts, 4, 9).tolist() == [9] * 4
+    counts[[7, 200]] = 3
+    assert set(best_bytes(counts, 4, 9).tolist()) == {7, 9, 200}
+
+
+def test_bytes_are_moved_to_the_nearest() -> None:
+    assert evenly(4, 90).tolist() == [0, 90, 170, 255]
+    assert evenly(256, 90).tolist() == list(range(256))
+    tables = tables_of(torch.tensor([[0.0, 3.0, 255.0], [7.0, 7.0, 9.0]]))
+    assert tables.shape == (2, 256)
+    assert tables[0, [0, 1, 2, 3, 129, 130]].tolist() == [0, 0, 3, 3, 3, 255]
+    assert tables[1, [0, 8, 9, 255]].tolist() == [7, 7, 9, 9]
 
 
 def test_gradients_pass_to_numbers_inside_and_to_scales() -> None:

@@ -41,6 +41,11 @@ def test_other_bits_keep_what_they_can() -> None:
         "int4/channel/asym",
         "int8/channel",
     ]
+    assert [at("uint2/tensor/codebook", bits) for bits in (3, 6, 8)] == [
+        "uint3/tensor/codebook",
+        "uint6/tensor/codebook",
+        "uint8/tensor",
+    ]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -50,7 +55,17 @@ def test_codebooks_name_integers_of_a_byte(bits: int) -> None:
     assert str(grid) == f"int{bits}/channel/codebook"
 
 
-@pytest.mark.parametrize("text", ["int5/channel/codebook", "uint4/channel/codebook", "int4/tensor/codebook"])
+@pytest.mark.parametrize("text", ["uint4/tensor/codebook", "uint4/step/codebook"])
+def test_codebooks_of_activations_name_bytes_of_a_range(text: str) -> None:
+    grid = Grid.parse(text)
+    assert (grid.qmin, grid.qmax, grid.levels, grid.width) == (0, 255, 16, 8)
+    assert str(grid) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["int5/channel/codebook", "uint4/channel/codebook", "int4/tensor/codebook", "uint4/token/codebook"],
+)
 def test_codebooks_are_for_few_bits_of_the_weights_of_channels(text: str) -> None:
     with pytest.raises(GridError, match="codebooks are for the weights of channels"):
         Grid.parse(text)

@@ -18,7 +18,7 @@ from tests.runtime.synthetic import noise, quantized
 # recorded calls keep, one tells what is offloaded, three are about steps in float, one about samples at different steps, two
 # about the attention of text encoders, three about the queries, keys and norms of transformers, and three about tables of
 # embeddings and what a network says of itself when all its numbers are packed.
-MOST_MODULES = 120
+MOST_MODULES = 121
 QUANTIZES = ("calib", "cli", "evaluate", "fit", "job", "methods", "quant", "report")
 
 LOAD = """

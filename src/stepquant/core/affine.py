@@ -8,6 +8,8 @@ Rounding is half to even and the reciprocal is taken once in float32, so that ve
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,13 +40,18 @@ def fake_quantize_log(x: Tensor, grid: Grid) -> Tensor:
 
 
 def fake_quantize_ste(
-    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, chosen: Tensor | None = None
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    grid: Grid,
+    chosen: Tensor | None = None,
+    moved: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """`fake_quantize` whose rounding passes gradients to `x` and to `scale` (straight-through).
 
-    Elements that are not `chosen` stay what they are.
+    Elements that are not `chosen` stay what they are. Integers become those that they are `moved` to.
     """
-    return StraightThrough.apply(x, scale, zero_point, grid, chosen)  # type: ignore[no-any-return, no-untyped-call]
+    return StraightThrough.apply(x, scale, zero_point, grid, chosen, moved)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class StraightThrough(torch.autograd.Function):
@@ -52,12 +59,19 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, chosen: Tensor | None
+        ctx,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        grid: Grid,
+        chosen: Tensor | None,
+        moved: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
         scaled = x.float() * scale.float().reciprocal()
         rounded = torch.round(scaled) + zero_point
         level = rounded.clamp(grid.qmin, grid.qmax)
         inside = level == rounded
+        level = level if moved is None else moved(level)
         level -= zero_point
         out = (level * scale).to(x.dtype)
         # LSQ: d out / d scale is round(x/s) - x/s inside the range and the clipped integer outside.
@@ -73,7 +87,7 @@ class StraightThrough(torch.autograd.Function):
         inside, slope = ctx.saved_tensors
         of_x = slope_out * inside if ctx.needs_input_grad[0] else None
         of_scale = (slope_out.float() * slope).sum_to_size(ctx.shape) if ctx.needs_input_grad[1] else None
-        return of_x, of_scale, None, None, None
+        return of_x, of_scale, None, None, None, None
 
 
 def scale_and_zero(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -83,7 +97,7 @@ def scale_and_zero(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tenso
         scale = torch.maximum(-low, high) / grid.qmax
         zero_point = torch.zeros_like(scale)
     else:
-        scale = (high - low) / (grid.levels - 1)
+        scale = (high - low) / (grid.qmax - grid.qmin)
         safe = torch.where(scale > 0, scale, torch.ones_like(scale))
         zero_point = (grid.qmin - torch.round(low / safe)).clamp(grid.qmin, grid.qmax)
     # An all-zero tensor keeps scale 1: every integer but the zero point would be wrong anyway.

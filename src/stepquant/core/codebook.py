@@ -1,6 +1,7 @@
-"""Codebooks: the few integers of a byte that the weights of an output channel may take (Lloyd 1982, Max 1960).
+"""Codebooks: the few integers of a byte that the weights of an output channel, or an activation, may take.
 
-Products are those of bytes: a codebook changes which of them a weight can be, and how few bits name it.
+Products are those of bytes: a codebook changes which of them a number can be, and how few bits name it. Those of weights are
+found by Lloyd's rounds (1982; Max 1960), those of activations, of which a histogram over bytes is enough, exactly.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MOST = 127  # every integer lies between this and its negative
+MOST = 127  # every integer of a weight lies between this and its negative
+BYTES = 256
 ROUNDS = 100  # at most; numbers that lie as weights do are done after a few dozen
 
 
@@ -65,6 +67,60 @@ def enclosing(rows: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     lower, upper = (levels.gather(1, place.clamp(0, last)) for place in (above - 1, above))
     gap = upper - lower
     return lower, upper, torch.where(gap > 0, (rows - lower) / gap.clamp(min=1), torch.zeros_like(rows))
+
+
+def best_bytes(counts: Tensor, count: int, zero_point: int) -> Tensor:
+    """The `count` bytes, in order, to which bytes that occur so often are moved with the least squared error, where one of
+    them is that of zero.
+
+    By dynamic programming over where the bytes that go to one of them end (Wu 1991), from both sides of zero's: exact.
+    """
+    mass = counts.double().cpu()
+    values = torch.arange(len(mass), dtype=torch.float64)
+    sums = [torch.cat([mass.new_zeros(1), (mass * values**power).cumsum(0)]) for power in (0, 1, 2)]
+    # Of the bytes from that of the row to before that of the column.
+    weight, first, second = (total[None] - total[:, None] for total in sums)
+    level = torch.where(weight > 0, (first / weight).round(), float(zero_point))
+    error, own = (second - 2 * at * first + at**2 * weight for at in (level, float(zero_point)))
+    never = torch.full_like(error, torch.inf).tril(-1)  # a cell that ends before it begins
+    error, own = error.clamp(min=0) + never, own.clamp(min=0) + never
+    below, ends = cells(error, count - 1)
+    above, starts = cells(error.flip(0, 1).T, count - 1)
+    totals = [x[:, None] + own + y.flip(0) for x, y in zip(below, reversed(above))]
+    few = min(range(count), key=lambda place: float(totals[place].min()))
+    begin, end = divmod(int(totals[few].argmin()), len(mass) + 1)
+    found = [zero_point] * count
+    for place in reversed(range(few)):
+        since = int(ends[place][begin])
+        found[place], begin = (int(level[since, begin]) if since < begin else zero_point), since
+    for place in reversed(range(count - 1 - few)):
+        until = len(mass) - int(starts[place][len(mass) - end])
+        found[count - 1 - place], end = (int(level[end, until]) if end < until else zero_point), until
+    return torch.tensor(sorted(found), dtype=torch.float32)
+
+
+def cells(error: Tensor, most: int) -> tuple[list[Tensor], list[Tensor]]:
+    """For no cell to `most`: the least error of the first bytes in so many; and where the last of them begins, but for none."""
+    least, begins = [torch.full_like(error[0], torch.inf)], []
+    least[0][0] = 0
+    for _ in range(most):
+        errors, begin = (least[-1][:, None] + error).min(0)
+        least.append(errors)
+        begins.append(begin)
+    return least, begins
+
+
+def evenly(count: int, zero_point: int) -> Tensor:
+    """Bytes at equal distances, but for that of zero."""
+    levels = torch.linspace(0, BYTES - 1, count).round()
+    levels[(levels - zero_point).abs().argmin()] = zero_point
+    return levels
+
+
+def tables_of(codebook: Tensor) -> Tensor:
+    """What each of the 256 bytes is moved to, a row for each codebook: the nearest; of two that are as near, the lower."""
+    every = torch.arange(BYTES, dtype=codebook.dtype, device=codebook.device).expand(len(codebook), -1)
+    return nearest(every, codebook)
 
 
 class ThroughCodebook(torch.autograd.Function):

@@ -11,8 +11,9 @@ from stepquant.errors import StepquantError
 Granularity = Literal["tensor", "channel", "group", "token", "step", "log"]
 AS_THEY_COME = ("token", "log")  # whose scales are found with the numbers, and have no range
 GRAMMAR = "[u]int<2..8>/<tensor|channel|group<N>|token|step|log>[/sym|/asym|/codebook], for example int8/channel, uint8/tensor, int4/group32"
+SIGNED_CODEBOOKS = {"weight": True, "input": False}  # by port; operands of attention have none
 FLOAT_BITS = 32  # of what has no grid
-MOST_CODEBOOK = 4  # bits: the integers of a codebook stand beside the weights of each channel
+MOST_CODEBOOK = 4  # bits of weights: the integers of a codebook stand beside those of each channel
 PATTERN = re.compile(
     r"(u?)int([0-9]{1,9})/(tensor|channel|token|step|log|group([0-9]{1,9}))(?:/(sym|asym|codebook))?"
 )
@@ -30,7 +31,8 @@ class Grid:
     `token` has one for every row that a linear reads, or image that a convolution reads: found as they come, never stored.
     `log` has powers of two of the greatest number of each row, of numbers that are never negative: found as they come, too.
     A symmetric grid has zero point 0 and drops the lowest signed value, so that -q exists for every q.
-    `int4/channel/codebook` has 16 integers of a byte for each channel, chosen for its weights, and names one by 4 bits.
+    `int4/channel/codebook` has 16 integers of a byte for each channel, chosen for its weights, and names one by 4 bits;
+    `uint4/tensor/codebook` has 16 of the integers of `uint8/tensor`, chosen for an activation.
     """
 
     bits: int
@@ -47,11 +49,12 @@ class Grid:
             raise GridError(f"a group grid names its group size, not {self.group}", expected=GRAMMAR)
         if self.granularity == "log" and (self.signed or self.symmetric):
             raise GridError("powers of two have no sign", expected="uint8/log, for example")
-        plain = self.signed and self.symmetric and self.granularity == "channel"
-        if self.codebook and not (plain and self.bits <= MOST_CODEBOOK):
+        of_weights = self.signed and self.symmetric and self.granularity == "channel"
+        of_inputs = not self.signed and not self.symmetric and self.granularity in ("tensor", "step")
+        if self.codebook and not (of_inputs or (of_weights and self.bits <= MOST_CODEBOOK)):
             raise GridError(
-                "codebooks are for the weights of channels",
-                expected=f"int2/channel/codebook to int{MOST_CODEBOOK}/channel/codebook",
+                "codebooks are for the weights of channels, and for activations with a zero point",
+                expected=f"int2/channel/codebook to int{MOST_CODEBOOK}/channel/codebook, or uint4/tensor/codebook, for example",
             )
 
     @property
@@ -77,9 +80,9 @@ class Grid:
     def at(self, bits: int) -> Grid:
         """The same with another number of bits; signed bytes are symmetric, because less a zero point they would be none.
 
-        Codebooks stay up to 3 bits: the 16 bytes of 4 for each channel cost rows of hundreds of weights what they gain.
+        Those of weights stay up to 3 bits: the 16 bytes of 4 for each channel cost rows of hundreds of weights what they gain.
         """
-        codebook = self.codebook and bits < MOST_CODEBOOK
+        codebook = self.codebook and bits < (MOST_CODEBOOK if self.signed else 8)
         codebook |= self.codebook and bits == self.bits
         symmetric = self.symmetric and codebook == self.codebook
         return replace(self, bits=bits, codebook=codebook, symmetric=symmetric or (self.signed and bits == 8))

@@ -7,8 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepquant.core.affine import dequantize, fake_quantize_ste, quantize, scale_and_zero
-from stepquant.core.codebook import ThroughCodebook, codebook_of, codes_of, nearest
+from stepquant.core.affine import dequantize, fake_quantize, fake_quantize_ste, quantize, scale_and_zero
+from stepquant.core.codebook import (
+    BYTES,
+    ThroughCodebook,
+    best_bytes,
+    codebook_of,
+    codes_of,
+    nearest,
+    tables_of,
+)
 from stepquant.core.codebook import enclosing as enclosing_in
 from stepquant.core.grid import Grid
 from stepquant.core.ranges import Search
@@ -91,5 +99,46 @@ class Chosen(Levels):
         return self.scale * widest.clamp(min=1) / (self.grid.levels - 1)
 
 
+class Moved(Levels):
+    """Bytes of a range, moved to those of a codebook: the numbers that an activation may take."""
+
+    @classmethod
+    def fit(cls, rows: Tensor, grid: Grid, search: Search) -> Levels:
+        return cls.over(rows, *search(rows, grid), grid)
+
+    @classmethod
+    def over(cls, rows: Tensor, low: Tensor, high: Tensor, grid: Grid) -> Levels:
+        """Those of this range, chosen for these rows."""
+        scale, zero_point = (value.reshape(-1, 1) for value in scale_and_zero(low, high, grid))
+        counts = [byte_counts(row) for row in quantize(rows, scale, zero_point, grid)]
+        zeros = zero_point.flatten().int().tolist()
+        codebook = torch.stack([best_bytes(one, grid.levels, zero) for one, zero in zip(counts, zeros)])
+        return cls(grid, scale, zero_point, codebook.to(scale))
+
+    def integers(self, rows: Tensor) -> Tensor:
+        q = super().integers(rows)
+        return tables_of(self.codebook).gather(1, q.long())
+
+    def through(self, rows: Tensor) -> Tensor:
+        tables = tables_of(self.codebook)
+        moved = lambda q: tables.gather(1, q.long())  # noqa: E731
+        return fake_quantize_ste(rows, self.scale, self.zero_point, self.grid, None, moved)
+
+
+def byte_counts(q: Tensor) -> Tensor:
+    """How often each byte occurs."""
+    return torch.bincount(q.flatten().int(), minlength=BYTES)
+
+
 def kind_of(grid: Grid) -> type[Levels]:
-    return Chosen if grid.codebook else Levels
+    if not grid.codebook:
+        return Levels
+    return Chosen if grid.signed else Moved
+
+
+def rounded_over(x: Tensor, low: Tensor, high: Tensor, grid: Grid) -> Tensor:
+    """A tensor on a grid of this one range, in its dtype; a codebook is the best for it."""
+    if not grid.codebook:
+        return fake_quantize(x, *scale_and_zero(low, high, grid), grid)
+    row = x.reshape(1, -1)
+    return Moved.over(row, low, high, grid).values(row).view_as(x)

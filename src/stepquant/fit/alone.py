@@ -18,7 +18,7 @@ from stepquant.core.ranges import lp_search, lp_search_binned
 from stepquant.core.similarity import ssim
 from stepquant.core.slices import Slices
 from stepquant.fit.lines import Lines
-from stepquant.fit.ranges import set_weight_ranges
+from stepquant.fit.ranges import counts_of, set_weight_ranges
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.generate import run
 from stepquant.models.hooks import read_by
@@ -118,6 +118,8 @@ def set_ranges(network: Inserted, data: CalibSet, candidates: int = 100) -> None
     def observe(quantizer: Quantizer, values: Slices) -> None:
         ends = lp_search_binned(values, quantizer.grid, p=NORM)
         quantizer.set_range(*scale_and_zero(*ends, quantizer.grid))
+        if quantizer.grid.codebook:
+            quantizer.set_codebook(counts_of(quantizer, values))
 
     inputs = network.ranged()
     network.switch(weights=False, inputs=False)

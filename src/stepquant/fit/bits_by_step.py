@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calib.calibset import CalibSet
-from stepquant.core.affine import fake_quantize, scale_and_zero
 from stepquant.core.grid import Grid
 from stepquant.core.knapsack import choose
+from stepquant.core.levels import rounded_over
 from stepquant.core.ranges import SlicedSearch
 from stepquant.core.slices import Slices
 from stepquant.core.steps import StepTable
@@ -126,4 +126,4 @@ def readings(
 
 def rounded(x: Tensor, grid: Grid, search: SlicedSearch) -> Tensor:
     """With the range that these values would have."""
-    return fake_quantize(x, *scale_and_zero(*search(Slices.of(x), grid), grid), grid)
+    return rounded_over(x, *search(Slices.of(x), grid), grid)

@@ -14,7 +14,7 @@ from stepquant.core.affine import scale_and_zero
 from stepquant.core.ranges import minmax
 from stepquant.core.slices import Slices
 from stepquant.errors import CalibrationError
-from stepquant.fit.ranges import set_weight_ranges
+from stepquant.fit.ranges import counts_of, set_weight_ranges
 from stepquant.models.denoiser import Denoiser
 from stepquant.progress import Progress, Silent
 from stepquant.quant.freeze import freeze
@@ -39,6 +39,10 @@ class Extremes:
         known = self.ends.get(quantizer, (low, high))
         self.ends[quantizer] = low, high = torch.minimum(known[0], low), torch.maximum(known[1], high)
         quantizer.set_range(*scale_and_zero(low, high, quantizer.grid))
+        if quantizer.grid.codebook:
+            quantizer.set_codebook(
+                counts_of(quantizer, values)
+            )  # of the last call, whose numbers lie as those before
 
 
 def fit_extremes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -162,7 +163,8 @@ class LearnedScale:
             scale, zero_point = (
                 quantizer.clock.spread(values, x, part, total) for values in (scale, zero_point)
             )
-        return fake_quantize_ste(x, scale, zero_point, quantizer.grid, chosen)
+        moved = partial(quantizer.moved, part=part, total=total) if quantizer.grid.codebook else None
+        return fake_quantize_ste(x, scale, zero_point, quantizer.grid, chosen, moved)
 
     def again(self) -> Rewound:
         return Rewound(self.generator)

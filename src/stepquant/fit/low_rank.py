@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from stepquant.core.affine import fake_quantize, scale_and_zero, scales_of_rows, to_groups
+from stepquant.core.affine import fake_quantize, scales_of_rows, to_groups
+from stepquant.core.levels import rounded_over
 from stepquant.core.low_rank import LowRank, balance, divide, nearest
 from stepquant.core.ranges import Search
 from stepquant.errors import CalibrationError, MethodError
@@ -204,5 +205,4 @@ def rounded_inputs(quantizer: Quantizer | None, x: Tensor, settings: Division) -
     if quantizer.dynamic:
         scale = scales_of_rows(x, -1, grid.qmax)
         return fake_quantize(x, scale, torch.zeros_like(scale), grid)
-    scale, zero_point = scale_and_zero(*settings.input_search(x.reshape(1, -1), grid), grid)
-    return fake_quantize(x, scale, zero_point, grid)
+    return rounded_over(x, *settings.input_search(x.reshape(1, -1), grid), grid)

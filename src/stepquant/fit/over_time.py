@@ -13,7 +13,8 @@ from torch import Generator, Tensor, nn
 from torch.nn.utils import skip_init
 
 from stepquant.calib.calibset import CalibSet
-from stepquant.core.affine import fake_quantize_ste, scale_and_zero
+from stepquant.core.affine import fake_quantize_ste, quantize, scale_and_zero
+from stepquant.core.codebook import BYTES
 from stepquant.core.grid import Grid
 from stepquant.core.ranges import lp_error
 from stepquant.core.slices import Slices
@@ -74,6 +75,18 @@ def seen_by_step(
             fix="keep these layers in float with a plan rule",
         )
     return found
+
+
+def set_codebooks(quantizer: Quantizer, seen: Sequence[Seen]) -> None:
+    """For what was seen at every step, where the activation has them; at a step that was not recorded, of all steps."""
+    if not quantizer.grid.codebook:
+        return
+    for row, (scale, zero_point) in enumerate(zip(*quantizer.range())):
+        counts = torch.zeros(BYTES, dtype=torch.float64)
+        for one in [one for one in seen if one.row == row] or seen:
+            q = quantize(one.centres, scale, zero_point, quantizer.grid).cpu()
+            counts.index_add_(0, q.int(), one.mass.double().cpu())
+        quantizer.set_codebook(counts, row)
 
 
 def noting(row: int, found: dict[Quantizer, list[Seen]]) -> Callable[[Quantizer, Slices], None]:

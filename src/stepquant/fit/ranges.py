@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from stepquant.calib.calibset import CalibSet
-from stepquant.core.affine import scale_and_zero, to_groups
+from stepquant.core.affine import quantize, scale_and_zero, to_groups
 from stepquant.core.freed import trim
+from stepquant.core.levels import byte_counts
 from stepquant.core.ranges import Search, SlicedSearch, ema
 from stepquant.core.slices import Slices
 from stepquant.core.steps import StepTable
@@ -97,6 +98,7 @@ def observe_part(
     """Set one range of every quantizer."""
     lows: dict[Quantizer, Tensor] = {}
     highs: dict[Quantizer, Tensor] = {}
+    counts: dict[Quantizer, Tensor] = {}
 
     def observe(quantizer: Quantizer, values: Slices) -> None:
         if not all(end.isfinite() for end in values.ends):
@@ -109,9 +111,19 @@ def observe_part(
         lows[quantizer] = ema(lows.get(quantizer), low, momentum)
         highs[quantizer] = ema(highs.get(quantizer), high, momentum)
         quantizer.set_range(*scale_and_zero(lows[quantizer], highs[quantizer], grid), row)
+        if grid.codebook:
+            counts[quantizer] = ema(counts.get(quantizer), counts_of(quantizer, values), momentum)
+            quantizer.set_codebook(counts[quantizer], row)
 
     what = "activation ranges" if row is None else f"activation ranges {row + 1}"
     observe_all(network, data, quantizers, observe, batch, progress, what)
+
+
+def counts_of(quantizer: Quantizer, values: Slices) -> Tensor:
+    """How often each byte occurs of the range that these samples read."""
+    scale, zero_point = quantizer.present()
+    grid = quantizer.grid
+    return torch.stack([byte_counts(quantize(x, scale, zero_point, grid)) for x in values]).sum(0).double()
 
 
 def observe_all(network, data, quantizers, observe, batch: int, progress: Progress, what: str) -> None:  # type: ignore[no-untyped-def]

@@ -28,7 +28,7 @@ from stepquant.calib.record import Source
 from stepquant.core.ranges import lp_search
 from stepquant.core.steps import StepTable
 from stepquant.errors import MethodError
-from stepquant.fit.over_time import Seen, seen_by_step
+from stepquant.fit.over_time import Seen, seen_by_step, set_codebooks
 from stepquant.fit.ranges import set_weight_ranges
 from stepquant.fit.step_groups import most_uncertain, search_groups, shared_ranges, uncertainty
 from stepquant.methods.method import UnbiasedMethod
@@ -88,6 +88,7 @@ class APQDM(UnbiasedMethod):
                 ranges = shared_ranges(seen[quantizer], quantizer.grid, weights, self.p)
                 for row, (scale, zero_point) in enumerate(zip(*ranges)):
                     quantizer.set_range(scale, zero_point, row)
+                set_codebooks(quantizer, seen[quantizer])
             return self.finish(network, data, source, self.batch)
 
     def searched(

@@ -21,7 +21,7 @@ from stepquant.calib.record import Source
 from stepquant.core.ranges import lp_search
 from stepquant.core.steps import StepTable
 from stepquant.errors import MethodError
-from stepquant.fit.over_time import features, learn_scales, seen_by_step
+from stepquant.fit.over_time import features, learn_scales, seen_by_step, set_codebooks
 from stepquant.fit.ranges import set_weight_ranges
 from stepquant.methods.method import UnbiasedMethod
 from stepquant.models.denoiser import Denoiser
@@ -60,8 +60,10 @@ class TDQ(UnbiasedMethod):
             )
             learn = partial(learn_scales, p=self.p, iterations=self.iterations, rate=self.rate)
             for quantizer in source.progress.track(list(seen), "scales over t", len(seen)):
-                scales, zero_point = learn(seen.pop(quantizer), quantizer.grid, known, generator=generator)
+                calls = seen.pop(quantizer)
+                scales, zero_point = learn(calls, quantizer.grid, known, generator=generator)
                 # Section 4.3: the networks are done with; what they say of every t is stored.
                 for row, scale in enumerate(scales):
                     quantizer.set_range(scale, zero_point, row)
+                set_codebooks(quantizer, calls)
             return self.finish(network, data, source, self.batch)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stepquant.core.grid import FLOAT_BITS, Grid
 from stepquant.errors import PlanError
-from stepquant.quant.plan import Plan
+from stepquant.quant.plan import Plan, Rule
 from stepquant.quant.schemes import bulk, protections
 
 AUTO = "auto-4.5"
@@ -53,9 +53,19 @@ class Budget:
         """What is allocated from: every weight alike, and in float what reads t or the prompt alone.
 
         Weights have zero points, or codebooks where the average is below 4 bits: of 2 bits a symmetric grid has three levels.
+        What layers read has codebooks below 8 bits.
         """
         bits = NEUTRAL if self.bits is None else int(self.bits)
         few = bits < NEUTRAL
         weight = Grid(bits, symmetric=few, granularity="channel", codebook=few).at(bits)
         kept = [rule for rule in protections(8, 8) if rule.ports != ("weight",)]
-        return Plan(self.name, (*kept, *bulk(weight, min(int(self.inputs), max(BITS)))))
+        rules = bulk(weight, min(int(self.inputs), max(BITS)))
+        return Plan(self.name, (*kept, *map(with_codebook, rules)))
+
+
+def with_codebook(rule: Rule) -> Rule:
+    """Activations of few bits lie where their numbers are many, not at equal distances."""
+    grid = rule.grid
+    if grid is None or rule.ports != ("input",) or grid.bits == max(BITS):
+        return rule
+    return replace(rule, grid=replace(grid, codebook=True))

@@ -94,6 +94,8 @@ def packed_tensors(layer: QuantLayer) -> dict[str, Tensor]:
         out["bias"] = layer.bias.detach().float()
     if layer.input_quantizer is not None:
         out |= range_tensors("input", layer.input_quantizer)
+        if layer.input_quantizer.grid.codebook:
+            out["input_codebook"] = layer.input_quantizer.codebook.to(torch.uint8)
         if layer.input_quantizer.bits:
             out["input_bits"] = torch.tensor(layer.input_quantizer.bits, dtype=torch.int32)
     if layer.factors is not None:

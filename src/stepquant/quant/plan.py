@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from stepquant.core.grid import AS_THEY_COME, Grid, GridError
+from stepquant.core.grid import AS_THEY_COME, SIGNED_CODEBOOKS, Grid, GridError
 from stepquant.errors import PlanError, UnknownNameError
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.families.roles import embeddings_in
@@ -229,6 +229,11 @@ def check_carries(denoiser: Denoiser, path: str, port: str, grid: Grid | None) -
         )
         raise PlanError(
             f"'{path}:{port}' cannot carry {grid}", expected=f"zeros that stay zeros, and {wanted}"
+        )
+    if grid.codebook and SIGNED_CODEBOOKS.get(port) is not grid.signed:
+        raise PlanError(
+            f"'{path}:{port}' cannot carry {grid}",
+            expected="codebooks of weights, as int2/channel/codebook, and of what layers read, as uint4/tensor/codebook",
         )
     if grid.group:
         inputs = denoiser.model.get_submodule(path).weight[0].numel()  # type: ignore[index]

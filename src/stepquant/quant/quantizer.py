@@ -10,7 +10,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from stepquant.core.affine import fake_quantize, fake_quantize_log, quantize, scales_of_rows
+from stepquant.core.affine import dequantize, fake_quantize, fake_quantize_log, quantize, scales_of_rows
+from stepquant.core.codebook import BYTES, best_bytes, evenly, tables_of
 from stepquant.core.grid import AS_THEY_COME, Grid
 from stepquant.core.levels import Levels, kind_of
 from stepquant.core.ranges import Search
@@ -107,6 +108,9 @@ class Quantizer(nn.Module):
         self.register_buffer("scale", torch.empty(0))
         self.register_buffer("zero_point", torch.empty(0))
         self.register_buffer("codebook", torch.empty(0))  # the integers that each row may take, in order
+        self.register_buffer(
+            "tables", torch.empty(0), persistent=False
+        )  # what those of an input are moved to
 
     @property
     def dynamic(self) -> bool:
@@ -125,15 +129,42 @@ class Quantizer(nn.Module):
                 got=f"scale {scale.min().item():g} to {scale.max().item():g}",
                 fix="look for NaN or infinite activations in the float model at this layer",
             )
+        former = self.zero_point.clone()
         if row is None:
             self.scale = scale.detach().float().reshape(-1).clone()
             self.zero_point = zero_point.detach().float().reshape(-1).clone()
+        else:
+            assert self.clock is not None, "only per-step ranges have rows to set"
+            if not self.scale.numel():
+                shape = (2, self.clock.table.groups)
+                self.scale, self.zero_point = torch.full(shape, torch.nan, device=scale.device)
+            self.scale[row], self.zero_point[row] = scale.item(), zero_point.item()
+        if self.site.port == "input" and not torch.equal(former, self.zero_point):
+            self.set_codebook(None, row)
+
+    def set_codebook(self, counts: Tensor | None, row: int | None = None) -> None:
+        """The integers that an input may take, where it has a codebook: the best for bytes that occur so often; at equal
+        distances where that is not known."""
+        if not self.grid.codebook:
             return
-        assert self.clock is not None, "only per-step ranges have rows to set"
-        if not self.scale.numel():
-            shape = (2, self.clock.table.groups)
-            self.scale, self.zero_point = torch.full(shape, torch.nan, device=scale.device)
-        self.scale[row], self.zero_point[row] = scale.item(), zero_point.item()
+        shape = (len(self.zero_point), self.grid.levels)
+        if self.codebook.shape != shape:
+            self.codebook = self.scale.new_zeros(shape)
+        for place in range(shape[0]) if row is None else (row,):
+            levels, zero = self.grid_at(row).levels, int(self.zero_point[place])
+            found = evenly(levels, zero) if counts is None else best_bytes(counts, levels, zero)
+            more = found[-1:].expand(shape[1] - levels)  # where other steps have more bits
+            self.codebook[place] = torch.cat([found, more]).to(self.codebook)
+        self.tables = tables_of(self.codebook)
+
+    def moved(self, q: Tensor, part: slice = ALL, total: int | None = None) -> Tensor:
+        """The integers of an input's codebook to which bytes are moved."""
+        if self.clock is None:
+            place = q
+        else:
+            first = torch.arange(len(self.tables), device=q.device) * BYTES
+            place = self.clock.spread(first, q, part, total) + q
+        return self.tables.flatten().index_select(0, place.flatten().int()).view_as(q)
 
     def fit(self, rows: Tensor, search: Search) -> None:
         """The numbers that these rows of a weight may take."""
@@ -194,6 +225,9 @@ class Quantizer(nn.Module):
         scale, zero_point = self.range()
         if self.clock is not None:
             scale, zero_point = (self.clock.spread(values, x, part, total) for values in (scale, zero_point))
+        if self.grid.codebook:
+            q = self.moved(quantize(x, scale, zero_point, self.grid), part, total)
+            return dequantize(q, scale, zero_point).to(x.dtype)
         if self.clock is not None and self.bits:
             grids = [self.grid_at(row) for row in range(len(self.bits))]
             ends = (torch.tensor([one.qmin for one in grids]), torch.tensor([one.qmax for one in grids]))

@@ -231,6 +231,20 @@ def test_weights_of_few_bits_leave_no_integer_idle(name: str, grid: str) -> None
     assert [str(rule.grid) for rule in budget.base().rules if rule.ports == ("weight",)] == [grid]
 
 
+@pytest.mark.parametrize(
+    "name, grid",
+    [
+        ("auto-4.5", "uint8/tensor"),
+        ("auto-4.5a7.9", "uint7/tensor/codebook"),
+        ("auto-4.5a4", "uint4/tensor/codebook"),
+    ],
+)
+def test_activations_of_few_bits_have_codebooks(name: str, grid: str) -> None:
+    budget = Budget.of(name)
+    assert budget
+    assert [str(rule.grid) for rule in budget.base().rules][-1] == grid
+
+
 def test_a_budget_that_nothing_fits_names_the_least(pipeline: DDIMPipeline) -> None:
     with pytest.raises(EvaluationError, match="no choice fits the budget") as raised:
         stepquant.quantize(pipeline, method="minmax", scheme="auto-1000bytes", steps=4, samples=4)

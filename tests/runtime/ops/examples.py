@@ -36,6 +36,10 @@ def examples() -> dict[str, tuple]:
     return {
         "quantize": (x, *CODE, torch.rand(6)),
         "quantize_concat": (x, skip, *CODE),
+        "move_codes": (
+            torch.randint(0, 256, (2, 7, 5), dtype=torch.uint8),
+            torch.arange(256, dtype=torch.uint8).flip(0),
+        ),
         "group_norm": (x, None, None, 4, 1e-5, "silu", rows, None, None, skip),
         "group_norm_quantize": (x, None, None, 4, 1e-5, *CODE, "silu", rows, rows, rows, skip),
         "layer_norm_quantize": (tokens, None, None, 1e-5, *CODE),

@@ -7,6 +7,7 @@ as products of integers, for engines that would sum them in float.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,9 +31,12 @@ from stepquant.runtime.ops.code import Code
 class Rounded(nn.Module):
     """A tensor as its codes say it: quantized, and back. There is a scale for each row of the ranges, of which one is read."""
 
-    def __init__(self, codes: tuple[Code, ...], place: Place) -> None:
+    tables: Tensor | None  # what codes are moved to
+
+    def __init__(self, codes: tuple[Code, ...], place: Place, tables: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.place = place
+        self.register_buffer("tables", torch.stack(list(tables)) if tables else None)
         self.ends = sorted({(code.low, code.high) for code in codes})
         if len(self.ends) > 1:  # bits differ by step
             self.register_buffer("low", torch.tensor([float(code.low) for code in codes]))
@@ -54,7 +58,9 @@ class Rounded(nn.Module):
             if len(self.ends) > 1:
                 ends = [self.place.of(self.get_buffer(name)) for name in ("low", "high")]
             x = x.clamp(*((end - zero_point.float()) * scale for end in ends))
-        return node("QuantizeLinear", [x, scale, zero_point], torch.uint8, x.shape), scale, zero_point
+        codes = node("QuantizeLinear", [x, scale, zero_point], torch.uint8, x.shape)
+        moved = codes if self.tables is None else self.place.of(self.tables)[codes.int()]
+        return moved, scale, zero_point
 
 
 class Place:
@@ -131,7 +137,7 @@ class ExportedLayer(nn.Module):
         sides = [1] * (len(layer.weight_shape) - 2) if windows else []
         self.register_buffer("bias", None if layer.bias is None else layer.bias.reshape(-1, *sides))
         static = spec.input is not None and not layer.dynamic
-        self.rounded = Rounded(layer.input_codes(), place) if static else None
+        self.rounded = Rounded(layer.input_codes(), place, layer.input_tables()) if static else None
         self.factors: Tensor | None
         self.register_buffer("factors", layer.over_channels() if spec.balanced else None)
         self.down: Tensor

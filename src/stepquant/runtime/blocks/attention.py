@@ -30,7 +30,9 @@ class Readers:
     def code(self) -> Code | None:
         """The code that all of them read; None if they read floats."""
         first, *others = self.kernels()
-        agree = first is not None and all(other is not None and other.code == first.code for other in others)
+        agree = first is not None and all(
+            other is not None and other.reads == first.reads for other in others
+        )
         return first.code if agree else None
 
     def __call__(self, rows: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
@@ -53,11 +55,11 @@ class Readers:
 
     def joint_kernel(self, kernels: tuple[Kernel, ...]) -> Kernel:
         """Made again when a layer has made its own kernel again."""
-        code = kernels[0].code
+        reads = kernels[0].reads
         if self.joint is None or any(a.packed is not b.packed for a, b in zip(self.joint[0], kernels)):
             self.joint = (kernels, type(kernels[0]).joined(kernels))
-        if self.joint[1].code != code:
-            self.joint = (kernels, self.joint[1].with_code(code))
+        if self.joint[1].reads != reads:
+            self.joint = (kernels, self.joint[1].with_code(*reads))
         return self.joint[1]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class ConvKernel(PackedKernel):
             shape,
         )
 
-    def __call__(
+    def multiply(  # type: ignore[override]
         self,
         codes: Tensor,
         dtype: torch.dtype,
@@ -147,7 +147,7 @@ class LinearKernel(PackedKernel):
     def adds_branch(self, codes: Tensor) -> bool:
         return self.product is not None and not better_with_tiles(codes, self.product)
 
-    def __call__(
+    def multiply(  # type: ignore[override]
         self,
         codes: Tensor,
         dtype: torch.dtype,
@@ -162,9 +162,9 @@ class LinearKernel(PackedKernel):
         if product is not None and not better_with_tiles(codes, product):
             return product.linear(codes, self.code, dtype, into, gate, row_scale, *(branch or ()))
         if gate is not None:
-            return gated(self(codes, torch.float32, None, None, row_scale), gate, into, dtype)
+            return gated(self.multiply(codes, torch.float32, None, None, row_scale), gate, into, dtype)
         if row_scale is not None:
-            sums = self.without_bias()(codes, torch.float32)
+            sums = self.without_bias().multiply(codes, torch.float32)
             return scaled(sums, row_scale.reshape(-1, 1), self.bias, -1, into, dtype)
         code, weight = self.code, self.packed_for(codes.shape)
         if into is None:

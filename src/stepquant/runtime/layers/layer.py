@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.artifact import LayerSpec
+from stepquant.core.codebook import tables_of
 from stepquant.core.grid import GridError
 from stepquant.core.rotation import rotate
 from stepquant.runtime import ops
-from stepquant.runtime.kernel import Geometry, Kernel
+from stepquant.runtime.kernel import Geometry, Kernel, Moves
 from stepquant.runtime.layers.packed import PackedWeight
 from stepquant.runtime.layers.stored import Balanced, PreparedLayer, Versions, not_needed_soon
 from stepquant.runtime.ops.code import Code
@@ -31,6 +32,7 @@ class IntegerLayer(Balanced[PreparedLayer], PackedWeight[PreparedLayer]):
     input_scale: Tensor
     input_zero_point: Tensor
     input_bits: Tensor  # of each row, where they differ
+    input_codebook: Tensor  # the bytes that codes of each row may take, in order
     outputs_dim: int  # where the output channels are
     rows_from: int  # the first dimension of what shares a scale where inputs are quantized as they come
 
@@ -81,6 +83,11 @@ class IntegerLayer(Balanced[PreparedLayer], PackedWeight[PreparedLayer]):
         return self.dynamic or self.spec.balanced
 
     @property
+    def chosen(self) -> bool:
+        """Whether codes are moved to those of a codebook."""
+        return self.spec.input is not None and self.spec.input.codebook
+
+    @property
     def stepped(self) -> bool:
         """Whether the input has a range for every step."""
         return self.spec.input is not None and self.spec.input.granularity == "step"
@@ -97,7 +104,8 @@ class IntegerLayer(Balanced[PreparedLayer], PackedWeight[PreparedLayer]):
 
     def prepare(self, versions: Versions) -> PreparedLayer:
         reason, codes = self.why_float(), self.input_codes()
-        kernels = () if reason else self.make_kernel(codes[0]).with_codes(codes)
+        moves = [Moves.of(table) for table in self.input_tables()]
+        kernels = () if reason else self.make_kernel(codes[0]).with_codes(codes, moves)
         return PreparedLayer(versions, reason, codes, kernels, {})
 
     def input_codes(self) -> tuple[Code, ...]:
@@ -109,6 +117,10 @@ class IntegerLayer(Balanced[PreparedLayer], PackedWeight[PreparedLayer]):
             return (Code.of_grid(grid, 1.0),)
         bits = self.input_bits.cpu().tolist() if self.spec.input_bits else None
         return Code.of_rows(grid, self.input_scale.cpu().tolist(), self.input_zero_point.cpu().tolist(), bits)
+
+    def input_tables(self) -> tuple[Tensor, ...]:
+        """What codes are moved to, one for each row of the input's ranges, where it has a codebook."""
+        return tuple(tables_of(self.input_codebook.float()).to(torch.uint8)) if self.chosen else ()
 
     def stay_float(self, why: str | None) -> None:
         """Compute in float from now on, with an input that is not quantized; None: in integers again."""
@@ -198,6 +210,8 @@ class IntegerLayer(Balanced[PreparedLayer], PackedWeight[PreparedLayer]):
         if self.spec.input is None or self.float_because:
             return self.multiply(x, self.float_weight(x.dtype), self.bias_like(x)).to(dtype)
         code, (codes, scales) = self.code, self.codes_of(x)
+        if self.chosen:
+            codes = ops.move_codes(codes, self.input_tables()[self.row])
         centred = (codes.to(torch.int16) - code.zero_point).to(x.dtype)
         weight = self.stored_weight(x.dtype) if self.spec.rotation else self.float_weight(x.dtype)
         out = self.multiply(centred, weight, None).float() * (code.scale if scales is None else scales)

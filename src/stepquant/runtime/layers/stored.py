@@ -131,6 +131,9 @@ class Ranged(Stored[P]):
         count = groups if grid.granularity == "step" else 1
         self.register_buffer(f"{port}_scale", torch.ones(count, device=device))
         self.register_buffer(f"{port}_zero_point", torch.zeros(count, dtype=torch.int32, device=device))
+        if grid.codebook:
+            evenly = torch.linspace(0, 255, grid.levels, device=device).round().to(torch.uint8)
+            self.register_buffer(f"{port}_codebook", evenly.repeat(count, 1))
         if own_bits:
             bits = torch.full((count,), grid.bits, dtype=torch.int32, device=device)
             self.register_buffer(f"{port}_bits", bits)

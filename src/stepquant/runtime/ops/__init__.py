@@ -18,6 +18,7 @@ from stepquant.runtime.ops.code import Code
 from stepquant.runtime.ops.elementwise import (
     activate,
     activation_quantize,
+    move_codes,
     quantize,
     quantize_concat,
     quantize_rows,
@@ -63,6 +64,7 @@ __all__ = [
     "layer_norm_quantize",
     "layer_norm_rotary_quantize",
     "linear",
+    "move_codes",
     "multiply_side",
     "pack_side",
     "pack_weight",

@@ -22,6 +22,13 @@ def quantize(x: Tensor, code: Code, factors: Tensor | None = None) -> Tensor:
 
 
 @Operation
+def move_codes(codes: Tensor, table: Tensor) -> Tensor:
+    """What a table of 256 bytes has at the place of each code, in the shape and memory format of the codes."""
+    moved = table.index_select(0, codes.flatten().int()).view(codes.shape)
+    return torch.empty_like(codes).copy_(moved)
+
+
+@Operation
 def quantize_concat(x: Tensor, skip: Tensor, code: Code) -> Tensor:
     """The codes of `x` and `skip` side by side along the channels, without their float concatenation."""
     return channels_last(codes(torch.cat([x, skip], dim=1), code))
