@@ -214,7 +214,7 @@ def test_what_is_known_of_images_one_by_one_is_shown(results: dict[str, Any]) ->
     alone = {"n": 64, "better": "higher", "against": "legal images"}
     found = [
         alone | {"name": "recognised", "against": "class asked for", "value": 97.25, "low": 90.0, "high": 99.0, "unit": "%", "reference": 98.5},
-        alone | {"name": "truth", "value": 31.25, "low": 31.0, "high": 31.5, "unit": "dB", "reference": 33.0, "note": "glasses"},
+        alone | {"name": "truth", "value": 31.25, "low": 31.0, "high": 31.5, "unit": "dB", "reference": 33.0, "change_low": -2.0, "change_high": -1.5, "note": "glasses"},
         alone | {"name": "FD (mine)", "against": "float, same seeds", "value": 3.0, "better": "lower", "extractor": "abc"},
     ]  # fmt: skip
     portion = {"name": "accessory", "area": 3.75, "float": 20.5, "quantized": 41.25, "other": None}
@@ -223,9 +223,12 @@ def test_what_is_known_of_images_one_by_one_is_shown(results: dict[str, Any]) ->
     assert rows["recognised to class asked for"][1:3] == ("98.5 %", "97.2 ± 7.2 %")
     assert rows["truth to legal images"][1:3] == ("33.0 dB", "31.2 ± 0.2 dB")
     assert "FD (mine) to float, same seeds" in rows
+    assert rows["truth to legal images"][4].startswith("changed by -2.0 to -1.5, 64 ")
+    assert rows["recognised to class asked for"][4].startswith("64 ")
     page = render(Report.from_json(changed))
     assert "recognised as the class asked for, float 98.5" in page
     assert "Where images are wrong" in page
+    assert re.search(r"33\.0 dB</td><td class=\"n quiet\">-2\.0 to -1\.5</td>", page)
     assert re.search(r"accessory</td>.*3\.8.*41\.2.*20\.5.*–", page)
     assert "a small classifier, whose Frechet distance is not FID" in page
     assert "Where images are wrong" not in render(Report.from_json(results))

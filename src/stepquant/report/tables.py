@@ -93,7 +93,7 @@ def quality_rows(report: Report) -> list[tuple[str, ...]]:
             amount(x.reference, x),
             with_interval(x),
             amount(x.floor, x),
-            measured_on(x, report),
+            ", ".join([*([f"changed by {change(x)}"] if change(x) else []), measured_on(x, report)]),
         )
         for x in report.quality
         if x.value is not None and plain(x.name) in HEADLINES
