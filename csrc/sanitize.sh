@@ -30,7 +30,8 @@ assert ops.capability() in '$2'.split(), 'expected $2'
 sys.exit(pytest.main(['-q', '--noconftest', '-p', 'no:cacheprovider', *sys.argv[1:]]))
 " tests/runtime/ops/test_ops.py tests/runtime/ops/test_attention.py \
     tests/runtime/ops/test_attention_by_row.py tests/runtime/ops/test_convolve.py \
-    tests/runtime/ops/test_low_rank.py
+    tests/runtime/ops/test_low_rank.py tests/runtime/ops/test_rotary.py \
+    tests/runtime/ops/test_rotate.py tests/runtime/ops/test_stored.py
 }
 has() { grep -qw "$1" /proc/cpuinfo; }  # torch believes ATEN_CPU_CAPABILITY whatever the processor is
 if has avx512bw; then check avx512 "avx512 avx512vnni amx"; fi

@@ -85,6 +85,16 @@ def test_quantize_of_any_length(size: int) -> None:
     assert torch.equal(ops.quantize(x, CODES[0]), reference.quantize(x, CODES[0]))
 
 
+@pytest.mark.parametrize("layout", norm_layouts(torch.float32))
+def test_moved_codes_are_those_of_the_table_where_they_were(layout: str) -> None:
+    codes = (norm_layouts(torch.float32)[layout] * 100).int().to(torch.uint8)
+    table = torch.randint(0, 256, (512,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))[::2]
+    got, want = ops.move_codes(codes, table), ops.move_codes.plain(codes, table)
+    assert torch.equal(got, table[codes.int()])
+    assert torch.equal(got, want)
+    assert got.stride() == want.stride()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [(48, 48), (37, 90), (3, 1)])
 def test_quantize_concat_is_exact(channels: tuple[int, int], dtype: torch.dtype) -> None:

@@ -69,6 +69,8 @@ BAD = [
     ("multiply_side", 1, torch.ones(2, 16, 16, 2), "multiply_side: a side"),
     ("multiply_side", 2, 33, "multiply_side: a side"),
     ("quantize", 5, torch.ones(5), "quantize: factors"),
+    ("move_codes", 0, torch.ones(5), "move_codes: bytes"),
+    ("move_codes", 1, torch.ones(255, dtype=torch.uint8), "move_codes: bytes"),
     ("rotate_quantize_rows", 6, torch.ones(16), "rotate_quantize_rows: factors"),
     ("rotate_quantize_rows", 1, 5, "rotate_quantize_rows: groups"),
     ("linear", 9, torch.ones(7, 20), "linear: gate"),
