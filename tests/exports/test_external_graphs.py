@@ -23,6 +23,7 @@ from stepquant.hub.exports.at_rest import Network, at_rest
 from stepquant.job.export import export
 from stepquant.models.denoiser import Denoiser
 from stepquant.progress import Silent
+from stepquant.quant.plan import Rule
 from stepquant.quant.schemes import scheme
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.lower import prepare
@@ -33,6 +34,9 @@ from tests.exports.conftest import Make
 onnx: Any = pytest.importorskip("onnx", reason="graphs are written with onnx")
 pytest.importorskip("onnxscript", reason="graphs are written with onnxscript")
 onnxruntime: Any = pytest.importorskip("onnxruntime", reason="the outside engine is onnxruntime")
+
+
+TABLES = ("GatherND", "Gather")
 
 
 @pytest.fixture
@@ -58,7 +62,7 @@ def watched(file: Path) -> tuple[bytes, dict[str, tuple[str, str]]]:
         """What a tensor was made of, if by operations of these kinds."""
         for kind in kinds:
             if name in made and made[name].op_type == kind:
-                name = made[name].input[0]
+                name = made[name].input[1 if kind in TABLES else 0]  # where a table is looked up, the place
         return name
 
     def reader(name: str, *kinds: str) -> Any:
@@ -91,7 +95,7 @@ def watched(file: Path) -> tuple[bytes, dict[str, tuple[str, str]]]:
                 )
                 codes = before(product.input[0], "DequantizeLinear")
                 out = product.output[0] if product.op_type == "Conv" else biased(product.output[0], path)
-            found[path] = (before(codes, "QuantizeLinear", "Clip"), out)
+            found[path] = (before(codes, *TABLES, "Unsqueeze", "Cast", "QuantizeLinear", "Clip"), out)
     names = sorted(
         {name for both in found.values() for name in both} - {one.name for one in model.graph.input}
     )
@@ -177,6 +181,25 @@ def test_external_engines_compute_every_layer_of_a_unet(source: Source, tmp_path
     want = session.run(None, fed)[0]
     assert apart(want, ours_in_float32(folder)(given)) < 0.03
     assert apart(session.run(None, {name: value[:1] for name, value in fed.items()})[0], want[:1]) < 0.03
+
+
+@pytest.mark.parametrize("grid", ["uint4/tensor", "uint4/tensor/codebook"])
+def test_external_runtime_reads_inputs_of_few_bits_that_layers_share(
+    grid: str, source: Source, tmp_path: Path
+) -> None:
+    """Layers that read the same numbers clip, or move, them each in its own way."""
+    rules = [Rule(Grid.parse(grid), "few bits", ("q", "k", "v", "conv"), ("input",))]
+    denoiser = Denoiser.of(source.pipeline)
+    plan = scheme("w8a8").with_rules(rules, "few")
+    artifact = methods.build("minmax", {"samples": 8, "batch": 8})(denoiser, plan, source)
+    scales = [name for name in artifact.tensors if name.endswith(".input_scale")]
+    other = {name: artifact.tensors[name] * (1 + 0.01 * place) for place, name in enumerate(scales)}
+    hub.attach(denoiser.model, replace(artifact, tensors={**artifact.tensors, **other}))
+    source.pipeline.save_pretrained(tmp_path / "pipeline")
+    network = at_rest(tmp_path / "pipeline" / "unet")
+    given = {"sample": torch.randn(2, 3, 8, 8), "timestep": torch.tensor(500)}
+    file = written(network, given, tmp_path / "a.onnx")
+    assert check_layers(network, graphs.prepared(network, given), file) == len(network.config.layers)
 
 
 def test_external_openvino_multiplies_convolutions_in_integers(source: Source, tmp_path: Path) -> None:

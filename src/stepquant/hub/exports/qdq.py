@@ -57,9 +57,11 @@ class Rounded(nn.Module):
             ends: Any = self.ends[0]
             if len(self.ends) > 1:
                 ends = [self.place.of(self.get_buffer(name)) for name in ("low", "high")]
-            x = x.clamp(*((end - zero_point.float()) * scale for end in ends))
+            ends = [(end - zero_point.float()) * scale for end in ends]
+            # What becomes of `clamp` lacks a tensor where layers clip the same numbers differently (onnxscript 0.7.2).
+            x = node("Clip", [x, *ends], torch.float32, x.shape)
         codes = node("QuantizeLinear", [x, scale, zero_point], torch.uint8, x.shape)
-        moved = codes if self.tables is None else self.place.of(self.tables)[codes.int()]
+        moved = codes if self.tables is None else self.place.of(self.tables)[codes.long()]
         return moved, scale, zero_point
 
 
