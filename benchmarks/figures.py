@@ -23,7 +23,18 @@ KEPT: Mapping[str, tuple[str, ...]] = {
     "size": ("bytes", "float_bytes"),
     "making": ("seconds", "peak_bytes"),
 }
-NUMBER = ("name", "against", "value", "reference", "floor", "extractor")
+NUMBER = (
+    "name",
+    "against",
+    "value",
+    "low",
+    "high",
+    "reference",
+    "change_low",
+    "change_high",
+    "floor",
+    "extractor",
+)
 SHOWN = ("recognised", "truth", "broken", "FD", "PSNR")  # how names of numbers begin that have a column
 Figures = dict[str, dict[str, Any]]  # by key of the cell
 
@@ -39,7 +50,7 @@ def compact(result: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a cell's results that the tables read."""
     kept = {place: {name: result[place][name] for name in names} for place, names in KEPT.items()}
     shown = [number for number in result["quality"] if number["name"].startswith(SHOWN)]
-    numbers = [{name: number[name] for name in NUMBER} for number in shown]
+    numbers = [{name: number.get(name) for name in NUMBER} for number in shown]
     steps = [{"relative": step["relative"]} for step in result["steps"]]
     return {"label": result["label"], **kept, "quality": numbers, "steps": steps}
 
