@@ -41,6 +41,7 @@ from stepquant.models.denoiser import Denoiser
 
 MODEL = "stepquant:characters"
 SCHEMES, MAIN = ("w8a8", "w6a6", "w4a8", "w4a4"), "w4a8"
+FOUR_BITS = ("w4a8", "w4a4")
 # What the tables are made of: title and rows. The rows of an ablation are all at MAIN.
 EDA_DM = [
     Variant("eda_dm", {"times": times, "layers": layers})
@@ -100,7 +101,7 @@ def read_options(typed: Sequence[str] | None = None) -> argparse.Namespace:
     add("--parts", default=",".join(PARTS), help="of " + ",".join(PARTS))
     add("--methods", default="", help="those of the main table; all by default")
     add("--schemes", default=",".join(SCHEMES))
-    add("--seeds", type=int, default=3, help=f"at {MAIN}; one elsewhere")
+    add("--seeds", type=int, default=3, help="at 4 bits; one elsewhere")
     add("--images", type=int, default=2048)
     add("--steps", type=int, default=50, help="denoising steps of the images")
     add("--calibration-steps", type=int, help="as --steps by default, which step corrections need")
@@ -160,7 +161,7 @@ def cells(options: argparse.Namespace, rows: Sequence[Variant], scheme: str) -> 
         options.model,
         with_chosen,
         [scheme],
-        range(options.seeds if scheme == MAIN else 1),
+        range(options.seeds if scheme in FOUR_BITS else 1),
         evaluation,
         steps=options.calibration_steps or options.steps,
     )

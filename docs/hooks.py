@@ -11,7 +11,8 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 BESIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md", "csrc/README.md",
-          "benchmarks/log.md", "benchmarks/methods.md", "benchmarks/methods-characters-text.md")  # fmt: skip
+          "benchmarks/log.md", "benchmarks/methods.md", "benchmarks/methods-characters-text.md",
+          "benchmarks/methods-characters-dit.md")  # fmt: skip
 LINK = re.compile(r"(?<=\]\()([^)#:\s]+)(?=[#)])")
 
 
