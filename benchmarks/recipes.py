@@ -41,12 +41,10 @@ class Goal:
 
     bits: str
     size: float
-    distance: (
-        float | None
-    )  # to data, percent above the float model's; None: no more than other seeds of it are
-    accuracy: (
-        float | None
-    )  # percentage points below the float model's; None: no more than was to be told from 0
+    # To data, percent above the float model's; None: no more than other seeds of it are.
+    distance: float | None
+    # Percentage points below the float model's; None: no more than was to be told from 0.
+    accuracy: float | None
     decibels: float = 0.0
     broken: float = 100.0  # percent of the images, where the model has no classes
 
@@ -196,10 +194,7 @@ HEAD = (
 
 def row_of(model: str, entry: Entry, made: Sequence[Mapping[str, Any]]) -> str:
     """A recipe's row, from the figures of its seeds."""
-    goal, size = (
-        GOALS[entry.bits],
-        mean_of([row["size"]["bytes"] / row["size"]["float_bytes"] for row in made]),
-    )
+    size = statistics.fmean(row["size"]["bytes"] / row["size"]["float_bytes"] for row in made)
     decibels, farther = value_of(made, "PSNR", data=False), farther_of(made)
     recognised, broken = value_of(made, "recognised"), value_of(made, "broken")
     cells = [
@@ -215,7 +210,7 @@ def row_of(model: str, entry: Entry, made: Sequence[Mapping[str, Any]]) -> str:
         beside(made, "truth", 1),
         shown(broken, 1),
         f"{statistics.fmean(row['making']['seconds'] for row in made) / 60:.1f}",
-        "; ".join(verdicts(goal, size, made)) or "met",
+        "; ".join(verdicts(GOALS[entry.bits], size, made)) or "met",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -285,11 +280,7 @@ def noise_of(made: Sequence[Mapping[str, Any]]) -> float:
 def together(found: Sequence[Sequence[float]]) -> Value:
     """The mean of values of independent seeds, each with the ends of its interval."""
     halves = [(high - low) / 2 for _, low, high in found]
-    return Value(mean_of([value for value, _, _ in found]), math.hypot(*halves) / len(halves))
-
-
-def mean_of(values: Sequence[float]) -> float:
-    return statistics.fmean(values)
+    return Value(statistics.fmean(value for value, _, _ in found), math.hypot(*halves) / len(halves))
 
 
 def shown(value: Value | None, places: int, sign: str = "") -> str:
@@ -300,7 +291,7 @@ def beside(made: Sequence[Mapping[str, Any]], name: str, places: int) -> str:
     """The float model's number and this one's, means over seeds."""
     found = numbers(made, name)
     return ", ".join(
-        f"{mean_of([one[side] for one in found]):,.{places}f}" for side in ("reference", "value")
+        f"{statistics.fmean(one[side] for one in found):,.{places}f}" for side in ("reference", "value")
     )
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 
-import stepquant
 from stepquant import methods
 from stepquant.artifact import Artifact, LayerSpec
 from stepquant.calib.pick import every
@@ -28,6 +27,7 @@ from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.lower import integer_layer, lower
 from tests.conftest import make_one_level
 from tests.contracts.smallest import smallest
+from tests.methods.reloaded import reloaded
 
 pytestmark = pytest.mark.usefixtures("coarse")
 METHODS = {
@@ -96,13 +96,7 @@ def test_learning_moves_weights_to_other_integers_of_their_codebook(small: Sourc
 def test_a_folder_holds_the_codes_and_their_integers_and_loads_to_the_same_bytes(
     small: Source, tmp_path: Path
 ) -> None:
-    stepquant.quantize(small.pipeline, method="minmax", plan=plan(3), samples=4, steps=4)
-    small.pipeline.save_pretrained(tmp_path / "saved")
-    loaded = DDIMPipeline.from_pretrained(tmp_path / "saved")
-    x, t = torch.randn(2, 3, 8, 8), torch.tensor(500)
-    with torch.no_grad():
-        want, got = (one.unet(x, t).sample for one in (small.pipeline, loaded))
-    assert torch.equal(want, got)
+    loaded = reloaded(small.pipeline, plan(3), tmp_path / "saved")
     again = {name for name, value in loaded.unet.state_dict().items() if value.dtype == torch.int8}
     assert again
     assert all(name.endswith("weight_codebook") for name in again)

@@ -12,7 +12,6 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from torch import Tensor
 
-import stepquant
 from stepquant import methods
 from stepquant.artifact import Artifact, LayerSpec
 from stepquant.calib.pick import every
@@ -33,6 +32,7 @@ from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.lower import integer_layer, lower
 from tests.conftest import make_one_level
 from tests.contracts.smallest import smallest
+from tests.methods.reloaded import reloaded
 
 pytestmark = pytest.mark.usefixtures("coarse")
 METHODS: dict[str, dict[str, Any]] = {
@@ -117,17 +117,8 @@ def test_learning_keeps_the_codebook_and_moves_the_scale(small: Source) -> None:
     assert any(not torch.equal(learnt.tensors[name], base.tensors[name]) for name in scales)
 
 
-def test_the_integers_of_a_method_are_those_of_the_network_that_it_fitted(
-    small: Source, tmp_path: Path
-) -> None:
-    """Saved and loaded, too, to the same bytes."""
-    stepquant.quantize(small.pipeline, method="minmax", plan=plan(3), samples=4, steps=4)
-    small.pipeline.save_pretrained(tmp_path / "saved")
-    loaded = DDIMPipeline.from_pretrained(tmp_path / "saved")
-    x, t = torch.randn(2, 3, 8, 8), torch.tensor(500)
-    with torch.no_grad():
-        want, got = (one.unet(x, t).sample for one in (small.pipeline, loaded))
-    assert torch.equal(want, got)
+def test_a_folder_holds_the_bytes_of_each_input_and_loads_to_the_same(small: Source, tmp_path: Path) -> None:
+    loaded = reloaded(small.pipeline, plan(3), tmp_path / "saved")
     assert any(name.endswith("input_codebook") for name in loaded.unet.state_dict())
 
 

@@ -39,10 +39,8 @@ class Extremes:
         known = self.ends.get(quantizer, (low, high))
         self.ends[quantizer] = low, high = torch.minimum(known[0], low), torch.maximum(known[1], high)
         quantizer.set_range(*scale_and_zero(low, high, quantizer.grid))
-        if quantizer.grid.codebook:
-            quantizer.set_codebook(
-                counts_of(quantizer, values)
-            )  # of the last call, whose numbers lie as those before
+        if quantizer.grid.codebook:  # for the last call, whose numbers lie as those before
+            quantizer.set_codebook(counts_of(quantizer, values))
 
 
 def fit_extremes(

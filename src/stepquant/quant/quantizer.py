@@ -108,9 +108,8 @@ class Quantizer(nn.Module):
         self.register_buffer("scale", torch.empty(0))
         self.register_buffer("zero_point", torch.empty(0))
         self.register_buffer("codebook", torch.empty(0))  # the integers that each row may take, in order
-        self.register_buffer(
-            "tables", torch.empty(0), persistent=False
-        )  # what those of an input are moved to
+        # What every byte of an input is moved to.
+        self.register_buffer("tables", torch.empty(0), persistent=False)
 
     @property
     def dynamic(self) -> bool:
@@ -151,7 +150,7 @@ class Quantizer(nn.Module):
         if self.codebook.shape != shape:
             self.codebook = self.scale.new_zeros(shape)
         for place in range(shape[0]) if row is None else (row,):
-            levels, zero = self.grid_at(row).levels, int(self.zero_point[place])
+            levels, zero = self.grid_at(place).levels, int(self.zero_point[place])
             found = evenly(levels, zero) if counts is None else best_bytes(counts, levels, zero)
             more = found[-1:].expand(shape[1] - levels)  # where other steps have more bits
             self.codebook[place] = torch.cat([found, more]).to(self.codebook)

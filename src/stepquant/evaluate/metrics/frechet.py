@@ -92,7 +92,7 @@ def frechet_interval(
     """
     if paired and len(a) != len(b):
         raise EvaluationError("paired statistics need the same blocks", got=len(b), expected=len(a))
-    if merge(a).count - max(block.count for block in a) < 2:  # without one block hardly anything is left
+    if not has_others(a):
         return None, None
     value = frechet(merge(a), merge(b))
     if most_blocks(len(a[0].total)) < MOST_BLOCKS:
@@ -127,12 +127,17 @@ def change_interval(a: Sequence[Statistics], own: Sequence[Statistics], target: 
 
     Each block is left out of both at once (jackknife), so that what both owe to the seeds cancels.
     """
-    if len(a) < 2 or merge(a).count - max(block.count for block in a) < 2:
+    if not has_others(a):
         return None, None
     change = frechet(merge(a), target) - frechet(merge(own), target)
     left = [frechet(without(a, i), target) - frechet(without(own, i), target) for i in range(len(a))]
     half = half_width(left)
     return change - half, change + half
+
+
+def has_others(blocks: Sequence[Statistics]) -> bool:
+    """Whether, without any one block, enough is left for a covariance."""
+    return merge(blocks).count - max(block.count for block in blocks) >= 2
 
 
 def without(blocks: Sequence[Statistics], i: int) -> Statistics:

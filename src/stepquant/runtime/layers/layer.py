@@ -104,9 +104,9 @@ class IntegerLayer(Balanced[PreparedLayer], PackedWeight[PreparedLayer]):
 
     def prepare(self, versions: Versions) -> PreparedLayer:
         reason, codes = self.why_float(), self.input_codes()
-        moves = [Moves.of(table) for table in self.input_tables()]
+        moves = tuple(map(Moves.of, self.input_tables()))
         kernels = () if reason else self.make_kernel(codes[0]).with_codes(codes, moves)
-        return PreparedLayer(versions, reason, codes, kernels, {})
+        return PreparedLayer(versions, reason, codes, kernels, moves, {})
 
     def input_codes(self) -> tuple[Code, ...]:
         """One for each row of the input's ranges. The only reader of these."""
@@ -211,7 +211,7 @@ class IntegerLayer(Balanced[PreparedLayer], PackedWeight[PreparedLayer]):
             return self.multiply(x, self.float_weight(x.dtype), self.bias_like(x)).to(dtype)
         code, (codes, scales) = self.code, self.codes_of(x)
         if self.chosen:
-            codes = ops.move_codes(codes, self.input_tables()[self.row])
+            codes = ops.move_codes(codes, self.prepared().moves[self.row].table)
         centred = (codes.to(torch.int16) - code.zero_point).to(x.dtype)
         weight = self.stored_weight(x.dtype) if self.spec.rotation else self.float_weight(x.dtype)
         out = self.multiply(centred, weight, None).float() * (code.scale if scales is None else scales)

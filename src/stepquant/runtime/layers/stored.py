@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.artifact import LayerSpec
+from stepquant.core.codebook import evenly
 from stepquant.core.grid import Grid, GridError
-from stepquant.runtime.kernel import Kernel
+from stepquant.runtime.kernel import Kernel, Moves
 from stepquant.runtime.layers.offloaded import OFFLOADED
 from stepquant.runtime.ops.code import Code
 
@@ -65,6 +66,7 @@ class PreparedLayer(Prepared):
     reason: str | None  # why it does not multiply integers
     codes: tuple[Code, ...]
     kernels: tuple[Kernel, ...]
+    moves: tuple[Moves, ...]  # one for each code, where the input has codebooks
     weights: dict[torch.dtype, Tensor]  # dequantized, by the dtype of the first input that needed it
     stored_rows: int = 0  # as many rows of floats at most meet the weight as it is stored
 
@@ -132,8 +134,8 @@ class Ranged(Stored[P]):
         self.register_buffer(f"{port}_scale", torch.ones(count, device=device))
         self.register_buffer(f"{port}_zero_point", torch.zeros(count, dtype=torch.int32, device=device))
         if grid.codebook:
-            evenly = torch.linspace(0, 255, grid.levels, device=device).round().to(torch.uint8)
-            self.register_buffer(f"{port}_codebook", evenly.repeat(count, 1))
+            codebook = evenly(grid.levels, 0).to(device, torch.uint8)
+            self.register_buffer(f"{port}_codebook", codebook.repeat(count, 1))
         if own_bits:
             bits = torch.full((count,), grid.bits, dtype=torch.int32, device=device)
             self.register_buffer(f"{port}_bits", bits)
