@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Generator, nn
+from diffusers import StableDiffusionPipeline
+from torch import Generator, Tensor, nn
 
+from stepquant.calib.calibset import CalibSet
+from stepquant.calib.guided import alone, states_of
 from stepquant.calib.pick import every
 from stepquant.calib.record import Source
 from stepquant.core.affine import fake_quantize, quantize, scale_and_zero, to_groups
 from stepquant.core.grid import Grid
 from stepquant.core.losses import BlockLoss
 from stepquant.core.ranges import lp_search, lp_search_binned, minmax
+from stepquant.core.steps import StepTable
 from stepquant.errors import CalibrationError
 from stepquant.fit.distil import distil, network_of
 from stepquant.fit.journal import Journal
@@ -26,6 +30,7 @@ from stepquant.fit.learner import Learner, Schedule
 from stepquant.fit.ranges import set_input_ranges, set_weight_ranges
 from stepquant.fit.streams import Streams
 from stepquant.models.denoiser import Denoiser
+from stepquant.models.sampling import Sampling
 from stepquant.progress import Silent
 from stepquant.quant.insert import Inserted, insert
 from stepquant.quant.layers import QuantLayer
@@ -182,7 +187,7 @@ def test_chosen_roles_alone_are_learnt_and_watched(small: Source, tmp_path: Path
         Streams(network, data, tmp_path, batch=4) as streams,
     ):
         set_weight_ranges(network, minmax)
-        learner = Learner(network, network_of(streams), schedule, Generator())
+        learner = Learner(network, network_of(streams, alone(len(data))), schedule, Generator())
         timed = {path for path, layer in network.layers.items() if layer.role in TIMES}
         assert set(learner.weights) == timed != set()
         assert [one.role in TIMES for one in learner.watched] == [True] * len(timed)
@@ -195,8 +200,53 @@ def test_a_network_that_reads_a_list_of_states_is_one_piece(tmp_path: Path) -> N
         insert(Denoiser.of(source.pipeline), scheme("w8a16")) as network,
         Streams(network, data, tmp_path, batch=2) as streams,
     ):
-        piece = network_of(streams)
+        piece = network_of(streams, alone(len(data)))
         with torch.no_grad():
             wanted = network.denoiser.predict(data.take([3, 1]).arguments)
             (found,) = piece.outputs([torch.tensor([3, 1])])
     torch.testing.assert_close(found, wanted)
+
+
+GUIDANCE = 7.5
+
+
+def guided(network: Inserted, data: CalibSet, places: list[tuple[int, int]]) -> Tensor:
+    """What the sampler reads at these steps of trajectories, as the pipelines of diffusers write it."""
+    batch = data.take(range(len(data)))
+    network.at(torch.arange(len(data)))
+    with torch.no_grad():
+        predicted = network.denoiser.predict(batch.arguments)
+    rows = {
+        (int(t), int(s), int(b)): row
+        for t, s, b, row in zip(batch.trajectory, batch.step, batch.branch, predicted)
+    }
+    return torch.stack([rows[*one, 0] + GUIDANCE * (rows[*one, 1] - rows[*one, 0]) for one in places])
+
+
+def test_of_a_guided_network_what_the_sampler_reads_is_learnt(
+    text_pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    source = Source(text_pipeline, Sampling(10, None, ("a cat", "a dog")), cache=tmp_path)
+    data = source.record(every(4, (0, 4, 9)))
+    states, errors = states_of(data, source), []
+    where = data.take([state.records[0] for state in states])
+    places = list(zip(where.trajectory.tolist(), where.step.tolist()))
+    for learnt in ((), states):
+        with (
+            insert(
+                Denoiser.of(text_pipeline), scheme("w4a8"), steps=StepTable.of(source.times(), 3)
+            ) as network,
+            Streams(network, data, tmp_path, batch=4) as streams,
+        ):
+            network.switch(weights=False, inputs=False)
+            target = guided(network, data, places)
+            with torch.no_grad():
+                read, _ = network_of(streams, states).outputs([torch.arange(len(states))])
+            torch.testing.assert_close(read, target, rtol=1e-3, atol=1e-4)
+            set_weight_ranges(network, partial(lp_search, candidates=8))
+            set_input_ranges(network, data, partial(lp_search_binned, candidates=8))
+            journal = Journal(tmp_path / f"{len(learnt)}", network, data, {})
+            schedule = replace(QUICK, iterations=60, batch=8, weight_rate=0.05, scale_rate=5e-3, bf16=True)
+            distil(streams, schedule, journal, stage="s", seed=0, progress=Silent(), states=learnt)
+            errors.append(float((guided(network, data, places) - target).square().mean()))
+    assert errors[1] < 0.9 * errors[0], errors

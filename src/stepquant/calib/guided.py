@@ -24,23 +24,27 @@ class State:
     factors: tuple[float, ...]
 
 
+def alone(records: int) -> list[State]:
+    """Every record is a state."""
+    return [State((record,), (1.0,)) for record in range(records)]
+
+
 def states_of(data: CalibSet, source: Source) -> list[State]:
     """Guidance reads u + s (c - u) of the branches without and with the condition: 1 - s and s of them.
 
     Where there are others, or nobody knows s, every record is a state.
     """
     found: dict[tuple[int, int], dict[int, int]] = {}
-    alone = [State((record,), (1.0,)) for record in range(len(data))]
     for record, (trajectory, step, branch) in enumerate(data.places()):
         branches = found.setdefault((trajectory, step), {})
         if branch in branches:
-            return alone
+            return alone(len(data))
         branches[branch] = record
     states = []
     for (trajectory, _), branches in found.items():
         scale = guidance_at(source, trajectory)
         if sorted(branches) != BRANCHES or scale is None:
-            return alone
+            return alone(len(data))
         states.append(State((branches[0], branches[1]), (1 - scale, scale)))
     return states
 

@@ -5,29 +5,40 @@ No data is needed but states of the float model's own trajectories.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from stepquant.calib.calibset import CalibSet
+from stepquant.calib.guided import State, alone, read_by_sampler
 from stepquant.fit.blocks import describe, hold_out, layer_targets, without_gradients
 from stepquant.fit.journal import Journal
 from stepquant.fit.learner import Sample, Schedule
 from stepquant.fit.reconstruct import Report, reconstruct
 from stepquant.fit.shape import PROBES, shape_of
 from stepquant.fit.streams import Allocation, Piece, Streams, Table
-from stepquant.models.denoiser import Denoiser
 from stepquant.progress import Progress
+from stepquant.quant.insert import Inserted
 
 
 class Predicting(nn.Module):
-    """A denoiser as a module of the numbers of its records."""
+    """A denoiser as a module of the numbers of its states: what it predicts, and before it what the sampler reads of that."""
 
-    def __init__(self, denoiser: Denoiser, data: CalibSet) -> None:
+    def __init__(self, network: Inserted, data: CalibSet, states: Sequence[State]) -> None:
         super().__init__()
-        self.model, self.denoiser, self.data = denoiser.model, denoiser, data
+        self.model, self.network, self.data, self.states = network.denoiser.model, network, data, states
 
-    def forward(self, records: Tensor) -> Tensor:
-        return self.denoiser.predict(self.data.take(records.tolist()).arguments)
+    def forward(self, numbers: Tensor) -> list[Tensor]:
+        states = [self.states[number] for number in numbers.tolist()]
+        records = [record for state in states for record in state.records]
+        self.network.at(torch.tensor(records))
+        predicted = self.network.denoiser.predict(self.data.take(records).arguments)
+        if len(records) == len(states):
+            return [predicted]
+        # What each prediction is counts as well: it bounds what another guidance makes of them.
+        return [read_by_sampler(predicted.float(), states).flatten(0, 1), predicted]
 
 
 def distil(
@@ -39,20 +50,26 @@ def distil(
     seed: int,
     progress: Progress,
     held: float = 1 / 16,
+    states: Sequence[State] = (),
 ) -> Report:
-    """Learn weights and scales of all blocks together, to predict what the float model predicts."""
-    network, piece = streams.network, network_of(streams)
+    """Learn weights and scales of all blocks together, to predict what the float model predicts.
+
+    With `states`, to err least in what the sampler reads of it.
+    """
+    states = states or alone(streams.records)
+    network, piece = streams.network, network_of(streams, states)
+    schedule = replace(schedule, batch=max(schedule.batch * len(states) // streams.records, 1))
     report = journal.read(stage, piece.path)
     if report is not None:
         return report
     file = journal.file(stage, "checkpoint")
     with without_gradients(network):
-        given = Table(piece.arguments, (torch.arange(streams.records),), network.denoiser.device)
+        given = Table(piece.arguments, (torch.arange(len(states)),), network.denoiser.device)
         network.switch(weights=False, inputs=False)
         targets = returned(streams, piece, given)
         layers = layer_targets(streams, piece, given, schedule.watch) if schedule.loss.layers else None
         network.switch(weights=True, inputs=True)
-        sample = Sample(given, given, targets, *hold_out(streams.records, held), layers=layers)
+        sample = Sample(given, given, targets, *hold_out(len(states), held), layers=layers)
         report = reconstruct(network, piece, sample, schedule, seed, progress, file)
         journal.write(stage, report)
         file.unlink(missing_ok=True)
@@ -62,18 +79,18 @@ def distil(
     return report
 
 
-def network_of(streams: Streams) -> Piece:
+def network_of(streams: Streams, states: Sequence[State]) -> Piece:
     """All of the network as one piece."""
-    predicting = Predicting(streams.network.denoiser, streams.data)
-    few, many = ({"records": torch.arange(size)} for size in PROBES)
+    predicting = Predicting(streams.network, streams.data, states)
+    few, many = ({"numbers": torch.arange(size)} for size in PROBES)
     with torch.no_grad():
         some, more = (predicting(**given) for given in (few, many))
     return Piece("", predicting, shape_of(few, many), shape_of(some, more))
 
 
 def returned(streams: Streams, piece: Piece, given: Table) -> Table:
-    table = Allocation(streams, piece.results)
+    table = Allocation(streams, piece.results, len(given))
     with torch.no_grad():
-        for rows in streams.slices():
+        for rows in streams.slices(len(given)):
             table.put(rows, piece.outputs(given.take(rows)))
     return table.table()

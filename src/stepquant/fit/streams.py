@@ -39,6 +39,9 @@ class Table:
     memory: int = 0  # bytes of the budget that the columns take
     mapped: bool = False  # some of them are on disk
 
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
     def take(self, rows: Tensor | slice) -> list[Tensor]:
         return [column[rows].to(self.device) for column in self.columns]
 
@@ -101,9 +104,11 @@ class Streams:
     ) -> None:
         self.done = {False: {}, True: {}}
 
-    def slices(self) -> Iterator[slice]:
-        for start in range(0, self.records, self.batch):
-            yield slice(start, min(start + self.batch, self.records))
+    def slices(self, rows: int | None = None) -> Iterator[slice]:
+        """All records in batches; or so many rows of a table that has other ones."""
+        total = self.records if rows is None else rows
+        for start in range(0, total, self.batch):
+            yield slice(start, min(start + self.batch, total))
 
     def inputs(self, piece: Piece, *, quantized: bool) -> Table:
         """The arguments that reach `piece` behind finished pieces."""
@@ -164,13 +169,14 @@ class Streams:
 class Allocation:
     """A table that is filled batch by batch."""
 
-    def __init__(self, streams: Streams, shape: Shape) -> None:
+    def __init__(self, streams: Streams, shape: Shape, rows: int | None = None) -> None:
         self.streams, self.shape, self.before = streams, shape, streams.left
+        self.rows = streams.records if rows is None else rows
         self.columns: tuple[Tensor, ...] = ()
 
     def put(self, rows: slice, tensors: Sequence[Tensor]) -> None:
         if not self.columns:
-            sizes = [(self.streams.records, *tensor.shape[1:]) for tensor in tensors]
+            sizes = [(self.rows, *tensor.shape[1:]) for tensor in tensors]
             self.columns = tuple(self.streams.allocate(size, t.dtype) for size, t in zip(sizes, tensors))
         for column, tensor in zip(self.columns, tensors, strict=True):
             column[rows] = tensor.detach()

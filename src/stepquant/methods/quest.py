@@ -7,18 +7,21 @@ Differs from paper and code:
 - rates are in units of the scales, so that one fits all layers, and published ones are turned into these for scales of 0.01 of
   weights and 0.1 of activations; biases stay, and zero points.
 - records that are held out judge each of both parts: it is given up where it helps nothing.
+- `guided` learns by what the sampler reads as well; the paper learns by every prediction.
 - `tuned=all` goes beyond the paper: convolutions, most weights of a U-Net, are tuned too, and `weight_scale_rate` tunes scales.
 - grids come from the plan: most schemes keep inputs of what depends on t in float, so that it has weights alone to learn.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from stepquant.artifact import Artifact
+from stepquant.calib.guided import states_of
 from stepquant.calib.pick import spread, uniform
 from stepquant.calib.record import Source
 from stepquant.core.losses import BlockLoss
@@ -65,6 +68,9 @@ class QuEST(BlockMethod):
         "selected",
         description="which weights are tuned: attentions and feed-forwards; or those of all layers",
     )
+    guided: bool = Field(
+        False, description="learn by what guidance makes of two predictions, which the sampler reads, too"
+    )
     weight_rate: float = Field(0.01, gt=0, le=1, description="Adam's rate for weights, in their scales")
     weight_scale_rate: float = Field(0.0, ge=0, description="of the scales of weights, relative to each")
     step_rate: float = Field(
@@ -83,6 +89,14 @@ class QuEST(BlockMethod):
             Streams(network, data, source.cache, budget=source.memory) as streams,
         ):
             journal = self.journal(streams, data, source)
+            distilling = partial(
+                distil,
+                streams,
+                journal=journal,
+                seed=source.seed,
+                progress=source.progress,
+                states=states_of(data, source) if self.guided else (),
+            )
             self.set_weight_ranges(network, source)
             self.reconstructing(streams, data, source)(self.schedule(), stage="weights", activations=False)
             self.set_input_ranges(network, data, source)
@@ -95,7 +109,7 @@ class QuEST(BlockMethod):
                 watch=TIMES,
                 loss=BlockLoss(layers=1.0),
             )
-            distil(streams, timed, journal, stage="time", seed=source.seed, progress=source.progress)
+            distilling(timed, stage="time")
 
             # Then layers that few bits hurt most, and the scales of all activations at every step, by the prediction.
             tuned = self.through_rounding(
@@ -105,7 +119,7 @@ class QuEST(BlockMethod):
                 scale_rate=self.step_rate,
                 only=SENSITIVE if self.tuned == "selected" else (),
             )
-            distil(streams, tuned, journal, stage="tuned", seed=source.seed, progress=source.progress)
+            distilling(tuned, stage="tuned")
             return freeze(network)
 
     def check_has_sensitive(self, denoiser: Denoiser, plan: Plan) -> None:
