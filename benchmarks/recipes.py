@@ -70,17 +70,20 @@ class Entry:
     method: str
     scheme: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    policy: str | None = None
 
     @property
     def words(self) -> str:
         """As one types it."""
         sets = [f"--set {key}={value}" for key, value in self.settings.items()]
-        return " ".join([self.method, f"--scheme {self.scheme}", *sets])
+        policy = [] if self.policy is None else [f"--policy {self.policy}"]
+        return " ".join([self.method, f"--scheme {self.scheme}", *sets, *policy])
 
 
 STEPS = {"by_step": "always"}
 INNER = STEPS | {"percent": 99.99}
 READ = {"guided": True}
+LAST = "last=5"
 # At 6 and at 4 bits activations have no more of them, on average over products, than w6a6 and w4a4 give them there: first
 # and last blocks keep 8, which makes 6.9 and 5.8 on the U-Net, 6.6 and 5.3 on the DiT, 7.0 and 5.9 on the text model.
 RECIPES: Mapping[str, tuple[Entry, ...]] = {
@@ -99,10 +102,10 @@ RECIPES: Mapping[str, tuple[Entry, ...]] = {
         Entry("2, 8", "quest", "auto-2.11", READ | {"intervals": 8, "tuned": "all"}),
     ),
     "stepquant:characters-text": (
-        Entry("8, 8", "minmax", "auto-7.75a16", INNER),
-        Entry("6, 6", "quest", "auto-5.7a7", READ | {"intervals": 10}),
-        Entry("4, 8", "minmax", "auto-4.03a12", INNER),
-        Entry("4, 4", "quest", "auto-3.95a5.8", READ | {"intervals": 10}),
+        Entry("8, 8", "minmax", "auto-7.75", INNER, LAST),
+        Entry("6, 6", "quest", "auto-5.7a4.7", READ | {"intervals": 10}, LAST),
+        Entry("4, 8", "minmax", "auto-4.03", INNER, LAST),
+        Entry("4, 4", "quest", "auto-3.95a3.3", READ | {"intervals": 10}, LAST),
         Entry("2, 8", "quest", "auto-2.1a12", STEPS),
     ),
 }
@@ -190,7 +193,8 @@ def cells_of(model: str, entry: Entry, options: argparse.Namespace) -> list[Cell
         images=options.images, steps=options.steps, batch=options.batch, speed=0.0, data=DATA.get(model)
     )
     variant = Variant(entry.method, entry.settings)
-    return grid(model, [variant], [entry.scheme], range(options.seeds), evaluation, steps=options.steps)
+    recipe = {"steps": options.steps, "policy": entry.policy}
+    return grid(model, [variant], [entry.scheme], range(options.seeds), evaluation, **recipe)
 
 
 HEAD = (

@@ -166,7 +166,8 @@ def plan_of(denoiser: Denoiser, recipe: Recipe, source: Source) -> Plan:
         return recipe.build_plan()
     from stepquant.evaluate.study.automatic import automatic  # its solver takes a second to import
 
-    return automatic(denoiser, recipe.budget, source)
+    policy = None if recipe.policy is None else StepPolicy.parse(recipe.policy)
+    return automatic(denoiser, recipe.budget, source, policy)
 
 
 def source_of(

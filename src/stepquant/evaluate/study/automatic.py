@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from stepquant.calib.guided import states_of
+from stepquant.calib.guided import State, states_of
 from stepquant.calib.pick import every, strided
 from stepquant.calib.record import Source
 from stepquant.core.knapsack import check_fits
 from stepquant.core.pack import packed_bytes
+from stepquant.core.policy import StepPolicy
 from stepquant.evaluate.study.allocate import Sensitivity, allocate
 from stepquant.evaluate.study.probes import estimate
 from stepquant.evaluate.study.sites import StudiedSite, plan_with, studied_sites
@@ -20,8 +21,8 @@ from stepquant.quant.plan import Plan
 TRAJECTORIES, STATES = 4, 8  # of each
 
 
-def automatic(denoiser: Denoiser, budget: Budget, source: Source) -> Plan:
-    """Weights within their bytes, then inputs within their share of the products."""
+def automatic(denoiser: Denoiser, budget: Budget, source: Source, policy: StepPolicy | None = None) -> Plan:
+    """Weights within their bytes, then inputs within their share of the products at steps in integers."""
     base = budget.base()
     data = source.record(every(TRAJECTORIES, strided(source.steps, STATES)))
     ports = ("weight",) if budget.inputs == max(BITS) else ("weight", "input")
@@ -29,7 +30,16 @@ def automatic(denoiser: Denoiser, budget: Budget, source: Source) -> Plan:
     weights = [site for site in sites if site.port == "weight"]
     room = room_for(weights, budget)
     check_fits(sum(site.bytes(min(BITS)) for site in weights), room)
-    known = estimate(denoiser, base, sites, BITS, data, states_of(data, source), source.progress)
+    states = states_of(data, source)
+    asked: list[tuple[Sequence[StudiedSite], list[State]]] = [(sites, states)]
+    if policy is not None and "input" in ports:
+        inner, steps = range(policy.first, source.steps - policy.last), data.steps()
+        kept = [state for state in states if int(steps[state.records[0]]) in inner]
+        asked = [(weights, states), ([site for site in sites if site.port == "input"], kept or states)]
+    losses: dict[tuple[str, int], float] = {}
+    for some, where in asked:
+        losses |= estimate(denoiser, base, some, BITS, data, where, source.progress).losses
+    known = Sensitivity(base, tuple(sites), losses, BITS)
     bits = dict(allocate(known, "bytes", room).bits)
     if "input" in ports:
         work = budget.inputs * sum(site.macs for site in sites if site.port == "input")
