@@ -98,14 +98,14 @@ RECIPES: Mapping[str, tuple[Entry, ...]] = {
         Entry("8, 8", "convrot", "auto-7.8"),
         Entry("6, 6", "quest", "auto-5.65a6.5", READ),
         Entry("4, 8", "quest", "auto-4.04", READ),
-        Entry("4, 4", "quest", "auto-4.02a5.2", READ | {"intervals": 8}),
+        Entry("4, 4", "quest", "auto-4.02a5.2", READ | {"along": 4.0, "intervals": 8}),
         Entry("2, 8", "quest", "auto-2.11", READ | {"intervals": 8, "tuned": "all"}),
     ),
     "stepquant:characters-text": (
         Entry("8, 8", "minmax", "auto-7.75", INNER, LAST),
         Entry("6, 6", "quest", "auto-5.7a4.7", READ | {"intervals": 10}, LAST),
         Entry("4, 8", "minmax", "auto-4.03", INNER, LAST),
-        Entry("4, 4", "quest", "auto-3.95a3.3", READ | {"intervals": 10}, LAST),
+        Entry("4, 4", "quest", "auto-4a3.3", READ | {"intervals": 10}, LAST),
         Entry("2, 8", "quest", "auto-2.1a12", STEPS),
     ),
 }

@@ -38,3 +38,21 @@ def test_without_gamma_the_layers_do_not_count() -> None:
     assert block == BlockLoss(layers=0.0)(Outputs([a], [c]), Outputs([b], [d])) == per_sample(a, b).mean()
     both = BlockLoss(layers=0.5)(Outputs([a], [c]), Outputs([b], [d]))
     torch.testing.assert_close(both, block + 0.5 * per_sample(c, d).mean())
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (3, 7, 4), (3, 4), (3, 4, 2, 5, 6)])
+def test_what_lies_along_the_target_is_the_error_of_a_prediction_that_shrank(shape: tuple[int, ...]) -> None:
+    """The error of the nearest multiple of the target, which least squares finds; none where an error stands across it."""
+    out, target = pair(*shape)
+    shrunk = torch.stack(
+        [
+            t * torch.linalg.lstsq(t.reshape(-1, 1), o.reshape(-1, 1)).solution.item()
+            for o, t in zip(out, target)
+        ]
+    )
+    along = BlockLoss(along=3.0).each(Outputs([out]), Outputs([target])) - per_sample(out, target)
+    torch.testing.assert_close(along, 3 * per_sample(shrunk, target))
+    across = target + out - shrunk
+    torch.testing.assert_close(
+        BlockLoss(along=3.0).each(Outputs([across]), Outputs([target])), per_sample(across, target)
+    )

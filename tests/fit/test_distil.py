@@ -241,7 +241,7 @@ def test_of_a_guided_network_what_the_sampler_reads_is_learnt(
             network.switch(weights=False, inputs=False)
             target = guided(network, data, places)
             with torch.no_grad():
-                read, _ = network_of(streams, states).outputs([torch.arange(len(states))])
+                read, *_ = network_of(streams, states).outputs([torch.arange(len(states))])
             torch.testing.assert_close(read, target, rtol=1e-3, atol=1e-4)
             set_weight_ranges(network, partial(lp_search, candidates=8))
             set_input_ranges(network, data, partial(lp_search_binned, candidates=8))

@@ -28,16 +28,31 @@ def per_sample(out: Tensor, target: Tensor, p: float = 2.0) -> Tensor:
     return summed.flatten(1).mean(1) if summed.ndim > 1 else summed
 
 
+def along_sample(out: Tensor, target: Tensor) -> Tensor:
+    """For every sample, the part of `per_sample` that the error has along the target: what shrinks it, or makes it grow."""
+    error, wanted = (out - target).flatten(1), target.flatten(1)
+    parallel = (error * wanted).sum(1).square() / wanted.square().sum(1).clamp(min=1e-12)
+    channels = target.shape[-1] if target.ndim == 3 else target.shape[1]
+    return parallel * channels / wanted.shape[1]
+
+
 @dataclass(frozen=True)
 class BlockLoss:
-    """The error of the block's outputs plus `layers` times the error of each layer inside."""
+    """The error of the block's outputs plus `layers` times the error of each layer inside.
+
+    What of the outputs' error lies along their targets counts `along` times more.
+    """
 
     p: float = 2.0
     layers: float = 0.0
+    along: float = 0.0
 
     def each(self, out: Outputs, target: Outputs) -> Tensor:
         """One loss per sample."""
         total = sum_losses(out.block, target.block, self.p)
+        if self.along:
+            parts = [along_sample(a, b) for a, b in zip(out.block, target.block, strict=True)]
+            total = total + self.along * torch.stack(parts).sum(0)
         if self.layers:
             total = total + self.layers * sum_losses(out.layers, target.layers, self.p)
         return total

@@ -38,7 +38,15 @@ class Predicting(nn.Module):
         if len(records) == len(states):
             return [predicted]
         # What each prediction is counts as well: it bounds what another guidance makes of them.
-        return [read_by_sampler(predicted.float(), states).flatten(0, 1), predicted]
+        read, first = (
+            read_by_sampler(predicted.float(), some).flatten(0, 1) for some in (states, firsts(states))
+        )
+        return [read, read - first, predicted]
+
+
+def firsts(states: Sequence[State]) -> list[State]:
+    """States of which the sampler reads the first prediction alone."""
+    return [replace(one, factors=(1.0, *[0.0] * (len(one.factors) - 1))) for one in states]
 
 
 def distil(

@@ -215,7 +215,7 @@ class Learner:
 
     def held_loss(self, sample: Sample) -> float:
         """The block's own error, unweighted, on held-out records with quantized inputs."""
-        total, measure = 0.0, BlockLoss(self.schedule.loss.p)
+        total, measure = 0.0, replace(self.schedule.loss, layers=0.0)
         for rows in sample.held.split(self.schedule.batch):
             self.network.at(rows)
             out = Outputs(self.piece.outputs(sample.quants.take(rows)))

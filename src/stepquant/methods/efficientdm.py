@@ -7,7 +7,8 @@ Differs from paper and code:
   rates of scales of weights are turned into relative ones for scales of 0.01.
 - records that are held out judge what is learnt: it is given up where it helps nothing.
 - the fast preset learns adapters at fifty times the rate, for it has an eightieth of the iterations.
-- `guided` learns by what the sampler reads as well; the paper learns by every prediction.
+- `guided` learns by what the sampler reads as well; the paper learns by every prediction; `along` counts
+  errors more that shrink a prediction.
 - grids come from the plan; the code has 8 bits for the first and the last layer, and no float but the time embedding.
 """
 
@@ -22,6 +23,7 @@ from stepquant.artifact import Artifact
 from stepquant.calib.guided import states_of
 from stepquant.calib.pick import spread, uniform
 from stepquant.calib.record import Source
+from stepquant.core.losses import BlockLoss
 from stepquant.fit.distil import distil
 from stepquant.fit.streams import Streams
 from stepquant.methods.method import LearningMethod, say_few
@@ -49,6 +51,9 @@ class EfficientDM(LearningMethod):
     rank: int = Field(32, gt=0, le=1024, description="r: of the adapters, at most the width of their layer")
     by_step: Literal["auto", "always", "never"] = Field(
         "always", description="activation ranges by step (TALSQ); auto: where one range would not do; never"
+    )
+    along: float = Field(
+        0.0, ge=0, description="how much more an error counts that makes what is predicted smaller or larger"
     )
     guided: bool = Field(
         False, description="learn by what guidance makes of two predictions, which the sampler reads, too"
@@ -81,6 +86,7 @@ class EfficientDM(LearningMethod):
                 weight_rate=self.adapter_rate,
                 weight_scale_rate=self.weight_scale_rate,
                 scale_rate=self.step_rate,
+                loss=BlockLoss(along=self.along),
             )
             say_few(data, source)
             journal = self.journal(streams, data, source)

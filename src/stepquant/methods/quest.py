@@ -7,7 +7,8 @@ Differs from paper and code:
 - rates are in units of the scales, so that one fits all layers, and published ones are turned into these for scales of 0.01 of
   weights and 0.1 of activations; biases stay, and zero points.
 - records that are held out judge each of both parts: it is given up where it helps nothing.
-- `guided` learns by what the sampler reads as well; the paper learns by every prediction.
+- `guided` learns by what the sampler reads as well; the paper learns by every prediction; `along` counts
+  errors more that shrink a prediction.
 - `tuned=all` goes beyond the paper: convolutions, most weights of a U-Net, are tuned too, and `weight_scale_rate` tunes scales.
 - grids come from the plan: most schemes keep inputs of what depends on t in float, so that it has weights alone to learn.
 """
@@ -68,6 +69,9 @@ class QuEST(BlockMethod):
         "selected",
         description="which weights are tuned: attentions and feed-forwards; or those of all layers",
     )
+    along: float = Field(
+        0.0, ge=0, description="how much more an error counts that makes what is predicted smaller or larger"
+    )
     guided: bool = Field(
         False, description="learn by what guidance makes of two predictions, which the sampler reads, too"
     )
@@ -107,7 +111,7 @@ class QuEST(BlockMethod):
                 weight_rate=self.weight_rate,
                 only=TIMES,
                 watch=TIMES,
-                loss=BlockLoss(layers=1.0),
+                loss=BlockLoss(layers=1.0, along=self.along),
             )
             distilling(timed, stage="time")
 
@@ -118,6 +122,7 @@ class QuEST(BlockMethod):
                 weight_scale_rate=self.weight_scale_rate,
                 scale_rate=self.step_rate,
                 only=SENSITIVE if self.tuned == "selected" else (),
+                loss=BlockLoss(along=self.along),
             )
             distilling(tuned, stage="tuned")
             return freeze(network)
