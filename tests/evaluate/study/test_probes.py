@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from stepquant.calib.calibset import CalibSet
 from stepquant.calib.guided import states_of
 from stepquant.calib.pick import every, one_each
 from stepquant.calib.record import Source
+from stepquant.core.policy import StepPolicy
 from stepquant.errors import EvaluationError, PlanError, StepquantError
 from stepquant.evaluate.cost import count_macs
 from stepquant.evaluate.study.allocate import Sensitivity
+from stepquant.evaluate.study.automatic import automatic
 from stepquant.evaluate.study.probes import CANDIDATES, error_of, estimate
 from stepquant.evaluate.study.sensitivity import Study, sensitivity
 from stepquant.evaluate.study.sites import StudiedSite, plan_with, studied_sites
@@ -31,7 +34,7 @@ from stepquant.models.hooks import first_arguments
 from stepquant.models.pipelines.calling import guidance_of
 from stepquant.models.sampling import Sampling
 from stepquant.progress import Silent
-from stepquant.quant.auto import Budget
+from stepquant.quant.auto import BITS, Budget
 from stepquant.quant.insert import insert
 from tests.evaluate.study.test_sensitivity import FEW, by_site
 
@@ -254,3 +257,41 @@ def test_a_budget_that_nothing_fits_names_the_least(pipeline: DDIMPipeline) -> N
 def test_a_plan_beside_a_budget_is_refused() -> None:
     with pytest.raises(StepquantError, match="makes its plan itself"):
         Recipe.of(scheme="auto-4.5", plan={"name": "mine", "rules": []}).check()
+
+
+def test_at_steps_that_a_policy_keeps_in_float_inputs_are_not_probed(
+    pipeline: DDIMPipeline, tmp_path: Path
+) -> None:
+    source, denoiser = Source(pipeline, Sampling(4), cache=tmp_path), Denoiser.of(pipeline)
+    budget = Budget.of("auto-4.5a5")
+    assert budget
+    policy = StepPolicy(first=1, last=1)
+    found = {told: automatic(denoiser, budget, source, told) for told in (None, policy)}
+    data = source.record(every(4, range(4)))
+    batch = data.take(range(len(data)))
+    inner = batch.arguments[data.t].unique()[1:-1]
+    states = [
+        one
+        for one in states_of(data, source)
+        if bool(torch.isin(batch.arguments[data.t][one.records[0]], inner))
+    ]
+    assert len(states) == 8
+    sites = [
+        one for one in studied_sites(denoiser, budget.base(), batch.arguments, PORTS) if one.port == "input"
+    ]
+    known = estimate(denoiser, budget.base(), sites, BITS, data, states, Silent())
+    reasons = {told: {(r.path, r.ports): r.reason for r in plan.rules} for told, plan in found.items()}
+    probed = [
+        key
+        for key, reason in reasons[policy].items()
+        if key[1] == ("input",) and "move" in reason and "[" not in key[0]
+    ]
+    assert len(probed) > 5
+    for path, ports in probed:
+        moved = re.search(r"(\d+) bits move the prediction by ([\d.e+-]+) %", reasons[policy][path, ports])
+        assert moved
+        loss = known.losses[f"{path}:input", int(moved[1])]
+        assert float(moved[2]) == pytest.approx(100 * loss**0.5, rel=0.06)
+    for key, reason in reasons[None].items():
+        if key[1] == ("weight",):
+            assert reasons[policy][key] == reason
