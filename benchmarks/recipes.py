@@ -97,8 +97,8 @@ RECIPES: Mapping[str, tuple[Entry, ...]] = {
     "stepquant:characters-dit": (
         Entry("8, 8", "convrot", "auto-7.8"),
         Entry("6, 6", "quest", "auto-5.65a6.5", READ),
-        Entry("4, 8", "quest", "auto-4.04", READ),
-        Entry("4, 4", "quest", "auto-4.02a5.2", READ | {"along": 4.0, "intervals": 8}),
+        Entry("4, 8", "quest", "auto-4.04", READ | {"along": 4.0}),
+        Entry("4, 4", "quest", "auto-4.02a5.2", READ | {"along": 12.0, "intervals": 8}),
         Entry("2, 8", "quest", "auto-2.11", READ | {"intervals": 8, "tuned": "all"}),
     ),
     "stepquant:characters-text": (
