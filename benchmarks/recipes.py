@@ -81,7 +81,6 @@ class Entry:
 
 
 STEPS = {"by_step": "always"}
-INNER = STEPS | {"percent": 99.99}
 READ = {"guided": True}
 LAST = "last=5"
 # At 6 and at 4 bits activations have no more of them, on average over products, than w6a6 and w4a4 give them there: first
@@ -102,10 +101,10 @@ RECIPES: Mapping[str, tuple[Entry, ...]] = {
         Entry("2, 8", "quest", "auto-2.11", READ | {"intervals": 8, "tuned": "all"}),
     ),
     "stepquant:characters-text": (
-        Entry("8, 8", "minmax", "auto-7.75", INNER, LAST),
+        Entry("8, 8", "minmax", "auto-7.75", STEPS, LAST),
         Entry("6, 6", "quest", "auto-5.7a4.7", READ | {"intervals": 10}, LAST),
-        Entry("4, 8", "minmax", "auto-4.03", INNER, LAST),
-        Entry("4, 4", "quest", "auto-4a3.3", READ | {"intervals": 10}, LAST),
+        Entry("4, 8", "minmax", "auto-4.03", STEPS, LAST),
+        Entry("4, 4", "quest", "auto-3.95a3.3", READ | {"intervals": 10}, LAST),
         Entry("2, 8", "quest", "auto-2.1a12", STEPS),
     ),
 }
