@@ -164,3 +164,14 @@ def test_models_and_schemes_that_they_are_not_for_are_refused(
             run(small, "qncd", **asked)
     assert not list(small.cache.rglob("*.safetensors"))
     assert run(convolutions, "quest", tuned="all").layers
+
+
+@pytest.mark.parametrize("name", ["quest", "efficientdm"])
+def test_who_asks_to_learn_guidance_where_there_is_none_is_told(small: Source, name: str) -> None:
+    ears, told = Listening(), "no guidance in this pipeline"
+    plain, asked = (run(replace(small, progress=ears), name, guided=wanted) for wanted in (False, True))
+    assert sum(told in words for words in ears.heard) == 1
+    assert plain.tensors.keys() == asked.tensors.keys()
+    assert all(torch.equal(value, asked.tensors[key]) for key, value in plain.tensors.items())
+    straight = run(small, name, along=4.0)
+    assert any(not torch.equal(value, straight.tensors[key]) for key, value in plain.tensors.items())

@@ -127,9 +127,9 @@ def layer_targets(streams: Streams, piece: Piece, floats: Table, roles: Sequence
     if not layers:
         return None
     streams.network.switch(weights=False, inputs=False)
-    table = Allocation(streams, Shape.of_list([1] * len(layers)), len(floats))
+    table = Allocation(streams, Shape.of_list([1] * len(layers)), floats.rows)
     with torch.no_grad():
-        for rows in streams.slices(len(floats)):
+        for rows in streams.slices(floats.rows):
             table.put(rows, watch_layers(piece, layers, floats.take(rows)).layers)
     return table.table()
 

@@ -97,8 +97,8 @@ def network_of(streams: Streams, states: Sequence[State]) -> Piece:
 
 
 def returned(streams: Streams, piece: Piece, given: Table) -> Table:
-    table = Allocation(streams, piece.results, len(given))
+    table = Allocation(streams, piece.results, given.rows)
     with torch.no_grad():
-        for rows in streams.slices(len(given)):
+        for rows in streams.slices(given.rows):
             table.put(rows, piece.outputs(given.take(rows)))
     return table.table()

@@ -39,8 +39,10 @@ class Table:
     memory: int = 0  # bytes of the budget that the columns take
     mapped: bool = False  # some of them are on disk
 
-    def __len__(self) -> int:
-        return len(self.columns[0])
+    @property
+    def rows(self) -> int | None:
+        """None where nothing in it has any."""
+        return len(self.columns[0]) if self.columns else None
 
     def take(self, rows: Tensor | slice) -> list[Tensor]:
         return [column[rows].to(self.device) for column in self.columns]

@@ -20,13 +20,12 @@ import torch
 from pydantic import Field
 
 from stepquant.artifact import Artifact
-from stepquant.calib.guided import states_of
 from stepquant.calib.pick import spread, uniform
 from stepquant.calib.record import Source
 from stepquant.core.losses import BlockLoss
 from stepquant.fit.distil import distil
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import LearningMethod, say_few
+from stepquant.methods.method import LearningMethod, say_few, states_here
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
@@ -97,6 +96,6 @@ class EfficientDM(LearningMethod):
                 stage="distilled",
                 seed=source.seed,
                 progress=source.progress,
-                states=states_of(data, source) if self.guided else (),
+                states=states_here(self.guided, data, source),
             )
             return freeze(network)

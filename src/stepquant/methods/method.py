@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, TypedDict
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validat
 
 from stepquant.artifact import Artifact
 from stepquant.calib.calibset import CalibSet
+from stepquant.calib.guided import State, states_of
 from stepquant.calib.pick import Pick, every, strided
 from stepquant.calib.record import Source
 from stepquant.core.ranges import SlicedSearch, lp_search, lp_search_binned
@@ -153,6 +154,18 @@ def split_here(wanted: bool, asked: bool, denoiser: Denoiser, source: Source) ->
         raise MethodError("this model has no skip concatenations to split", fix="leave --set split=true out")
     source.progress.note("no skip concatenations in this model: nothing to split")
     return False
+
+
+def states_here(wanted: bool, data: CalibSet, source: Source) -> Sequence[State]:
+    """What the sampler reads, where that is wanted; a pipeline that guides nothing says so."""
+    if not wanted:
+        return ()
+    states = states_of(data, source)
+    if len(states) == len(data):
+        source.progress.note(
+            "no guidance in this pipeline, by which guided=true would learn: learnt by every prediction"
+        )
+    return states
 
 
 ENOUGH_RECORDS, ENOUGH_STEPS = 64, 5  # of what is learnt from; see docs/methods.md, "Few records"

@@ -22,14 +22,13 @@ import torch
 from pydantic import Field
 
 from stepquant.artifact import Artifact
-from stepquant.calib.guided import states_of
 from stepquant.calib.pick import spread, uniform
 from stepquant.calib.record import Source
 from stepquant.core.losses import BlockLoss
 from stepquant.errors import MethodError
 from stepquant.fit.distil import distil
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import BlockMethod
+from stepquant.methods.method import BlockMethod, states_here
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
@@ -99,7 +98,7 @@ class QuEST(BlockMethod):
                 journal=journal,
                 seed=source.seed,
                 progress=source.progress,
-                states=states_of(data, source) if self.guided else (),
+                states=states_here(self.guided, data, source),
             )
             self.set_weight_ranges(network, source)
             self.reconstructing(streams, data, source)(self.schedule(), stage="weights", activations=False)
