@@ -23,7 +23,7 @@ def explain_all(screen: Screen, recipe: Recipe) -> dict[str, Any]:
             decided = planned(one, recipe, progress)
         found = explain_plan(screen, *decided)
         result |= found if one is pipeline else {Denoiser.of(one).component: found}
-    result |= explain_policy(screen, recipe.policy)
+    result |= explain_policy(screen, recipe.step_policy)
     if not parts:
         return result
     screen.show()
@@ -80,11 +80,10 @@ def explain_products(screen: Screen, decisions: Sequence[Decision]) -> None:
     screen.table(f"{len(paths)} attention products", ("attention", "operand", "grid", "rule"), rows)
 
 
-def explain_policy(screen: Screen, told: str | None) -> dict[str, Any]:
+def explain_policy(screen: Screen, policy: StepPolicy | None) -> dict[str, Any]:
     """Print which steps the plan above is not for."""
-    if told is None:
+    if policy is None:
         return {}
-    policy = StepPolicy.parse(told)
     screen.show()
     screen.show(f"policy {policy}: at {in_words(policy)} activations stay in float, whatever the plan says")
     return {"policy": str(policy)}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -49,12 +50,12 @@ class BlockLoss:
 
     def each(self, out: Outputs, target: Outputs) -> Tensor:
         """One loss per sample."""
-        total = sum_losses(out.block, target.block, self.p)
+        powers = partial(per_sample, p=self.p)
+        total = sum_losses(out.block, target.block, powers)
         if self.along:
-            parts = [along_sample(a, b) for a, b in zip(out.block, target.block, strict=True)]
-            total = total + self.along * torch.stack(parts).sum(0)
+            total = total + self.along * sum_losses(out.block, target.block, along_sample)
         if self.layers:
-            total = total + self.layers * sum_losses(out.layers, target.layers, self.p)
+            total = total + self.layers * sum_losses(out.layers, target.layers, powers)
         return total
 
     def __call__(self, out: Outputs, target: Outputs, weight: Tensor | None = None) -> Tensor:
@@ -62,8 +63,10 @@ class BlockLoss:
         return (losses if weight is None else losses * weight).mean()
 
 
-def sum_losses(out: Sequence[Tensor], target: Sequence[Tensor], p: float) -> Tensor:
+def sum_losses(
+    out: Sequence[Tensor], target: Sequence[Tensor], loss: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
     if not out:
         return torch.zeros(())
-    first, *rest = (per_sample(a, b, p) for a, b in zip(out, target, strict=True))
+    first, *rest = (loss(a, b) for a, b in zip(out, target, strict=True))
     return sum(rest, first)

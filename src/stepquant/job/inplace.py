@@ -12,7 +12,7 @@ from stepquant import hub, methods
 from stepquant.artifact import Artifact
 from stepquant.calib.cache import cache_folder
 from stepquant.calib.record import MEMORY, Source
-from stepquant.core.policy import FloatSteps, StepPolicy
+from stepquant.core.policy import FloatSteps
 from stepquant.errors import ModelError
 from stepquant.job.calls import written_calls
 from stepquant.job.parts import fit_parts, parts_of
@@ -144,7 +144,7 @@ def run(
 
 def policy_of(denoiser: Denoiser, recipe: Recipe, source: Source) -> FloatSteps | None:
     """The recipe's steps in float, by the t of its sampler."""
-    if recipe.policy is None:
+    if recipe.step_policy is None:
         return None
     if len(denoisers(source.pipeline)) > 1:
         raise ModelError(
@@ -152,7 +152,7 @@ def policy_of(denoiser: Denoiser, recipe: Recipe, source: Source) -> FloatSteps 
             got=", ".join(denoisers(source.pipeline)),
             fix="leave the policy out",
         )
-    return FloatSteps.of(StepPolicy.parse(recipe.policy), denoiser.component, source.times())
+    return FloatSteps.of(recipe.step_policy, denoiser.component, source.times())
 
 
 def planned(pipeline: Any, recipe: Recipe, progress: Progress | None = None) -> tuple[Denoiser, Plan]:
@@ -166,8 +166,7 @@ def plan_of(denoiser: Denoiser, recipe: Recipe, source: Source) -> Plan:
         return recipe.build_plan()
     from stepquant.evaluate.study.automatic import automatic  # its solver takes a second to import
 
-    policy = None if recipe.policy is None else StepPolicy.parse(recipe.policy)
-    return automatic(denoiser, recipe.budget, source, policy)
+    return automatic(denoiser, recipe.budget, source, recipe.step_policy)
 
 
 def source_of(

@@ -117,8 +117,13 @@ class Recipe(BaseModel):
             )
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise UnknownNameError("sampler", self.sampler, SAMPLERS)
-        if self.policy is not None:
-            self.check_policy(StepPolicy.parse(self.policy))
+        if self.step_policy is not None:
+            self.check_policy(self.step_policy)
+
+    @property
+    def step_policy(self) -> StepPolicy | None:
+        """What `policy` says."""
+        return None if self.policy is None else StepPolicy.parse(self.policy)
 
     def check_policy(self, policy: StepPolicy) -> None:
         """It must be about something, and its float steps must not be corrected for an error that they do not have."""
@@ -145,7 +150,7 @@ class Recipe(BaseModel):
     def provenance_of(self, sampler: str, digest: str) -> dict[str, Any]:
         """The same of a model with this digest, in a pipeline with this sampler of its own."""
         components = {"components": list(self.components)} if self.components else {}
-        policy = {} if self.policy is None else {"policy": str(StepPolicy.parse(self.policy))}
+        policy = {} if self.step_policy is None else {"policy": str(self.step_policy)}
         return (
             components
             | {
