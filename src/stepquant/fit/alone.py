@@ -18,7 +18,7 @@ from stepquant.core.ranges import lp_search, lp_search_binned
 from stepquant.core.similarity import ssim
 from stepquant.core.slices import Slices
 from stepquant.fit.lines import Lines
-from stepquant.fit.ranges import counts_of, set_weight_ranges
+from stepquant.fit.ranges import counts_of, in_integers, set_weight_ranges
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.generate import run
 from stepquant.models.hooks import read_by
@@ -126,7 +126,8 @@ def set_ranges(network: Inserted, data: CalibSet, candidates: int = 100) -> None
     for quantizer in inputs:
         quantizer.observer = observe
     with torch.no_grad():
-        network.denoiser.predict(next(iter(data.batches(len(data)))).arguments)
+        seen = in_integers(data, network.plan.float_steps) or data
+        network.denoiser.predict(seen.take(range(len(seen))).arguments)
     for quantizer in inputs:
         quantizer.observer = None
 

@@ -17,7 +17,7 @@ from stepquant.core.levels import rounded_over
 from stepquant.core.ranges import SlicedSearch
 from stepquant.core.slices import Slices
 from stepquant.core.steps import StepTable
-from stepquant.fit.ranges import by_row
+from stepquant.fit.ranges import by_row, in_integers
 from stepquant.progress import Progress
 from stepquant.quant.insert import Inserted
 from stepquant.quant.layers import QuantLayer, apply_layer
@@ -37,7 +37,7 @@ def stepped(network: Inserted) -> dict[str, QuantLayer]:
     found = {
         path: (layer, layer.input_quantizer.grid.bits)
         for path, layer in network.layers.items()
-        if layer.input_quantizer is not None and layer.input_quantizer.clock is not None
+        if layer.input_quantizer is not None and layer.input_quantizer.has_rows
     }
     return (
         {path: layer for path, (layer, _) in found.items()} if any(b < 8 for _, b in found.values()) else {}
@@ -66,29 +66,38 @@ def share_out_bits(
 
     A loss is the squared error that an input of so many bits makes in the layer's output, times how much the prediction
     depends on that output at that step. Averages are over multiplications. Who reads one tensor reads the same integers.
+    Steps in float take no part.
     """
     losses: dict[tuple[int, int], list[float]] = {}
     macs: dict[tuple[int, int], int] = {}
     readers: dict[tuple[int, int], list[str]] = {}
     budget = 0.0
-    for row, records in progress.track(by_row(data, table), "bits of steps", table.groups):
+    found = {path: [bits_of(layer)] * table.groups for path, layer in layers.items()}
+    for row, every in progress.track(by_row(data, table), "bits of steps", table.groups):
+        records = in_integers(every, network.plan.float_steps)
+        if records is None:
+            continue
         few = records.take(range(min(question.states, len(records))))
         for path, one in readings(network, layers, few.arguments, question).items():
-            quantizer, place = layers[path].input_quantizer, (row, one.tensor)
-            assert quantizer is not None
+            place = (row, one.tensor)
             former = losses.get(place, [0.0] * len(one.errors))
             losses[place] = [
                 old + float(information[path][row]) * new for old, new in zip(former, one.errors)
             ]
             macs[place] = macs.get(place, 0) + one.macs
             readers.setdefault(place, []).append(path)
-            budget += quantizer.grid.bits * one.macs
+            budget += bits_of(layers[path]) * one.macs
     costs = [[float(bits * macs[place]) for bits in question.widths] for place in losses]
-    found: dict[str, list[int]] = {path: [0] * table.groups for path in layers}
     for place, index in zip(losses, choose(list(losses.values()), costs, budget)):
         for path in readers[place]:
             found[path][place[0]] = question.widths[index]
     return found
+
+
+def bits_of(layer: QuantLayer) -> int:
+    """Of its input."""
+    assert layer.input_quantizer is not None
+    return layer.input_quantizer.grid.bits
 
 
 @torch.no_grad()

@@ -85,13 +85,16 @@ def missing(network: Inserted, piece: Piece, product: QuantProduct, inputs: Tabl
 
 
 def alike(network: Inserted, records: Tensor, batch: int) -> list[Tensor]:
-    """Batches of records that read the same row of per-step ranges."""
+    """Batches of records whose activations are rounded, and that read the same row of per-step ranges."""
     if network.clock is None:
         return list(records.split(batch))
     network.at(records)
-    rows = network.clock.rows
-    assert rows is not None
-    return [some for row in rows.unique() for some in records[rows == row].split(batch)]
+    rows, floats = network.clock.rows, network.clock.floats
+    rows = torch.zeros_like(records) if rows is None else rows
+    inner = torch.ones_like(records, dtype=torch.bool) if floats is None else ~floats
+    return [
+        some for row in rows.unique() for some in records[(rows == row) & inner].split(batch) if len(some)
+    ]
 
 
 def is_biased(layer: QuantLayer) -> bool:

@@ -39,6 +39,8 @@ class Journal:
             "records": [data.index, data.weights],
             "settings": dict(settings),
         }
+        if network.plan.float_steps is not None:
+            key["float_steps"] = network.plan.float_steps.to_json()
         self.network = network
         self.folder = cache / "journal" / value_digest(key)[:32]
 

@@ -159,10 +159,8 @@ class LearnedScale:
         if self.training and self.keep < 1:
             chosen = draw(x.shape, self.keep, self.generator).to(x.device)
         scale, zero_point = self.scale, self.zero_point
-        if quantizer.clock is not None:
-            scale, zero_point = (
-                quantizer.clock.spread(values, x, part, total) for values in (scale, zero_point)
-            )
+        if quantizer.has_rows:
+            scale, zero_point = (quantizer.spread(values, x, part, total) for values in (scale, zero_point))
         moved = partial(quantizer.moved, part=part, total=total) if quantizer.grid.codebook else None
         return fake_quantize_ste(x, scale, zero_point, quantizer.grid, chosen, moved)
 

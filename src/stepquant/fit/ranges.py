@@ -11,6 +11,7 @@ from stepquant.calib.calibset import CalibSet
 from stepquant.core.affine import quantize, scale_and_zero, to_groups
 from stepquant.core.freed import trim
 from stepquant.core.levels import byte_counts
+from stepquant.core.policy import FloatSteps
 from stepquant.core.ranges import Search, SlicedSearch, ema
 from stepquant.core.slices import Slices
 from stepquant.core.steps import StepTable
@@ -44,22 +45,25 @@ def set_input_ranges(
 
     While a batch runs, weights and all earlier activations are already quantized: each range fits what it will see.
     Where activations have a range for every step, each one comes from those of the records `every_step` that are of
-    its own steps, once all that have one range are quantized.
+    its own steps, once all that have one range are quantized. Records of steps in float decide nothing.
     """
     quantizers, progress = network.ranged(), progress or Silent()
     if not quantizers:
         return
     network.switch(weights=True, inputs=True)
-    stepped = [q for q in quantizers if q.clock is not None]
-    alone = [q for q in quantizers if q.clock is None]
+    stepped = [q for q in quantizers if q.has_rows]
+    alone = [q for q in quantizers if not q.has_rows]
+    spared = network.plan.float_steps
     for quantizer in stepped:
         quantizer.enabled = False
     if alone:
-        observe_part(network, data, search, alone, None, batch, momentum, progress)
+        mine = in_integers(data, spared) or data
+        observe_part(network, mine, search, alone, None, batch, momentum, progress)
     network.switch(weights=True, inputs=True)
-    if stepped and network.clock is not None:
-        for row, records in by_row(every_step or data, network.clock.table):
-            observe_part(network, records, search, stepped, row, batch, momentum, progress)
+    if stepped:
+        for row, records in by_row(every_step or data, stepped[0].table):
+            mine = in_integers(records, spared) or records
+            observe_part(network, mine, search, stepped, row, batch, momentum, progress)
     unseen = [q for q in quantizers if not q.is_set]
     if unseen:
         raise MethodError(
@@ -67,6 +71,17 @@ def set_input_ranges(
             got=f"{len(unseen)} quantizers without a range",
             fix="keep these layers in float with a plan rule",
         )
+
+
+def in_integers(data: CalibSet, spared: FloatSteps | None) -> CalibSet | None:
+    """The records whose activations are rounded; None where there are none."""
+    if spared is None:
+        return data
+    floats = torch.cat(
+        [spared(records.arguments[data.t], len(records.step)) for records in data.batches(256)]
+    )
+    inner = (~floats).nonzero().flatten().tolist()
+    return data.subset(inner) if inner else None
 
 
 def by_row(data: CalibSet, table: StepTable) -> Iterator[tuple[int, CalibSet]]:

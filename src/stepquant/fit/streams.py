@@ -92,7 +92,7 @@ class Streams:
         self.records = len(data)
         self.arguments = [records.arguments for records in data.batches(batch)]
         if network.clock is not None:
-            network.clock.times = torch.cat([one[data.t].reshape(-1) for one in self.arguments])
+            network.clock.times = torch.cat([one[data.t] for one in self.arguments])
         self.folder = folder
         network.switch(weights=False, inputs=False)
         self.pieces = find_pieces(network, [data.take(range(size)).arguments for size in PROBES])

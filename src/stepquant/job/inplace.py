@@ -135,14 +135,15 @@ def run(
     provenance = provenance or recipe.provenance(pipeline)
     source = source_of(pipeline, recipe, progress, cache, memory, provenance["model_digest"])
     denoiser = shown(pipeline, recipe.asked).giving_up(expendable)
-    plan, policy = plan_of(denoiser, recipe, source), policy_of(denoiser, recipe, source)
-    artifact = recipe.build_method()(denoiser, plan, source)
+    plan = plan_of(denoiser, recipe, source)
+    spared = dataclasses.replace(plan, float_steps=float_steps_of(denoiser, recipe, source))
+    artifact = recipe.build_method()(denoiser, spared, source)
     seen = {} if denoiser.seen is None else {"seen": denoiser.seen.to_json()}
     found = {} if recipe.budget is None else {"allocated": plan.to_json()["rules"]}
-    return dataclasses.replace(artifact, recipe={**provenance, **seen, **found}, policy=policy)
+    return dataclasses.replace(artifact, recipe={**provenance, **seen, **found})
 
 
-def policy_of(denoiser: Denoiser, recipe: Recipe, source: Source) -> FloatSteps | None:
+def float_steps_of(denoiser: Denoiser, recipe: Recipe, source: Source) -> FloatSteps | None:
     """The recipe's steps in float, by the t of its sampler."""
     if recipe.step_policy is None:
         return None

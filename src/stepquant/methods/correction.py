@@ -37,6 +37,10 @@ class Corrected(Method):
     method: SerializeAsAny[Method]
     correction: SerializeAsAny[Correction]
 
+    @property
+    def corrects_steps(self) -> bool:
+        return True
+
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         artifact = self.method(denoiser.giving_up(False), plan, source)
         quantized = Denoiser(lower(twin(denoiser.model), artifact))

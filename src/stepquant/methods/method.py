@@ -54,6 +54,11 @@ class Method(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     calibrates: ClassVar[bool] = True  # False: no record changes what it makes
 
+    @property
+    def corrects_steps(self) -> bool:
+        """Whether what the network predicts is corrected behind it, at every step."""
+        return False
+
     @abstractmethod
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact: ...
 
@@ -89,7 +94,7 @@ class RangedMethod(Method):
 
     def seen_by_step(self, network: Inserted, source: Source) -> CalibSet | None:
         """The records that ranges by step are set on."""
-        if not any(quantizer.clock is not None for quantizer in network.ranged()):
+        if not any(quantizer.has_rows for quantizer in network.ranged()):
             return None
         return source.record(every(self.range_trajectories, range(source.steps)))
 

@@ -63,6 +63,10 @@ class QNCD(BlockMethod):
         1e-3, ge=0, description="Adam's rate for activation steps, relative to each step"
     )
 
+    @property
+    def corrects_steps(self) -> bool:
+        return self.inter
+
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         channels = self.channels_of(denoiser, source)
         generator = torch.Generator().manual_seed(source.seed)

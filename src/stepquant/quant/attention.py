@@ -86,7 +86,7 @@ class QuantProduct(nn.Module):
     ) -> Tensor:
         """What one slice of queries returns."""
         found = softmax(*of(part, q, k, mask), scale)
-        return self.weigh(self.rounded(found, part[0], len(q)), v[part[:2]])
+        return self.weigh(self.rounded(found, part[0], len(q)), v[part[:2]], part[0], len(q))
 
     def shares(self, found: Tensor) -> Tensor:
         """What becomes of probabilities that are all there, which an observer may see where they have a range."""
@@ -98,9 +98,10 @@ class QuantProduct(nn.Module):
         others = self.probabilities.rounded(found[..., 1:], part, total)
         return torch.cat([found[..., :1], others], -1)
 
-    def weigh(self, probabilities: Tensor, v: Tensor) -> Tensor:
+    def weigh(self, probabilities: Tensor, v: Tensor, part: slice = ALL, total: int | None = None) -> Tensor:
         if self.correction is not None and self.probabilities.enabled:
-            probabilities = probabilities + self.correction.to(probabilities.dtype)
+            shifted = probabilities + self.correction.to(probabilities.dtype)
+            probabilities = self.probabilities.spared(probabilities, shifted, part, total)
         return probabilities @ v
 
 

@@ -71,14 +71,14 @@ def freeze(
         for port, quantizer in product.ports().items():
             tensors |= range_tensors(f"{path}.product.{port}", quantizer)
     steps = None
-    if network.clock is not None:
-        table = network.clock.table
+    table = None if network.clock is None else network.clock.table
+    if table is not None:
         tensors |= table_tensors(table)
         steps = StepSpec(len(table.times), table.groups)
         if time_table is not None:
             tensors["steps.table"] = time_table.detach().cpu().float().contiguous()
             steps = replace(steps, table=time_table.shape[1], tabled=dict(tabled or {}))
-    return Artifact(layers, products, tensors, dict(network.splits), steps)
+    return Artifact(layers, products, tensors, dict(network.splits), steps, policy=network.plan.float_steps)
 
 
 def packed_tensors(layer: QuantLayer) -> dict[str, Tensor]:

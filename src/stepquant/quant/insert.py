@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.core.grid import AS_THEY_COME
+from stepquant.core.grid import AS_THEY_COME, Grid
 from stepquant.core.steps import StepTable
 from stepquant.errors import PlanError
 from stepquant.models.denoiser import Denoiser
@@ -34,7 +34,7 @@ class Inserted:
     layers: Mapping[str, QuantLayer]
     products: Mapping[str, QuantProduct]
     splits: Mapping[str, tuple[int, ...]]
-    clock: Clock | None = None  # where activations have a range for every step
+    clock: Clock | None = None  # where not all steps are alike
     tables: Mapping[str, QuantLayer] = field(default_factory=dict)  # of embeddings: weights alone
 
     def quantizers(self) -> Iterator[Quantizer]:
@@ -80,10 +80,11 @@ def insert(
     """Put quantizers where `plan` wants them, and the float modules back at the end.
 
     With `split`, layers that read a concatenation get two weight and two input quantizers. With `steps`,
-    activations have a range for every row of that table: all of them, or `only` those.
+    activations have a range for every row of that table: all of them, or `only` those. At the steps that the plan
+    keeps in float no activation is rounded.
     """
     model, splits = denoiser.model, denoiser.concats() if split else {}
-    clock = Clock(steps) if steps is not None else None
+    clock = Clock(steps, plan.float_steps) if steps is not None or plan.float_steps is not None else None
     unsplit = split_concats(model, splits)
     try:
         decisions = plan.resolve(denoiser)
@@ -98,10 +99,10 @@ def insert(
             return None
         if grid.granularity in AS_THEY_COME:
             first = FIRST.get(port, -1 if isinstance(model.get_submodule(path), nn.Linear) else 1)
-            return Quantizer(grid, site, first=first).to(denoiser.device)
-        if clock is None or port == "weight" or (only is not None and (path, port) not in only):
+            return Quantizer(grid, site, clock, first).to(denoiser.device)
+        if port == "weight":
             return Quantizer(grid, site).to(denoiser.device)
-        return Quantizer(replace(grid, granularity="step"), site, clock).to(denoiser.device)
+        return Quantizer(with_rows(grid, (path, port), steps, only), site, clock).to(denoiser.device)
 
     def layer(path: str, role: str, *ports: str) -> QuantLayer:
         return QuantLayer(model.get_submodule(path), role, *(quantizer(path, role, port) for port in ports))
@@ -127,6 +128,12 @@ def insert(
             hook.remove()
         put_back(model, former, products)
         unsplit()
+
+
+def with_rows(grid: Grid, place: Place, steps: StepTable | None, only: Container[Place] | None) -> Grid:
+    """The grid of an activation, with a range for every row of the table where that is wanted."""
+    wanted = steps is not None and (only is None or place in only)
+    return replace(grid, granularity="step") if wanted else grid
 
 
 def put_in(model: nn.Module, layers: Mapping[str, QuantLayer]) -> dict[str, QuantLayer]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stepquant.core.grid import AS_THEY_COME, SIGNED_CODEBOOKS, Grid, GridError
+from stepquant.core.policy import FloatSteps
 from stepquant.errors import PlanError, UnknownNameError
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.families.roles import embeddings_in
@@ -98,6 +99,7 @@ class Decision:
 class Plan:
     name: str
     rules: tuple[Rule, ...] = field(default_factory=tuple)
+    float_steps: FloatSteps | None = None  # of a sampler, so that no file of a plan holds them
 
     @property
     def weight_bits(self) -> int | None:
@@ -153,12 +155,12 @@ class Plan:
 
     def with_rules(self, rules: Sequence[Rule], name: str | None = None) -> Plan:
         """This plan with rules that come before its own."""
-        return Plan(name or self.name, (*rules, *self.rules))
+        return replace(self, name=name or self.name, rules=(*rules, *self.rules))
 
     def with_grids(self, grids: Mapping[tuple[str, str], Grid], reason: str) -> Plan:
         """This plan with other grids at some sites; its own rules may find nothing left to decide."""
         own = [Rule(grid, reason, ("*",), (port,), path) for (path, port), grid in grids.items()]
-        return Plan(self.name, (*own, *(replace(rule, optional=True) for rule in self.rules)))
+        return replace(self, rules=(*own, *(replace(rule, optional=True) for rule in self.rules)))
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "rules": [rule.to_json() for rule in self.rules]}

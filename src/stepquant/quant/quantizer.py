@@ -14,6 +14,7 @@ from stepquant.core.affine import dequantize, fake_quantize, fake_quantize_log, 
 from stepquant.core.codebook import BYTES, best_bytes, evenly, tables_of
 from stepquant.core.grid import AS_THEY_COME, Grid
 from stepquant.core.levels import Levels, kind_of
+from stepquant.core.policy import FloatSteps
 from stepquant.core.ranges import Search
 from stepquant.core.slices import Slices
 from stepquant.core.steps import StepTable
@@ -49,15 +50,20 @@ class Site:
 
 
 class Clock:
-    """Which row of every per-step range the samples of the present call read."""
+    """Which row of every per-step range the samples of the present call read, and which of them have activations in float."""
 
-    def __init__(self, table: StepTable) -> None:
-        self.table = table
+    def __init__(self, table: StepTable | None, float_steps: FloatSteps | None = None) -> None:
+        self.table, self.float_steps = table, float_steps
         self.rows: Tensor | None = None
+        self.floats: Tensor | None = None
         self.times: Tensor | None = None  # the t of every record, for blocks that are called alone
 
     def read(self, t: Tensor, samples: int) -> None:
         """Look up the t of a call, one for all samples or one for each."""
+        if self.float_steps is not None:
+            self.floats = self.float_steps(t, samples)
+        if self.table is None:
+            return
         rows = self.table.rows_of(t)
         if (rows < 0).any():
             unknown = t.reshape(-1)[rows.argmin()].item()
@@ -83,8 +89,20 @@ class Clock:
         total = len(x) if total is None else total
         if self.rows is None or not len(self.rows) or total % len(self.rows):
             raise RangeError("a per-step range is used outside a call of the whole model")
-        rows = self.rows.repeat_interleave(total // len(self.rows))[part]
-        return values.to(x.device)[rows.to(x.device)].reshape(-1, *[1] * (x.ndim - 1))
+        return over(values.to(x.device)[self.rows.to(x.device)], x, part, total)
+
+    def spared(self, x: Tensor, rounded: Tensor, part: slice = ALL, total: int | None = None) -> Tensor:
+        """`rounded`, but `x` in the samples whose step has activations in float; what samples share is rounded for all."""
+        total = len(x) if total is None else total
+        if self.floats is None or total % len(self.floats) or not self.floats.any():
+            return rounded
+        return torch.where(over(self.floats.to(x.device), x, part, total), x, rounded)
+
+
+def over(samples: Tensor, x: Tensor, part: slice, total: int) -> Tensor:
+    """A value of every sample, over the rows of `x`."""
+    rows = samples.repeat_interleave(total // len(samples))[part]
+    return rows.reshape(-1, *[1] * (x.ndim - 1))
 
 
 class Quantizer(nn.Module):
@@ -117,6 +135,11 @@ class Quantizer(nn.Module):
         return self.grid.granularity in AS_THEY_COME
 
     @property
+    def has_rows(self) -> bool:
+        """Whether it has a range for every row of the clock's table."""
+        return self.grid.granularity == "step"
+
+    @property
     def is_set(self) -> bool:
         return self.scale.numel() > 0 and not bool(self.scale.isnan().any())
 
@@ -133,9 +156,8 @@ class Quantizer(nn.Module):
             self.scale = scale.detach().float().reshape(-1).clone()
             self.zero_point = zero_point.detach().float().reshape(-1).clone()
         else:
-            assert self.clock is not None, "only per-step ranges have rows to set"
             if not self.scale.numel():
-                shape = (2, self.clock.table.groups)
+                shape = (2, self.table.groups)
                 self.scale, self.zero_point = torch.full(shape, torch.nan, device=scale.device)
             self.scale[row], self.zero_point[row] = scale.item(), zero_point.item()
         if self.site.port == "input" and not torch.equal(former, self.zero_point):
@@ -158,11 +180,10 @@ class Quantizer(nn.Module):
 
     def moved(self, q: Tensor, part: slice = ALL, total: int | None = None) -> Tensor:
         """The integers of an input's codebook to which bytes are moved."""
-        if self.clock is None:
-            place = q
-        else:
+        place = q
+        if self.has_rows:
             first = torch.arange(len(self.tables), device=q.device) * BYTES
-            place = self.clock.spread(first, q, part, total) + q
+            place = self.spread(first, q, part, total) + q
         return self.tables.flatten().index_select(0, place.flatten().int()).view_as(q)
 
     def fit(self, rows: Tensor, search: Search) -> None:
@@ -179,10 +200,21 @@ class Quantizer(nn.Module):
 
     def set_bits(self, bits: Sequence[int]) -> None:
         """Of every row of a per-step range; the grid becomes that of the widest."""
-        assert self.clock is not None, "only per-step ranges have rows"
-        assert len(bits) == self.clock.table.groups, "as many as rows"
+        assert len(bits) == self.table.groups, "as many as rows"
         self.grid = replace(self.grid, bits=max(bits))
         self.bits = tuple(bits) if len(set(bits)) > 1 else ()
+
+    @property
+    def table(self) -> StepTable:
+        """The steps that a range by step has rows for."""
+        assert self.clock is not None
+        assert self.clock.table is not None, "only per-step ranges have rows"
+        return self.clock.table
+
+    def spread(self, values: Tensor, x: Tensor, part: slice = ALL, total: int | None = None) -> Tensor:
+        """Values of every row of a per-step range, one for each sample of `x`."""
+        assert self.clock is not None, "only per-step ranges have rows"
+        return self.clock.spread(values, x, part, total)
 
     def grid_at(self, row: int | None) -> Grid:
         """The grid of one row."""
@@ -199,9 +231,9 @@ class Quantizer(nn.Module):
     def present(self) -> tuple[Tensor, Tensor]:
         """The range that the samples of the present call read, all of them the same."""
         scale, zero_point = self.range()
-        if self.clock is None:
+        if not self.has_rows:
             return scale, zero_point
-        rows = self.clock.rows
+        rows = None if self.clock is None else self.clock.rows
         assert rows is not None, "a call is under way"
         return scale[rows[:1]], zero_point[rows[:1]]
 
@@ -214,6 +246,13 @@ class Quantizer(nn.Module):
         """What becomes of `x`, which is this part of `total` rows; nobody observes it."""
         if not self.enabled:
             return x
+        return self.spared(x, self.on_grid(x, part, total), part, total)
+
+    def spared(self, x: Tensor, rounded: Tensor, part: slice = ALL, total: int | None = None) -> Tensor:
+        """`rounded`, but `x` at steps in float."""
+        return rounded if self.clock is None else self.clock.spared(x, rounded, part, total)
+
+    def on_grid(self, x: Tensor, part: slice, total: int | None) -> Tensor:
         if self.stand_in is not None:
             return self.stand_in(self, x, part, total)
         if self.grid.granularity == "log":
@@ -222,15 +261,15 @@ class Quantizer(nn.Module):
             scale = scales_of_rows(x, self.first, self.grid.qmax)
             return fake_quantize(x, scale, torch.zeros_like(scale), self.grid)
         scale, zero_point = self.range()
-        if self.clock is not None:
-            scale, zero_point = (self.clock.spread(values, x, part, total) for values in (scale, zero_point))
+        if self.has_rows:
+            scale, zero_point = (self.spread(values, x, part, total) for values in (scale, zero_point))
         if self.grid.codebook:
             q = self.moved(quantize(x, scale, zero_point, self.grid), part, total)
             return dequantize(q, scale, zero_point).to(x.dtype)
-        if self.clock is not None and self.bits:
+        if self.bits:
             grids = [self.grid_at(row) for row in range(len(self.bits))]
             ends = (torch.tensor([one.qmin for one in grids]), torch.tensor([one.qmax for one in grids]))
-            low, high = (self.clock.spread(end.to(scale), x, part, total) for end in ends)
+            low, high = (self.spread(end.to(scale), x, part, total) for end in ends)
             q = quantize(x, scale, zero_point, self.grid).clamp(low, high)
             return q.sub_(zero_point).mul_(scale).to(x.dtype)
         return fake_quantize(x, scale, zero_point, self.grid)

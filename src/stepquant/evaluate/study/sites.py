@@ -103,4 +103,4 @@ def plan_with(
         if site.split:
             rules.append(replace(rule, path=f"{site.path}.[01]", optional=True))
             rules[-2] = replace(rule, optional=True)
-    return Plan(name, (*rules, *(replace(rule, optional=True) for rule in base.rules)))
+    return replace(base, name=name, rules=(*rules, *(replace(rule, optional=True) for rule in base.rules)))
