@@ -13,7 +13,7 @@ from stepquant.errors import MethodError, UnknownNameError
 from stepquant.methods.correction import Corrected, Correction
 from stepquant.methods.method import Method
 
-KINDS = ("method", "correction")  # files that say what the others define
+KINDS = ("method", "learning", "correction")  # files that say what the others define
 JOINT = "+"  # method+correction
 MOST = 2**31 - 1  # of anything that is counted
 

@@ -18,7 +18,7 @@ from stepquant.artifact import Artifact
 from stepquant.calib.pick import spread, uniform
 from stepquant.calib.record import Source
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import BlockMethod
+from stepquant.methods.learning import BlockMethod
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert

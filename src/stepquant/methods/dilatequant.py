@@ -23,7 +23,7 @@ from stepquant.calib.record import Source
 from stepquant.errors import MethodError
 from stepquant.fit.dilate import dilate
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import LearningMethod
+from stepquant.methods.learning import LearningMethod
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert

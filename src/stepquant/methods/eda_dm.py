@@ -29,7 +29,8 @@ from stepquant.calib.pick import spread, uniform
 from stepquant.calib.record import Source
 from stepquant.core.losses import BlockLoss
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import BlockMethod, split_here
+from stepquant.methods.learning import BlockMethod
+from stepquant.methods.method import split_here
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert

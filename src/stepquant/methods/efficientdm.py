@@ -23,16 +23,15 @@ from stepquant.artifact import Artifact
 from stepquant.calib.pick import spread, uniform
 from stepquant.calib.record import Source
 from stepquant.core.losses import BlockLoss
-from stepquant.fit.distil import distil
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import LearningMethod, say_few, states_here
+from stepquant.methods.learning import DistillingMethod, say_few
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 
 
-class EfficientDM(LearningMethod):
+class EfficientDM(DistillingMethod):
     """Low-rank adapters merge into weights before these are rounded (QALoRA); scales by step; predictions are distilled."""
 
     paper: ClassVar[dict[str, Any]] = {
@@ -51,19 +50,10 @@ class EfficientDM(LearningMethod):
     by_step: Literal["auto", "always", "never"] = Field(
         "always", description="activation ranges by step (TALSQ); auto: where one range would not do; never"
     )
-    along: float = Field(
-        0.0, ge=0, description="how much more an error counts that makes what is predicted smaller or larger"
-    )
-    guided: bool = Field(
-        False, description="learn by what guidance makes of two predictions, which the sampler reads, too"
-    )
     adapter_rate: float = Field(
         0.02, gt=0, le=1, description="Adam's rate for adapters, times the scales of their weight"
     )
     weight_scale_rate: float = Field(1e-3, ge=0, description="of the scales of weights, relative to each")
-    step_rate: float = Field(
-        2e-3, ge=0, description="Adam's rate for activation steps, relative to each step"
-    )
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         generator = torch.Generator().manual_seed(source.seed)
@@ -88,14 +78,5 @@ class EfficientDM(LearningMethod):
                 loss=BlockLoss(along=self.along),
             )
             say_few(data, source)
-            journal = self.journal(streams, data, source)
-            distil(
-                streams,
-                schedule,
-                journal,
-                stage="distilled",
-                seed=source.seed,
-                progress=source.progress,
-                states=states_here(self.guided, data, source),
-            )
+            self.distilling(streams, data, source)(schedule, stage="distilled")
             return freeze(network)

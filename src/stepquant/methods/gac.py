@@ -25,7 +25,7 @@ from stepquant.fit.blocks import of_last_trajectories
 from stepquant.fit.streams import Streams
 from stepquant.fit.time_block import ROLES, has_time_block, reconstruct_time, time_chains
 from stepquant.fit.weights import Weighing, weigh_block
-from stepquant.methods.method import StridedMethod
+from stepquant.methods.learning import StridedMethod
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert

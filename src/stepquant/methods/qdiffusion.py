@@ -18,7 +18,8 @@ from stepquant.artifact import Artifact
 from stepquant.calib.record import Source
 from stepquant.core.losses import BlockLoss
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import StridedMethod, split_here
+from stepquant.methods.learning import StridedMethod
+from stepquant.methods.method import split_here
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert

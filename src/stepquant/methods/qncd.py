@@ -28,7 +28,7 @@ from stepquant.errors import MethodError
 from stepquant.fit.noised_again import NoisedAgain, kept_of
 from stepquant.fit.smooth import divide_channels, mean_sizes
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import BlockMethod
+from stepquant.methods.learning import BlockMethod
 from stepquant.models.blocks.scaled import ScaledChannels, scaled_channels
 from stepquant.models.denoiser import Denoiser
 from stepquant.models.sampling import scheduler_of

@@ -15,7 +15,6 @@ Differs from paper and code:
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,9 +25,8 @@ from stepquant.calib.pick import spread, uniform
 from stepquant.calib.record import Source
 from stepquant.core.losses import BlockLoss
 from stepquant.errors import MethodError
-from stepquant.fit.distil import distil
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import BlockMethod, states_here
+from stepquant.methods.learning import BlockMethod, DistillingMethod
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
@@ -38,7 +36,7 @@ from stepquant.quant.schemes import TIMES
 SENSITIVE = ("q", "k", "v", "q_added", "k_added", "v_added", "qkv_ff_in", "ff_in", "ff_out")
 
 
-class QuEST(BlockMethod):
+class QuEST(BlockMethod, DistillingMethod):
     """Selected layers are fine-tuned through their rounding, first those of the time, and scales of activations by step."""
 
     paper: ClassVar[dict[str, Any]] = {
@@ -68,17 +66,8 @@ class QuEST(BlockMethod):
         "selected",
         description="which weights are tuned: attentions and feed-forwards; or those of all layers",
     )
-    along: float = Field(
-        0.0, ge=0, description="how much more an error counts that makes what is predicted smaller or larger"
-    )
-    guided: bool = Field(
-        False, description="learn by what guidance makes of two predictions, which the sampler reads, too"
-    )
     weight_rate: float = Field(0.01, gt=0, le=1, description="Adam's rate for weights, in their scales")
     weight_scale_rate: float = Field(0.0, ge=0, description="of the scales of weights, relative to each")
-    step_rate: float = Field(
-        2e-3, ge=0, description="Adam's rate for activation steps, relative to each step"
-    )
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         if self.tuned == "selected":
@@ -91,15 +80,7 @@ class QuEST(BlockMethod):
             insert(denoiser, plan, **steps) as network,
             Streams(network, data, source.cache, budget=source.memory) as streams,
         ):
-            journal = self.journal(streams, data, source)
-            distilling = partial(
-                distil,
-                streams,
-                journal=journal,
-                seed=source.seed,
-                progress=source.progress,
-                states=states_here(self.guided, data, source),
-            )
+            distilling = self.distilling(streams, data, source)
             self.set_weight_ranges(network, source)
             self.reconstructing(streams, data, source)(self.schedule(), stage="weights", activations=False)
             self.set_input_ranges(network, data, source)

@@ -31,7 +31,7 @@ from stepquant.fit.time_block import (
     time_chains,
     time_table,
 )
-from stepquant.methods.method import StridedMethod
+from stepquant.methods.learning import StridedMethod
 from stepquant.models.blocks.structure import Structure
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze
