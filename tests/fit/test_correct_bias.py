@@ -160,3 +160,58 @@ def test_quantized_probabilities_sum_to_one_on_average(source: Source, tmp_path:
         assert all(
             torch.equal(product.correction, corrections[path]) for path, product in network.products.items()
         )
+
+
+def slopes(network: Any, data: Any, path: str) -> torch.Tensor:
+    """Of every channel of a layer's output over what it is in float, by least squares, from plain passes of the whole network."""
+    seen: list[torch.Tensor] = []
+    layer = network.layers[path]
+    linear = isinstance(layer.layer, torch.nn.Linear)
+    handle = layer.register_forward_hook(
+        lambda m, a, out: seen.append((out if linear else out.movedim(1, -1)).double().flatten(0, -2))
+    )
+    for quantized in (False, True):
+        network.switch(weights=quantized, inputs=quantized)
+        with torch.no_grad():
+            network.denoiser.predict(data.take(range(len(data))).arguments)
+    handle.remove()
+    exact, found = seen
+    lines = [
+        torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], 1), y[:, None]).solution
+        for x, y in zip(exact.T, found.T)
+    ]
+    return torch.stack([line[0, 0] for line in lines])
+
+
+def test_scaled_channels_are_as_long_as_they_were_and_integers_stay(source: Source, tmp_path: Path) -> None:
+    data = source.record(every(8, (0, 5, 9)))
+    with (
+        insert(Denoiser.of(source.pipeline), scheme("w4a4")) as network,
+        Streams(network, data, source.cache, batch=12) as streams,
+    ):
+        set_weight_ranges(network, minmax)
+        set_input_ranges(network, data, minmax)
+        before = {path: slopes(network, data, path) for path in network.layers}
+        packed = {path: packed_tensors(layer) for path, layer in network.layers.items()}
+        journal = Journal(tmp_path, network, data, {})
+        fit = partial(correct_block, network, batch=12, gain=True)
+        fit_blocks(streams, fit, journal, stage="biases", activations=True)
+        exact, after = (means(network, data, quantized=quantized) for quantized in (False, True))
+        for path, layer in network.layers.items():
+            found = slopes(network, data, path)
+            scaled = (layer.weight_quantizer.scale / packed[path]["weight_scale"]).log().abs()
+            inside = (scaled > 0) & (scaled < torch.tensor(1.25).log() - 1e-3)
+            assert (found[inside] - 1).abs().max() < 1e-3, path
+            assert (after[path] - exact[path]).abs().max() < 1e-3 * exact[path].abs().max(), path
+            assert torch.equal(packed_tensors(layer)["weight"], packed[path]["weight"])
+        away = torch.cat([(one - 1).abs() for one in before.values()])
+        left = torch.cat([(slopes(network, data, path) - 1).abs() for path in network.layers])
+        assert left.median() < 0.1 * away.median()
+        scales = {path: layer.weight_quantizer.scale for path, layer in network.layers.items()}
+        for layer in network.layers.values():
+            layer.correction = layer.rounding = None
+            layer.weight_quantizer.fit(layer.weight.flatten(1), minmax)
+        fit_blocks(streams, None, journal, stage="biases", activations=True)  # type: ignore[arg-type]
+        assert all(
+            torch.equal(network.layers[path].weight_quantizer.scale, one) for path, one in scales.items()
+        )

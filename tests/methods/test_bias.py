@@ -23,15 +23,20 @@ def few(name: str) -> dict[str, int]:
     return {key: value for key, value in FEW.items() if key in known}
 
 
+@pytest.mark.parametrize(
+    ("asked", "moves"), [("bias", (".bias",)), ("gain", (".bias", ".weight_scale"))], ids=["bias", "gain"]
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_biases_move_and_nothing_else_and_the_mean_comes_back(name: str, source: Source) -> None:
+def test_what_is_asked_for_moves_and_nothing_else_and_the_mean_comes_back(
+    name: str, asked: str, moves: tuple[str, ...], source: Source
+) -> None:
     plain, shifted = (
-        methods.build(name, few(name) | {"bias": bias})(Denoiser.of(source.pipeline), scheme("w4a8"), source)
-        for bias in (False, True)
+        methods.build(name, few(name) | more)(Denoiser.of(source.pipeline), scheme("w4a8"), source)
+        for more in ({}, {asked: True})
     )
     moved = {key for key, value in plain.tensors.items() if not torch.equal(value, shifted.tensors[key])}
-    assert moved
-    assert all(key.endswith(".bias") for key in moved)
+    assert {suffix for suffix in moves for key in moved if key.endswith(suffix)} == set(moves)
+    assert all(key.endswith(moves) for key in moved)
     before, after = (mean_error(artifact, source) for artifact in (plain, shifted))
     assert after < 0.5 * before
 

@@ -1,9 +1,11 @@
-"""Constants that take back the mean error: of quantized layers (arXiv:1906.04721, section 4.2) and of probabilities."""
+"""What takes back the part of an error that is no noise: constants for the means of quantized layers (arXiv:1906.04721,
+section 4.2) and of probabilities, and factors for channels that shrink."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Generator, Tensor, nn
 from stepquant.core.affine import fake_quantize
 from stepquant.core.slices import Slices
 from stepquant.fit.compensate import calls
+from stepquant.fit.learnable import FixedIntegers, kept
 from stepquant.fit.learner import Learner, Sample, Schedule, inside
 from stepquant.fit.reconstruct import Report
 from stepquant.fit.streams import Piece, Reached, Table
@@ -21,12 +24,19 @@ from stepquant.quant.insert import Inserted
 from stepquant.quant.layers import QuantLayer
 from stepquant.quant.quantizer import Quantizer
 
+MOST = 1.25  # a factor of a channel, or one over it
 
-def correct_block(network: Inserted, piece: Piece, sample: Sample, seed: int, *, batch: int = 32) -> Report:
+
+def correct_block(
+    network: Inserted, piece: Piece, sample: Sample, seed: int, *, batch: int = 32, gain: bool = False
+) -> Report:
     """Shift the bias of every layer until its mean output, per channel, is that of the float model.
 
     Layers are corrected in the order of their calls, each behind corrected ones; those without a bias are left alone,
     and a layer split over a concatenation is corrected as one. Weights and activations are quantized meanwhile.
+
+    With `gain`, the rows of a layer's weight are scaled before, so that what a channel errs by does not depend on what it is
+    in float: noise in front of a norm, or of a nonlinearity, makes what is behind it smaller.
     """
     measure = Learner(network, piece, Schedule(0, batch, rounding_rate=0), Generator())
     layers = {path: layer for path, layer in measure.layers.items() if is_biased(layer)}
@@ -38,10 +48,64 @@ def correct_block(network: Inserted, piece: Piece, sample: Sample, seed: int, *,
         network.switch(weights=True, inputs=True)
         network.at(sample.train[:2])
         for path in calls(piece, layers, sample):
+            if gain and can_be_scaled(layers[path]) and unsplit[path] is layers[path]:
+                scale_rows(layers[path], gains(network, piece, layers[path], sample, batch))
             found = mean_outputs(network, piece, {path: unsplit[path]}, sample.quants, batch)
             layers[path].correction = exact[path] - found[path]
         after = measure.held_loss(sample)
     return Report(piece.path, before, after, after, len(layers))
+
+
+def can_be_scaled(layer: QuantLayer) -> bool:
+    """Whether rows of its weight have scales of their own, and are all that its outputs depend on."""
+    assert layer.weight_quantizer is not None
+    return layer.branch is None and layer.weight_quantizer.scale.numel() % len(layer.weight) == 0
+
+
+def scale_rows(layer: QuantLayer, factors: Tensor) -> None:
+    """Multiply what each row of the weight stands for; its integers stay."""
+    assert layer.weight_quantizer is not None
+    layer.rounding = kept(FixedIntegers(layer.weight_integers()), layer)
+    scale, zero_point = layer.weight_quantizer.range()
+    layer.weight_quantizer.set_range(
+        scale * factors.to(scale).repeat_interleave(len(scale) // len(factors)), zero_point
+    )
+
+
+def gains(network: Inserted, piece: Piece, layer: QuantLayer, sample: Sample, batch: int) -> Tensor:
+    """One over the slope of every channel of a quantized layer, over what it is in float; 1 where it hardly follows that."""
+    outputs = partial(rows_of, network, piece, layer)
+    sums = torch.zeros(5, len(layer.weight), dtype=torch.float64)
+    for records in torch.arange(len(sample.quants.columns[0])).split(batch):
+        x = outputs(sample.floats, records, quantized=False)
+        y = outputs(sample.quants, records, quantized=True)
+        found = [torch.full_like(x[0], len(x)), x.sum(0), y.sum(0), (x * x).sum(0), (x * y).sum(0)]
+        sums += torch.stack(found).cpu()
+    count, x, y, xx, xy = sums
+    slope = (xy - x * y / count) / (xx - x * x / count).clamp(min=1e-12)
+    follows = (slope - 1).abs() < 1 / 2
+    return torch.where(follows, 1 / slope, torch.ones_like(slope)).clamp(1 / MOST, MOST).float()
+
+
+def rows_of(
+    network: Inserted, piece: Piece, layer: QuantLayer, inputs: Table, records: Tensor, *, quantized: bool
+) -> Tensor:
+    """What a layer returns in a call of its block, which ends there: one row for every output place."""
+    seen: list[Tensor] = []
+
+    def listen(_: nn.Module, __: Any, out: Tensor) -> None:
+        seen.append(channels_last(layer, out).double())
+        raise Reached
+
+    network.switch(weights=quantized, inputs=quantized)
+    network.at(records)
+    handle = layer.register_forward_hook(listen)
+    try:
+        with suppress(Reached):
+            piece.run(inputs.take(records))
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 def correct_products(

@@ -38,7 +38,8 @@ METHOD = "minmax"
 
 def passes(recipe: Recipe) -> bool:
     """Whether nothing of the recipe needs a call of the network."""
-    fitted = recipe.method != METHOD or recipe.settings.get("bias") or recipe.policy is not None
+    corrected = any(recipe.settings.get(name) for name in ("bias", "gain"))
+    fitted = recipe.method != METHOD or corrected or recipe.policy is not None
     measured = recipe.budget is not None or recipe.build_plan().measures()
     return not (fitted or measured or recipe.components)
 

@@ -44,7 +44,7 @@ class ConvRot(RangedMethod, UnbiasedMethod):
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         # Linears need no data: their inputs have the scale of each token as it comes.
         plan, data = by_token(denoiser, plan), None
-        if self.bias or plan.has_ranges(denoiser):
+        if self.corrected or plan.has_ranges(denoiser):
             generator = torch.Generator().manual_seed(source.seed)
             data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
 

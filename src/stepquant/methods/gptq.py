@@ -22,18 +22,18 @@ from stepquant.calib.record import Source
 from stepquant.core.ranges import lp_search, lp_search_binned
 from stepquant.fit.blocks import fit_blocks
 from stepquant.fit.compensate import Compensation, compensate_block
-from stepquant.fit.correct_bias import correct_block, correct_products
+from stepquant.fit.correct_bias import correct_products
 from stepquant.fit.journal import Journal
 from stepquant.fit.ranges import set_weight_ranges
 from stepquant.fit.streams import Streams
-from stepquant.methods.method import RangedMethod, split_here
+from stepquant.methods.method import RangedMethod, UnbiasedMethod, split_here
 from stepquant.models.denoiser import Denoiser
 from stepquant.quant.freeze import freeze
 from stepquant.quant.insert import insert
 from stepquant.quant.plan import Plan
 
 
-class GPTQ(RangedMethod):
+class GPTQ(RangedMethod, UnbiasedMethod):
     """Layer-wise rounding with second-order compensation, in execution order; nothing is learnt."""
 
     samples: int = Field(256, ge=16, description="calibration records")
@@ -42,7 +42,6 @@ class GPTQ(RangedMethod):
     block: int = Field(128, gt=0, description="columns rounded between updates of all the rest")
     act_order: bool = Field(False, description="round columns in order of their diagonal, greatest first")
     split: bool = Field(False, description="quantize the two halves of a skip concatenation apart")
-    bias: bool = Field(False, description="afterwards shift biases so that no layer errs on average")
     softmax: bool = Field(
         False,
         description="afterwards add to quantized attention probabilities what they lack on average (SBC)",
@@ -74,6 +73,6 @@ class GPTQ(RangedMethod):
             if self.softmax:
                 probe = partial(correct_products, network, batch=self.batch)
                 fit(probe, stage="probabilities", activations=True)
-            if self.bias:
-                fit(partial(correct_block, network, batch=self.batch), stage="biases", activations=True)
+            if self.corrected:
+                self.correct(streams, journal, source, self.batch)
             return freeze(network)

@@ -107,20 +107,27 @@ class UnbiasedMethod(Method):
     """A method that rounds to nearest: what that does to the means of outputs can be taken back."""
 
     bias: bool = Field(False, description="afterwards shift biases so that no layer errs on average")
+    gain: bool = Field(
+        False, description="afterwards scale channels so that none shrinks, and shift biases behind them"
+    )
+
+    @property
+    def corrected(self) -> bool:
+        return self.bias or self.gain
 
     def finish(self, network: Inserted, data: CalibSet | None, source: Source, batch: int = 64) -> Artifact:
-        """The artifact; before it, where that was asked for, biases behind everything else that was fitted."""
-        if self.bias:
+        """The artifact; before it, where that was asked for, channels behind everything else that was fitted."""
+        if self.corrected:
             assert data is not None
-            journal = Journal(
-                source.cache, network, data, {"method": type(self).__name__} | self.model_dump()
-            )
-            correct = partial(correct_block, network, batch=batch)
+            settings = {"method": type(self).__name__} | self.model_dump()
+            journal = Journal(source.cache, network, data, settings)
             with Streams(network, data, source.cache, budget=source.memory) as streams:
-                fit_blocks(
-                    streams, correct, journal, stage="biases", activations=True, progress=source.progress
-                )
+                self.correct(streams, journal, source, batch)
         return freeze(network)
+
+    def correct(self, streams: Streams, journal: Journal, source: Source, batch: int) -> None:
+        fit = partial(correct_block, streams.network, batch=batch, gain=self.gain)
+        fit_blocks(streams, fit, journal, stage="biases", activations=True, progress=source.progress)
 
 
 class PresetMethod(RangedMethod):

@@ -32,7 +32,7 @@ class MinMax(RangedMethod, UnbiasedMethod):
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         generator = torch.Generator().manual_seed(source.seed)
         data = None
-        if self.bias or plan.has_ranges(denoiser):
+        if self.corrected or plan.has_ranges(denoiser):
             data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
         else:
             source.progress.note("no activation has a range to measure: nothing is recorded")

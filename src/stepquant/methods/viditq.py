@@ -61,7 +61,7 @@ class ViDiTQ(RangedMethod, UnbiasedMethod):
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         # Activations of linears get the scale of each token as it comes; only the others have ranges to measure.
         plan, data = by_token(denoiser, plan, WITHOUT), None
-        if self.bias or plan.has_ranges(denoiser):
+        if self.corrected or plan.has_ranges(denoiser):
             generator = torch.Generator().manual_seed(source.seed)
             data = source.record(spread(uniform(self.samples, source.steps, generator), self.trajectories))
         first = source.record(every(self.trajectories, range(min(self.initial, source.steps))))
