@@ -82,14 +82,15 @@ class Entry:
 
 STEPS = {"by_step": "always"}
 READ = {"guided": True}
+LONG = {"gain": True}
 LAST = "last=5"
 # At 6 and at 4 bits activations have no more of them, on average over products, than w6a6 and w4a4 give them there: first
 # and last blocks keep 8, which makes 6.9 and 5.8 on the U-Net, 6.6 and 5.3 on the DiT, 7.0 and 5.9 on the text model.
 RECIPES: Mapping[str, tuple[Entry, ...]] = {
     "stepquant:characters": (
-        Entry("8, 8", "brecq", "w8a8"),
+        Entry("8, 8", "minmax", "w8a8", STEPS | LONG),
         Entry("6, 6", "quest", "auto-5.9a6.8"),
-        Entry("4, 8", "quest", "auto-4.25", {"tuned": "all"}),
+        Entry("4, 8", "minmax", "auto-4.25", STEPS | LONG),
         Entry("4, 4", "quest", "auto-4.1a5.7"),
         Entry("2, 8", "quest", "auto-2.3", {"tuned": "all"}),
     ),
