@@ -23,6 +23,8 @@ from stepquant.quant.quantizer import Quantizer
 from stepquant.quant.schemes import scheme
 from stepquant.runtime.blocks.chain import Chain
 from stepquant.runtime.blocks.tail import Done, NormOut
+from stepquant.runtime.coverage import Coverage
+from stepquant.runtime.cpu.products import why_no_integers
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.lower import integer_layer
 from tests.models.tiny import unconditional
@@ -171,3 +173,11 @@ def check_blocks(lowered: nn.Module) -> list[type[Chain]]:
 
 def artifact_of(model: nn.Module, split: bool = False) -> Artifact:
     return quantized(model, scheme("w8a8"), calling(model), split)[0]
+
+
+def share_of_able(seen: Coverage) -> float:
+    """Of the multiplications that the plan quantizes, the share that ran in integers; without convolutions with groups
+    where the processor has no exact products for them."""
+    missing = why_no_integers(groups=2)
+    able = [line for line in seen.lines if line.planned and (missing is None or line.reason != missing)]
+    return sum(line.macs for line in able if line.integer) / sum(line.macs for line in able)
