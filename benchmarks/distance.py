@@ -72,10 +72,7 @@ def main(model: str = "stepquant:characters", images: str = "1024", steps: str =
     pipeline.set_progress_bar_config(disable=True)
     asked = Sampling(int(steps), None, zoo.prompts(model))
     seeds = range(FIRST_SEED, FIRST_SEED + int(images))
-    made = [
-        sample(pipeline, seeds[first : first + AT_ONCE], asked) for first in range(0, len(seeds), AT_ONCE)
-    ]
-    x = torch.cat([batch for some in made for batch in some]).float()
+    x = torch.cat(list(sample(pipeline, seeds, asked, batch=AT_ONCE))).float()
     extractor = shipped_classifier(source).extractor()
     data = merge(read_data(source, extractor)[extractor.name].blocks)
     own = blocks_of(x, extractor)

@@ -50,8 +50,8 @@ def correct_block(
         for path in calls(piece, layers, sample):
             if gain and can_be_scaled(layers[path]) and unsplit[path] is layers[path]:
                 scale_rows(layers[path], gains(network, piece, layers[path], sample, batch))
-            found = mean_outputs(network, piece, {path: unsplit[path]}, sample.quants, batch)
-            layers[path].correction = exact[path] - found[path]
+            found = mean_output(network, piece, unsplit[path], sample.quants, batch)
+            layers[path].correction = exact[path] - found
         after = measure.held_loss(sample)
     return Report(piece.path, before, after, after, len(layers))
 
@@ -88,7 +88,7 @@ def gains(network: Inserted, piece: Piece, layer: QuantLayer, sample: Sample, ba
 
 
 def rows_of(
-    network: Inserted, piece: Piece, layer: QuantLayer, inputs: Table, records: Tensor, *, quantized: bool
+    network: Inserted, piece: Piece, layer: nn.Module, inputs: Table, records: Tensor, *, quantized: bool
 ) -> Tensor:
     """What a layer returns in a call of its block, which ends there: one row for every output place."""
     seen: list[Tensor] = []
@@ -174,7 +174,7 @@ def without_split(network: Inserted, path: str) -> nn.Module:
 def mean_outputs(
     network: Inserted, piece: Piece, layers: Mapping[str, nn.Module], inputs: Table, batch: int
 ) -> dict[str, Tensor]:
-    """The mean of every output channel of these layers over all records; with one layer, what follows is not run."""
+    """The mean of every output channel of these layers over all records."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -182,8 +182,6 @@ def mean_outputs(
         rows = channels_last(layers[path], out).double()
         sums[path] = sums.get(path, torch.zeros(())) + rows.sum(0)
         counts[path] = counts.get(path, 0) + len(rows)
-        if len(layers) == 1:
-            raise Reached
 
     with ExitStack() as hooks:
         for path, layer in layers.items():
@@ -191,9 +189,17 @@ def mean_outputs(
             hooks.callback(handle.remove)
         for rows in torch.arange(len(inputs.columns[0])).split(batch):
             network.at(rows)
-            with suppress(Reached):
-                piece.run(inputs.take(rows))
+            piece.run(inputs.take(rows))
     return {path: (total / counts[path]).float() for path, total in sums.items()}
+
+
+def mean_output(network: Inserted, piece: Piece, layer: nn.Module, inputs: Table, batch: int) -> Tensor:
+    """That of one quantized layer, behind which nothing is run."""
+    total, count = torch.zeros(()), 0
+    for records in torch.arange(len(inputs.columns[0])).split(batch):
+        rows = rows_of(network, piece, layer, inputs, records, quantized=True)
+        total, count = total + rows.sum(0), count + len(rows)
+    return (total / count).float()
 
 
 def channels_last(layer: nn.Module, out: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from stepquant.hub.on_load import products_of, specs_of, stored_as
 from stepquant.job.in_files import check_places, networks_in
 from stepquant.job.recipe import Recipe
 from stepquant.job.tensors import FILE, Writer, narrow_tables, weights_in
+from stepquant.methods.method import UnbiasedMethod
 from stepquant.models.denoiser import Denoiser, check_finite_weight
 from stepquant.models.pipelines.index import index_of, read_index
 from stepquant.models.pipelines.modular import write_index
@@ -38,7 +39,8 @@ METHOD = "minmax"
 
 def passes(recipe: Recipe) -> bool:
     """Whether nothing of the recipe needs a call of the network."""
-    corrected = any(recipe.settings.get(name) for name in ("bias", "gain"))
+    method = recipe.build_method()
+    corrected = isinstance(method, UnbiasedMethod) and method.corrected
     fitted = recipe.method != METHOD or corrected or recipe.policy is not None
     measured = recipe.budget is not None or recipe.build_plan().measures()
     return not (fitted or measured or recipe.components)
