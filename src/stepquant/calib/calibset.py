@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from stepquant.calib.form import put_together
+from stepquant.core.policy import FloatSteps
 from stepquant.errors import CalibrationError
 
 META = ("step", "trajectory", "branch")
@@ -104,6 +105,11 @@ class CalibSet:
     def steps(self) -> Tensor:
         """The step of every record."""
         return torch.cat([batch.step for batch in self.batches(256)])
+
+    def rounded(self, spared: FloatSteps) -> list[int]:
+        """The records at steps whose activations are rounded: not in float."""
+        floats = [spared(batch.arguments[self.t], len(batch)) for batch in self.batches(256)]
+        return (~torch.cat(floats)).nonzero().flatten().tolist()
 
     def places(self) -> list[tuple[int, int, int]]:
         """Trajectory, step and branch of every record."""

@@ -77,10 +77,7 @@ def in_integers(data: CalibSet, spared: FloatSteps | None) -> CalibSet | None:
     """The records whose activations are rounded; None where there are none."""
     if spared is None:
         return data
-    floats = torch.cat(
-        [spared(records.arguments[data.t], len(records.step)) for records in data.batches(256)]
-    )
-    inner = (~floats).nonzero().flatten().tolist()
+    inner = data.rounded(spared)
     return data.subset(inner) if inner else None
 
 

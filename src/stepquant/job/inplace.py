@@ -136,8 +136,7 @@ def run(
     source = source_of(pipeline, recipe, progress, cache, memory, provenance["model_digest"])
     denoiser = shown(pipeline, recipe.asked).giving_up(expendable)
     plan = plan_of(denoiser, recipe, source)
-    spared = dataclasses.replace(plan, float_steps=float_steps_of(denoiser, recipe, source))
-    artifact = recipe.build_method()(denoiser, spared, source)
+    artifact = recipe.build_method()(denoiser, plan, source)
     seen = {} if denoiser.seen is None else {"seen": denoiser.seen.to_json()}
     found = {} if recipe.budget is None else {"allocated": plan.to_json()["rules"]}
     return dataclasses.replace(artifact, recipe={**provenance, **seen, **found})
@@ -159,15 +158,18 @@ def float_steps_of(denoiser: Denoiser, recipe: Recipe, source: Source) -> FloatS
 def planned(pipeline: Any, recipe: Recipe, progress: Progress | None = None) -> tuple[Denoiser, Plan]:
     """The float model, and what the recipe decides for its sites."""
     denoiser = shown(pipeline, recipe.asked)
+    if recipe.budget is None:
+        return denoiser, recipe.build_plan()  # which follows no trajectory
     return denoiser, plan_of(denoiser, recipe, source_of(pipeline, recipe, progress))
 
 
 def plan_of(denoiser: Denoiser, recipe: Recipe, source: Source) -> Plan:
+    spared = float_steps_of(denoiser, recipe, source)
     if recipe.budget is None:
-        return recipe.build_plan()
+        return dataclasses.replace(recipe.build_plan(), float_steps=spared)
     from stepquant.evaluate.study.automatic import automatic  # its solver takes a second to import
 
-    return automatic(denoiser, recipe.budget, source, recipe.step_policy)
+    return automatic(denoiser, recipe.budget, source, spared)
 
 
 def source_of(

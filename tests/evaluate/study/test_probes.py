@@ -17,7 +17,7 @@ from stepquant.calib.calibset import CalibSet
 from stepquant.calib.guided import states_of
 from stepquant.calib.pick import every, one_each
 from stepquant.calib.record import Source
-from stepquant.core.policy import StepPolicy
+from stepquant.core.policy import FloatSteps, StepPolicy
 from stepquant.errors import EvaluationError, PlanError, StepquantError
 from stepquant.evaluate.cost import count_macs
 from stepquant.evaluate.study.allocate import Sensitivity
@@ -265,7 +265,7 @@ def test_at_steps_that_a_policy_keeps_in_float_inputs_are_not_probed(
     source, denoiser = Source(pipeline, Sampling(4), cache=tmp_path), Denoiser.of(pipeline)
     budget = Budget.of("auto-4.5a5")
     assert budget
-    policy = StepPolicy(first=1, last=1)
+    policy = FloatSteps.of(StepPolicy(first=1, last=1), "unet", source.times())
     found = {told: automatic(denoiser, budget, source, told) for told in (None, policy)}
     data = source.record(every(4, range(4)))
     batch = data.take(range(len(data)))

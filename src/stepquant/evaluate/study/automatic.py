@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from stepquant.calib.guided import State, states_of
 from stepquant.calib.pick import every, strided
 from stepquant.calib.record import Source
 from stepquant.core.knapsack import check_fits
 from stepquant.core.pack import packed_bytes
-from stepquant.core.policy import StepPolicy
+from stepquant.core.policy import FloatSteps
 from stepquant.evaluate.study.allocate import Sensitivity, allocate
 from stepquant.evaluate.study.probes import estimate
 from stepquant.evaluate.study.sites import StudiedSite, plan_with, studied_sites
@@ -21,7 +22,7 @@ from stepquant.quant.plan import Plan
 TRAJECTORIES, STATES = 4, 8  # of each
 
 
-def automatic(denoiser: Denoiser, budget: Budget, source: Source, policy: StepPolicy | None = None) -> Plan:
+def automatic(denoiser: Denoiser, budget: Budget, source: Source, spared: FloatSteps | None = None) -> Plan:
     """Weights within their bytes, then inputs within their share of the products at steps in integers."""
     base = budget.base()
     data = source.record(every(TRAJECTORIES, strided(source.steps, STATES)))
@@ -32,9 +33,9 @@ def automatic(denoiser: Denoiser, budget: Budget, source: Source, policy: StepPo
     check_fits(sum(site.bytes(min(BITS)) for site in weights), room)
     states = states_of(data, source)
     asked: list[tuple[Sequence[StudiedSite], list[State]]] = [(sites, states)]
-    if policy is not None and "input" in ports:
-        inner, steps = range(policy.first, source.steps - policy.last), data.steps()
-        kept = [state for state in states if int(steps[state.records[0]]) in inner]
+    if spared is not None and "input" in ports:
+        inner = {*data.rounded(spared)}
+        kept = [state for state in states if inner.issuperset(state.records)]
         asked = [(weights, states), ([site for site in sites if site.port == "input"], kept or states)]
     losses: dict[tuple[str, int], float] = {}
     for some, where in asked:
@@ -45,7 +46,7 @@ def automatic(denoiser: Denoiser, budget: Budget, source: Source, policy: StepPo
         work = budget.inputs * sum(site.macs for site in sites if site.port == "input")
         bits |= allocate(known, "inputs", work).bits
     reasons = {key: reason_of(known, key, width) for key, width in bits.items()}
-    return plan_with(budget.name, base, bits, sites, reasons)
+    return replace(plan_with(budget.name, base, bits, sites, reasons), float_steps=spared)
 
 
 def room_for(weights: Sequence[StudiedSite], budget: Budget) -> int:
