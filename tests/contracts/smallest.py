@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from annotated_types import Ge, Gt
 from pydantic.fields import FieldInfo
@@ -37,9 +37,9 @@ class Nearest(Method):
             return freeze(network)
 
 
-def smallest(name: str) -> Method:
-    """The method of that name with few of everything, or a correction behind plain rounding."""
-    few = few_of(name)
+def smallest(name: str, **settings: Any) -> Method:
+    """The method of that name with few of everything but its settings, or a correction behind plain rounding."""
+    few = few_of(name) | settings
     if methods.corrects(name):
         return Corrected(method=Nearest(), correction=methods.make(name, few))  # type: ignore[arg-type]
     return methods.build(name, few)

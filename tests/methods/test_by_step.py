@@ -30,7 +30,7 @@ from stepquant.progress import Silent
 from stepquant.quant.schemes import scheme
 from stepquant.runtime.lower import lower
 from tests.conftest import make_one_level
-from tests.contracts.smallest import FEW, smallest
+from tests.contracts.smallest import FEW, made, smallest
 from tests.models.tiny import conditional
 
 RANGED = [name for name in methods.names() if issubclass(methods.kind(name), RangedMethod)]
@@ -45,9 +45,8 @@ class Listening(Silent):
         self.heard.append(words)
 
 
-def made(source: Source, name: str, plan: str = "w8a8", **settings: Any) -> Artifact:
-    built = methods.build(name, smallest(name).model_dump(exclude_unset=True) | settings)
-    return built(Denoiser.of(source.pipeline), scheme(plan), source)
+def run(source: Source, name: str, plan: str = "w8a8", **settings: Any) -> Artifact:
+    return made(smallest(name, **settings), scheme(plan), source)
 
 
 def stepped(artifact: Artifact) -> set[tuple[str, str]]:
@@ -73,7 +72,7 @@ def source(pipeline: DDIMPipeline, tmp_path: Path) -> Source:
 @pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize("name", RANGED)
 def test_ranges_by_step_are_an_option_of_every_method(source: Source, name: str) -> None:
-    always = made(source, name, by_step="always")
+    always = run(source, name, by_step="always")
     places = stepped(always)
     assert len(places) > 10
     assert always.steps is not None
@@ -96,8 +95,8 @@ def test_ranges_by_step_are_the_default_where_the_paper_has_them() -> None:
 @pytest.mark.parametrize("name", LEARNING)
 def test_each_step_learns_its_own(source: Source, name: str) -> None:
     """Which row a batch reads decides which row it moves."""
-    still = made(source, name, by_step="always", **{LEARNING[name]: 0})
-    moved = made(source, name, by_step="always", step_rate=0.05, **{LEARNING[name]: 8})
+    still = run(source, name, by_step="always", **{LEARNING[name]: 0})
+    moved = run(source, name, by_step="always", step_rate=0.05, **{LEARNING[name]: 8})
     changed = [
         moved.tensors[f"{path}.input_scale"] / still.tensors[f"{path}.input_scale"]
         for path, port in stepped(moved)
@@ -148,9 +147,9 @@ def test_steps_that_one_range_would_not_serve_are_found_and_get_their_own(tmp_pa
     ears = Listening()
     source = replace(sdxl(tmp_path), progress=ears)
     many = {"samples": 24, "trajectories": 2}
-    one = made(source, "minmax", by_step="never", **many)
+    one = run(source, "minmax", by_step="never", **many)
     assert not any("by_step" in words for words in ears.heard)
-    own = made(source, "minmax", intervals=12, **many)
+    own = run(source, "minmax", intervals=12, **many)
     said = [words for words in ears.heard if "by_step=never" in words]
     assert len(said) == 1
     assert f"{len(stepped(own))} activations" in said[0]
@@ -164,5 +163,5 @@ def test_a_model_whose_steps_are_alike_keeps_one_range(source: Source) -> None:
     parts = uneven(Denoiser.of(source.pipeline), scheme("w8a8"), data, small=2.0)
     assert len(parts) > 10
     assert min(parts.values()) > SMALL
-    assert made(source, "minmax").steps is None
-    assert not stepped(made(source, "tfmq", by_step="never"))
+    assert run(source, "minmax").steps is None
+    assert not stepped(run(source, "tfmq", by_step="never"))

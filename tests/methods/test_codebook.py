@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 
-from stepquant import methods
 from stepquant.artifact import Artifact, LayerSpec
 from stepquant.calib.pick import every
 from stepquant.calib.record import Source
@@ -26,7 +25,7 @@ from stepquant.quant.schemes import scheme
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.lower import integer_layer, lower
 from tests.conftest import make_one_level
-from tests.contracts.smallest import smallest
+from tests.contracts.smallest import made, smallest
 from tests.methods.reloaded import reloaded
 
 pytestmark = pytest.mark.usefixtures("coarse")
@@ -56,8 +55,7 @@ def plan(bits: int) -> Plan:
 
 
 def run(source: Source, name: str, bits: int = 2, **settings: Any) -> Artifact:
-    asked = smallest(name).model_dump(exclude_unset=True) | settings
-    return methods.build(name, asked)(Denoiser.of(source.pipeline), plan(bits), source)
+    return made(smallest(name, **settings), plan(bits), source)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -114,15 +112,15 @@ def test_products_are_those_of_the_same_integers_in_bytes(kind: str, bits: int) 
     few, bytes_ = Grid.parse(f"int{bits}/channel/codebook"), Grid.parse("int8/channel")
     inputs = Grid.parse("uint8/tensor")
 
-    def made(grid: Grid, tensors: dict[str, torch.Tensor]) -> IntegerLayer:
+    def layer_of(grid: Grid, tensors: dict[str, torch.Tensor]) -> IntegerLayer:
         new = integer_layer(layer, LayerSpec(grid, inputs), "layer")
         ranges = {"input_scale": torch.tensor([0.02]), "input_zero_point": torch.tensor([117]).int()}
         new._buffers |= {"weight_scale": scale, "bias": layer.bias.detach(), **ranges, **tensors}
         return new
 
     narrow = pack(codes - 2 ** (bits - 1), Grid(bits, symmetric=False))  # the stream of the codes themselves
-    own = made(few, {"weight": narrow, "weight_codebook": codebook.to(torch.int8)})
-    same = made(bytes_, {"weight": pack(codebook.gather(1, codes), bytes_)})
+    own = layer_of(few, {"weight": narrow, "weight_codebook": codebook.to(torch.int8)})
+    same = layer_of(bytes_, {"weight": pack(codebook.gather(1, codes), bytes_)})
     x = torch.randn(5, 48) if kind == "linear" else torch.randn(2, 16, 6, 6)
     assert own.integer
     assert torch.equal(own(x), same(x))

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMPipeline, UNet2DModel
 
 from stepquant import methods
-from stepquant.artifact import Artifact
 from stepquant.calib.pick import every
 from stepquant.calib.record import Source
 from stepquant.core.policy import FloatSteps, StepPolicy
@@ -27,7 +25,7 @@ from stepquant.quant.plan import Plan
 from stepquant.quant.schemes import scheme
 from stepquant.runtime.lower import lower
 from tests.conftest import make_one_level
-from tests.contracts.smallest import FEW, smallest
+from tests.contracts.smallest import FEW, made, smallest
 from tests.runtime.synthetic import relative
 
 WHOLE = [name for name in methods.names() if not issubclass(methods.kind(name), Correction)]
@@ -47,16 +45,11 @@ def spared(source: Source, plan: Plan, **policy: int) -> Plan:
     return replace(plan, float_steps=FloatSteps.of(StepPolicy(**policy), "unet", source.times()))
 
 
-def made(source: Source, name: str, plan: Plan, **settings: Any) -> Artifact:
-    built = methods.build(name, smallest(name).model_dump(exclude_unset=True) | settings)
-    return built(Denoiser.of(source.pipeline), plan, source)
-
-
 @pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_method_keeps_the_steps_of_its_plan(source: Source, name: str) -> None:
     plan = spared(source, scheme("w8a8"), last=1)
-    artifact = made(source, name, plan, **({"inter": False} if name == "qncd" else {}))
+    artifact = made(smallest(name, **({"inter": False} if name == "qncd" else {})), plan, source)
     assert artifact.policy == plan.float_steps
     lowered = lower(copy.deepcopy(source.pipeline.unet), artifact, torch.float32)
     for t in source.times():
@@ -111,7 +104,8 @@ def test_records_of_steps_in_float_decide_no_range(source: Source) -> None:
 def test_nothing_is_learnt_for_activations_of_steps_in_float(source: Source) -> None:
     plan = spared(source, scheme("w8a8"), last=1)
     still, moved = (
-        made(source, "eda_dm", plan, by_step="always", step_rate=0.05, iterations=count) for count in (0, 8)
+        made(smallest("eda_dm", by_step="always", step_rate=0.05, iterations=count), plan, source)
+        for count in (0, 8)
     )
     names = [name for name in moved.tensors if name.endswith(".input_scale")]
     ratios = torch.stack([moved.tensors[name] / still.tensors[name] for name in names])
@@ -123,5 +117,5 @@ def test_an_interrupted_run_of_another_policy_is_none_of_this_one(source: Source
     """What was learnt of blocks is kept under a name of its own."""
     folders = source.cache / "journal"
     for policy in ({"last": 1}, {"last": 2}):
-        made(source, "brecq", spared(source, scheme("w8a8"), **policy))
+        made(smallest("brecq"), spared(source, scheme("w8a8"), **policy), source)
     assert len(list(folders.iterdir())) == 2

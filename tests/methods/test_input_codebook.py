@@ -12,7 +12,6 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from torch import Tensor
 
-from stepquant import methods
 from stepquant.artifact import Artifact, LayerSpec
 from stepquant.calib.pick import every
 from stepquant.calib.record import Source
@@ -31,7 +30,7 @@ from stepquant.runtime import ops
 from stepquant.runtime.layers.layer import IntegerLayer
 from stepquant.runtime.lower import integer_layer, lower
 from tests.conftest import make_one_level
-from tests.contracts.smallest import smallest
+from tests.contracts.smallest import made, smallest
 from tests.methods.reloaded import reloaded
 
 pytestmark = pytest.mark.usefixtures("coarse")
@@ -71,8 +70,7 @@ def plan(bits: int = 4) -> Plan:
 
 
 def run(source: Source, name: str, **settings: Any) -> Artifact:
-    asked = smallest(name).model_dump(exclude_unset=True) | settings
-    return methods.build(name, asked)(Denoiser.of(source.pipeline), plan(), source)
+    return made(smallest(name, **settings), plan(), source)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -135,15 +133,15 @@ def test_products_are_those_of_the_moved_codes(kind: str, bits: int) -> None:
     }
     ranges = {"input_scale": torch.tensor([0.02]), "input_zero_point": torch.tensor([117]).int()}
 
-    def made(text: str, **more: Tensor) -> IntegerLayer:
+    def layer_of(text: str, **more: Tensor) -> IntegerLayer:
         new = integer_layer(layer, LayerSpec(weight, Grid.parse(text)), "layer")
         new._buffers |= tensors | ranges | {"bias": layer.bias.detach(), **more}
         return new
 
     codebook[0, codebook[0].sub(117).abs().argmin()] = 117
     own, plain = (
-        made(f"uint{bits}/tensor/codebook", input_codebook=codebook.to(torch.uint8)),
-        made("uint8/tensor"),
+        layer_of(f"uint{bits}/tensor/codebook", input_codebook=codebook.to(torch.uint8)),
+        layer_of("uint8/tensor"),
     )
     x = torch.randn(5, 48) if kind == "linear" else torch.randn(2, 16, 6, 6)
     moved = tables_of(codebook.float())[0][ops.quantize(x, plain.code).long()]
