@@ -82,8 +82,8 @@ def follow(artifact: Path, out: Path) -> None:
         (("--policy", "3"), "which steps"),
         (("--policy", "first=2,last=2"), "no step in integers"),
         (("--policy", "last=1", "--scheme", "w8a16"), "a policy would change nothing"),
-        (("--policy", "last=1", "--method", "minmax+tac"), "take method minmax"),
-        (("--policy", "last=1", "--method", "qncd"), "its correction, with --set inter=false"),
+        (("--policy", "last=1", "--method", "minmax+tac"), "ask for the method in front of '+' alone"),
+        (("--policy", "last=1", "--method", "qncd"), "ask for --set inter=false"),
     ],
 )
 def test_what_a_policy_cannot_be(

@@ -133,12 +133,12 @@ class Recipe(BaseModel):
                 got=f"{policy} with {self.scheme or self.build_plan().name}",
                 fix="leave the policy out, or choose a scheme with activations in integers, as w8a8",
             )
-        if self.build_method().corrects_steps:
-            base, joint, _ = self.method.partition(methods.JOINT)
+        instead = self.build_method().uncorrected
+        if instead is not None:
             raise StepquantError(
                 "a correction is fitted on integers at every step, and would spoil the steps in float",
                 got=f"{policy} with {self.method}",
-                fix=f"leave the policy out, or {'take method ' + base if joint else 'its correction, with --set inter=false'}",
+                fix=f"leave the policy out, or ask for {instead}",
             )
 
     def provenance(self, pipeline: Any) -> dict[str, Any]:

@@ -38,8 +38,8 @@ class Corrected(Method):
     correction: SerializeAsAny[Correction]
 
     @property
-    def corrects_steps(self) -> bool:
-        return True
+    def uncorrected(self) -> str | None:
+        return "the method in front of '+' alone"
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         artifact = self.method(denoiser.giving_up(False), plan, source)

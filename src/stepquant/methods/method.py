@@ -45,9 +45,9 @@ class Method(BaseModel, ABC):
     calibrates: ClassVar[bool] = True  # False: no record changes what it makes
 
     @property
-    def corrects_steps(self) -> bool:
-        """Whether what the network predicts is corrected behind it, at every step."""
-        return False
+    def uncorrected(self) -> str | None:
+        """What to ask for instead where predictions are corrected at every step; None where they are not."""
+        return None
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact: ...

@@ -64,8 +64,8 @@ class QNCD(BlockMethod):
     )
 
     @property
-    def corrects_steps(self) -> bool:
-        return self.inter
+    def uncorrected(self) -> str | None:
+        return "--set inter=false" if self.inter else None
 
     def __call__(self, denoiser: Denoiser, plan: Plan, source: Source) -> Artifact:
         channels = self.channels_of(denoiser, source)
